@@ -1,0 +1,5 @@
+"""One Triton kernel (or a small family) and its plain-torch twin per file.
+
+``xxx`` launches Triton and needs a GPU (or ``TRITON_INTERPRET=1``); ``xxx_torch`` takes the same arguments, runs on any
+device and in float64 too. Callers choose: nothing here looks at a device to pick for them.
+"""

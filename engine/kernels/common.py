@@ -1,0 +1,51 @@
+"""What all kernels share: Triton where it exists, a clear refusal where it does not, and the twins' arithmetic type."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:  # macOS, or a CPU-only installation: the twins still work
+    HAVE_TRITON = False
+
+    class _KernelWithoutTriton:
+        """Stands for a jitted kernel so that its module imports; launching it says what to do."""
+
+        def __init__(self, fn: Any) -> None:
+            self.name = fn.__name__
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError(
+                f"kernel={self.name} needs Triton, which cannot be imported here: install triton (Linux only) or call "
+                f"the plain-torch twin, whose name ends in _torch"
+            )
+
+    triton = SimpleNamespace(jit=_KernelWithoutTriton)
+    tl = SimpleNamespace(constexpr=Any)
+
+__all__ = ["HAVE_TRITON", "cdiv", "compute_dtype", "next_power_of_2", "tl", "triton"]
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """``numerator / denominator`` rounded up, for ``denominator >= 1``."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, for ``n >= 1``: Triton's tiles have such sides only."""
+    return 1 << (n - 1).bit_length()
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The type a twin computes in: float32, or float64 where an input is float64."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
