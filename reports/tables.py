@@ -1,0 +1,130 @@
+"""Records as pandas tables: one row a check and layout, one row a benchmark case and metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from reports import metrics
+from reports.records import BenchRow, CheckRow, Report
+from reports.text_tables import format_number, to_markdown, to_text
+
+__all__ = ["bench_table", "checks_pivot", "checks_table", "rows_table", "to_csv", "to_markdown", "to_text"]
+
+CHECK_COLUMNS = (
+    "check", "model", "dtype", "fabric", "tp_size", "verdict", "error_over_budget", "cases", "compared",
+    "excused", "seconds", "rank", "module", "message", "replay",
+)  # fmt: skip
+BENCH_KEYS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
+
+
+def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
+    """One row a `CheckRow`: checks in the order of their first row, then model, dtype, fabric, tp_size."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
+    ordered = sorted(rows, key=lambda row: (order[row.check], *row.key))
+    return _frame([{name: getattr(row, name) for name in CHECK_COLUMNS} for row in ordered], CHECK_COLUMNS)
+
+
+def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
+    """Checks down, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
+
+    Model, dtype and fabric are columns only where they differ between rows.
+    """
+    table = checks_table(rows)
+    varying = [name for name in ("model", "dtype", "fabric") if table[name].nunique() > 1]
+    sizes = sorted({row.tp_size for row in rows})
+    cells: dict[tuple[str, ...], dict[str, object]] = {}
+    for record in table.to_dict("records"):
+        key = tuple(str(record[name]) for name in ("check", *varying))
+        cells.setdefault(key, {})[f"tp {record['tp_size']}"] = verdict_cell(
+            str(record["verdict"]), record["error_over_budget"]
+        )
+    columns = ("check", *varying, *(f"tp {size}" for size in sizes))
+    return _frame(
+        [dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns
+    )
+
+
+def verdict_cell(verdict: str, error_over_budget: float | None) -> str:
+    """``pass 0.43``: a verdict and, if it is about size, the error as a fraction of its budget."""
+    if error_over_budget is None or math.isnan(error_over_budget):
+        return verdict
+    return f"{verdict} {format_number(float(f'{error_over_budget:.3g}'))}"
+
+
+def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.DataFrame:
+    """One row a `BenchRow` and metric, in the records' order.
+
+    median, iqr         over the rounds, in the metric's unit
+    p99                 of durations only: the tail is what a user waits for
+    first               the first run, apart from the rounds
+    times_<peer>        how many times better than the engine ``peer`` on the same case; above 1 is better
+    scaling_efficiency  speed-up over tp_size 1 divided by tp_size; 1 is perfect; not for sizes of memory
+    percent_of_bound    of the hardware bound, where the record names one
+
+    Raises ValueError if no row has the engine ``peer``.
+    """
+    engines = sorted({row.engine for row in rows})
+    if peer is not None and peer not in engines:
+        raise ValueError(f"peer={peer!r} is not among the engines of this report: {', '.join(engines)}")
+    medians = {(row.key, m): float(np.median(v)) for row in rows for m, v in row.samples.items()}
+    columns = [*BENCH_KEYS, "metric", "rounds", "median", "iqr", "p99", "first"]
+    columns += [f"times_{peer}"] if peer is not None else []
+    columns += ["scaling_efficiency", "percent_of_bound"]
+    lines: list[dict[str, object]] = []
+    for row in rows:
+        for metric, values in row.samples.items():
+            median = medians[row.key, metric]
+            low, high = np.percentile(values, [25, 75])
+            line: dict[str, object] = {name: getattr(row, name) for name in BENCH_KEYS}
+            line |= {"metric": metric, "rounds": len(values), "median": median, "iqr": float(high - low)}
+            line["p99"] = float(np.percentile(values, 99)) if metrics.is_time(metric) else None
+            line["first"] = row.first.get(metric)
+            line["scaling_efficiency"] = _scaling_efficiency(row, metric, medians)
+            line["percent_of_bound"] = _percent_of_bound(row, metric, median)
+            if peer is not None:
+                other = medians.get(((*row.key[:3], peer, *row.key[4:]), metric))
+                line[f"times_{peer}"] = metrics.gain(metric, median, other) if other is not None else None
+            lines.append(line)
+    return _frame(lines, columns)
+
+
+def rows_table(report: Report) -> pd.DataFrame:
+    """All rows of a report in one table, for CSV: the checks, then the benchmark cases."""
+    checks = checks_table(report.checks).assign(kind="check")
+    benches = bench_table(report.benches).assign(kind="bench")
+    parts = [part.astype(object) for part in (checks, benches) if len(part)]
+    if not parts:
+        return checks
+    table = pd.concat(parts, ignore_index=True)
+    return table[["kind", *(name for name in table.columns if name != "kind")]]
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """Comma-separated, with a header, full precision and empty cells for nothing."""
+    return str(table.to_csv(index=False, lineterminator="\n"))
+
+
+def _scaling_efficiency(
+    row: BenchRow, metric: str, medians: dict[tuple[tuple[str, str, str, str, str, str, int], str], float]
+) -> float | None:
+    single = next(
+        (v for (k, m), v in medians.items() if k[:5] == row.key[:5] and k[6] == 1 and m == metric), None
+    )
+    if single is None or not (metrics.is_time(metric) or metrics.direction(metric) == "higher"):
+        return None
+    return metrics.gain(metric, medians[row.key, metric], single) / row.tp_size
+
+
+def _percent_of_bound(row: BenchRow, metric: str, median: float) -> float | None:
+    if bound := row.metrics.get(f"bound_{metric}"):
+        return 100 * metrics.gain(metric, median, bound)
+    return row.metrics.get("percent_of_bound") if metric == next(iter(row.samples)) else None
+
+
+def _frame(lines: Sequence[dict[str, object]], columns: Sequence[str]) -> pd.DataFrame:
+    # Objects, not inferred types: a rank of None must not turn rank 1 into 1.0.
+    return pd.DataFrame(list(lines), columns=list(columns), dtype=object)
