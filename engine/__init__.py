@@ -1,0 +1,29 @@
+"""A tensor-parallel, paged-attention inference engine: ``from engine import LLM, SamplingParams``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig, ModelConfig, UnsupportedModelError
+    from engine.llm import LLM
+    from engine.outputs import CompletionOutput, RequestOutput
+    from engine.parallel.parameter import CheckpointError
+    from engine.sampling import SamplingParams
+
+__all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "ModelConfig", "RequestOutput", "SamplingParams",
+           "UnsupportedModelError"]
+
+# Imported on first use: a rank, or a layer's test, should not wait for tokenizers and hub clients.
+_HOME = {
+    "LLM": "engine.llm", "SamplingParams": "engine.sampling", "EngineConfig": "engine.config", "ModelConfig": "engine.config",
+    "UnsupportedModelError": "engine.config", "CompletionOutput": "engine.outputs", "RequestOutput": "engine.outputs",
+    "CheckpointError": "engine.parallel.parameter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,160 @@
+"""One step's inputs, built once on the host, equal on every rank, and handed to whoever needs them.
+
+Shape suffixes: T = tokens of the step, S = sequences of the step, B = blocks of the longest sequence, R = tokens to draw,
+X = banned (row, token) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.scheduler import Chunk
+
+PAD_SLOT = -1
+IN_FLIGHT = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingBatch:
+    """How each of the R tokens is drawn."""
+
+    temperature_R: Tensor
+    """float32; 0 is greedy."""
+    top_k_R: Tensor
+    """int32; 0 keeps all."""
+    top_p_R: Tensor
+    """float32"""
+    seed_R: Tensor
+    """int64, one a request"""
+    position_R: Tensor
+    """int64, of the token to draw in its sequence; (seed, position) keys the random numbers"""
+    banned_row_X: Tensor
+    """int64: stop tokens of sequences below their ``min_tokens``"""
+    banned_token_X: Tensor
+    """int64"""
+    all_greedy: bool
+    filters: bool
+    """Some row has a top_k or top_p."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """Tokens of the step, sequence after sequence, those with one token first."""
+
+    token_ids_T: Tensor
+    """int64; -1 where the token is in flight: the runner fills it in from its device state"""
+    positions_T: Tensor
+    """int64, in the sequence"""
+    slots_T: Tensor
+    """int64, block * block_size + offset: where the token's key and value go; -1 = nowhere (padding)"""
+    cu_seqlens_S1: Tensor
+    """int32 [S + 1], running sum of the sequences' tokens in this step, from 0"""
+    context_lens_S: Tensor
+    """int32, tokens of each sequence up to and with this step's"""
+    block_tables_SB: Tensor
+    """int32, padded with 0"""
+    rows_S: Tensor
+    """int64, each sequence's row in the runner's device state"""
+    sample_S: Tensor
+    """int64 [R], the sequences of this step after which a token is drawn"""
+    sampling: SamplingBatch
+    num_decodes: int
+    """The first so many sequences have one token in this step."""
+    max_query_len: int
+    max_context_len: int
+    has_in_flight: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.context_lens_S.shape[0]
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The same batch with its tensors on ``device``."""
+        if device.type == "cpu":
+            return self
+        return replace(self, sampling=_to(self.sampling, device), **_tensors(self, device))
+
+
+def _tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value.pin_memory().to(device, non_blocking=True) for name, value in values.items()
+            if isinstance(value, Tensor)}
+
+
+def _to(sampling: SamplingBatch, device: torch.device) -> SamplingBatch:
+    return replace(sampling, **_tensors(sampling, device))
+
+
+def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
+    """The inputs of a scheduled step.
+
+    Raises:
+        ValueError: if there is nothing to run.
+    """
+    if not chunks:
+        raise ValueError("len(chunks)=0: a step needs at least one chunk")
+    lengths = np.array([chunk.num_tokens for chunk in chunks])
+    starts = np.array([chunk.start for chunk in chunks])
+    cu_seqlens = np.concatenate(([0], np.cumsum(lengths)))
+    context_lens = starts + lengths
+    max_blocks = max(len(chunk.sequence.blocks) for chunk in chunks)
+    block_tables = np.zeros((len(chunks), max_blocks), dtype=np.int32)
+    token_ids = np.empty(cu_seqlens[-1], dtype=np.int64)
+    for index, chunk in enumerate(chunks):
+        blocks = chunk.sequence.blocks
+        block_tables[index, : len(blocks)] = blocks
+        known = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+        first = cu_seqlens[index]
+        token_ids[first : first + len(known)] = known
+        if chunk.in_flight:
+            token_ids[first + chunk.num_tokens - 1] = IN_FLIGHT
+    sequence_T = np.repeat(np.arange(len(chunks)), lengths)
+    positions = np.arange(cu_seqlens[-1]) - cu_seqlens[sequence_T] + starts[sequence_T]
+    slots = block_tables[sequence_T, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    return StepBatch(
+        token_ids_T=torch.from_numpy(token_ids),
+        positions_T=torch.from_numpy(positions),
+        slots_T=torch.from_numpy(slots),
+        cu_seqlens_S1=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        context_lens_S=torch.from_numpy(context_lens.astype(np.int32)),
+        block_tables_SB=torch.from_numpy(block_tables),
+        rows_S=torch.tensor([chunk.sequence.row for chunk in chunks]),
+        sample_S=torch.tensor([index for index, chunk in enumerate(chunks) if chunk.samples], dtype=torch.int64),
+        sampling=_build_sampling([chunk for chunk in chunks if chunk.samples]),
+        num_decodes=int((lengths == 1).sum()),
+        max_query_len=int(lengths.max()),
+        max_context_len=int(context_lens.max()),
+        has_in_flight=any(chunk.in_flight for chunk in chunks),
+    )
+
+
+def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
+    params = [chunk.sequence.request.params for chunk in chunks]
+    positions = [chunk.start + chunk.num_tokens for chunk in chunks]
+    banned = [
+        (row, token_id)
+        for row, (chunk, position) in enumerate(zip(chunks, positions, strict=True))
+        # So many tokens were generated before the one at `position`.
+        if position - chunk.sequence.num_prompt_tokens < chunk.sequence.request.params.min_tokens
+        for token_id in sorted(chunk.sequence.request.stop_token_ids)
+    ]
+    return SamplingBatch(
+        temperature_R=torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        top_k_R=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32),
+        top_p_R=torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        seed_R=torch.tensor([chunk.sequence.request.seed for chunk in chunks], dtype=torch.int64),
+        position_R=torch.tensor(positions, dtype=torch.int64),
+        banned_row_X=torch.tensor([row for row, _ in banned], dtype=torch.int64),
+        banned_token_X=torch.tensor([token_id for _, token_id in banned], dtype=torch.int64),
+        all_greedy=all(p.temperature == 0 for p in params),
+        filters=any(p.top_k > 0 or p.top_p < 1 for p in params),
+    )

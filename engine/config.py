@@ -1,0 +1,208 @@
+"""Two configurations: the model's, read from ``config.json``, and the engine's own. Both frozen, both checked when made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
+}
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class UnsupportedModelError(ValueError):
+    """The model needs something that the engine does not have. The message says what, and what is supported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A dense decoder of the Llama family: Llama, Qwen2, Qwen3."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    """RMSNorm over each query and key head (Qwen3)."""
+    dtype: torch.dtype
+    eos_token_ids: tuple[int, ...]
+    hf_config: Any
+    """The transformers config: RoPE is computed from it by transformers' own functions."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads",
+                     "head_dim", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Read ``config.json`` (and ``generation_config.json`` for stop tokens) of a Hugging Face model folder.
+
+        Raises:
+            FileNotFoundError: if there is no ``config.json``.
+            UnsupportedModelError: if the model needs what the engine lacks.
+        """
+        folder = Path(folder)
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no config.json in folder={folder}: give a Hugging Face model folder")
+        raw = _read_json(path)
+        model_type = raw.get("model_type")
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise UnsupportedModelError(f"model_type={model_type!r} in {path} is not supported; "
+                                        f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+        if "quantization_config" in raw:
+            raise UnsupportedModelError(f"quantization_config in {path} is not supported; use an unquantised checkpoint")
+        config = AutoConfig.from_pretrained(folder)
+        generation = folder / "generation_config.json"
+        eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+        return cls.from_hf(config, eos_token_id=eos, where=str(path))
+
+    @classmethod
+    def from_hf(cls, config: Any, *, eos_token_id: int | list[int] | None = None, where: str = "config") -> ModelConfig:
+        """From a transformers config object."""
+        model_type = config.model_type
+        _refuse_unsupported(config, where)
+        eos = config.eos_token_id if eos_token_id is None else eos_token_id
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        dtype = getattr(config, "dtype", None) or torch.float32
+        return cls(
+            model_type=model_type,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_q_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=bool(config.tie_word_embeddings),
+            qkv_bias=model_type == "qwen2" or attention_bias,
+            o_bias=model_type != "qwen2" and attention_bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)) if model_type == "llama" else False,
+            qk_norm=model_type == "qwen3",
+            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            hf_config=config,
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _refuse_unsupported(config: Any, where: str) -> None:
+    if config.hidden_act != "silu":
+        raise UnsupportedModelError(f"hidden_act={config.hidden_act!r} in {where} is not supported; supported: silu")
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        raise UnsupportedModelError(f"rope_type={rope_type!r} in {where} is not supported; "
+                                    f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+    sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
+    if sliding:
+        raise UnsupportedModelError(f"layer_types={sorted(set(sliding))} in {where} is not supported; "
+                                    "supported: full_attention (use_sliding_window=false)")
+    if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or \
+            (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError(f"partial_rotary_factor in {where} is not supported; supported: 1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the engine runs a model. ``None`` means: decided from model and device by :meth:`resolve`."""
+
+    tensor_parallel_size: int = 1
+    fabric: str = "auto"
+    """What joins the ranks: ``auto``, ``solo``, ``threads``, ``gloo`` or ``nccl``."""
+    device: str = "auto"
+    dtype: str = "auto"
+    attention_backend: str = "auto"
+    max_model_len: int | None = None
+    """Longest sequence in tokens, prompt and output together; by default the model's own limit, or what the cache holds."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step: 2,048 on a CPU, 16,384 on a GPU by default."""
+    block_size: int | None = None
+    """Tokens per KV-cache block: 16 on a CPU, 256 on a GPU by default."""
+    num_kv_blocks: int | None = None
+    """Blocks in the KV cache; by default from ``kv_cache_gib``, or from what ``gpu_memory_utilization`` leaves free."""
+    kv_cache_gib: float = 2.0
+    """KV-cache memory of one rank on a CPU, in GiB; never more than ``max_num_seqs`` sequences can fill."""
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    enforce_eager: bool = False
+    """Never capture CUDA graphs."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+                        "num_kv_blocks")
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must lie in (0, 1]")
+        if self.kv_cache_gib <= 0:
+            raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be above 0")
+
+    def resolve(self, model: ModelConfig) -> EngineConfig:
+        """The same configuration with every ``auto`` and ``None`` decided that needs no look at the device's memory.
+
+        Raises:
+            ValueError: if the model can't run under this configuration.
+        """
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        on_gpu = device.startswith("cuda")
+        if model.num_q_heads < self.tensor_parallel_size:
+            raise ValueError(f"num_q_heads={model.num_q_heads} can't be split over tensor_parallel_size="
+                             f"{self.tensor_parallel_size}: every rank needs at least one query head")
+        longest = self.max_model_len or model.max_position_embeddings
+        if longest > model.max_position_embeddings:
+            raise ValueError(f"max_model_len={longest} is above max_position_embeddings="
+                             f"{model.max_position_embeddings} of the model")
+        max_num_batched_tokens = self.max_num_batched_tokens or max(16_384 if on_gpu else 2_048, self.max_num_seqs)
+        if max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
+                             "a decode step needs one token per sequence")
+        if not self.enable_chunked_prefill and max_num_batched_tokens < longest:
+            if self.max_num_batched_tokens:
+                raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is below max_model_len={longest}: "
+                                 "without chunked prefill a whole prompt must fit in one step")
+            max_num_batched_tokens = longest
+        dtype = str(model.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
+        return replace(self, device=device, dtype=dtype,
+                       max_num_batched_tokens=max_num_batched_tokens,
+                       block_size=self.block_size or (256 if on_gpu else 16))

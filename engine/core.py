@@ -1,0 +1,114 @@
+"""One rank's engine: scheduler and runner in a loop that runs one step ahead of what the host knows.
+
+Every rank runs the same loop on the same requests. Between ranks and driver travel only new requests and aborts one way,
+and tokens the other way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from engine.batch import build_batch
+from engine.config import EngineConfig, ModelConfig
+from engine.kv_cache import BlockManager
+from engine.parallel.ranks import RankContext
+from engine.runner import Runner
+from engine.scheduler import Chunk, Scheduler
+from engine.sequence import Request, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreInfo:
+    """What the driver learns when a rank's engine is up."""
+
+    num_kv_blocks: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A token of a request, and how the request ended if it did with this token."""
+
+    request_id: int
+    token_id: int
+    finish_reason: str | None = None
+    num_cached_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What some steps brought. Every rank sends the digest, rank 0 the news."""
+
+    news: list[News]
+    digest: bytes
+    has_work: bool
+
+
+class EngineCore:
+    """Scheduler and runner of one rank."""
+
+    def __init__(self, runner: Runner, num_blocks: int) -> None:
+        config = runner.config
+        assert config.block_size is not None, "config must be resolved"
+        assert config.max_num_batched_tokens is not None, "config must be resolved"
+        self.runner = runner
+        self.block_size = config.block_size
+        blocks = BlockManager(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(blocks, max_num_seqs=config.max_num_seqs,
+                                   max_num_batched_tokens=config.max_num_batched_tokens,
+                                   enable_chunked_prefill=config.enable_chunked_prefill)
+        self.in_flight: tuple[list[Chunk], Tensor] | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self.in_flight is not None or self.scheduler.has_work
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        """Launch the next step, then take the tokens of the one before it: the device never waits for the host."""
+        chunks = self.scheduler.schedule()
+        launched = (chunks, self.runner.launch(build_batch(chunks, self.block_size))) if chunks else None
+        finished, self.in_flight = self.in_flight, launched
+        if finished is None:
+            if launched is None and self.scheduler.has_work:
+                raise RuntimeError(f"nothing can run: waiting={len(self.scheduler.waiting)}, "
+                                   f"free blocks={self.scheduler.blocks.num_free}")
+            return []
+        chunks, token_R = finished
+        return self.scheduler.commit(chunks, self.runner.collect(token_R))
+
+
+def start_core(rank: RankContext, folder: str | Path, model_config: ModelConfig, config: EngineConfig) -> CoreInfo:
+    """Job: load this rank's shards, make its cache, keep its engine in the rank's state."""
+    rank.phase = "load"
+    runner = Runner(folder, model_config, config, rank.tp, rank.device)
+    num_blocks = runner.make_cache()
+    core = EngineCore(runner, num_blocks)
+    rank.state["core"] = core
+    longest = config.max_model_len or model_config.max_position_embeddings
+    return CoreInfo(num_kv_blocks=num_blocks, max_model_len=min(longest, num_blocks * core.block_size))
+
+
+def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], num_steps: int) -> Progress:
+    """Job: take in requests and aborts, run up to ``num_steps`` steps, say what came out."""
+    rank.phase = "generate"
+    core: EngineCore = rank.state["core"]
+    for request in requests:
+        core.scheduler.add(Sequence.from_request(request))
+    for request_id in abort_ids:
+        core.scheduler.abort(request_id)
+    news: list[News] = []
+    for _ in range(num_steps):
+        if not core.has_work:
+            break
+        news.extend(
+            News(sequence.request.request_id, token_id, sequence.finish_reason, sequence.num_cached_prompt_tokens)
+            for sequence, token_id in core.step()
+        )
+    ids = array("q", [number for item in news for number in (item.request_id, item.token_id)])
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+    return Progress(news=news if rank.tp.rank == 0 else [], digest=digest, has_work=core.has_work)

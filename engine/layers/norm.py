@@ -1,0 +1,28 @@
+"""RMSNorm (Zhang and Sennrich 2019), with the residual addition before it where a layer has one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.kernels.rms_norm import add_rms_norm_torch, rms_norm_torch
+from engine.parallel.parameter import ShardParameter, replicated_loader
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension, computed in float32 (float64 for float64), rounded once.
+
+    x, residual   [T, hidden]    whole on every rank
+    weight        [hidden]       whole on every rank; no collective
+    """
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = ShardParameter((hidden_size,), dtype=dtype, device=device, weight_loader=replicated_loader)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the norm of ``x + residual`` and that sum, the residual of what follows."""
+        if residual is None:
+            return rms_norm_torch(x, self.weight, self.eps), x
+        return add_rms_norm_torch(x, residual, self.weight, self.eps)

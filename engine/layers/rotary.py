@@ -1,0 +1,25 @@
+"""RoPE's tables, as transformers computes them: they are part of a model's definition (design: the same on both sides)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Cosines and sines, ``[num_positions, head_dim / 2]`` float32, with the attention scaling of yarn multiplied in.
+
+    Methods: RoFormer (Su et al. 2021); linear scaling (Chen et al. 2023); yarn (Peng et al. 2023); llama3 (Llama 3.1 model
+    card). All but the first are transformers' own functions.
+    """
+    parameters = hf_config.rope_parameters
+    if parameters.get("rope_type", "default") == "default":
+        exponents_D = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        inv_freq_D, scaling = 1.0 / (parameters["rope_theta"] ** exponents_D), 1.0
+    else:
+        inv_freq_D, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, device=torch.device("cpu"))
+    angles_PD = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq_D.float()[None]
+    return (angles_PD.cos() * scaling).to(device), (angles_PD.sin() * scaling).to(device)

@@ -1,0 +1,44 @@
+"""Draws the next token of each row, the same one on every rank.
+
+A draw is a function of the logits and of (seed, position): no generator, no rank, no place in the batch. Temperature
+sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of logits / T plus noise from a counter-based generator.
+
+Shape suffixes: R = rows, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.batch import SamplingBatch
+from engine.kernels.philox import gumbel_argmax_torch
+
+
+def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
+    """Token ids ``[R]`` int64 from whole, unpadded logits."""
+    if sampling.banned_row_X.numel():
+        logits_RV = logits_RV.index_put((sampling.banned_row_X, sampling.banned_token_X), logits_RV.new_tensor(-torch.inf))
+    if sampling.filters:
+        logits_RV = filter_top_k_top_p(logits_RV, sampling.temperature_R, sampling.top_k_R, sampling.top_p_R)
+    _, token_R = gumbel_argmax_torch(logits_RV, sampling.temperature_R, sampling.seed_R, sampling.position_R)
+    return token_R
+
+
+def filter_top_k_top_p(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """Logits with -inf outside the top_k best, then outside the smallest set that holds top_p of the probability left.
+
+    The order, k before p and both after the temperature, is the one of Hugging Face and vLLM. Ties at a border go to the
+    lower token id.
+    """
+    order = logits_RV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    outside_k_RV = (top_k_R[:, None] > 0) & (rank_V >= top_k_R[:, None])
+    temperature_R1 = torch.where(temperature_R > 0, temperature_R, 1.0)[:, None]
+    scaled_RV = order.values.to(torch.promote_types(torch.float32, logits_RV.dtype)) / temperature_R1
+    probability_RV = scaled_RV.masked_fill(outside_k_RV, -torch.inf).softmax(dim=-1)
+    # A token stays if those before it do not reach top_p yet: the best one always does.
+    before_RV = probability_RV.cumsum(dim=-1) - probability_RV
+    outside_p_RV = (before_RV >= top_p_R[:, None]) & (top_p_R[:, None] < 1)
+    drop_RV = (outside_k_RV | outside_p_RV).index_fill(1, rank_V[:1], False)
+    return logits_RV.masked_fill(drop_RV.gather(1, order.indices.argsort(dim=-1)), -torch.inf)

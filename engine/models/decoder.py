@@ -1,0 +1,138 @@
+"""The decoder of the Llama family: Llama, Qwen2 and Qwen3 differ in biases and in the norm of queries and keys.
+
+Module names are Hugging Face's, so that activations can be compared by name; q/k/v and gate/up are fused.
+
+Shape suffixes: T = tokens, E = hidden size, R = rows whose logits are asked for, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.batch import StepBatch
+from engine.config import ModelConfig
+from engine.kernels.silu_mul import silu_mul_torch
+from engine.layers.attention import Attention, LayerCache, select_backend
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import rope_tables
+from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.parallel.group import TPGroup
+from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from engine.parallel.sharding import scale_range
+
+RopeTables = tuple[Tensor, Tensor]
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` (SwiGLU, Shazeer 2020): one all-reduce, in ``down_proj``."""
+
+    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        width, bias = config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, (width, width), bias=bias, tp=tp, dtype=dtype,
+                                                       device=device)
+        self.down_proj = RowParallelLinear(width, config.hidden_size, bias=bias, tp=tp, dtype=dtype, device=device)
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        y_TE: Tensor = self.down_proj(silu_mul_torch(self.gate_up_proj(x_TE)))
+        return y_TE
+
+
+class SelfAttention(nn.Module):
+    """Attention of this rank's heads: one all-reduce, in ``o_proj``."""
+
+    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
+                 attention_backend: str) -> None:
+        super().__init__()
+        head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, config.num_q_heads, config.num_kv_heads,
+                                          bias=config.qkv_bias, tp=tp, dtype=dtype, device=device)
+        heads = self.qkv_proj.heads
+        self.o_proj = RowParallelLinear(config.num_q_heads * head_dim, config.hidden_size, bias=config.o_bias, tp=tp,
+                                        dtype=dtype, device=device, input_range=scale_range(heads.q_heads, head_dim))
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
+        self.attn = Attention(heads, head_dim, backend=select_backend(attention_backend, heads, head_dim))
+
+    def forward(self, x_TE: Tensor, cache: LayerCache, batch: StepBatch, rope: RopeTables) -> Tensor:
+        y_TE: Tensor = self.o_proj(self.attn(self.qkv_proj(x_TE), cache, batch, rope, self.q_norm, self.k_norm))
+        return y_TE
+
+
+class DecoderLayer(nn.Module):
+    """Norm, attention, norm, MLP. The residual travels beside ``x``: each norm adds it and hands the sum on."""
+
+    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
+                 attention_backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.self_attn = SelfAttention(config, tp=tp, dtype=dtype, device=device, attention_backend=attention_backend)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = MLP(config, tp=tp, dtype=dtype, device=device)
+
+    def forward(self, x_TE: Tensor, residual_TE: Tensor | None, cache: LayerCache, batch: StepBatch,
+                rope: RopeTables) -> tuple[Tensor, Tensor]:
+        x_TE, residual_TE = self.input_layernorm(x_TE, residual_TE)
+        x_TE = self.self_attn(x_TE, cache, batch, rope)
+        x_TE, residual_TE = self.post_attention_layernorm(x_TE, residual_TE)
+        return self.mlp(x_TE), residual_TE
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
+                 attention_backend: str) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, tp=tp, dtype=dtype, device=device, attention_backend=attention_backend)
+            for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def forward(self, batch: StepBatch, caches: list[LayerCache], rope: RopeTables) -> Tensor:
+        x_TE, residual_TE = self.embed_tokens(batch.token_ids_T), None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x_TE, residual_TE = layer(x_TE, residual_TE, cache, batch, rope)
+        x_TE, _ = self.norm(x_TE, residual_TE)
+        return x_TE
+
+
+class DecoderForCausalLM(nn.Module):
+    """A decoder with its LM head."""
+
+    packed: ClassVar[Mapping[str, tuple[str, str | int]]] = {
+        "q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
+    }
+    """Checkpoint module -> (fused module, shard_id)."""
+
+    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
+                 max_model_len: int, attention_backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, tp=tp, dtype=dtype, device=device, attention_backend=attention_backend)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
+        if config.tie_word_embeddings:
+            self.lm_head.tie(self.model.embed_tokens)
+        self.rope = rope_tables(config.hf_config, config.head_dim, max_model_len, device=device)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Checkpoint names that are copies of another one."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+
+    def forward(self, batch: StepBatch, caches: list[LayerCache]) -> Tensor:
+        """Hidden states ``[T, E]`` of the step's tokens, after the final norm."""
+        hidden_TE: Tensor = self.model(batch, caches, self.rope)
+        return hidden_TE
+
+    def logits(self, hidden_RE: Tensor) -> Tensor:
+        """``[R, E] -> [R, V]``, whole and unpadded on every rank."""
+        logits_RV: Tensor = self.lm_head(hidden_RE)
+        return logits_RV

@@ -1,0 +1,80 @@
+"""One request's state: its tokens, its blocks, how far it has been computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What travels to the ranks: plain data, the same on each of them."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    """Key of the request's random numbers, below 2**63."""
+    max_tokens: int
+    """Most tokens to generate: the parameters' limit and the model's length, whichever is smaller."""
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way through the engine.
+
+    ``token_ids`` are the tokens the host knows. Steps are launched one ahead of the host, so up to two more may be *in
+    flight*: drawn, or being drawn, on the device and not read back yet. ``num_tokens`` counts them all.
+    """
+
+    request: Request
+    token_ids: list[int]
+    num_in_flight: int = 0
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache, or will be after the steps launched so far."""
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hash of each full block of known tokens."""
+    num_registered: int = 0
+    """Leading blocks that the prefix cache knows."""
+    row: int = -1
+    """Place in the device's per-sequence state while running, else -1."""
+    finish_reason: str | None = None
+    num_cached_prompt_tokens: int = 0
+    num_preemptions: int = 0
+
+    @classmethod
+    def from_request(cls, request: Request) -> Sequence:
+        return cls(request=request, token_ids=list(request.prompt_token_ids))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens drawn so far, those in flight included."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to run before the next one can be drawn; 0 when the last token allowed is already in flight."""
+        if self.num_generated >= self.request.max_tokens:
+            return 0
+        return self.num_tokens - self.num_computed
+
+    def append(self, token_id: int) -> None:
+        """Take a token that was in flight, and finish if it is the last one."""
+        self.num_in_flight -= 1
+        self.token_ids.append(token_id)
+        num_known = len(self.token_ids) - self.num_prompt_tokens
+        if token_id in self.request.stop_token_ids:
+            self.finish_reason = "stop"
+        elif num_known >= self.request.max_tokens:
+            self.finish_reason = "length"
