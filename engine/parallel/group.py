@@ -56,7 +56,9 @@ class TPGroup:
         ``x`` is overwritten on every fabric, so that code which keeps using it fails everywhere alike.
         """
         if x.dtype is torch.bool or x.is_complex():
-            raise ValueError(f"all_reduce sums numbers, got dtype={x.dtype}: convert it to integers or floats")
+            raise ValueError(
+                f"all_reduce sums numbers, got dtype={x.dtype}: convert it to integers or floats"
+            )
         self.log.enter("all_reduce", x.shape, x.dtype)
         x = self._all_reduce(x.contiguous())
         self.log.finish()
@@ -131,6 +133,16 @@ class _Meeting:
         self.arrived: dict[int, tuple[Collective, Any]] = {}
         self.answer: Any = None
         self.failure: Exception | None = None
+        self.left: dict[int, str] = {}
+
+    def leave(self, rank: int, reason: str) -> None:
+        with self.condition:
+            self.left[rank] = reason
+            self.condition.notify_all()
+
+    def rejoin(self) -> None:
+        with self.condition:
+            self.left.clear()
 
     def abort(self, reason: str) -> None:
         with self.condition:
@@ -166,6 +178,11 @@ class _Meeting:
                 return self.answer
             deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
             while self.round == round_ and self.failure is None:
+                gone = {r: why for r, why in self.left.items() if r not in self.arrived}
+                if gone:
+                    reasons = "; ".join(f"rank {r} left: {why}" for r, why in sorted(gone.items()))
+                    self._fail(CollectiveAborted(f"{record}: {reasons}"))
+                    break
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     missing = [r for r in range(self.size) if r not in self.arrived]
@@ -221,6 +238,14 @@ class ThreadGroup(TPGroup):
     def abort(self, reason: str = "the group was aborted") -> None:
         """Make every collective of the group, waiting or to come, raise CollectiveAborted. For good."""
         self._meeting.abort(reason)
+
+    def leave(self, reason: str) -> None:
+        """This rank failed: collectives that it has not entered raise CollectiveAborted on the others at once."""
+        self._meeting.leave(self.rank, reason)
+
+    def rejoin(self) -> None:
+        """All ranks that left are back. Only for when every rank has entered the same collectives."""
+        self._meeting.rejoin()
 
     def _meet(self, deposit: Any, work: Callable[[list[Any]], Any]) -> Any:
         record = self.log.last

@@ -1,0 +1,142 @@
+"""Ranks without processes: the calling thread alone, or threads that share one process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.parallel.channel import Kind, dumps, loads
+from engine.parallel.failures import RankReport
+from engine.parallel.group import SoloGroup, ThreadGroup
+from engine.parallel.rank_job import Job, RankContext, rank_error, report, run_job
+
+Deliver = Callable[[int, Kind, int, Any], None]
+"""Called with (rank, kind, job number, payload)."""
+
+
+class SoloPool:
+    """One rank in the calling thread. A job runs when its result is collected; arguments are not copied."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._context = RankContext(tp=SoloGroup(), device=device)
+        self._waiting: deque[tuple[int, Job, tuple[Any, ...]]] = deque()
+
+    def start(self) -> None:
+        self.send(0, _nothing, ())
+
+    def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
+        self._waiting.append((number, job, args))
+
+    def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
+        number, job, args = self._waiting.popleft()
+        context = self._context
+        context.send_event = lambda payload: deliver(0, Kind.EVENT, number, payload)
+        result, raised = run_job(context, job, args)
+        if raised is None:
+            deliver(0, Kind.DONE, number, (context.tp.log.snapshot(0), result))
+        else:
+            deliver(0, Kind.RAISED, number, (rank_error(context, raised), raised))
+
+    def inspect(self, ranks: list[int], timeout_s: float) -> dict[int, RankReport]:
+        return {}
+
+    def forgive(self) -> None:
+        """Nobody waits for a solo rank."""
+
+    def stop(self) -> None:
+        self.kill("")
+
+    def kill(self, reason: str) -> None:
+        self._waiting.clear()
+        self._context.state.clear()
+
+
+class ThreadPool:
+    """One thread a rank. Arguments are copied for each rank, as if sent; results are handed over as they are."""
+
+    def __init__(self, tp_size: int, device: torch.device, collective_timeout_s: float) -> None:
+        self._device = device
+        self._groups = ThreadGroup.create(tp_size, timeout_s=collective_timeout_s)
+        self._contexts = [RankContext(tp=group, device=device) for group in self._groups]
+        self._inboxes: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in self._groups]
+        self._outbox: queue.SimpleQueue[tuple[int, Kind, int, Any]] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._num_threads_before = torch.get_num_threads()
+
+    def start(self) -> None:
+        for rank in range(len(self._groups)):
+            thread = threading.Thread(target=self._live, args=(rank,), name=f"rank-{rank}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _live(self, rank: int) -> None:
+        # More threads inside each of several rank threads only get in each other's way.
+        torch.set_num_threads(1)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        context = self._contexts[rank]
+        self._outbox.put((rank, Kind.DONE, 0, (context.tp.log.snapshot(0), None)))
+        while (message := self._inboxes[rank].get()) is not None:
+            self._outbox.put((rank, *self._answer(context, *message)))
+            context.enter_phase("idle")
+
+    def _answer(self, context: RankContext, number: int, job: Job, packed: bytes) -> tuple[Kind, int, Any]:
+        rank = context.tp.rank
+        context.send_event = lambda payload: self._outbox.put((rank, Kind.EVENT, number, payload))
+        try:
+            context.enter_phase("receiving the job")
+            result, raised = run_job(context, job, loads(packed))
+        except BaseException as failure:
+            raised = failure
+        if raised is None:
+            return Kind.DONE, number, (context.tp.log.snapshot(0), result)
+        error = rank_error(context, raised)
+        # The others need not wait for this rank in collectives that it will never enter.
+        self._groups[rank].leave(error.summary)
+        return Kind.RAISED, number, (error, raised)
+
+    def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
+        packed = dumps(args)
+        for inbox in self._inboxes:
+            inbox.put((number, job, packed))
+
+    def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
+        try:
+            message = self._outbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        deliver(*message)
+
+    def inspect(self, ranks: list[int], timeout_s: float) -> dict[int, RankReport]:
+        return {rank: report(self._contexts[rank], [self._threads[rank].ident or 0]) for rank in ranks}
+
+    def forgive(self) -> None:
+        """All ranks are in step: those that left after an exception are back."""
+        self._groups[0].rejoin()
+
+    def stop(self) -> None:
+        self.kill("the ranks were closed")
+
+    def kill(self, reason: str) -> None:
+        """End the threads. One that hangs outside a collective can't be ended: it is left, as a daemon."""
+        self._groups[0].abort(reason)
+        for inbox in self._inboxes:
+            inbox.put(None)
+        deadline = time.monotonic() + 1.0
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads = []
+        for context in self._contexts:
+            context.state.clear()
+        # Threads started from now on would take over the ranks' setting: part of it is the whole process's.
+        torch.set_num_threads(self._num_threads_before)
+
+
+def _nothing(context: RankContext) -> None:
+    """The job that tells that a solo rank is there."""
