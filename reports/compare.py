@@ -1,0 +1,274 @@
+"""Baseline against candidate: what got slower, what broke, and whether the samples can tell at all."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from reports import metrics
+from reports.bootstrap import can_be_sure, interval_of_gain
+from reports.records import BenchRow, CheckRow, Report, RunInfo
+
+SpeedVerdict = Literal["slower", "too noisy", "faster", "same", "only in baseline", "only in candidate"]
+CheckVerdict = Literal[
+    "broken", "new finding", "worse error", "no longer compared", "still failing", "fixed", "now compared", "same",
+    "only in baseline", "only in candidate",
+]  # fmt: skip
+
+
+class UnlikeMachinesError(ValueError):
+    """Speeds of different machines or libraries were to be compared. ``differences``: field -> (baseline, candidate)."""
+
+    def __init__(self, differences: dict[str, tuple[str, str]]) -> None:
+        self.differences = differences
+        listed = "; ".join(f"{name}: {old} against {new}" for name, (old, new) in differences.items())
+        super().__init__(
+            f"speeds of unlike machines cannot be compared ({listed}); allow_unlike=True does it anyway"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedChange:
+    """One benchmark case and metric, before and after.
+
+    gain             how many times better the candidate's median is; above 1 is better, whatever the metric
+    low, high        bootstrap interval of ``gain``, widened for the number of rows compared
+    baseline_median, candidate_median  in the metric's unit, over ``baseline_rounds`` and ``candidate_rounds`` samples
+    """
+
+    workload: str
+    case: str
+    model: str
+    engine: str
+    dtype: str
+    fabric: str
+    tp_size: int
+    metric: str
+    verdict: SpeedVerdict
+    baseline_median: float | None = None
+    candidate_median: float | None = None
+    gain: float | None = None
+    low: float | None = None
+    high: float | None = None
+    baseline_rounds: int = 0
+    candidate_rounds: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckChange:
+    """One check and layout, before and after; ``message`` and ``replay`` are the candidate's."""
+
+    check: str
+    model: str
+    dtype: str
+    fabric: str
+    tp_size: int
+    verdict: CheckVerdict
+    baseline: str
+    candidate: str
+    baseline_error: float | None = None
+    candidate_error: float | None = None
+    message: str = ""
+    replay: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Everything that `compare` found. ``differences`` of the machines and ``switches`` are field -> (before, after).
+
+    ``confidence`` is for all rows together; ``gate`` says whether a slower row fails.
+    """
+
+    baseline: RunInfo
+    candidate: RunInfo
+    speeds: Sequence[SpeedChange]
+    checks: Sequence[CheckChange]
+    differences: dict[str, tuple[str, str]]
+    switches: dict[str, tuple[str, str]]
+    gate: bool
+    smallest_effect: float
+    confidence: float
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many rows of each verdict, speeds and checks together."""
+        return Counter(change.verdict for change in (*self.speeds, *self.checks))
+
+    @property
+    def regressions(self) -> list[SpeedChange | CheckChange]:
+        """The rows that fail this comparison: broken checks, new findings and, if ``gate``, slower rows."""
+        broken = [change for change in self.checks if change.verdict in ("broken", "new finding")]
+        return [*broken, *(change for change in self.speeds if self.gate and change.verdict == "slower")]
+
+    @property
+    def exit_code(self) -> int:
+        """0 fine, 1 a regression, 3 no row is in both reports, so that nothing was compared."""
+        if self.regressions:
+            return 1
+        alone = ("only in baseline", "only in candidate")
+        return 0 if any(change.verdict not in alone for change in (*self.speeds, *self.checks)) else 3
+
+
+def fingerprint(run: RunInfo) -> dict[str, str]:
+    """What must be equal for two speeds to be comparable: machine, GPUs, driver, torch, NCCL; the CPU without GPUs."""
+    machine = run.machine
+    gpus = Counter(gpu.name for gpu in machine.gpus)
+    print_ = {
+        "machine type": machine.type,
+        "GPUs": ", ".join(f"{count} × {name}" for name, count in sorted(gpus.items())) or "none",
+        "driver": ", ".join(sorted({gpu.driver for gpu in machine.gpus})) or "none",
+        "torch": run.versions.get("torch", "unknown"),
+        "NCCL": run.versions.get("nccl", "none"),
+    }
+    return print_ if machine.gpus else print_ | {"CPU": machine.cpu, "cores": str(machine.cores)}
+
+
+def compare(
+    baseline: Report,
+    candidate: Report,
+    *,
+    allow_unlike: bool = False,
+    gate: bool | None = None,
+    smallest_effect: float = 0.05,
+    confidence: float = 0.99,
+    error_spread: float = 0.25,
+    seed: int = 0,
+) -> Comparison:
+    """Hold ``candidate`` against ``baseline``, row by row.
+
+    allow_unlike     compare speeds although the machines' fingerprints differ
+    gate             whether a slower row fails; None means: on like machines with a GPU, where speeds repeat
+    smallest_effect  relative change of a median below which it does not matter
+    confidence       that no row is called slower or faster by chance, over all rows together (Bonferroni)
+    error_spread     growth of error_over_budget, in budgets, that counts as worse
+
+    Raises UnlikeMachinesError if speeds are to be compared and the machines differ; ValueError for settings out of range.
+    """
+    if not smallest_effect > 0 or not 0 < confidence < 1:
+        raise ValueError(f"{smallest_effect=} must be positive and {confidence=} between 0 and 1")
+    old, new = fingerprint(baseline.run), fingerprint(candidate.run)
+    differences = _differences(old, new)
+    if differences and not allow_unlike and baseline.benches and candidate.benches:
+        raise UnlikeMachinesError(differences)
+    if gate is None:
+        gate = bool(candidate.run.machine.gpus) and not differences
+    return Comparison(
+        baseline=baseline.run,
+        candidate=candidate.run,
+        speeds=_compare_speeds(baseline.benches, candidate.benches, smallest_effect, 1 - confidence, seed),
+        checks=_compare_checks(baseline.checks, candidate.checks, error_spread),
+        differences=differences,
+        switches=_differences(_texts(baseline.run.switches), _texts(candidate.run.switches)),
+        gate=gate,
+        smallest_effect=smallest_effect,
+        confidence=confidence,
+    )
+
+
+def _compare_speeds(
+    old_rows: Sequence[BenchRow], new_rows: Sequence[BenchRow], effect: float, error_rate: float, seed: int
+) -> list[SpeedChange]:
+    old = {(row.key, metric): (row, values) for row in old_rows for metric, values in row.samples.items()}
+    new = {(row.key, metric): (row, values) for row in new_rows for metric, values in row.samples.items()}
+    num_compared = len(old.keys() & new.keys())
+    changes = []
+    for key in dict.fromkeys((*old, *new)):
+        row, metric = (new.get(key) or old[key])[0], key[1]
+        before, after = (old[key][1] if key in old else []), (new[key][1] if key in new else [])
+        verdict: SpeedVerdict = "only in candidate" if not before else "only in baseline"
+        gain = low = high = None
+        if before and after:
+            better, worse = (after, before) if metrics.direction(metric) == "higher" else (before, after)
+            gain = float(np.median(better) / np.median(worse))
+            # Half of the error rate for either end, shared among all rows.
+            tail = error_rate / 2 / num_compared
+            low, high = interval_of_gain(better, worse, tail=tail, seed=seed)
+            sure = can_be_sure(len(before), len(after), tail=tail)
+            verdict = _speed_verdict(gain, low, high, effect) if sure else "too noisy"
+        changes.append(
+            SpeedChange(
+                **{
+                    name: getattr(row, name)
+                    for name in ("workload", "case", "model", "engine", "dtype", "fabric")
+                },
+                tp_size=row.tp_size,
+                metric=metric,
+                verdict=verdict,
+                baseline_median=float(np.median(before)) if before else None,
+                candidate_median=float(np.median(after)) if after else None,
+                gain=gain,
+                low=low,
+                high=high,
+                baseline_rounds=len(before),
+                candidate_rounds=len(after),
+            )
+        )
+    return changes
+
+
+def _speed_verdict(gain: float, low: float, high: float, effect: float) -> SpeedVerdict:
+    threshold = 1 + effect  # as a ratio, so that 1.05 times faster and 1.05 times slower are treated alike
+    if high < 1 and gain <= 1 / threshold:
+        return "slower"
+    if low > 1 and gain >= threshold:
+        return "faster"
+    return "same" if low > 1 / threshold and high < threshold else "too noisy"
+
+
+def _compare_checks(
+    old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], spread: float
+) -> list[CheckChange]:
+    old, new = {row.key: row for row in old_rows}, {row.key: row for row in new_rows}
+    changes = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        row = after or old[key]
+        changes.append(
+            CheckChange(
+                **{name: getattr(row, name) for name in ("check", "model", "dtype", "fabric")},
+                tp_size=row.tp_size,
+                verdict=_check_verdict(before, after, spread),
+                baseline=before.verdict if before else "",
+                candidate=after.verdict if after else "",
+                baseline_error=before.error_over_budget if before else None,
+                candidate_error=after.error_over_budget if after else None,
+                message=after.message if after else "",
+                replay=after.replay if after else None,
+            )
+        )
+    return changes
+
+
+def _check_verdict(old: CheckRow | None, new: CheckRow | None, spread: float) -> CheckVerdict:
+    if new is None:
+        return "only in baseline"
+    was, now = old.verdict if old else "absent", new.verdict
+    if now in ("finding", "error"):
+        if was == "pass":
+            return "broken"
+        if was in ("finding", "error"):
+            return "still failing"
+        return "new finding" if now == "finding" else ("only in candidate" if old is None else "same")
+    if old is None:
+        return "only in candidate"
+    if now == "skipped":
+        return "same" if was == "skipped" else "no longer compared"
+    if was != "pass":
+        return "now compared" if was == "skipped" else "fixed"
+    grown = (new.error_over_budget or 0.0) - (old.error_over_budget or 0.0)
+    return "worse error" if grown > spread and not math.isinf(grown) else "same"
+
+
+def _differences(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str, str]]:
+    names = dict.fromkeys((*old, *new))
+    pairs = {name: (old.get(name, "not set"), new.get(name, "not set")) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _texts(values: dict[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
