@@ -1,7 +1,5 @@
 """Causal attention over the paged cache in plain torch: the twin of the decode and the prefill kernel."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -9,9 +7,9 @@ import torch
 
 from engine.kernels.common import cdiv, compute_dtype
 
-# Shape suffixes: T = tokens, Q = query heads on this rank, N = KV heads on this rank, H = head dim, P = cache blocks,
-# B = slots in a block, S = sequences, A = sequences attended together (equal query length), I = their query length,
-# L = keys, G = query heads of one KV head
+# Shape suffixes: T = tokens, Q = query heads on this rank, N = KV heads on this rank, H = head dim,
+# P = cache blocks, B = slots in a block, S = sequences, A = sequences attended together (of equal query length),
+# I = their query length, i = a part of it, L = keys, G/g = query heads of one KV head
 
 _MAX_SCORES = 1 << 24  # elements of one score tensor: bounds memory, and keeps it near the CPU's caches
 
@@ -26,18 +24,18 @@ def paged_attention_torch(
     kv_of_q: torch.Tensor | Sequence[int],
     scale: float,
 ) -> torch.Tensor:
-    """Attention of ragged queries, any mix of prefill chunks and decode rows, to their sequences' cached keys.
+    """Causal attention of ragged queries, prefill chunks and decode rows mixed, to their sequences' cached keys.
 
     q_TQH          ``[T, Q, H]``; may be a strided view
     caches         ``[P, N, B, H]``; they already hold this step's keys and values
-    block_tables   ``[S, max_blocks]`` int32: each sequence's blocks in order; entries past its length are never read
+    block_tables   ``[S, max_blocks]`` int32: each sequence's blocks in order; entries past its length are not read
     cu_seqlens_q   ``[S + 1]``: sequence ``s`` owns the query rows ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]``
     context_lens   ``[S]``: keys of each sequence, this step's included; 0 marks a padding sequence
     kv_of_q        ``[Q]``: local KV head of each local query head
 
-    Query ``i`` of a sequence with ``n`` queries sits at absolute position ``context_len - n + i`` and sees the keys up
-    to itself. Scores and softmax are float32 (float64 for float64 queries), the result ``[T, Q, H]`` is rounded once to
-    the queries' dtype. Padding sequences and rows beyond ``cu_seqlens_q[S]`` come out as zeros.
+    Query ``i`` of a sequence with ``n`` queries sits at absolute position ``context_len - n + i`` and sees the
+    keys up to itself. Scores and softmax are float32 (float64 for float64 queries), the result ``[T, Q, H]`` is
+    rounded once to the queries' dtype. Padding sequences and rows from ``cu_seqlens_q[S]`` on come out as zeros.
     """
     starts, contexts, kv_heads = _as_ints(cu_seqlens_q), _as_ints(context_lens), _as_ints(kv_of_q)
     out_TQH = torch.zeros(q_TQH.shape, dtype=q_TQH.dtype, device=q_TQH.device)
@@ -79,11 +77,12 @@ def _gather(
     # A shorter sequence's row ends in entries that mean nothing and may lie outside the cache.
     num_blocks = torch.tensor([cdiv(contexts[s], block_size) for s in batch], device=blocks.device)
     blocks = blocks.masked_fill(torch.arange(blocks.shape[1], device=blocks.device) >= num_blocks[:, None], 0)
-    gathered = cache_PNBH.index_select(0, blocks.flatten()).view(len(batch), -1, num_heads, block_size, head_dim)
+    gathered = cache_PNBH.index_select(0, blocks.flatten())
+    gathered = gathered.view(len(batch), -1, num_heads, block_size, head_dim)
     keys_ANLH = gathered.transpose(1, 2).reshape(len(batch), num_heads, -1, head_dim)[:, :, :longest]
     lengths = torch.tensor([contexts[s] for s in batch], device=blocks.device)
     beyond_AL = torch.arange(longest, device=blocks.device) >= lengths[:, None]
-    # Free slots hold anything, NaN included, and 0 * NaN is NaN: a zero probability alone would not hide them.
+    # Free slots hold anything, NaN included, and a probability of zero does not hide it: 0 * NaN is NaN.
     return keys_ANLH.masked_fill(beyond_AL[:, None, :, None], 0.0)
 
 
@@ -115,7 +114,8 @@ def _attend(
         seen = num_keys - num_queries + start + count
         q_ANgH = q_AiQH.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [A, N, G * i, H]
         scores = (q_ANgH @ k_ANLH[:, :, :seen].transpose(2, 3)) * scale
-        positions_Ai = contexts_A[:, None] - num_queries + torch.arange(start, start + count, device=q_AIQH.device)
+        first_A = contexts_A - num_queries + start
+        positions_Ai = first_A[:, None] + torch.arange(count, device=q_AIQH.device)
         hidden_AiL = key_positions_L[:seen] > positions_Ai[:, :, None]
         scores = scores.unflatten(2, (group, count)).masked_fill(hidden_AiL[:, None, None], float("-inf"))
         values = scores.softmax(dim=-1).flatten(2, 3) @ v_ANLH[:, :, :seen]

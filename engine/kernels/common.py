@@ -1,6 +1,4 @@
-"""What all kernels share: Triton where it exists, a clear refusal where it does not, and the twins' arithmetic type."""
-
-from __future__ import annotations
+"""What all kernels share: Triton where it exists, a clear refusal where it does not, the twins' arithmetic."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +21,16 @@ except ImportError:  # macOS, or a CPU-only installation: the twins still work
 
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError(
-                f"kernel={self.name} needs Triton, which cannot be imported here: install triton (Linux only) or call "
-                f"the plain-torch twin, whose name ends in _torch"
+                f"kernel={self.name} needs Triton, which cannot be imported here: install triton (Linux only) "
+                f"or call the plain-torch twin, whose name ends in _torch"
             )
 
     triton = SimpleNamespace(jit=_KernelWithoutTriton)
     tl = SimpleNamespace(constexpr=Any)
 
-__all__ = ["HAVE_TRITON", "cdiv", "compute_dtype", "next_power_of_2", "tl", "triton"]
+__all__ = ["HAVE_TRITON", "cdiv", "check_kernel_inputs", "compute_dtype", "next_power_of_2", "tl", "triton"]
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -39,7 +39,7 @@ def cdiv(numerator: int, denominator: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``, for ``n >= 1``: Triton's tiles have such sides only."""
+    """The smallest power of two that is at least ``n``, for ``n >= 1``: Triton's tiles have no other sides."""
     return 1 << (n - 1).bit_length()
 
 
@@ -49,3 +49,18 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def check_kernel_inputs(**tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless every tensor has a dtype and a layout that the Triton kernels read."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _KERNEL_DTYPES:
+            raise ValueError(
+                f"{name}.dtype={tensor.dtype}: Triton kernels take bfloat16, float16 and float32; "
+                f"call the plain-torch twin (its name ends in _torch) for other types"
+            )
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name}.stride()={tensor.stride()}: kernels read rows whose elements are adjacent; "
+                f"pass a tensor whose last dimension is contiguous"
+            )

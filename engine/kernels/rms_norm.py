@@ -1,10 +1,74 @@
-"""RMSNorm (Zhang and Sennrich, 2019), alone and fused with the residual addition before it."""
+"""RMSNorm (Zhang and Sennrich, 2019), alone and fused with the residual addition before it.
 
-from __future__ import annotations
+Both compute ``x / rms(x) * weight`` in float32 and round once, at the end. The fused form normalises the *rounded*
+new residual, so that it gives the same bits as an addition followed by :func:`rms_norm`.
+"""
 
 import torch
 
-from engine.kernels.common import compute_dtype, next_power_of_2, tl, triton
+from engine.kernels.common import check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x, residual, weight, out, new_residual, x_stride, residual_stride, eps,
+    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One program per row. Outputs are contiguous; ``residual`` and ``new_residual`` are read only if ADD."""
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, D_PAD)
+    keep = dims < D
+    values = tl.load(x + row * x_stride + dims, mask=keep, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(residual + row * residual_stride + dims, mask=keep, other=0.0).to(tl.float32)
+        rounded = values.to(new_residual.dtype.element_ty)
+        tl.store(new_residual + row * D + dims, rounded, mask=keep)
+        values = rounded.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(values * values, axis=0) / D + eps)
+    scaled = values * inverse_rms * tl.load(weight + dims, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + row * D + dims, scaled.to(out.dtype.element_ty), mask=keep)
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = out if residual is None else torch.empty_like(out)
+    if x.numel() == 0:
+        return out, new_residual
+    dim = x.shape[-1]
+    x_rows = x.reshape(-1, dim)
+    residual_rows = x_rows if residual is None else residual.reshape(-1, dim)
+    check_kernel_inputs(x=x_rows, residual=residual_rows, weight=weight)
+    dim_padded = next_power_of_2(dim)
+    _rms_norm_kernel[(x_rows.shape[0],)](
+        x_rows, residual_rows, weight, out, new_residual, x_rows.stride(0), residual_rows.stride(0), eps,
+        dim, dim_padded, residual is not None,
+        num_warps=min(16, max(1, dim_padded // 512)),
+    )  # fmt: skip
+    return out, new_residual
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / sqrt(mean(x², last dim) + eps) * weight`` in float32, rounded once to ``x``'s dtype.
+
+    x        ``[..., D]``, rows may be strided
+    weight   ``[D]``, any of the kernels' dtypes
+
+    Every row is computed alike, whatever the others: the result is batch-invariant.
+    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32.
+    """
+    return _launch(x, None, weight, eps)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(rms_norm(s), s)`` for the new residual ``s = x + residual``, added in float32 and rounded to ``x``'s dtype.
+
+    Shapes as in :func:`rms_norm`; neither input is changed.
+    """
+    return _launch(x, residual, weight, eps)
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -18,6 +82,6 @@ def add_rms_norm_torch(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain-torch twin of :func:`add_rms_norm`; float64 input is computed in float64 throughout."""
-    # Adding two tensors of one dtype is float32 addition with one rounding for the 16-bit types: what the kernel does.
+    # torch adds two tensors of a 16-bit type in float32 and rounds once: what the kernel does.
     new_residual = x + residual
     return rms_norm_torch(new_residual, weight, eps), new_residual
