@@ -1,23 +1,22 @@
 """Checkpoints on disk: random ones, index-valued ones, and the way from a model's name to its folder.
 
-Both kinds of made-up checkpoint are Hugging Face folders (config.json and safetensors, in one file or
-several with an index), written from names and shapes alone: no model is ever built in memory.
+Both kinds of made-up checkpoint are Hugging Face folders (config.json and safetensors, in one file or several
+with an index), written from names and shapes alone: no model is ever built in memory.
 """
 
-import copy
 import json
 import math
-import re
 import zlib
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from huggingface_hub.errors import HFValidationError
 
-from reference.elements import CheckpointError, Element, ElementIndex, Shapes, checkpoint_shapes
+from reference.elements import CheckpointError, Element, ElementIndex, checkpoint_shapes
+from reference.smollm2 import fetch_smollm2
+from reference.writing import DTYPES, as_config, weight_shapes, write_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -25,50 +24,17 @@ __all__ = [
     "ElementIndex",
     "as_config",
     "checkpoint_shapes",
+    "fetch_smollm2",
     "index_checkpoint",
     "random_checkpoint",
+    "resolve",
     "weight_shapes",
     "write_checkpoint",
 ]
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-def as_config(config: Any) -> Any:
-    """A transformers config from one, or from a dict that names its ``model_type``.
-
-    Raises
-    ------
-    CheckpointError
-        ``config`` is a dict without ``model_type``, or of a type that transformers does not know.
-    """
-    if not isinstance(config, Mapping):
-        return copy.deepcopy(config)
-    values = dict(config)
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise CheckpointError(f"config={dict(config)} has no model_type; add one, such as model_type='llama'")
-    try:
-        return AutoConfig.for_model(model_type, **values)
-    except ValueError as unknown:
-        raise CheckpointError(f"model_type={model_type!r} is unknown to transformers") from unknown
-
-
-def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name.
-
-    Tied models have no ``lm_head.weight``: their checkpoints hold the embedding alone.
-    """
-    config = as_config(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    # remove_duplicate leaves out the second name of a tied tensor.
-    named = model.named_parameters(remove_duplicate=True)
-    return {name: tuple(weight.shape) for name, weight in sorted(named)}
+# Weights, config and tokenizer; nothing that is code, and nothing that runs code when it is opened.
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+REFUSED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
 
 
 def random_checkpoint(
@@ -135,63 +101,48 @@ def index_checkpoint(folder: str | Path, config: Any, *, max_shard_size: int | s
     return write_checkpoint(folder, config, shapes, values, dtype=index.dtype, max_shard_size=max_shard_size)
 
 
-def write_checkpoint(
-    folder: str | Path,
-    config: Any,
-    shapes: Shapes,
-    values: Callable[[str], torch.Tensor],
-    *,
-    dtype: str,
-    max_shard_size: int | str | None = None,
-) -> Path:
-    """Write config.json and ``values(name)`` for every name of ``shapes``, one file's tensors at a time."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {sorted(DTYPES)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if left := sorted(path.name for path in folder.glob("*.safetensors*")):
-        raise CheckpointError(f"folder={folder} already holds {', '.join(left)}; choose an empty one")
+def resolve(model: str | Path) -> Path:
+    """The folder of ``model``: "smollm2" (the real small model), a folder, or an id on the model hub.
 
-    files = _split(shapes, DTYPES[dtype].itemsize, _size_in_bytes(max_shard_size))
-    count = len(files)
-    file_names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    if count == 1:
-        file_names = ["model.safetensors"]
-    for file_name, names in zip(file_names, files, strict=True):
-        tensors = {name: values(name).contiguous() for name in names}
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-    if count > 1:
-        total_bytes = sum(map(math.prod, shapes.values())) * DTYPES[dtype].itemsize
-        weight_map = {name: file for file, names in zip(file_names, files, strict=True) for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    Only safetensors are taken, and no code that a model brings along is ever run.
 
-    config = as_config(config)
-    config.dtype = DTYPES[dtype]
-    with torch.device("meta"):
-        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
-    config.save_pretrained(folder)
+    Raises
+    ------
+    CheckpointError
+        There is no such model, it cannot be downloaded, or its folder is not whole; the message says more.
+    """
+    if str(model) == "smollm2":
+        return fetch_smollm2()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _checked(folder)
+    if isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"model={str(model)!r}: there is no such folder")
+    try:
+        # Of the top folder alone: some models keep a second copy of their weights further down.
+        snapshot = huggingface_hub.snapshot_download(
+            model, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
+        )
+    except (OSError, HFValidationError) as failure:
+        raise CheckpointError(
+            f"model={model!r} is no folder here, and as a model id it could not be downloaded "
+            f"({type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}). Without network: "
+            f"copy its config.json, *.safetensors and tokenizer files into a folder and pass that"
+        ) from failure
+    return _checked(Path(snapshot))
+
+
+def _checked(folder: Path) -> Path:
+    """``folder``, once it is seen to hold a config and all of its safetensors."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"folder={folder} holds no config.json; pass a Hugging Face model folder")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        needed = set(json.loads(index.read_text())["weight_map"].values())
+        if missing := sorted(name for name in needed if not (folder / name).is_file()):
+            raise CheckpointError(f"folder={folder}: {index.name} names {missing}, which are not there")
+    elif not list(folder.glob("*.safetensors")):
+        others = sorted(path.name for pattern in REFUSED_WEIGHTS for path in folder.glob(pattern))
+        held = f"; {', '.join(others)} is refused: convert it to safetensors" if others else ""
+        raise CheckpointError(f"folder={folder} holds no *.safetensors{held}")
     return folder
-
-
-def _split(shapes: Shapes, itemsize: int, max_bytes: float) -> list[list[str]]:
-    """Names by file, in order. A tensor above ``max_bytes`` has a file to itself."""
-    files: list[list[str]] = [[]]
-    room = max_bytes
-    for name, shape in shapes.items():
-        num_bytes = math.prod(shape) * itemsize
-        if files[-1] and num_bytes > room:
-            files.append([])
-            room = max_bytes
-        files[-1].append(name)
-        room -= num_bytes
-    return files
-
-
-def _size_in_bytes(size: int | str | None) -> float:
-    if size is None:
-        return math.inf
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(size), flags=re.IGNORECASE)
-    if not match:
-        raise ValueError(f"max_shard_size={size!r} is not a size; write bytes, or a number with KB, MB or GB")
-    return float(match[1]) * 10.0 ** (3 * " KMGT".index(match[2].upper() or " "))

@@ -1,0 +1,117 @@
+"""Writes Hugging Face folders from names, shapes and a function that gives a tensor's values."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from reference.elements import CheckpointError, Shapes
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def as_config(config: Any) -> Any:
+    """A transformers config from one, or from a dict that names its ``model_type``.
+
+    Raises
+    ------
+    CheckpointError
+        ``config`` is a dict without ``model_type``, or of a type that transformers does not know.
+    """
+    if not isinstance(config, Mapping):
+        return copy.deepcopy(config)
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise CheckpointError(f"config={dict(config)} has no model_type; add one, such as model_type='llama'")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except ValueError as unknown:
+        raise CheckpointError(f"model_type={model_type!r} is unknown to transformers") from unknown
+
+
+def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name.
+
+    Tied models have no ``lm_head.weight``: their checkpoints hold the embedding alone.
+    """
+    config = as_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # remove_duplicate leaves out the second name of a tied tensor.
+    named = model.named_parameters(remove_duplicate=True)
+    return {name: tuple(weight.shape) for name, weight in sorted(named)}
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: Any,
+    shapes: Shapes,
+    values: Callable[[str], torch.Tensor],
+    *,
+    dtype: str,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Write config.json and ``values(name)`` for every name of ``shapes``, one file's tensors at a time."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {sorted(DTYPES)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if left := sorted(path.name for path in folder.glob("*.safetensors*")):
+        raise CheckpointError(f"folder={folder} already holds {', '.join(left)}; choose an empty one")
+
+    files = _split(shapes, DTYPES[dtype].itemsize, _size_in_bytes(max_shard_size))
+    count = len(files)
+    file_names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        file_names = ["model.safetensors"]
+    for file_name, names in zip(file_names, files, strict=True):
+        tensors = {name: values(name).contiguous() for name in names}
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    if count > 1:
+        total_bytes = sum(map(math.prod, shapes.values())) * DTYPES[dtype].itemsize
+        weight_map = {name: file for file, names in zip(file_names, files, strict=True) for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    config = as_config(config)
+    config.dtype = DTYPES[dtype]
+    with torch.device("meta"):
+        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+    config.save_pretrained(folder)
+    return folder
+
+
+def _split(shapes: Shapes, itemsize: int, max_bytes: float) -> list[list[str]]:
+    """Names by file, in order. A tensor above ``max_bytes`` has a file to itself."""
+    files: list[list[str]] = [[]]
+    room = max_bytes
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * itemsize
+        if files[-1] and num_bytes > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append(name)
+        room -= num_bytes
+    return files
+
+
+def _size_in_bytes(size: int | str | None) -> float:
+    if size is None:
+        return math.inf
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", str(size), flags=re.IGNORECASE)
+    if not match:
+        raise ValueError(f"max_shard_size={size!r} is not a size; write bytes, or a number with KB, MB or GB")
+    return float(match[1]) * 10.0 ** (3 * " KMGT".index(match[2].upper() or " "))
