@@ -8,8 +8,8 @@ import torch
 from engine.kernels.common import cdiv, compute_dtype
 
 # Shape suffixes: T = tokens, Q = query heads on this rank, N = KV heads on this rank, H = head dim,
-# P = cache blocks, B = slots in a block, S = sequences, A = sequences attended together (of equal query length),
-# I = their query length, i = a part of it, L = keys, G/g = query heads of one KV head
+# P = cache blocks, B = slots in a block, S = sequences, A = sequences attended together (of equal query
+# length), I = their query length, i = a part of it, L = keys, G/g = query heads of one KV head
 
 _MAX_SCORES = 1 << 24  # elements of one score tensor: bounds memory, and keeps it near the CPU's caches
 
@@ -24,18 +24,19 @@ def paged_attention_torch(
     kv_of_q: torch.Tensor | Sequence[int],
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of ragged queries, prefill chunks and decode rows mixed, to their sequences' cached keys.
+    """Causal attention of ragged queries, prefill chunks and decode rows mixed, to the cached keys.
 
     q_TQH          ``[T, Q, H]``; may be a strided view
     caches         ``[P, N, B, H]``; they already hold this step's keys and values
-    block_tables   ``[S, max_blocks]`` int32: each sequence's blocks in order; entries past its length are not read
+    block_tables   ``[S, max_blocks]`` int32: a sequence's blocks in order; entries past its length are not read
     cu_seqlens_q   ``[S + 1]``: sequence ``s`` owns the query rows ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]``
     context_lens   ``[S]``: keys of each sequence, this step's included; 0 marks a padding sequence
     kv_of_q        ``[Q]``: local KV head of each local query head
 
-    Query ``i`` of a sequence with ``n`` queries sits at absolute position ``context_len - n + i`` and sees the
-    keys up to itself. Scores and softmax are float32 (float64 for float64 queries), the result ``[T, Q, H]`` is
-    rounded once to the queries' dtype. Padding sequences and rows from ``cu_seqlens_q[S]`` on come out as zeros.
+    Query ``i`` of a sequence with ``n`` queries sits at absolute position ``context_len - n + i`` and sees
+    the keys up to itself. Scores and softmax are float32 (float64 for float64 queries), the result
+    ``[T, Q, H]`` is rounded once to the queries' dtype. Padding sequences and rows from ``cu_seqlens_q[S]``
+    on come out as zeros.
     """
     starts, contexts, kv_heads = _as_ints(cu_seqlens_q), _as_ints(context_lens), _as_ints(kv_of_q)
     out_TQH = torch.zeros(q_TQH.shape, dtype=q_TQH.dtype, device=q_TQH.device)

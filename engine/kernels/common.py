@@ -1,4 +1,4 @@
-"""What all kernels share: Triton where it exists, a clear refusal where it does not, the twins' arithmetic."""
+"""What all kernels share: Triton where it exists, a clear refusal where not, the twins' arithmetic."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,8 @@ except ImportError:  # macOS, or a CPU-only installation: the twins still work
 
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError(
-                f"kernel={self.name} needs Triton, which cannot be imported here: install triton (Linux only) "
-                f"or call the plain-torch twin, whose name ends in _torch"
+                f"kernel={self.name} needs Triton, which cannot be imported here: install triton "
+                f"(Linux only) or call the plain-torch twin, whose name ends in _torch"
             )
 
     triton = SimpleNamespace(jit=_KernelWithoutTriton)
@@ -39,7 +39,7 @@ def cdiv(numerator: int, denominator: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least ``n``, for ``n >= 1``: Triton's tiles have no other sides."""
+    """The smallest power of two that is at least ``n >= 1``: the sides that Triton's tiles may have."""
     return 1 << (n - 1).bit_length()
 
 

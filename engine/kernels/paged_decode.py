@@ -1,10 +1,11 @@
 """Decode attention: one query token per sequence against its keys in the paged cache, split over the keys.
 
-One program per (KV head, sequence, split) reads that part of the cache once, for all query heads of the KV head
-together; where there are splits, a second kernel combines them (the split-KV scheme of FlashDecoding: Dao, Haziza,
-Massa and Sizov, 2023, on the online softmax of Milakov and Gimelshein, 2018).
+One program per (KV head, sequence, split) reads that part of the cache once, for all query heads of the KV
+head together; where there are splits, a second kernel combines them (the split-KV scheme of FlashDecoding:
+Dao, Haziza, Massa and Sizov, 2023, on the online softmax of Milakov and Gimelshein, 2018).
 
-Grids depend on shapes and on bounds known to the host, never on the lengths on the device: CUDA graphs can hold them.
+Grids depend on shapes and on bounds known to the host, never on the lengths on the device: CUDA graphs can
+hold them.
 """
 
 import math
@@ -25,7 +26,7 @@ _COMBINED_AT_ONCE = 16  # fixed, so that the order of summation does not depend 
 
 @triton.jit
 def _tokens_per_split(context, split_len, num_splits, TILE: tl.constexpr):
-    """Pinned to ``split_len``, or (0) the context's tiles spread evenly over the splits; at least one tile."""
+    """``split_len``, or where that is 0 the context's tiles spread evenly; at least one tile."""
     even = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
     return tl.where(split_len > 0, split_len, tl.maximum(even, TILE))
 
@@ -33,12 +34,13 @@ def _tokens_per_split(context, split_len, num_splits, TILE: tl.constexpr):
 @triton.jit
 def _decode_kernel(
     q, k_cache, v_cache, block_tables, context_lens, q_start, q_count, out, lse, scale_log2, split_len,
-    q_stride_s, q_stride_h, out_stride_s, out_stride_h, out_stride_x, lse_stride_s, lse_stride_h, table_stride,
+    q_stride_s, q_stride_h, out_stride_s, out_stride_h, out_stride_x,
+    lse_stride_s, lse_stride_h, table_stride,
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Without SPLIT ``out`` is the result; with it, float32 partial results, and ``lse`` their weights (log2)."""
+    """``out`` is the result; with SPLIT, float32 partial results and ``lse`` (log2) their weights."""
     kv_head = tl.program_id(0)
     seq = tl.program_id(1)
     split = tl.program_id(2)
@@ -109,7 +111,8 @@ def _decode_kernel(
 @triton.jit
 def _combine_kernel(
     partial, lse, context_lens, out, split_len, num_splits,
-    partial_stride_s, partial_stride_h, partial_stride_x, lse_stride_s, lse_stride_h, out_stride_s, out_stride_h,
+    partial_stride_s, partial_stride_h, partial_stride_x,
+    lse_stride_s, lse_stride_h, out_stride_s, out_stride_h,
     H: tl.constexpr, H_PAD: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per (query head, sequence): the weighted mean of its splits that hold keys."""
@@ -142,10 +145,10 @@ def _combine_kernel(
 
 
 def choose_splits(num_seqs: int, num_kv_heads: int, max_context: int, *, num_sms: int = 132) -> int:
-    """Splits that fill a GPU of ``num_sms`` multiprocessors: 1 for a large batch, up to 64 for a single sequence.
+    """Splits that fill ``num_sms`` multiprocessors: 1 for a large batch, up to 64 for one sequence.
 
-    A function of shapes and bounds alone, hence constant for a captured graph. No split is planned for fewer than
-    128 tokens of ``max_context``.
+    A function of shapes and bounds alone, hence constant for a captured graph. No split is planned for fewer
+    than 128 tokens of ``max_context``.
 
     >>> choose_splits(256, 8, 4096), choose_splits(1, 8, 32768), choose_splits(1, 8, 100)
     (1, 64, 1)
@@ -179,22 +182,22 @@ def paged_decode(
     caches           ``[P, N, B, H]``, both laid out alike, this step's token already stored
     block_tables     ``[S, max_blocks]`` int32; entries past a sequence's length are never read
     context_lens_S   ``[S]`` int32; 0 marks a padding sequence, whose result is zeros
-    q_start_N, q_count_N   ``[N]`` int32: KV head ``n`` serves the query heads ``start : start + count``, counts
-                     may differ; together they cover every query head
+    q_start_N, q_count_N   ``[N]`` int32: KV head ``n`` serves the query heads ``start : start + count``;
+                     counts may differ, together they cover every query head
     scale            factor on the scores, usually ``H ** -0.5``
     out_SQH          where to write (last dimension contiguous); allocated if None
     max_context      a bound on ``context_lens``, default ``max_blocks * B``; shapes the grid
-    max_group        a bound on ``q_count``; the default holds for any ``q_count`` but may pad more rows than needed
-    num_splits       programs that share one sequence's keys, by default :func:`choose_splits`; each sequence's tiles
-                     are spread evenly over them
-    split_len        instead: splits of so many tokens, a multiple of the tile, at absolute positions. The result's
-                     bits then do not depend on the batch, nor on ``max_context``
+    max_group        a bound on ``q_count``; the default holds for any but may pad more rows than needed
+    num_splits       programs that share one sequence's keys, by default :func:`choose_splits`; each
+                     sequence's tiles are spread evenly over them
+    split_len        instead: splits of so many tokens, a multiple of the tile, at absolute positions. The
+                     result's bits then do not depend on the batch, nor on ``max_context``
     tile, num_warps, num_stages   keys per inner step, and Triton's launch parameters
 
-    Scores, softmax and sums are float32; the probabilities are rounded to the cache's dtype before they meet the
-    values (not in float32), and the result ``[S, Q, H]`` once more.
-    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32, for caches laid out differently, and for
-    splits that do not fit together.
+    Scores, softmax and sums are float32; the probabilities are rounded to the cache's dtype before they meet
+    the values (not in float32), and the result ``[S, Q, H]`` once more.
+    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32, for caches laid out differently,
+    and for splits that do not fit together.
     """
     check_kernel_inputs(q=q_SQH)
     check_caches(k_cache_PNBH, v_cache_PNBH)
@@ -279,7 +282,8 @@ def paged_decode_torch(
     kv_of_q = [0] * q_SQH.shape[1]
     for kv_head, (start, count) in enumerate(zip(q_start_N.tolist(), q_count_N.tolist(), strict=True)):
         kv_of_q[start : start + count] = [kv_head] * count
+    cu_seqlens = range(q_SQH.shape[0] + 1)
     out = paged_attention_torch(
-        q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, range(q_SQH.shape[0] + 1), context_lens_S, kv_of_q, scale
+        q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, cu_seqlens, context_lens_S, kv_of_q, scale
     )
     return out if out_SQH is None else out_SQH.copy_(out)

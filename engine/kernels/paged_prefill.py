@@ -1,7 +1,7 @@
 """Prefill attention: ragged chunks of queries against their sequences' keys in the paged cache.
 
-FlashAttention-2's order of work (Dao, 2023): a program holds a tile of one head's queries and walks over the keys, first
-those that all its queries see, unmasked, then the diagonal.
+FlashAttention-2's order of work (Dao, 2023): a program holds a tile of one head's queries and walks over the
+keys, first those that all its queries see, unmasked, then the diagonal.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 
 from engine.kernels.attention_torch import paged_attention_torch
-from engine.kernels.common import cdiv, check_kernel_inputs, next_power_of_2, tl, triton
+from engine.kernels.common import check_kernel_inputs, next_power_of_2, tl, triton
 from engine.kernels.store_kv import check_caches
 
 # Shape suffixes: T = tokens, Q = query heads on this rank, N = KV heads on this rank, H = head dim,
@@ -31,22 +31,23 @@ def _attend_tile(
         k_at = k_head + block * STRIDE_P + at
         v_at = v_head + block * STRIDE_P + at
     else:
-        blocks = tl.load(table + (start + tile) // BLOCK_SIZE, mask=start + tile < context, other=0).to(tl.int64)
+        keep = start + tile < context
+        blocks = tl.load(table + (start + tile) // BLOCK_SIZE, mask=keep, other=0).to(tl.int64)
         at = (blocks * STRIDE_P + (start + tile) % BLOCK_SIZE * STRIDE_B)[:, None] + dims[None, :]
         k_at = k_head + at
         v_at = v_head + at
     if DIAGONAL:
         # Free slots hold anything, NaN included: they must come in as zeros, not only be masked out later.
-        keep = (start + tile < context)[:, None] & (dims < H)[None, :]
-        k = tl.load(k_at, mask=keep, other=0.0)
-        v = tl.load(v_at, mask=keep, other=0.0)
+        keep_kv = (start + tile < context)[:, None] & (dims < H)[None, :]
+        k = tl.load(k_at, mask=keep_kv, other=0.0)
+        v = tl.load(v_at, mask=keep_kv, other=0.0)
     elif H == H_PAD:
         k = tl.load(k_at)
         v = tl.load(v_at)
     else:
-        keep = (dims < H)[None, :]
-        k = tl.load(k_at, mask=keep, other=0.0)
-        v = tl.load(v_at, mask=keep, other=0.0)
+        keep_kv = (dims < H)[None, :]
+        k = tl.load(k_at, mask=keep_kv, other=0.0)
+        v = tl.load(v_at, mask=keep_kv, other=0.0)
     scores = tl.dot(q_rows, tl.trans(k), input_precision=PRECISION)
     if DIAGONAL:
         seen = (start + tile)[None, :] <= q_positions[:, None]
@@ -62,7 +63,8 @@ def _attend_tile(
 
 @triton.jit
 def _prefill_kernel(
-    q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, kv_of_q, out, scale_log2, num_seqs, num_tokens,
+    q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, kv_of_q, out,
+    scale_log2, num_seqs, num_tokens,
     q_stride_t, q_stride_h, out_stride_t, out_stride_h, table_stride,
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     H: tl.constexpr, H_PAD: tl.constexpr, TILE_Q: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -71,8 +73,8 @@ def _prefill_kernel(
     head = tl.program_id(0)
     # Backwards: a sequence's last tile sees the most keys, and long work is best begun first.
     q_tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    # Sequence s owns the tiles from cu_seqlens_q[s] // TILE_Q + s on. That is room for all its tiles and needs no
-    # table from the host. "Sequence" num_seqs is the padding after the last one.
+    # Sequence s owns the tiles from cu_seqlens_q[s] // TILE_Q + s on. That is room for all its tiles and
+    # needs no table from the host. "Sequence" num_seqs is the padding after the last one.
     low = 0
     high = num_seqs
     while low < high:
@@ -103,7 +105,7 @@ def _prefill_kernel(
     common = tl.where(context > 0, common, 0)
     end = tl.minimum(offset + first + TILE_Q, context)
 
-    table = block_tables + seq.to(tl.int64) * table_stride
+    table = block_tables + tl.cast(seq, tl.int64) * table_stride
     kv_head = tl.load(kv_of_q + head).to(tl.int64)
     k_head = k_cache + kv_head * STRIDE_N
     v_head = v_cache + kv_head * STRIDE_N
@@ -143,7 +145,7 @@ def paged_prefill(
     num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of ragged queries to their sequences' cached keys: a cached prefix and the chunk itself.
+    """Causal attention of ragged queries to their cached keys: a cached prefix and the chunk itself.
 
     q_TQH            ``[T, Q, H]``, strided views allowed
     caches           ``[P, N, B, H]``, both laid out alike; this step's keys and values are already stored
@@ -155,12 +157,12 @@ def paged_prefill(
     out_TQH          where to write (last dimension contiguous); allocated if None
     tile_q, tile, num_warps, num_stages   queries and keys per inner step, and Triton's launch parameters
 
-    Query ``i`` of a sequence with ``n`` queries sits at position ``context_len - n + i`` and sees the keys up to
-    itself. Padding sequences and rows from ``cu_seqlens_q[S]`` on come out as zeros. Rows of one query (decode)
-    are served too, at the price of a whole tile each. The grid depends on shapes alone.
+    Query ``i`` of a sequence with ``n`` queries sits at position ``context_len - n + i`` and sees the keys up
+    to itself. Padding sequences and rows from ``cu_seqlens_q[S]`` on come out as zeros. Rows of one query
+    (decode) are served too, at the price of a whole tile each. The grid depends on shapes alone.
 
-    Precision as in ``paged_decode``. Raises ``ValueError`` for dtypes other than bfloat16, float16, float32, for
-    caches laid out differently and for a scale that is not positive.
+    Precision as in ``paged_decode``. Raises ``ValueError`` for dtypes other than bfloat16, float16, float32,
+    for caches laid out differently and for a scale that is not positive.
     """
     check_kernel_inputs(q=q_TQH)
     check_caches(k_cache_PNBH, v_cache_PNBH)

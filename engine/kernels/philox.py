@@ -1,8 +1,8 @@
 """Counter-based random numbers and Gumbel-max sampling on them.
 
-Philox4x32-10 is from Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11). A draw is
-a pure function of (seed, position, column): it does not depend on the batch, on the rank or on how the vocabulary
-is sharded, and there is no generator state that ranks could disagree on.
+Philox4x32-10 is from Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11). A
+draw is a pure function of (seed, position, column): it does not depend on the batch, on the rank or on how
+the vocabulary is sharded, and there is no generator state that ranks could disagree on.
 """
 
 import torch
@@ -48,9 +48,9 @@ def philox_uniform(
 ) -> torch.Tensor:
     """Uniform float32 ``[R, num]`` in the open interval (0, 1), for the columns ``start : start + num``.
 
-    Column ``v`` is word ``v % 4`` of Philox with counter ``(v // 4, position low, position high, stream)`` and
-    the 64-bit seed as key (low word first). ``seed_R`` and ``position_R`` are int64; negative ones count as their
-    two's complement. The upper 23 bits ``n`` of a word give ``(2 n + 1) / 2^24``: exact in float32, never 0 or 1.
+    Column ``v`` is word ``v % 4`` of Philox with counter ``(v // 4, position low, position high, stream)``
+    and the 64-bit seed as key (low word first). ``seed_R`` and ``position_R`` are int64; negative ones count
+    as their two's complement. The upper 23 bits ``n`` of a word give ``(2 n + 1) / 2^24``: exact in float32.
 
     Plain torch, on any device; :func:`philox_uniform_triton` gives the same bits.
     """
@@ -107,9 +107,10 @@ def philox_uniform_triton(
 
 @triton.jit
 def _gumbel_chunk_kernel(
-    logits, temperature, seed, position, values, indices, row_stride, num_columns, vocab_start, COUNTERS: tl.constexpr
-):
-    """One program per row and chunk of 4 * COUNTERS columns, aligned to whole counters of the full vocabulary."""
+    logits, temperature, seed, position, values, indices, row_stride, num_columns, vocab_start,
+    COUNTERS: tl.constexpr,
+):  # fmt: skip
+    """One program per row and chunk of 4 * COUNTERS columns, aligned to the full vocabulary's counters."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     counters = vocab_start // 4 + chunk * COUNTERS + tl.arange(0, COUNTERS)
@@ -152,22 +153,24 @@ def gumbel_argmax(
     position_R: torch.Tensor,
     vocab_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sample of ``softmax(logits / temperature)`` per row by the Gumbel-max trick; greedy at temperature 0.
+    """One sample of ``softmax(logits / temperature)`` per row by the Gumbel-max trick; temperature 0 is greedy.
 
-    logits_RV       ``[R, V]``: this rank's columns of the vocabulary, from ``vocab_start`` on; -inf masks padding
+    logits_RV       ``[R, V]``: this rank's columns of the vocabulary, from ``vocab_start``; -inf masks padding
     temperature_R   ``[R]`` float32; 0 takes the largest logit itself
     seed_R, position_R   ``[R]`` int64: the request's seed and the sampled token's position
 
-    Returns ``(value [R] float32, index [R] int64)``: the largest ``logit / temperature + noise`` (the largest logit
-    in greedy rows) and its index in the whole vocabulary; of equal values, the lowest index. The noise of a column
-    depends on seed, position and its index in the whole vocabulary alone, hence the best of all ranks' pairs is what
-    one rank would have found. A NaN counts as +inf, so that it is seen and its index is a valid one.
+    Returns ``(value [R] float32, index [R] int64)``: the largest ``logit / temperature + noise`` (the largest
+    logit in greedy rows) and its index in the whole vocabulary; of equal values, the lowest index. The noise
+    of a column depends on seed, position and its index in the whole vocabulary alone, hence the best of all
+    ranks' pairs is what one rank would have found. A NaN counts as +inf, so that it is seen and its index is
+    a valid one.
+
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for rows without columns.
     """
     check_kernel_inputs(logits=logits_RV)
     num_rows, num_columns = logits_RV.shape
     if num_columns == 0:
-        raise ValueError("logits have 0 columns: there is nothing to choose from; give every rank a vocabulary shard")
+        raise ValueError(f"logits {num_rows}x0: nothing to choose from; give every rank a vocabulary shard")
     device = logits_RV.device
     values = torch.empty(num_rows, dtype=torch.float32, device=device)
     indices = torch.empty(num_rows, dtype=torch.int64, device=device)

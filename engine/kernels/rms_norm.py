@@ -1,7 +1,7 @@
 """RMSNorm (Zhang and Sennrich, 2019), alone and fused with the residual addition before it.
 
-Both compute ``x / rms(x) * weight`` in float32 and round once, at the end. The fused form normalises the *rounded*
-new residual, so that it gives the same bits as an addition followed by :func:`rms_norm`.
+Both compute ``x / rms(x) * weight`` in float32 and round once, at the end. The fused form normalises the
+*rounded* new residual, so that it gives the same bits as an addition followed by :func:`rms_norm`.
 """
 
 import torch
@@ -64,7 +64,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(rms_norm(s), s)`` for the new residual ``s = x + residual``, added in float32 and rounded to ``x``'s dtype.
+    """``(rms_norm(s), s)`` for the new residual ``s = x + residual``: a float32 sum rounded to the dtype.
 
     Shapes as in :func:`rms_norm`; neither input is changed.
     """

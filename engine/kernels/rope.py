@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021), with the optional per-head RMSNorm of queries and keys before it.
+"""Rotary position embedding (Su et al., 2021), with an optional per-head RMSNorm before it.
 
 Rotation is by halves, as Hugging Face's ``rotate_half`` does it: element ``i`` pairs with
 ``i + rotary_dim / 2``. Where the tables have fewer than ``head_dim / 2`` columns, the elements from
@@ -58,7 +58,8 @@ def _norm_and_rotate(
 
 @triton.jit
 def _rope_kernel(
-    q, k, v, q_out, k_out, v_out, slot_mapping, positions, cos_table, sin_table, q_norm_weight, k_norm_weight, eps,
+    q, k, v, q_out, k_out, v_out, slot_mapping, positions, cos_table, sin_table,
+    q_norm_weight, k_norm_weight, eps,
     q_stride_t, q_stride_n, k_stride_t, k_stride_n, v_stride_t, v_stride_n,
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
@@ -67,7 +68,7 @@ def _rope_kernel(
 ):  # fmt: skip
     """One program per token and group of HEADS heads: the query heads' groups first, then the KV heads'.
 
-    With STORE, ``k_out`` and ``v_out`` are the caches, else ``k_out`` is ``[T, N, H]`` and values are left alone.
+    With STORE, ``k_out`` and ``v_out`` are the caches; else ``k_out`` is ``[T, N, H]``, and no values.
     """
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -145,6 +146,7 @@ def _launch(
         num_q_heads, num_kv_heads, head_dim, next_power_of_2(head_dim),
         half, next_power_of_2(half), next_power_of_2(rest) if rest else 0, heads,
         q_norm_weight_H is not None, k_norm_weight_H is not None, store,
+        num_warps=max(1, heads * next_power_of_2(half) // 256),
     )  # fmt: skip
     return q_out
 
@@ -165,7 +167,7 @@ def apply_rope(
     positions_T    ``[T]`` int32 or int64, each within ``[0, M)`` (padding tokens: 0)
     tables         ``[M, rotary_dim / 2]`` float32, contiguous
 
-    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for tables wider than ``H / 2``.
+    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for wider tables.
     """
     k_out = torch.empty(k_TNH.shape, dtype=k_TNH.dtype, device=k_TNH.device)
     q_out = _launch(
@@ -187,14 +189,14 @@ def rope_store_kv(
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """:func:`apply_rope` and ``store_kv`` in one pass over the fused projection; returns the queries ``[T, N, H]``.
+    """Norm, rotation and cache write in one pass over the fused projection; returns queries ``[T, N, H]``.
 
-    qkv_TC   ``[T, (num_q_heads + 2 * num_kv_heads) * H]``: query heads, key heads, value heads; rows may be strided
+    qkv_TC   ``[T, (num_q_heads + 2 * num_kv_heads) * H]``: queries, keys, values; rows may be strided
     others   as in :func:`apply_rope` and :func:`engine.kernels.store_kv.store_kv`; the number of KV heads and
              ``H`` are the caches'
 
-    Tokens with slot -1 get queries and leave the caches alone. Raises ``ValueError`` as those two do, and when the
-    columns fit no number of query heads.
+    Tokens with slot -1 get queries and leave the caches alone. Raises ``ValueError`` as those two do, and
+    when the columns fit no number of query heads.
     """
     check_caches(k_cache_PNBH, v_cache_PNBH)
     q, k, v = _split_heads(qkv_TC, k_cache_PNBH)
@@ -214,7 +216,7 @@ def apply_rope_torch(
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain-torch twin of :func:`apply_rope`; float64 input is computed in float64, from the tables' values."""
+    """Plain-torch twin of :func:`apply_rope`; float64 input is computed in float64."""
     dtype = compute_dtype(q_TNH)
     positions_T = positions_T.long()
     cos_T1R = cos_table_MR[positions_T].unsqueeze(1).to(dtype)
@@ -270,8 +272,8 @@ def _split_heads(
     num_heads, rest = divmod(qkv_TC.shape[1], head_dim)
     if rest or num_heads <= 2 * num_kv_heads:
         raise ValueError(
-            f"qkv columns={qkv_TC.shape[1]} must be (num_q_heads + 2 * num_kv_heads) * head_dim with at least "
-            f"one query head, for num_kv_heads={num_kv_heads} and head_dim={head_dim} of the cache: pass the "
+            f"qkv columns={qkv_TC.shape[1]} must be (num_q_heads + 2 * num_kv_heads) * head_dim with at "
+            f"least one query head, for num_kv_heads={num_kv_heads} and head_dim={head_dim} of the cache: pass the "
             f"whole output of the fused projection"
         )
     heads = qkv_TC.unflatten(1, (num_heads, head_dim))

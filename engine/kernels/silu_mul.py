@@ -32,7 +32,7 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
     if out_TI.numel():
         tile = min(_MAX_TILE, next_power_of_2(intermediate))
         _silu_mul_kernel[(num_tokens, cdiv(intermediate, tile))](
-            gate_up_TG, out_TI, gate_up_TG.stride(0), intermediate, tile
+            gate_up_TG, out_TI, gate_up_TG.stride(0), intermediate, tile, num_warps=max(1, tile // 256)
         )
     return out_TI
 
