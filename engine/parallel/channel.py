@@ -1,7 +1,7 @@
 """Frames over a socket between the driver and one rank, by value: nothing is left in shared memory.
 
-The driver never blocks on a rank: its ``Channel`` takes what is there and keeps what does not fit, so a rank that
-is stopped in the middle of a frame cannot hold up a deadline. A rank has one driver and simply blocks.
+The driver never blocks on a rank: its ``Channel`` takes what is there and keeps what does not fit, so a rank
+that is stopped in the middle of a frame can't hold up a deadline. A rank has one driver and simply blocks.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class _Pickler(pickle.Pickler):
         with torch.no_grad():
             moved = obj.detach().cpu() if obj.device.type != "cpu" else obj.detach().clone()
         moved.requires_grad_(obj.requires_grad)
-        return moved.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return moved.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle ``value``. Plain pickle on purpose: multiprocessing's pickler would put tensors in shared memory."""
+    """Pickle ``value``. Not with multiprocessing's pickler: it would put tensors in shared memory."""
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return buffer.getvalue()

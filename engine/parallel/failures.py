@@ -12,8 +12,8 @@ from typing import Literal
 from engine.parallel.collective_log import LogSnapshot, compare_logs, name_ranks
 from engine.parallel.group import CollectiveAborted
 
-# What a rank says that only saw another one go: sockets closed on it (gloo, the store), or NCCL's words for the
-# same. A time-out belongs here too: that rank waited for one that did not come.
+# What a rank says that only saw another one go: sockets closed on it (gloo, the store), or NCCL's words for
+# the same. A time-out belongs here too: that rank waited for one that did not come.
 _SAW_ANOTHER_FAIL = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|timed out waiting|socket (closed|timeout)"
     r"|ncclremoteerror|remote process exited|communicator was aborted|failed to (recv|send), got 0 bytes",
@@ -107,7 +107,7 @@ def _rebuild(
     return RankFailure(job, failures, tp_size=tp_size, fabric=fabric, divergence=divergence, reason=reason)
 
 
-def error_from_exception(rank: int, phase: str, failure: BaseException, log: LogSnapshot) -> RankError:
+def error_from_exception(rank: int, phase: str, failure: BaseException, log: LogSnapshot | None) -> RankError:
     """A rank's exception as plain data. Frames of the rank's own machinery are cut off at the top."""
     trace = failure.__traceback__
     while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_name == "run_job":

@@ -65,7 +65,7 @@ class TPGroup:
         return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
-        """Every rank's ``x``, concatenated along ``dim`` in rank order. Shape and dtype are equal on all ranks."""
+        """Every rank's ``x``, concatenated along ``dim`` in rank order. All have one shape and dtype."""
         if not -x.ndim <= dim < x.ndim:
             raise ValueError(f"dim={dim} is not a dimension of a tensor of shape {tuple(x.shape)}")
         dim %= x.ndim
@@ -240,7 +240,7 @@ class ThreadGroup(TPGroup):
         self._meeting.abort(reason)
 
     def leave(self, reason: str) -> None:
-        """This rank failed: collectives that it has not entered raise CollectiveAborted on the others at once."""
+        """This rank failed: collectives that it has not entered abort at once on the others."""
         self._meeting.leave(self.rank, reason)
 
     def rejoin(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from engine.parallel.channel import dumps
 from engine.parallel.failures import RankError, RankReport, error_from_exception
 from engine.parallel.group import TPGroup
 
@@ -63,15 +64,26 @@ def job_name(job: Job) -> str:
     return getattr(job, "__qualname__", None) or type(getattr(job, "func", job)).__qualname__
 
 
+def pack_job(job: Job, args: tuple[Any, ...], *, with_job: bool = True) -> bytes:
+    """(job, args) as bytes, or the args alone. TypeError when they can't be sent."""
+    try:
+        return dumps((job, args) if with_job else args)
+    except Exception as failure:
+        raise TypeError(
+            f"job {job_name(job)!r} or its arguments can't be sent to the ranks "
+            f"({type(failure).__name__}: {failure}): use a function that can be imported, and plain arguments"
+        ) from failure
+
+
 def run_job(context: RankContext, job: Job, args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
     """(result, None), or (None, what the job raised).
 
-    What test frameworks raise to fail or skip is no ``Exception``, so all is caught but what ends the program.
+    What test frameworks raise to fail or to skip is no ``Exception``, so all is caught but Ctrl-C.
     """
     context.enter_phase(job_name(job))
     try:
         return job(context, *args), None
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as failure:
         return None, failure

@@ -1,4 +1,4 @@
-"""The life of one rank that is a process: join the group, run jobs in order, answer its driver, leave with it.
+"""The life of one rank that is a process: join the group, run jobs in order, leave with the driver.
 
 Three sockets lead to the driver. ``jobs``: jobs in, events and answers out. ``control``: a thread of its own
 answers questions even while a job hangs, and takes the process down when the driver is gone. ``dumps``: where
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import os
 import select
 import signal
 import socket
 import threading
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from engine.parallel.channel import Kind, dumps, loads, receive_frame, send_frame
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.failures import error_from_exception
-from engine.parallel.group import ProcessTPGroup
 from engine.parallel.rank_job import RankContext, rank_error, report, run_job
+from engine.parallel.rendezvous import join_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,17 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
     ).start()
     torch.set_num_threads(setup.num_threads)
     try:
-        context = RankContext(tp=_join_group(setup), device=torch.device(setup.device))
+        device = torch.device(setup.device)
+        group = join_group(
+            rank=setup.rank,
+            tp_size=setup.tp_size,
+            backend=setup.backend,
+            device=device,
+            store_port=setup.store_port,
+            start_timeout_s=setup.start_timeout_s,
+            collective_timeout_s=setup.collective_timeout_s,
+        )
+        context = RankContext(tp=group, device=device)
     except Exception as failure:
         error = error_from_exception(setup.rank, "start", failure, LogSnapshot(0, 0))
         send_frame(jobs, Kind.RAISED, 0, dumps(error))
@@ -72,42 +82,25 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
         with send_lock:  # a job may emit from threads of its own
             send_frame(jobs, kind, number, body)
 
+    def emit(number: int, payload: Any) -> None:
+        send(Kind.EVENT, number, dumps(payload))
+
+    def tell_phase(number: int, phase: str) -> None:
+        send(Kind.PHASE, number, phase.encode())
+
     try:
         send(Kind.DONE, 0, dumps((context.tp.log.snapshot(0), dumps(None))))
         while (frame := receive_frame(jobs)).kind is Kind.JOB:
-            context.send_event = lambda payload, number=frame.number: send(Kind.EVENT, number, dumps(payload))
-            context.send_phase = lambda phase, number=frame.number: send(Kind.PHASE, number, phase.encode())
+            number = frame.number
+            context.send_event = functools.partial(emit, number)
+            context.send_phase = functools.partial(tell_phase, number)
             kind, body = _answer(context, frame.body)
-            send(kind, frame.number, body)
+            send(kind, number, body)
             context.enter_phase("idle")
     except (EOFError, OSError):
         os._exit(1)  # the driver is gone: nobody is left to tell
     context.state.clear()
     dist.destroy_process_group()
-
-
-def _join_group(setup: RankSetup) -> ProcessTPGroup:
-    # The driver holds the store, so it outlives every rank and goes with the driver.
-    store = dist.TCPStore(
-        "127.0.0.1", setup.store_port, is_master=False, timeout=timedelta(seconds=setup.start_timeout_s)
-    )
-    device = torch.device(setup.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        # gloo looks up the host's own name otherwise, which not every machine can resolve.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        setup.backend,
-        store=store,
-        rank=setup.rank,
-        world_size=setup.tp_size,
-        timeout=timedelta(seconds=setup.collective_timeout_s),
-        device_id=device if device.type == "cuda" else None,
-    )
-    group = dist.group.WORLD
-    assert group is not None, "the group exists after init_process_group"
-    return ProcessTPGroup(group, device)
 
 
 def _answer(context: RankContext, body: bytes | bytearray) -> tuple[Kind, bytes]:
@@ -117,6 +110,8 @@ def _answer(context: RankContext, body: bytes | bytearray) -> tuple[Kind, bytes]
     except Exception as failure:
         return Kind.RAISED, dumps(rank_error(context, failure))
     result, raised = run_job(context, job, args)
+    if isinstance(raised, SystemExit):
+        raise raised  # the process ends with the code that the job asked for, and the driver sees that
     if raised is None:
         context.enter_phase("sending the result")
         try:
@@ -126,10 +121,10 @@ def _answer(context: RankContext, body: bytes | bytearray) -> tuple[Kind, bytes]
     return Kind.RAISED, dumps(rank_error(context, raised))
 
 
-def _serve_control(control: socket.socket, driver_pid: int, box: list[Any]) -> None:
+def _serve_control(control: socket.socket, driver_pid: int, box: list[RankContext]) -> None:
     poller = select.poll()
     poller.register(control, select.POLLIN)
-    # A process that the driver forked may hold the sockets open after the driver's death, so watch that as well.
+    # A process that the driver forked may hold the sockets open after the driver's death: watch that too.
     with contextlib.suppress(AttributeError, OSError):
         poller.register(os.pidfd_open(driver_pid), select.POLLIN)
     while True:

@@ -6,18 +6,16 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from engine.parallel.channel import Kind, dumps, loads
+from engine.parallel.channel import Kind, loads
 from engine.parallel.failures import RankReport
 from engine.parallel.group import SoloGroup, ThreadGroup
-from engine.parallel.rank_job import Job, RankContext, rank_error, report, run_job
-
-Deliver = Callable[[int, Kind, int, Any], None]
-"""Called with (rank, kind, job number, payload)."""
+from engine.parallel.pool import Deliver
+from engine.parallel.rank_job import Job, RankContext, pack_job, rank_error, report, run_job
 
 
 class SoloPool:
@@ -43,7 +41,9 @@ class SoloPool:
         else:
             deliver(0, Kind.RAISED, number, (rank_error(context, raised), raised))
 
-    def inspect(self, ranks: list[int], timeout_s: float) -> dict[int, RankReport]:
+    def inspect(
+        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
+    ) -> dict[int, RankReport]:
         return {}
 
     def forgive(self) -> None:
@@ -58,7 +58,7 @@ class SoloPool:
 
 
 class ThreadPool:
-    """One thread a rank. Arguments are copied for each rank, as if sent; results are handed over as they are."""
+    """One thread a rank. Each gets copies of the arguments, as if sent; results are handed over uncopied."""
 
     def __init__(self, tp_size: int, device: torch.device, collective_timeout_s: float) -> None:
         self._device = device
@@ -102,7 +102,7 @@ class ThreadPool:
         return Kind.RAISED, number, (error, raised)
 
     def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
-        packed = dumps(args)
+        packed = pack_job(job, args, with_job=False)
         for inbox in self._inboxes:
             inbox.put((number, job, packed))
 
@@ -113,7 +113,9 @@ class ThreadPool:
             return
         deliver(*message)
 
-    def inspect(self, ranks: list[int], timeout_s: float) -> dict[int, RankReport]:
+    def inspect(
+        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
+    ) -> dict[int, RankReport]:
         return {rank: report(self._contexts[rank], [self._threads[rank].ident or 0]) for rank in ranks}
 
     def forgive(self) -> None:

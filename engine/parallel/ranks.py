@@ -1,16 +1,16 @@
 """Start, feed, watch and stop live ranks: the one place of the engine that owns processes.
 
-``Ranks`` keeps tp_size ranks alive and runs jobs on them. What a rank is depends on the fabric: the calling thread
-(``solo``), threads (``threads``), or processes joined by gloo on the CPU or NCCL on GPUs. Every wait covers all
-ranks at once, has a deadline where one was given, and sees a rank's death at once.
+``Ranks`` keeps tp_size ranks alive and runs jobs on them. What a rank is depends on the fabric: the calling
+thread (``solo``), threads (``threads``), or processes joined by gloo on the CPU or NCCL on GPUs. Every wait
+covers all ranks at once, has a deadline where one was given, and sees a rank's death at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import multiprocessing
+import multiprocessing.context
 import os
 import selectors
 import signal
@@ -18,47 +18,31 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
 from engine.parallel import rank_process
-from engine.parallel.channel import Channel, Frame, Kind, dumps, loads
-from engine.parallel.collective_log import LogSnapshot
+from engine.parallel.channel import Channel, Kind, loads
 from engine.parallel.fabric import Fabric, choose_fabric
-from engine.parallel.failures import (
-    RankError,
-    RankFailure,
-    RankReport,
-    describe_exit,
-    error_from_exception,
-    make_failure,
-    stuck_error,
-)
-from engine.parallel.rank_job import Job, RankContext, job_name
+from engine.parallel.failures import RankError, RankFailure, RankReport, describe_exit
+from engine.parallel.links import Link, open_frame
+from engine.parallel.pending_job import OnEvent, PendingJob
+from engine.parallel.pool import Deliver, Pool
+from engine.parallel.rank_job import Job, RankContext, job_name, pack_job
 from engine.parallel.rank_process import RankSetup
-from engine.parallel.rank_threads import Deliver, SoloPool, ThreadPool
+from engine.parallel.rank_threads import SoloPool, ThreadPool
+from engine.parallel.rendezvous import make_store
 
 __all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "Ticket"]
 
-OnEvent = Callable[[int, Any], None]
-
 _GRACE_S = 2.0  # after the first failure: how long the other ranks get to finish or fail by themselves
+_FIRST_CHECK_S = 0.25  # after the first answer: when to look whether others wait for that rank in vain
+_DUMP_S = 0.3  # how long faulthandler gets to write the stacks of a rank that does not answer
 _INSPECT_S = 1.5  # how long ranks get to say where they are, before they are killed
-
-
-class _Pool(Protocol):
-    def start(self) -> None: ...
-    def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None: ...
-    def poll(self, deliver: Deliver, timeout_s: float | None) -> None: ...
-    def inspect(self, ranks: list[int], timeout_s: float) -> dict[int, RankReport]: ...
-    def forgive(self) -> None: ...
-    def stop(self) -> None: ...
-    def kill(self, reason: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +53,19 @@ class Ticket:
     job: str
 
 
-@dataclass(slots=True)
-class _Running:
-    """A job under way: what each rank has answered so far."""
-
-    name: str
-    on_event: OnEvent | None
-    results: dict[int, Any] = field(default_factory=dict)
-    errors: dict[int, RankError] = field(default_factory=dict)
-    logs: dict[int, LogSnapshot] = field(default_factory=dict)
-    cause: BaseException | None = None  # the exception itself, where the rank shares our process
-    failed_at: float = math.inf
-
-
 class Ranks:
     """tp_size live ranks. A context manager; ``close`` leaves no process, port or thread behind.
 
     tp_size               number of ranks, at least 1
-    fabric                ``solo`` (tp_size 1 only), ``threads``, ``gloo``, ``nccl``; ``auto``: solo for one rank, on
-                          the CPU gloo, on CUDA nccl if there are enough GPUs and threads on one GPU otherwise
+    fabric                ``solo`` (tp_size 1 only), ``threads``, ``gloo``, ``nccl``; ``auto``: solo for one
+                          rank, on the CPU gloo, on CUDA nccl if there are enough GPUs, else threads on one
     device                ``cpu`` or ``cuda``; with nccl, rank i gets ``cuda:i``
     start_timeout_s       how long all ranks together may take to start
     collective_timeout_s  how long one collective may wait for a rank before it fails
     auto_restart          whether ``run`` on ranks that broke starts new ones instead of raising
 
-    Process ranks take their jobs' arguments and give their results by value (pickled; tensors arrive on the CPU).
-    Thread ranks get copies of the arguments too; a solo rank gets the arguments themselves.
+    Process ranks take arguments and give results by value (pickled; tensors arrive on the CPU). Thread ranks get
+    copies of the arguments too; a solo rank gets the arguments themselves. One thread at a time may drive ranks.
 
     A script that makes process ranks must have ``if __name__ == "__main__":`` around what it runs, as with
     multiprocessing.
@@ -104,7 +75,7 @@ class Ranks:
         self,
         tp_size: int,
         *,
-        fabric: Fabric = "auto",
+        fabric: Fabric | str = "auto",
         device: str | torch.device = "cpu",
         start_timeout_s: float = 120.0,
         collective_timeout_s: float = 600.0,
@@ -116,9 +87,10 @@ class Ranks:
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._numbers = itertools.count(1)
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, PendingJob] = {}
         self._closed = False
         self._broken_by: str | None = None
+        self._dead: dict[int, RankError] = {}
         self._start()
 
     def __enter__(self) -> Ranks:
@@ -141,8 +113,9 @@ class Ranks:
     ) -> list[Any]:
         """``job(context, *args)`` on every rank; the results in rank order.
 
-        Raises RankFailure when the job did not succeed on every rank within ``timeout_s``. After that the ranks
-        stay usable only if each of them answered and all stand at the same collective; ``healthy`` says so.
+        Raises RankFailure when the job did not succeed on every rank within ``timeout_s``. After that the
+        ranks stay usable only if all of them answered and are at the same collective; ``healthy`` says so.
+        A job that can't be sent is a TypeError, and harms nothing.
         """
         return self.collect(self.submit(job, *args, on_event=on_event), timeout_s=timeout_s)
 
@@ -156,25 +129,22 @@ class Ranks:
             self.restart()
         number = next(self._numbers)
         self._pool.send(number, job, args)
-        self._running[number] = _Running(name=job_name(job), on_event=on_event)
-        return Ticket(number, self._running[number].name)
+        self._expect(number, job_name(job), on_event)
+        return Ticket(number, job_name(job))
 
     def collect(self, ticket: Ticket, timeout_s: float | None = None) -> list[Any]:
         """Wait for a submitted job; the results in rank order. Raises as ``run`` does."""
         if ticket.number not in self._running:
-            raise ValueError(
-                f"ticket={ticket} was collected before, or belongs to ranks that broke or were restarted"
-            )
+            why = f": {self._broken_by}" if self._broken_by else ""
+            raise RuntimeError(f"{ticket} was collected before, or was lost with the ranks it ran on{why}")
+        job = self._running[ticket.number]
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         try:
-            job = self._wait(ticket.number, deadline)
-            if job.errors or len(job.results) < self.tp_size:
-                late = (
-                    f"no answer within timeout_s={timeout_s:g}"
-                    if timeout_s is not None and not job.errors
-                    else ""
-                )
-                raise self._settle(job, late) from job.cause
+            reason = self._wait(job, deadline)
+            if not job.succeeded:
+                if timeout_s is not None and not job.errors and not reason:
+                    reason = f"no answer within timeout_s={timeout_s:g}"
+                raise self._settle(job, reason) from job.cause
         except RankFailure:
             raise
         except BaseException as failure:
@@ -208,8 +178,9 @@ class Ranks:
         self._pool = self._make_pool()
         # Must not know self, or self would never be collected. Runs at exit too.
         self._finalizer = weakref.finalize(self, self._pool.kill, "the ranks were never closed")
+        self._dead = {}
         # Starting is job 0: each rank answers it once it has joined the group.
-        self._running[0] = _Running(name="start", on_event=None)
+        self._expect(0, "start", None)
         try:
             self._pool.start()
             self.collect(Ticket(0, "start"), timeout_s=self._start_timeout_s)
@@ -217,7 +188,7 @@ class Ranks:
             self._break(f"{type(failure).__name__} while starting")
             raise
 
-    def _make_pool(self) -> _Pool:
+    def _make_pool(self) -> Pool:
         if self.fabric == "solo":
             return SoloPool(self.device)
         if self.fabric == "threads":
@@ -235,66 +206,50 @@ class Ranks:
         self._pool.kill(reason)
         self._finalizer.detach()
 
-    def _wait(self, number: int, deadline: float) -> _Running:
-        """Until every rank answered, the deadline, or some time after the first failure."""
-        job = self._running[number]
-        while len(job.results) + len(job.errors) < self.tp_size:
-            left = min(deadline, job.failed_at + _GRACE_S) - time.monotonic()
-            if left <= 0:
-                break
-            self._pool.poll(self._deliver, None if left == math.inf else left)
-        return job
+    def _expect(self, number: int, name: str, on_event: OnEvent | None) -> None:
+        job = self._running[number] = PendingJob(name=name, tp_size=self.tp_size, on_event=on_event)
+        for rank, death in self._dead.items():
+            job.deliver(rank, Kind.DIED, death)
 
     def _deliver(self, rank: int, kind: Kind, number: int, payload: Any) -> None:
         if kind is Kind.DIED:
+            self._dead[rank] = payload
             for job in self._running.values():  # whichever it was in, it will finish none of them
-                if rank not in job.results and rank not in job.errors:
-                    job.errors[rank] = replace(payload, phase=payload.phase or job.name)
-                    job.failed_at = min(job.failed_at, time.monotonic())
-            return
-        known = self._running.get(number)
-        if known is None:
-            return
-        if kind is Kind.EVENT:
-            if known.on_event is not None:
-                known.on_event(rank, payload)
-        elif kind is Kind.DONE:
-            known.logs[rank], known.results[rank] = payload
-        elif kind is Kind.RAISED:
-            error, raised = payload
-            known.errors[rank] = error
-            known.logs[rank] = error.log
-            known.cause = known.cause or raised
-            known.failed_at = min(known.failed_at, time.monotonic())
+                job.deliver(rank, kind, payload)
+        elif number in self._running:
+            self._running[number].deliver(rank, kind, payload)
 
-    def _settle(self, job: _Running, reason: str) -> RankFailure:
+    def _wait(self, job: PendingJob, deadline: float) -> str:
+        """Until all ranks answered, the deadline, or until the rest won't answer. Returns why it gave up."""
+        next_check, pause = math.inf, _FIRST_CHECK_S
+        while job.unanswered:
+            now = time.monotonic()
+            limit = min(deadline, job.failed_at + _GRACE_S)
+            if now >= limit:
+                break
+            if next_check == math.inf and job.answered_at < math.inf:
+                next_check = now + pause
+            if now >= next_check:
+                # A rank may wait in a collective for one that is done: no need to wait for a deadline then.
+                pause *= 2
+                next_check = now + pause
+                if len(self._running) == 1:
+                    reports = self._pool.inspect(job.unanswered, _FIRST_CHECK_S, self._deliver)
+                    if job.waits_in_vain(reports):
+                        return "" if job.errors else "a rank is done while others wait for it"
+                continue
+            left = min(limit, next_check) - now
+            self._pool.poll(self._deliver, None if left == math.inf else left)
+        return ""
+
+    def _settle(self, job: PendingJob, reason: str) -> RankFailure:
         """Find out what happened to every rank, and end the ranks unless all are surely in step."""
-        answered = job.results.keys() | job.errors.keys()
-        alive = [
-            rank for rank in range(self.tp_size) if rank not in job.errors or job.errors[rank].kind != "died"
-        ]
-        in_step = (
-            len(self._running) == 1
-            and len(answered) == len(alive) == self.tp_size
-            and len({log.entered for log in job.logs.values()}) == 1
-            and not any(log.inside for log in job.logs.values())
-        )
-        if in_step:
+        if job.in_step and not self._dead and len(self._running) == 1:
             self._pool.forgive()
-            return make_failure(
-                job.name, job.errors, job.logs, tp_size=self.tp_size, fabric=self.fabric, reason=reason
-            )
-        reports = self._pool.inspect([rank for rank in alive if rank not in job.errors], _INSPECT_S)
-        logs = {rank: error.log for rank, error in job.errors.items() if error.log is not None}
-        for rank in alive:
-            report = reports.get(rank)
-            if report is not None and report.log is not None:
-                logs[rank] = report.log
-            if rank not in answered:
-                job.errors[rank] = stuck_error(rank, job.name, report)
-        failure = make_failure(
-            job.name, job.errors, logs, tp_size=self.tp_size, fabric=self.fabric, reason=reason
-        )
+            return job.failure({}, fabric=self.fabric, reason=reason)
+        alive = [rank for rank in range(self.tp_size) if rank not in self._dead and rank not in job.errors]
+        reports = self._pool.inspect(alive, _INSPECT_S, self._deliver, insist=True)
+        failure = job.failure(reports, fabric=self.fabric, reason=reason)
         self._break(str(failure).split("\n\n", 1)[0])
         return failure
 
@@ -310,9 +265,9 @@ class _ProcessPool:
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
         self._owner_pid = os.getpid()
-        self._links: list[_Link] = []
+        self._links: list[Link] = []
         self._selector = selectors.DefaultSelector()
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
 
     def start(self) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -320,9 +275,12 @@ class _ProcessPool:
                 "this script starts ranks while it is imported by a rank that it started: "
                 'put what it runs under `if __name__ == "__main__":`'
             )
-        self._store = _make_store(self._start_timeout_s)
-        context = multiprocessing.get_context("spawn" if self._backend == "nccl" else "forkserver")
-        if self._backend != "nccl":
+        self._store = make_store(self._start_timeout_s)
+        context: multiprocessing.context.SpawnContext | multiprocessing.context.ForkServerContext
+        if self._backend == "nccl":
+            context = multiprocessing.get_context("spawn")
+        else:
+            context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(_preload())
         for rank in range(self._tp_size):
             setup = RankSetup(
@@ -334,7 +292,7 @@ class _ProcessPool:
                 driver_pid=self._owner_pid,
                 start_timeout_s=self._start_timeout_s,
                 collective_timeout_s=self._collective_timeout_s,
-                num_threads=max(1, len(os.sched_getaffinity(0)) // self._tp_size),
+                num_threads=max(1, torch.get_num_threads() // self._tp_size),
                 environ=dict(os.environ),
             )
             jobs, control, dump = (socket.socketpair() for _ in range(3))
@@ -342,7 +300,7 @@ class _ProcessPool:
             process = context.Process(
                 target=rank_process.main, args=(setup, *theirs), name=f"rank-{rank}", daemon=True
             )
-            link = _Link(rank, process, Channel(jobs[0]), Channel(control[0]), dump[0])
+            link = Link(rank, process, Channel(jobs[0]), Channel(control[0]), dump[0])
             self._links.append(link)
             try:
                 process.start()
@@ -354,7 +312,7 @@ class _ProcessPool:
             self._selector.register(process.sentinel, selectors.EVENT_READ, (link, None))
 
     def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
-        body = dumps((job, args))
+        body = pack_job(job, args)
         for link in self._links:
             link.jobs.send(Kind.JOB, number, body)
             self._watch_unsent(link)
@@ -371,12 +329,12 @@ class _ProcessPool:
             if mask & selectors.EVENT_READ:
                 self._read(link, channel, deliver)
 
-    def _watch_unsent(self, link: _Link) -> None:
+    def _watch_unsent(self, link: Link) -> None:
         if not link.jobs.closed:
             wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.jobs.has_unsent else 0)
             self._selector.modify(link.jobs, wanted, (link, link.jobs))
 
-    def _read(self, link: _Link, channel: Channel, deliver: Deliver) -> None:
+    def _read(self, link: Link, channel: Channel, deliver: Deliver) -> None:
         for frame in channel.receive():
             if frame.kind is Kind.REPORT:
                 link.report = loads(frame.body) if frame.body else None
@@ -385,11 +343,11 @@ class _ProcessPool:
             else:
                 if frame.kind is not Kind.EVENT:
                     link.phase = ""
-                deliver(link.rank, *_open_frame(link.rank, frame))
+                deliver(link.rank, *open_frame(link.rank, frame))
         if channel.closed:
             self._selector.unregister(channel)
 
-    def _bury(self, link: _Link, deliver: Deliver) -> None:
+    def _bury(self, link: Link, deliver: Deliver) -> None:
         """Read what the dead rank still said, then tell how it ended."""
         self._selector.unregister(link.process.sentinel)
         if not link.jobs.closed:
@@ -404,19 +362,22 @@ class _ProcessPool:
         )
         deliver(link.rank, Kind.DIED, 0, error)
 
-    def inspect(self, ranks: list[int], timeout_s: float) -> dict[int, RankReport]:
-        asked = [self._links[rank] for rank in ranks if self._links[rank].process.is_alive()]
+    def inspect(
+        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
+    ) -> dict[int, RankReport]:
+        asked = [self._links[rank] for rank in ranks]
         for link in asked:
             link.report = None
             link.control.send(Kind.INSPECT)
         deadline = time.monotonic() + timeout_s
-        while any(link.report is None for link in asked) and (left := deadline - time.monotonic()) > 0:
-            self.poll(_ignore, left)
-        silent = [link for link in asked if link.report is None and link.process.is_alive()]
-        for link in silent:  # its control thread can't run: something holds the interpreter, or it is stopped
+        while any(link.waits_for_report for link in asked) and (left := deadline - time.monotonic()) > 0:
+            self.poll(deliver, left)
+        # Where the control thread can't run, something holds the interpreter, or the process is stopped.
+        silent = [link for link in asked if insist and link.waits_for_report]
+        for link in silent:
             os.kill(link.pid, signal.SIGUSR1)
         if silent:
-            time.sleep(0.3)
+            time.sleep(_DUMP_S)
         for link in silent:
             link.report = RankReport(phase=link.phase, stacks=link.read_dump(), log=None)
         return {link.rank: link.report for link in asked if link.report is not None}
@@ -435,86 +396,17 @@ class _ProcessPool:
         """End all ranks at once and give back every socket and the port."""
         if os.getpid() != self._owner_pid:
             return  # a fork of the driver exits: the ranks are not its own
-        links, self._links = self._links, []
-        for link in links:
-            if link.pid and link.process.is_alive():
-                link.process.kill()
-        for link in links:
+        for link in self._links:
+            link.kill()
+        for link in self._links:
             link.close()
+        self._links = []
         self._selector.close()
         self._store = None
 
 
-@dataclass(slots=True)
-class _Link:
-    """The driver's hold on one rank."""
-
-    rank: int
-    process: Any
-    jobs: Channel
-    control: Channel
-    dump: socket.socket
-    phase: str = ""
-    report: RankReport | None = None
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid or 0
-
-    def read_dump(self) -> str:
-        """What faulthandler wrote since the last time."""
-        self.dump.setblocking(False)
-        parts = []
-        with contextlib.suppress(OSError):
-            while part := self.dump.recv(1 << 16):
-                parts.append(part)
-        return b"".join(parts).decode(errors="replace")
-
-    def close(self) -> None:
-        if self.pid:
-            self.process.join(5.0)
-            if self.process.exitcode is not None:
-                self.process.close()
-        self.jobs.close()
-        self.control.close()
-        self.dump.close()
-
-
-def _ignore(rank: int, kind: Kind, number: int, payload: Any) -> None:
-    """For messages that come too late to matter."""
-
-
-def _open_frame(rank: int, frame: Frame) -> tuple[Kind, int, Any]:
-    """A rank's frame as (kind, job number, payload). What can't be unpickled here is the rank's failure."""
-    try:
-        payload = loads(frame.body)
-        if frame.kind is Kind.RAISED:
-            return frame.kind, frame.number, (payload, None)
-        if frame.kind is Kind.DONE:
-            log, result = payload
-            return frame.kind, frame.number, (log, loads(result))
-        return frame.kind, frame.number, payload
-    except Exception as failure:
-        error = error_from_exception(rank, "receiving the result", failure, LogSnapshot(0, 0))
-        return Kind.RAISED, frame.number, (error, None)
-
-
-def _make_store(timeout_s: float) -> dist.TCPStore:
-    """A store for the rendezvous, on a port of the system's choice that only this machine can reach."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        "127.0.0.1",
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=listener.detach(),
-    )
-
-
 def _preload() -> list[str]:
-    """What the fork server loads once for all ranks. It takes effect only when the server is not running yet."""
+    """What the fork server loads once for all ranks, unless someone started it before."""
     names = ["torch", "torch.distributed", "engine.parallel.rank_process"]
     main_spec = getattr(sys.modules["__main__"], "__spec__", None)
     if main_spec is not None and main_spec.parent:

@@ -1,0 +1,72 @@
+"""The driver's hold on one rank that is a process."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from engine.parallel.channel import Channel, Frame, Kind, loads
+from engine.parallel.collective_log import LogSnapshot
+from engine.parallel.failures import RankReport, error_from_exception
+
+
+@dataclass(slots=True)
+class Link:
+    """The driver's hold on one rank."""
+
+    rank: int
+    process: Any
+    jobs: Channel
+    control: Channel
+    dump: socket.socket
+    phase: str = ""
+    report: RankReport | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
+
+    @property
+    def waits_for_report(self) -> bool:
+        return self.report is None and not self.control.closed
+
+    def read_dump(self) -> str:
+        """What faulthandler wrote since the last time."""
+        self.dump.setblocking(False)
+        parts = []
+        with contextlib.suppress(OSError):
+            while part := self.dump.recv(1 << 16):
+                parts.append(part)
+        return b"".join(parts).decode(errors="replace")
+
+    def kill(self) -> None:
+        if self.pid and self.process.is_alive():
+            self.process.kill()
+
+    def close(self) -> None:
+        """Give back the sockets of a rank that was ended."""
+        if self.pid:
+            self.process.join(5.0)
+            if self.process.exitcode is not None:
+                self.process.close()
+        self.jobs.close()
+        self.control.close()
+        self.dump.close()
+
+
+def open_frame(rank: int, frame: Frame) -> tuple[Kind, int, Any]:
+    """A rank's frame as (kind, job number, payload). What can't be unpickled here is the rank's failure."""
+    log: LogSnapshot | None = None
+    try:
+        payload = loads(frame.body)
+        if frame.kind is Kind.RAISED:
+            return frame.kind, frame.number, (payload, None)
+        if frame.kind is Kind.DONE:
+            log, result = payload
+            return frame.kind, frame.number, (log, loads(result))
+        return frame.kind, frame.number, payload
+    except Exception as failure:
+        error = error_from_exception(rank, f"receiving {frame.kind.name} here", failure, log)
+        return Kind.RAISED, frame.number, (error, None)
