@@ -19,7 +19,7 @@ _MOST_RESAMPLES = 500_000
 def interval_of_gain(
     better: Sequence[float], worse: Sequence[float], *, tail: float, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap interval of ``median(better) / median(worse)`` with ``tail`` of probability beyond either end.
+    """Bootstrap interval of ``median(better) / median(worse)``: ``tail`` of probability beyond either end.
 
     Percentile bootstrap (Efron 1979), each side resampled on its own. Samples must be positive. The same
     samples and seed give the same interval.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +15,19 @@ from reports.records import BenchRow, CheckRow, Report, RunInfo
 
 SpeedVerdict = Literal["slower", "too noisy", "faster", "same", "only in baseline", "only in candidate"]
 CheckVerdict = Literal[
-    "broken", "new finding", "worse error", "no longer compared", "still failing", "fixed", "now compared", "same",
-    "only in baseline", "only in candidate",
+    "broken", "new finding", "worse error", "no longer compared", "still failing", "fixed", "now compared",
+    "same", "only in baseline", "only in candidate",
 ]  # fmt: skip
 
 
 class UnlikeMachinesError(ValueError):
-    """Speeds of different machines or libraries were to be compared. ``differences``: field -> (baseline, candidate)."""
+    """Speeds of unlike machines were to be compared. ``differences``: field -> (baseline, candidate)."""
 
     def __init__(self, differences: dict[str, tuple[str, str]]) -> None:
         self.differences = differences
         listed = "; ".join(f"{name}: {old} against {new}" for name, (old, new) in differences.items())
-        super().__init__(
-            f"speeds of unlike machines cannot be compared ({listed}); allow_unlike=True does it anyway"
-        )
+        rule = "their speeds say nothing about the code; allow unlike machines to compare them anyway"
+        super().__init__(f"the machines differ ({listed}): {rule}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +36,7 @@ class SpeedChange:
 
     gain             how many times better the candidate's median is; above 1 is better, whatever the metric
     low, high        bootstrap interval of ``gain``, widened for the number of rows compared
-    baseline_median, candidate_median  in the metric's unit, over ``baseline_rounds`` and ``candidate_rounds`` samples
+    baseline_median, candidate_median  in the metric's unit, over so many rounds
     """
 
     workload: str
@@ -79,7 +77,7 @@ class CheckChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Everything that `compare` found. ``differences`` of the machines and ``switches`` are field -> (before, after).
+    """Everything that `compare` found. ``differences`` of machines, ``switches``: field -> (before, after).
 
     ``confidence`` is for all rows together; ``gate`` says whether a slower row fails.
     """
@@ -97,7 +95,9 @@ class Comparison:
     @property
     def counts(self) -> Counter[str]:
         """How many rows of each verdict, speeds and checks together."""
-        return Counter(change.verdict for change in (*self.speeds, *self.checks))
+        return Counter(
+            [change.verdict for change in self.checks] + [change.verdict for change in self.speeds]
+        )
 
     @property
     def regressions(self) -> list[SpeedChange | CheckChange]:
@@ -110,12 +110,11 @@ class Comparison:
         """0 fine, 1 a regression, 3 no row is in both reports, so that nothing was compared."""
         if self.regressions:
             return 1
-        alone = ("only in baseline", "only in candidate")
-        return 0 if any(change.verdict not in alone for change in (*self.speeds, *self.checks)) else 3
+        return 0 if set(self.counts) - {"only in baseline", "only in candidate"} else 3
 
 
 def fingerprint(run: RunInfo) -> dict[str, str]:
-    """What must be equal for two speeds to be comparable: machine, GPUs, driver, torch, NCCL; the CPU without GPUs."""
+    """What must agree before speeds are compared: machine, GPUs, driver, torch, NCCL; the CPU if no GPU."""
     machine = run.machine
     gpus = Counter(gpu.name for gpu in machine.gpus)
     print_ = {
@@ -147,7 +146,8 @@ def compare(
     confidence       that no row is called slower or faster by chance, over all rows together (Bonferroni)
     error_spread     growth of error_over_budget, in budgets, that counts as worse
 
-    Raises UnlikeMachinesError if speeds are to be compared and the machines differ; ValueError for settings out of range.
+    Raises UnlikeMachinesError if there are speeds to compare and the machines differ; ValueError for settings
+    out of range.
     """
     if not smallest_effect > 0 or not 0 < confidence < 1:
         raise ValueError(f"{smallest_effect=} must be positive and {confidence=} between 0 and 1")
@@ -261,7 +261,7 @@ def _check_verdict(old: CheckRow | None, new: CheckRow | None, spread: float) ->
     if was != "pass":
         return "now compared" if was == "skipped" else "fixed"
     grown = (new.error_over_budget or 0.0) - (old.error_over_budget or 0.0)
-    return "worse error" if grown > spread and not math.isinf(grown) else "same"
+    return "worse error" if grown > spread else "same"
 
 
 def _differences(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str, str]]:

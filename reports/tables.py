@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from reports import metrics
+from reports.compare import CheckChange, CheckVerdict, SpeedChange, SpeedVerdict
 from reports.records import BenchRow, CheckRow, Report
 from reports.text_tables import format_number, to_markdown, to_text
 
-__all__ = ["bench_table", "checks_pivot", "checks_table", "rows_table", "to_csv", "to_markdown", "to_text"]
+__all__ = [
+    "bench_table",
+    "check_changes_table",
+    "checks_pivot",
+    "checks_table",
+    "rows_table",
+    "speed_changes_table",
+    "to_csv",
+    "to_markdown",
+    "to_text",
+    "verdict_cell",
+]
 
 CHECK_COLUMNS = (
     "check", "model", "dtype", "fabric", "tp_size", "verdict", "error_over_budget", "cases", "compared",
@@ -92,15 +105,59 @@ def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.Data
     return _frame(lines, columns)
 
 
+def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
+    """One row a `CheckChange`, what needs attention first."""
+    columns = ("check", "model", "dtype", "fabric", "tp_size", "verdict", "baseline", "candidate")
+    order = {name: i for i, name in enumerate(get_args(CheckVerdict))}
+    lines: list[dict[str, object]] = []
+    for change in sorted(changes, key=lambda change: order[change.verdict]):
+        line = {name: getattr(change, name) for name in columns[:6]}
+        line["baseline"] = verdict_cell(change.baseline, change.baseline_error) or None
+        line["candidate"] = verdict_cell(change.candidate, change.candidate_error) or None
+        lines.append(line)
+    return _frame(lines, columns)
+
+
+def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
+    """One row a `SpeedChange`, what needs attention first; ``times_better`` is candidate over baseline."""
+    columns = (
+        *BENCH_KEYS,
+        "metric",
+        "verdict",
+        "baseline",
+        "candidate",
+        "times_better",
+        "low",
+        "high",
+        "rounds",
+    )
+    order = {name: i for i, name in enumerate(get_args(SpeedVerdict))}
+    lines: list[dict[str, object]] = []
+    for change in sorted(changes, key=lambda change: order[change.verdict]):
+        line = {name: getattr(change, name) for name in (*BENCH_KEYS, "metric", "verdict", "low", "high")}
+        line |= {"baseline": change.baseline_median, "candidate": change.candidate_median}
+        line |= {
+            "times_better": change.gain,
+            "rounds": f"{change.baseline_rounds} / {change.candidate_rounds}",
+        }
+        lines.append(line)
+    return _frame(lines, columns)
+
+
 def rows_table(report: Report) -> pd.DataFrame:
     """All rows of a report in one table, for CSV: the checks, then the benchmark cases."""
-    checks = checks_table(report.checks).assign(kind="check")
-    benches = bench_table(report.benches).assign(kind="bench")
-    parts = [part.astype(object) for part in (checks, benches) if len(part)]
-    if not parts:
-        return checks
-    table = pd.concat(parts, ignore_index=True)
-    return table[["kind", *(name for name in table.columns if name != "kind")]]
+    return stacked(check=checks_table(report.checks), bench=bench_table(report.benches))
+
+
+def stacked(**parts: pd.DataFrame) -> pd.DataFrame:
+    """Tables below each other, the name of each in the column ``kind``; columns that one lacks are empty."""
+    lines = [
+        {"kind": kind} | {str(name): value for name, value in line.items()}
+        for kind, part in parts.items()
+        for line in part.to_dict("records")
+    ]
+    columns = dict.fromkeys(str(name) for part in parts.values() if len(part) for name in part.columns)
+    return _frame(lines, ["kind", *columns])
 
 
 def to_csv(table: pd.DataFrame) -> str:

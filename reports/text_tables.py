@@ -10,6 +10,9 @@ import pandas as pd
 
 MISSING = "–"
 
+# Messages hold other programs' output. All that XML 1.0 refuses, and the rest of the control codes.
+_UNPRINTABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
 
 def format_number(value: float) -> str:
     """Four significant digits, thousands apart, no exponent where a person would write none.
@@ -34,8 +37,12 @@ def format_cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return format_number(value)
-    # A lone surrogate (output of a process that was no UTF-8) cannot be printed: shown as \udcxx.
-    return str(value).encode(errors="backslashreplace").decode()
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """``text`` with what no page, terminal or XML may hold, such as control codes, written as ``\\x1b``."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def to_text(table: pd.DataFrame) -> str:

@@ -40,8 +40,8 @@ def join(prefix: str, rest: str) -> str:
 def conform(hint: Any, value: Any, where: str) -> Any:
     """``value`` as ``hint`` wants it: containers copied, ints made floats, dicts made dataclasses.
 
-    Raises RecordError naming ``where`` if it does not fit. Knows what records use: str, bool, int, float, None,
-    unions, ``Literal``, ``list[T]``, ``dict[str, T]``, dataclasses, and ``Any`` for "any JSON value".
+    Raises RecordError naming ``where`` if it does not fit. Knows what records use: str, bool, int, float,
+    None, unions, ``Literal``, ``list[T]``, ``dict[str, T]``, dataclasses, and ``Any`` for "any JSON value".
     """
     origin = get_origin(hint)
     if hint is Any:

@@ -1,0 +1,139 @@
+"""Reports and comparisons as GitHub Markdown: for a pull request or a CI's step summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import pandas as pd
+
+from reports.compare import CheckChange, Comparison
+from reports.records import CheckRow, Report, RunInfo
+from reports.summary import (
+    Headline,
+    command_line,
+    comparison_headline,
+    models_of,
+    report_headline,
+    run_facts,
+    without_constants,
+)
+from reports.tables import bench_table, check_changes_table, checks_pivot, speed_changes_table, verdict_cell
+from reports.text_tables import escape_markdown, printable, to_markdown
+
+_SIGNS = {"good": "✅", "bad": "❌", "warn": "⚠️", "quiet": "➖"}
+_BENCH_CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
+
+
+def report_markdown(report: Report, *, peer: str | None = None) -> str:
+    """A report, findings first. ``peer`` names the engine that the benchmark rows are held against."""
+    parts = [_head(f"shardproof {report.run.command}", report_headline(report))]
+    parts.append(_facts(run_facts(report.run, models_of(report))))
+    for verdict, heading in (("finding", "Findings"), ("error", "Could not run")):
+        if rows := [row for row in report.checks if row.verdict == verdict]:
+            parts += [f"## {heading}\n", *map(_finding, rows)]
+    if report.checks:
+        parts += ["## Checks\n", "Verdict, and the worst error as a fraction of its budget.\n"]
+        parts.append(to_markdown(checks_pivot(report.checks)))
+    if skipped := [row for row in report.checks if row.verdict == "skipped"]:
+        table = pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in skipped])
+        parts += ["## Skipped\n", to_markdown(table)]
+    if report.benches:
+        parts += ["## Benchmarks\n", _compact(bench_table(report.benches, peer=peer))]
+    parts.append(_how_it_ran(report.run))
+    return "\n".join(parts)
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """A comparison: what regressed first, then every row that changed or could not be told, then the rest."""
+    parts = [_head("shardproof compare", comparison_headline(comparison))]
+    old, new = comparison.baseline, comparison.candidate
+    facts = {"baseline": _one_line(old), "candidate": _one_line(new)}
+    for name, (before, after) in (comparison.differences | comparison.switches).items():
+        facts[f"differs: {name}"] = f"{before} → {after}"
+    parts.append(_facts(facts))
+    if comparison.checks:
+        parts += ["## Checks\n", _changes(check_changes_table(comparison.checks))]
+    if comparison.speeds:
+        parts += [
+            "## Speed\n",
+            speed_note(comparison) + "\n",
+            _changes(speed_changes_table(comparison.speeds)),
+        ]
+    parts += [
+        _change_details(change) for change in comparison.checks if change.verdict in ("broken", "new finding")
+    ]
+    return "\n".join(parts)
+
+
+def speed_note(comparison: Comparison) -> str:
+    """How the speed verdicts came about, in two sentences."""
+    effect, sure = f"{100 * comparison.smallest_effect:g} %", f"{100 * comparison.confidence:g} %"
+    gate = "fails the comparison" if comparison.gate else "is reported and does not fail the comparison"
+    return (
+        f"Times better is the ratio of medians, above 1 is better; slower or faster needs a change of "
+        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. A slower row {gate}."
+    )
+
+
+def fenced(text: str) -> str:
+    """``text`` as a code block that nothing inside can close."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{printable(text)}\n{fence}\n"
+
+
+def _head(title: str, headline: Headline) -> str:
+    detail = f"{_SIGNS[headline.tone]} {escape_markdown(headline.detail)}"
+    return f"# {title}: {escape_markdown(headline.text)}\n\n{detail}\n"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "".join(
+        f"- **{escape_markdown(name)}**: {escape_markdown(value)}\n" for name, value in facts.items()
+    )
+
+
+def _finding(row: CheckRow) -> str:
+    where = [f"tp_size {row.tp_size}", row.dtype, row.fabric]
+    where += [f"rank {row.rank}"] if row.rank is not None else []
+    where += [row.module] if row.module is not None else []
+    text = f"### {escape_markdown(row.check)} · {escape_markdown(' · '.join(where))}\n\n"
+    if row.error_over_budget is not None:
+        text += f"Error over budget: {verdict_cell('', row.error_over_budget).strip()}\n\n"
+    text += fenced(row.message)
+    return text + (f"\nRun it again:\n\n{fenced(row.replay)}" if row.replay else "")
+
+
+def _compact(table: pd.DataFrame) -> str:
+    table, constants = without_constants(table, _BENCH_CONSTANTS)
+    shared = ", ".join(f"{name} {value}" for name, value in constants.items())
+    return (f"All rows: {escape_markdown(shared)}.\n\n" if shared else "") + to_markdown(table)
+
+
+def _changes(table: pd.DataFrame) -> str:
+    same = table["verdict"] == "same"
+    text = _compact(table[~same]) if (~same).any() else "No row changed.\n"
+    if same.any():
+        text += (
+            f"\n<details><summary>{same.sum()} the same</summary>\n\n{_compact(table[same])}\n</details>\n"
+        )
+    return text
+
+
+def _change_details(change: CheckChange) -> str:
+    head = f"### {escape_markdown(change.check)} · tp_size {change.tp_size} · {change.verdict}"
+    text = f"{head}\n\n{fenced(change.message)}"
+    return text + (f"\nRun it again:\n\n{fenced(change.replay)}" if change.replay else "")
+
+
+def _how_it_ran(run: RunInfo) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in run.versions.items())
+    switches = ", ".join(f"{name}={value}" for name, value in run.switches.items())
+    facts = {name: value for name, value in (("versions", versions), ("switches", switches)) if value}
+    text = f"{fenced(command_line(run))}\n{_facts(facts)}"
+    return f"<details><summary>How it ran</summary>\n\n{text}\n</details>\n"
+
+
+def _one_line(run: RunInfo) -> str:
+    commit = (run.commit or "no commit")[:12] + (" + changes" if run.dirty else "")
+    return f"{commit}, {run.started_at}, {run.machine.type}"

@@ -1,0 +1,181 @@
+"""Benchmark rows as line plots: inline SVG that takes its colours from the page, in light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from reports import metrics
+from reports.records import BenchRow
+from reports.text_tables import format_number
+
+NUM_COLOURS = 6
+_MARKERS = "os^Dvp"
+GLYPHS = "●■▲◆▼⬟"
+
+# Colours that no plot would use, replaced in the SVG by the page's CSS variables.
+_INK, _RULE = "#010203", "#040506"
+_AXIS_LABELS = {"tp_size": "tp_size", "batch_size": "batch size", "message_bytes": "message size"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One line: ``points`` are (x, median, lower quartile, upper quartile, bound or None), by x."""
+
+    label: str
+    points: list[tuple[float, float, float, float, float | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A drawn plot; ``legend`` has the labels of its series, in the order of colours and `GLYPHS`."""
+
+    title: str
+    subtitle: str
+    svg: str
+    legend: list[str]
+    has_bound: bool
+
+
+def bench_plots(rows: Sequence[BenchRow]) -> list[Plot]:
+    """Every plot that the rows can fill: rates over tp_size, and times and rates over each of ``axes``.
+
+    An axis needs two different values within one workload, model and dtype.
+    """
+    axes = ["tp_size", *dict.fromkeys(axis for row in rows for axis in row.axes)]
+    return [plot for axis in axes for plot in _plots_over(axis, rows)]
+
+
+def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
+    groups: dict[tuple[str, str, str, str, str], list[BenchRow]] = {}
+    for row in rows:
+        for metric in row.samples:
+            wanted = metric.endswith("_per_s") if axis == "tp_size" else axis in row.axes
+            if wanted:
+                case = row.case if axis == "tp_size" else ""
+                groups.setdefault((row.workload, case, row.model, row.dtype, metric), []).append(row)
+    plots = []
+    for (workload, case, model, dtype, metric), members in groups.items():
+        if len({_x(axis, row) for row in members}) < 2:
+            continue
+        series = _series(axis, metric, members)
+        title = f"{workload}: {metrics.label(metric)} over {_AXIS_LABELS.get(axis, axis.replace('_', ' '))}"
+        plots.append(
+            Plot(
+                title=title,
+                subtitle=" · ".join(part for part in (case, model, dtype) if part),
+                svg=_draw(axis, metric, series, title),
+                legend=[line.label for line in series],
+                has_bound=any(point[4] is not None for line in series for point in line.points),
+            )
+        )
+    return plots
+
+
+def _series(axis: str, metric: str, rows: Sequence[BenchRow]) -> list[Series]:
+    def identity(row: BenchRow) -> tuple[str, ...]:
+        others = [f"{name} {format_number(value)}" for name, value in row.axes.items() if name != axis]
+        return (row.engine, "" if axis == "tp_size" else f"tp {row.tp_size}", row.fabric, *others)
+
+    lines: dict[tuple[str, ...], list[tuple[float, float, float, float, float | None]]] = {}
+    for row in rows:
+        low, median, high = (float(q) for q in np.percentile(row.samples[metric], [25, 50, 75]))
+        point = (_x(axis, row), median, low, high, row.metrics.get(f"bound_{metric}"))
+        lines.setdefault(identity(row), []).append(point)
+    # A name for each line out of what tells it from the others.
+    width = max(map(len, lines))
+    padded = [key + ("",) * (width - len(key)) for key in lines]
+    telling = [i for i in range(width) if i == 0 or len({key[i] for key in padded}) > 1]
+    labels = [" · ".join(key[i] for i in telling if key[i]) for key in padded]
+    return [
+        Series(label=label, points=sorted(points, key=lambda point: point[0]))
+        for label, points in zip(labels, lines.values(), strict=True)
+    ]
+
+
+def _draw(axis: str, metric: str, series: Sequence[Series], title: str) -> str:
+    # svg.* can be set only here; the context puts back what was set before, and no pyplot state is touched.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
+        figure = Figure(figsize=(5.0, 3.1), layout="constrained")
+        ax = figure.subplots()
+        _draw_lines(ax, series)
+        _style(ax, axis, metric, series)
+        out = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    return _for_the_page(out.getvalue(), title)
+
+
+def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
+    for i, line in enumerate(series):
+        colour = _colour(i)
+        xs, medians, lows, highs, bounds = zip(*line.points, strict=True)
+        spread = [np.subtract(medians, lows), np.subtract(highs, medians)]
+        marker = _MARKERS[i % NUM_COLOURS]
+        ax.errorbar(
+            xs, medians, yerr=spread, color=colour, marker=marker, markersize=5, linewidth=1.8, capsize=3
+        )
+        known = [(x, bound) for x, bound in zip(xs, bounds, strict=True) if bound is not None]
+        if known:
+            ax.plot(*zip(*known, strict=True), color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
+
+
+def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
+    xs = sorted({point[0] for line in series for point in line.points})
+    ys = [value for line in series for point in line.points for value in (point[1], point[4]) if value]
+    if min(xs) > 0 and (axis == "tp_size" or max(xs) / min(xs) > 4):
+        ax.set_xscale("log", base=2)
+    if max(ys) / min(ys) > 30:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0, max(ys) * 1.1)
+    step = math.ceil(len(xs) / 8)  # at most eight labels, so that they stay apart on a telephone
+    ax.set_xticks(xs[::step])
+    ax.xaxis.set_minor_locator(NullLocator())
+    shown: Callable[[float], str] = _size if axis.endswith("_bytes") else format_number
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(float(value))))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(float(f"{value:.6g}"))))
+    ax.set_xlabel(_AXIS_LABELS.get(axis, axis.replace("_", " ")), color=_INK)
+    ax.set_ylabel(metrics.label(metric), color=_INK)
+    ax.tick_params(colors=_INK, which="both")
+    ax.grid(color=_RULE, linewidth=0.7)
+    ax.set_axisbelow(True)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_RULE)
+
+
+def _for_the_page(svg: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(_INK, "var(--ink-soft)").replace(_RULE, "var(--rule)")
+    for i in range(NUM_COLOURS):
+        svg = svg.replace(_colour(i), f"var(--series-{i})")
+    # The figure's caption carries the title; a screen reader needs no list of glyphs.
+    return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2).replace(
+        "<svg", "<svg aria-hidden='true'", 1
+    )
+
+
+def _colour(i: int) -> str:
+    return f"#0a0b{i % NUM_COLOURS:02x}"
+
+
+def _x(axis: str, row: BenchRow) -> float:
+    return float(row.tp_size) if axis == "tp_size" else row.axes[axis]
+
+
+def _size(num_bytes: float) -> str:
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= scale:
+            return f"{format_number(num_bytes / scale)} {unit}"
+    return f"{format_number(num_bytes)} B"

@@ -1,0 +1,127 @@
+"""What a report or a comparison says in one line, and about its run: shared by Markdown and HTML."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from reports.compare import Comparison
+from reports.records import Report, RunInfo
+from reports.text_tables import format_cell, format_number
+
+Tone = Literal["good", "bad", "warn", "quiet"]
+
+TONES: dict[str, Tone] = {
+    "pass": "good", "finding": "bad", "error": "warn", "skipped": "quiet",
+    "broken": "bad", "new finding": "bad", "slower": "bad", "worse error": "warn",
+    "no longer compared": "warn", "still failing": "warn",
+    "too noisy": "quiet", "fixed": "good", "now compared": "good", "faster": "good",
+    "same": "quiet", "only in baseline": "quiet", "only in candidate": "quiet",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """The verdict on a whole report: ``text`` in words, ``detail`` in numbers."""
+
+    text: str
+    detail: str
+    tone: Tone
+
+
+def report_headline(report: Report) -> Headline:
+    """The verdict on a run, agreeing with its exit code."""
+    counts = Counter[str](row.verdict for row in report.checks)
+    compared = sum(row.compared for row in report.checks)
+    parts = [f"{counts[name]} {word}" for name, word in (
+        ("pass", "passed"), ("finding", "with a finding"), ("error", "could not run"), ("skipped", "skipped"),
+    ) if counts[name]]  # fmt: skip
+    if report.checks:
+        values = f"{format_number(compared)} values compared"
+        detail = f"{plural(len(report.checks), 'check')}: {', '.join(parts)}; {values}"
+    else:
+        detail = ""
+    if report.benches:
+        detail += ("; " if detail else "") + f"{plural(len(report.benches), 'benchmark case')} measured"
+    if counts["finding"]:
+        return Headline(text=plural(counts["finding"], "finding"), detail=detail, tone="bad")
+    if counts["error"]:
+        return Headline(text=f"{plural(counts['error'], 'check')} could not run", detail=detail, tone="warn")
+    if report.exit_code:
+        return Headline(
+            text="Nothing was compared", detail=detail or "no check and no benchmark ran", tone="warn"
+        )
+    text = f"{plural(counts['pass'], 'check')} passed" if report.checks else "Measured"
+    return Headline(text=text, detail=detail, tone="good")
+
+
+def comparison_headline(comparison: Comparison) -> Headline:
+    """The verdict on a comparison, agreeing with its exit code."""
+    counts = comparison.counts
+    detail = ", ".join(f"{count} {verdict}" for verdict in TONES if (count := counts[verdict]))
+    if comparison.regressions:
+        text = plural(len(comparison.regressions), "regression")
+        return Headline(text=text, detail=detail, tone="bad")
+    if comparison.exit_code:
+        return Headline(text="Nothing was compared", detail=detail or "both reports are empty", tone="warn")
+    if counts["slower"]:
+        text = f"{plural(counts['slower'], 'row')} slower, not held against it"
+        return Headline(text=text, detail=detail, tone="warn")
+    return Headline(text="No regression", detail=detail, tone="good")
+
+
+def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
+    """What ran and where, for the head of a page: name -> value."""
+    machine = run.machine
+    gpus = Counter(f"{gpu.name}, driver {gpu.driver}" for gpu in machine.gpus)
+    facts = {
+        "model": ", ".join(models),
+        "commit": (run.commit or "not in a repository") + (" + uncommitted changes" if run.dirty else ""),
+        "machine": f"{machine.type}: {machine.cpu}, {plural(machine.cores, 'core')}, "
+        f"{format_number(round(machine.memory_gib, 1))} GiB",
+        "GPUs": "; ".join(f"{count} × {name}" for name, count in gpus.items()),
+        "started": run.started_at.replace("T", " ").replace("+00:00", " UTC").replace("Z", " UTC"),
+        "took": duration(run.seconds),
+        "seed": "" if run.seed is None else str(run.seed),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def models_of(report: Report) -> list[str]:
+    """Every model of a report, in the order of its rows."""
+    return list(dict.fromkeys([row.model for row in report.checks] + [row.model for row in report.benches]))
+
+
+def command_line(run: RunInfo) -> str:
+    """The command that made the report, quoted for a shell."""
+    return shlex.join(run.argv)
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` for people: ``0.42 s``, ``12 s``, ``3 min 5 s``, ``2 h 1 min``."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 check``, ``2 checks``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def without_constants(table: pd.DataFrame, names: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """``table`` without empty columns and without those of ``names`` that hold one value, and this value."""
+    table = table[[name for name in table.columns if table[name].notna().any()]]
+    if len(table) < 2:
+        return table, {}
+    constant = [name for name in names if name in table and table[name].nunique(dropna=False) == 1]
+    return table.drop(columns=constant), {name: format_cell(table[name].iloc[0]) for name in constant}
