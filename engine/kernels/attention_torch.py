@@ -28,7 +28,7 @@ def paged_attention_torch(
 
     q_TQH          ``[T, Q, H]``; may be a strided view
     caches         ``[P, N, B, H]``; they already hold this step's keys and values
-    block_tables   ``[S, max_blocks]`` int32: a sequence's blocks in order; entries past its length are not read
+    block_tables   ``[S, max_blocks]`` int32: a sequence's blocks in order; entries past its length are unused
     cu_seqlens_q   ``[S + 1]``: sequence ``s`` owns the query rows ``cu_seqlens_q[s] : cu_seqlens_q[s + 1]``
     context_lens   ``[S]``: keys of each sequence, this step's included; 0 marks a padding sequence
     kv_of_q        ``[Q]``: local KV head of each local query head

@@ -153,9 +153,9 @@ def gumbel_argmax(
     position_R: torch.Tensor,
     vocab_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sample of ``softmax(logits / temperature)`` per row by the Gumbel-max trick; temperature 0 is greedy.
+    """One sample of ``softmax(logits / temperature)`` per row, by the Gumbel-max trick; 0 is greedy.
 
-    logits_RV       ``[R, V]``: this rank's columns of the vocabulary, from ``vocab_start``; -inf masks padding
+    logits_RV       ``[R, V]``: this rank's part of the vocabulary, from ``vocab_start``; -inf masks padding
     temperature_R   ``[R]`` float32; 0 takes the largest logit itself
     seed_R, position_R   ``[R]`` int64: the request's seed and the sampled token's position
 

@@ -272,9 +272,9 @@ def _split_heads(
     num_heads, rest = divmod(qkv_TC.shape[1], head_dim)
     if rest or num_heads <= 2 * num_kv_heads:
         raise ValueError(
-            f"qkv columns={qkv_TC.shape[1]} must be (num_q_heads + 2 * num_kv_heads) * head_dim with at "
-            f"least one query head, for num_kv_heads={num_kv_heads} and head_dim={head_dim} of the cache: pass the "
-            f"whole output of the fused projection"
+            f"qkv columns={qkv_TC.shape[1]} must be (num_q_heads + 2 * num_kv_heads) * head_dim with "
+            f"at least one query head, for num_kv_heads={num_kv_heads} and head_dim={head_dim} of the cache: pass "
+            f"the whole output of the fused projection"
         )
     heads = qkv_TC.unflatten(1, (num_heads, head_dim))
     q, k, v = heads.split([num_heads - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
