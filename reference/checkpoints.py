@@ -14,12 +14,13 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
 
-from reference.elements import CheckpointError, Element, ElementIndex, checkpoint_shapes
+from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2
 from reference.writing import DTYPES, as_config, weight_shapes, write_checkpoint
 
 __all__ = [
     "CheckpointError",
+    "DownloadError",
     "Element",
     "ElementIndex",
     "as_config",
@@ -71,8 +72,10 @@ def random_checkpoint(
 
 
 def _random_values(name: str, shape: tuple[int, ...], *, tied: bool, seed: int) -> torch.Tensor:
-    """[*shape] float32. crc32, because Python's hash of a str differs from process to process."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    """[*shape] float32."""
+    # crc32, because Python's hash of a str differs from process to process; and the seed inside it, because
+    # torch's CPU generator looks at the lowest 32 bits alone.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     draw = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
     if name.endswith(".bias"):
         return draw.mul_(0.25)
@@ -108,8 +111,10 @@ def resolve(model: str | Path) -> Path:
 
     Raises
     ------
+    DownloadError
+        It is not here and cannot be downloaded; the message says what to do instead.
     CheckpointError
-        There is no such model, it cannot be downloaded, or its folder is not whole; the message says more.
+        There is no such folder, it is not whole, or its weights are of a kind that is refused.
     """
     if str(model) == "smollm2":
         return fetch_smollm2()
@@ -124,7 +129,7 @@ def resolve(model: str | Path) -> Path:
             model, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
         )
     except (OSError, HFValidationError) as failure:
-        raise CheckpointError(
+        raise DownloadError(
             f"model={model!r} is no folder here, and as a model id it could not be downloaded "
             f"({type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}). Without network: "
             f"copy its config.json, *.safetensors and tokenizer files into a folder and pass that"

@@ -21,6 +21,10 @@ class CheckpointError(ValueError):
     """A model that cannot be found, is not whole, or is refused. The message says what to do."""
 
 
+class DownloadError(CheckpointError):
+    """A model is not on this machine and could not be brought here."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Element:
     """One element of a checkpoint."""

@@ -63,11 +63,12 @@ class GreedyResult(TopTwo):
 class Reference:
     """A model in eval mode on one device. Sequences run one at a time, whole and unpadded.
 
-    So no number depends on a batch, and the same call gives the same bits.
+    So no number depends on a batch, and the same call gives the same bits. Gradients are off, but not by
+    inference mode: a caller could neither write to its tensors nor compute with them under autograd.
     """
 
     def __init__(self, model: nn.Module, *, dtype: str) -> None:
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.dtype = dtype
         self._call: Callable[..., Any] = model
         self.vocab_size: int = self.config.vocab_size
@@ -102,7 +103,7 @@ class Reference:
             )
         model.to(torch.device(device))
         if dtype == "exact":
-            with torch.inference_mode():
+            with torch.no_grad():
                 compute_in_float64(model)
         return cls(model, dtype=dtype)
 
@@ -115,18 +116,18 @@ class Reference:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits after every position of each sequence: [T, V] in the model's dtype, on the CPU."""
         return [self._forward(ids).cpu() for ids in token_ids]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def margins(self, token_ids: Sequence[int]) -> TopTwo:
         """The two best next tokens after each of the T positions, teacher-forced on ``token_ids``."""
         best_ids, second_ids, margins = _top_two(self._forward(token_ids))
         return TopTwo(token_ids=best_ids, runners_up=second_ids, margins=margins)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def greedy(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_ids: Collection[int] = ()
     ) -> list[GreedyResult]:
@@ -135,7 +136,7 @@ class Reference:
             raise ValueError(f"max_new_tokens={max_new_tokens} is below 1")
         return [self._continue(prompt, max_new_tokens, frozenset(eos_token_ids)) for prompt in prompts]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def activations(
         self, token_ids: Sequence[int], modules: Collection[str] | None = None
     ) -> Activations:

