@@ -1,0 +1,105 @@
+"""What the engine's tests share: ranks as threads, hypothesis settings, whole layers computed in integers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.parallel.group import SoloGroup, ThreadGroup, TPGroup
+from harness.budgets import EXACT_INTEGER_LIMIT
+
+T = TypeVar("T")
+Integers = NDArray[np.int64]
+
+# A busy machine must not decide whether an example passes.
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(FEW, max_examples=100)
+
+TP_SIZES = st.integers(1, 8)
+
+
+def on_ranks(tp_size: int, job: Callable[[TPGroup], T]) -> list[T]:
+    """``job(group)`` on ranks that are threads (on a solo rank for tp_size 1), results in rank order."""
+    if tp_size == 1:
+        return [job(SoloGroup())]
+    groups = ThreadGroup.create(tp_size, timeout_s=60.0)
+    results: dict[int, T] = {}
+    failures: list[BaseException] = []
+
+    def live(group: ThreadGroup) -> None:
+        try:
+            results[group.rank] = job(group)
+        except BaseException as failure:
+            failures.append(failure)
+            group.leave(repr(failure))
+
+    threads = [threading.Thread(target=live, args=(group,), daemon=True) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return [results[rank] for rank in range(tp_size)]
+
+
+def lone_group(rank: int, size: int) -> TPGroup:
+    """A rank's place in a group whose other ranks are not there: for whatever needs no collective."""
+    return TPGroup(rank, size, "alone")
+
+
+def draw_integers(rng: np.random.Generator, shape: Sequence[int], most: int) -> Integers:
+    """Integers in ``[-most, most]``."""
+    return rng.integers(-most, most, size=tuple(shape), endpoint=True, dtype=np.int64)
+
+
+def magnitudes(num_terms: int, dtype: str) -> tuple[int, int, int]:
+    """Largest |x|, |w| and |b| for which a sum of ``num_terms`` products and a bias is exact in ``dtype``."""
+    limit = EXACT_INTEGER_LIMIT[dtype]
+    most_b = limit // 8
+    each = (limit - most_b) // num_terms
+    most_x = max(1, int(each**0.5))
+    return most_x, each // most_x, most_b
+
+
+def whole_linear(x_TI: Integers, weight_OI: Integers, bias_O: Integers | None, dtype: str) -> Integers:
+    """The unsharded layer in int64, once it is seen that every order of summation is exact in ``dtype``."""
+    reach = np.abs(x_TI) @ np.abs(weight_OI).T + (0 if bias_O is None else np.abs(bias_O))
+    assert reach.max(initial=0) <= EXACT_INTEGER_LIMIT[dtype], f"sums reach {reach.max()} in {dtype}"
+    return x_TI @ weight_OI.T + (0 if bias_O is None else bias_O)
+
+
+def as_tensor(values: Integers, dtype: str) -> Tensor:
+    return torch.from_numpy(values).to(getattr(torch, dtype))
+
+
+def as_integers(x: Tensor) -> Integers:
+    """``x`` as int64; NaN and fractions are refused, not rounded."""
+    values = x.double()
+    assert torch.equal(values, values.round()), f"not integers: {x}"
+    return values.to(torch.int64).numpy()
+
+
+class OnDisk:
+    """Stands for a checkpoint tensor that is read slice by slice, and remembers how much was read."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+        self.elements_read = 0
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.whole.shape
+
+    def __getitem__(self, index: Any) -> Tensor:
+        part = self.whole[index]
+        self.elements_read += part.numel()
+        return part
