@@ -49,11 +49,16 @@ class ShardParameter(nn.Parameter):
         """Copy ``value`` into ``rows`` (dim 0) and ``columns`` (dim 1; all by default) and note it in the ledger.
 
         Raises:
-            CheckpointError: if the shapes differ or a part was already written.
+            CheckpointError: if the shapes differ, the region leaves the shard, or a part was already written.
         """
-        region = (rows,) if self.dim() == 1 else (rows, columns or range(self.shape[1]))
+        if columns is None:
+            columns = range(self.shape[-1])
+        region = (rows,) if self.dim() == 1 else (rows, columns)
         if tuple(value.shape) != tuple(map(len, region)):
             raise CheckpointError(f"shape={tuple(value.shape)} does not fit the shard's region {region} of {tuple(self.shape)}")
+        # Counted in the ledger, what lies outside would stand for an element inside that nobody wrote.
+        if any(part.start < 0 or part.stop > size for part, size in zip(region, self.shape, strict=True)):
+            raise CheckpointError(f"region {region} reaches outside the shard of shape={tuple(self.shape)}")
         for earlier in self.written:
             if all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in zip(earlier, region, strict=True)):
                 raise CheckpointError(f"region {region} overlaps region {earlier}, which was already written")
