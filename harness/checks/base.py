@@ -1,0 +1,44 @@
+"""What a check is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.parallel.ranks import Ranks
+from harness.truth import Truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckContext:
+    """One model on one set of live ranks. The subject is loaded on them."""
+
+    truth: Truth
+    ranks: Ranks
+    subject: str
+    options: dict[str, Any]
+    """Engine options that the subject was loaded with."""
+    seed: int
+
+    @property
+    def dtype(self) -> str:
+        return self.truth.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one check found on one layout."""
+
+    cases: int
+    compared: int
+    finding: str | None = None
+    """What is wrong; None if nothing is."""
+    error_over_budget: float | None = None
+    rank: int | None = None
+    module: str | None = None
+    excused: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Check = Callable[[CheckContext], Outcome]

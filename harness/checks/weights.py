@@ -1,0 +1,154 @@
+"""Is every element of the checkpoint where it belongs, bit for bit, and nothing else anywhere?
+
+Twice: the model's own checkpoint, as it was loaded for the other checks; and a small one of the same layout whose every
+value is the number of its element, so that a wrong element names itself.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.parallel.ranks import RankContext
+from harness.budgets import bits
+from harness.checks.base import CheckContext, Outcome
+from harness.subjects import SUBJECTS
+from reference.checkpoints import index_checkpoint
+from reference.elements import ElementIndex
+from reference.hf import DTYPES
+from reference.shards import owners
+
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wrong:
+    """A shard that is not what it should be."""
+
+    name: str
+    what: str
+
+
+def check_weights(context: CheckContext) -> Outcome:
+    compared = 0
+    for what, found in (("the model's checkpoint", _own_checkpoint(context)), ("an index-valued checkpoint", _indexed(context))):
+        for rank, (num_elements, wrong) in enumerate(found):
+            compared += num_elements
+            if wrong:
+                first = wrong[0]
+                return Outcome(cases=2, compared=compared, rank=rank, module=first.name.rpartition(".")[0],
+                               finding=f"{what}: {len(wrong)} wrong shards on rank {rank}, first {first.name}: {first.what}")
+    return Outcome(cases=2, compared=compared)
+
+
+def _own_checkpoint(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
+    truth = context.truth
+    return context.ranks.run(compare_shards, truth.folder, truth.config, truth.dtype)
+
+
+def _indexed(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        config = small_twin(context.truth.config, context.ranks.tp_size)
+        folder = index_checkpoint(Path(scratch) / "indexed", config)
+        return context.ranks.run(load_and_compare, context.subject, folder, config)
+
+
+def small_twin(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
+    """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly."""
+    num_heads = config["num_attention_heads"]
+    intermediate_size = 5 * tp_size + (1 if tp_size > 1 else 0)
+    twin = {**config, "hidden_size": 4 * num_heads, "intermediate_size": intermediate_size, "num_hidden_layers": 2,
+            "vocab_size": 7 * tp_size + (1 if tp_size > 1 else 0), "max_position_embeddings": 64}
+    if config["model_type"] != "qwen2":
+        twin["head_dim"] = 4
+    for derived in ("layer_types", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
+        twin.pop(derived, None)
+    return twin
+
+
+def compare_shards(rank: RankContext, folder: Path, config: dict[str, Any], dtype: str,
+                   index: ElementIndex | None = None) -> tuple[int, list[Wrong]]:
+    """Job: hold every shard of the loaded subject against the checkpoint. Returns elements compared, and what is wrong."""
+    shards: dict[str, Tensor] = rank.state["subject"].shards()
+    wrong: list[Wrong] = []
+    compared = 0
+    checkpoint = read_checkpoint(folder)
+    with checkpoint:
+        names = set(checkpoint.names)
+        if config.get("tie_word_embeddings"):
+            names.add("lm_head.weight")
+        wrong += [Wrong(name=name, what="the subject holds no shard of it") for name in sorted(names - shards.keys())]
+        wrong += [Wrong(name=name, what="not in the checkpoint") for name in sorted(shards.keys() - names)]
+        for name in sorted(names & shards.keys()):
+            whole = checkpoint.read(name if name in checkpoint.names else TIED[name]).to(DTYPES[dtype])
+            owned = owners(config, name, tuple(whole.shape), rank.tp.size)
+            expected = torch.from_numpy(owned.take(bits(whole).numpy(), rank.tp.rank))
+            shard = shards[name].cpu()
+            if shard.dtype != DTYPES[dtype] or shard.shape != expected.shape:
+                wrong.append(Wrong(name=name, what=f"the shard is {tuple(shard.shape)} {shard.dtype}, "
+                                                   f"it should be {tuple(expected.shape)} {DTYPES[dtype]}"))
+                continue
+            compared += shard.numel()
+            differs = (bits(shard) != expected).nonzero()
+            if len(differs):
+                place = tuple(differs[0].tolist())
+                wrong.append(Wrong(name=name, what=f"{len(differs)} of {shard.numel()} elements differ, the first at local "
+                                                   f"index {place}: {_explain(shard, expected.view(shard.dtype), place, index)}"))
+    return compared, wrong
+
+
+def load_and_compare(rank: RankContext, subject: str, folder: Path, config: dict[str, Any]) -> tuple[int, list[Wrong]]:
+    """Job: load another checkpoint beside the one that the rank holds, compare, and put the first one back."""
+    index = ElementIndex.of_checkpoint(folder)
+    before = rank.state.get("subject")
+    try:
+        candidate = SUBJECTS[subject]()
+        candidate.load(rank, folder, dtype=index.dtype, options={"num_kv_blocks": 4, "block_size": 16})
+        rank.state["subject"] = candidate
+        return compare_shards(rank, folder, config, index.dtype, index)
+    finally:
+        rank.state["subject"] = before
+
+
+def _explain(shard: Tensor, expected: Tensor, place: tuple[int, ...], index: ElementIndex | None) -> str:
+    values = [tensor[place].item() for tensor in (shard, expected)]
+    return f"it holds {_name(values[0], index)} where {_name(values[1], index)} belongs"
+
+
+def _name(value: float, index: ElementIndex | None) -> str:
+    if index is None:
+        return repr(value)
+    if np.isnan(value):
+        return "NaN, never written,"
+    if value == 0:
+        return "zero padding"
+    try:
+        return str(index.decode(value))
+    except ValueError:
+        return repr(value)
+
+
+class read_checkpoint:  # noqa: N801 - reads as a function
+    """The checkpoint's tensors by the reference's own reading, not by the engine's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+        self.names = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 - not iterable
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self.names[name].get_tensor(name)
+        return tensor
+
+    def __enter__(self) -> read_checkpoint:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.files.clear()
+        self.names.clear()

@@ -1,0 +1,151 @@
+"""The command line: ``shardproof verify | generate | fetch``, the same as ``python -m harness``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from engine import LLM, SamplingParams
+from engine.config import DTYPES
+from engine.parallel.ranks import RankFailure
+from harness.checks import CHECKS
+from harness.verify import VerifyPlan, verify
+from reference.checkpoints import resolve
+from reports.records import CheckRow
+from reports.render import write_all
+from reports.tables import checks_table
+from reports.text_tables import to_text
+
+USAGE = 2
+COULD_NOT_RUN = 3
+DEFAULT_MODEL = "smollm2"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Proves tensor-parallel LLM inference correct: is it a bug, or is it rounding?")
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder, or a hub id.")]
+
+
+@app.command("verify")
+def verify_command(
+    model: Model = DEFAULT_MODEL,
+    tp: Annotated[str, typer.Option(help="Numbers of ranks, as 1,2,4.")] = "1,2,3,4",
+    fabric: Annotated[str, typer.Option(help="auto, gloo, threads or nccl.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    check: Annotated[list[str] | None, typer.Option(help=f"Only this check (again for more): {', '.join(CHECKS)}.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/verify"),
+) -> None:
+    """Hold a model on several ranks against its single-device reference.
+
+    Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if it could not run.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        _fail(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}", USAGE)
+    if fabric not in ("auto", "gloo", "threads", "nccl"):
+        _fail(f"fabric={fabric!r} is unknown; supported: auto, gloo, threads, nccl", USAGE)
+    try:
+        plan = VerifyPlan(model=model, folder=_folder(model), tp_sizes=_numbers(tp), fabric=fabric, device=device, dtype=dtype,
+                          checks=tuple(check or CHECKS), seed=seed)
+    except ValueError as error:
+        _fail(str(error), USAGE)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def on_start(name: str, tp_size: int) -> None:
+            bar.update(task, description=f"tp {tp_size}: {name}")
+
+        def on_row(row: CheckRow) -> None:
+            style = "green" if row.verdict == "pass" else "red"
+            bar.console.print(f"tp {row.tp_size}  {row.check:<12} [{style}]{row.verdict}[/{style}]  {row.seconds:.1f} s",
+                              highlight=False)
+
+        try:
+            report = verify(plan, on_row=on_row, on_start=on_start)
+        except ValueError as error:
+            _fail(str(error), USAGE)
+        except (RankFailure, OSError, RuntimeError) as error:
+            _fail(f"could not run: {error}", COULD_NOT_RUN)
+    paths = write_all(report, out)
+    sys.stdout.write(to_text(checks_table(report.checks)) + "\n")
+    for row in report.checks:
+        if row.verdict != "pass":
+            sys.stdout.write(f"\n{row.verdict.upper()} in {row.check} at tp_size={row.tp_size}: {row.message}\n")
+            if row.replay:
+                sys.stdout.write(f"  run it again: {row.replay}\n")
+    sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
+    raise typer.Exit(report.exit_code)
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text; the model's chat template is applied if it has one.")],
+    tp: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    fabric: Annotated[str, typer.Option(help="auto, gloo, threads or nccl.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+) -> None:
+    """Generate text. Standard output holds the text alone."""
+    try:
+        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+        with LLM(_folder(model), tensor_parallel_size=tp, fabric=fabric, dtype=dtype, device=device) as llm:
+            (output,) = llm.generate([_chat_ids(llm, prompt)], params)
+    except ValueError as error:
+        _fail(str(error), USAGE)
+    except (RankFailure, OSError, RuntimeError) as error:
+        _fail(f"could not run: {error}", COULD_NOT_RUN)
+    sys.stdout.write(output.outputs[0].text + "\n")
+
+
+@app.command("fetch")
+def fetch_command(model: Model = DEFAULT_MODEL) -> None:
+    """Get a model and print where it is."""
+    sys.stdout.write(f"{_folder(model)}\n")
+
+
+def _chat_ids(llm: LLM, prompt: str) -> Any:
+    if llm.tokenizer is None or llm.tokenizer.chat_template is None:
+        return prompt
+    chat = [{"role": "user", "content": prompt}]
+    return llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def _folder(model: str) -> Path:
+    try:
+        return resolve(model)
+    except (ValueError, OSError) as error:
+        _fail(str(error), COULD_NOT_RUN)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"tp={text!r} must be numbers with commas between them, as 1,2,4") from None
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    errors.print(f"[red]error:[/red] {message}", highlight=False, markup=True, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of ``shardproof`` and ``python -m harness``."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The reference's side of a verification: computed once, then held against every tp_size.
+
+*exact* is float64 on one device, *baseline* the same model on one device in the dtype under test.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from harness.subjects import Script
+from reference.hf import Activations, GreedyResult, Reference
+
+TEXTS = (
+    "What is the capital of France?",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+    "List three differences between a violin and a cello.",
+    "Explain why the sky is blue to a child.",
+)
+NUM_NEW_TOKENS = 24
+
+
+class Truth:
+    """Prompts, scripts and the reference's answers for one model, dtype and seed.
+
+    Args:
+        folder: a Hugging Face model folder.
+        dtype: of the candidate and the baseline.
+        device: where the reference computes.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, seed: int = 0, device: str = "cpu") -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.seed = seed
+        self.device = device
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+
+    @cached_property
+    def exact(self) -> Reference:
+        return Reference.load(self.folder, "exact", device=self.device)
+
+    @cached_property
+    def baseline(self) -> Reference:
+        return Reference.load(self.folder, self.dtype, device=self.device)
+
+    @cached_property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """Four prompts: texts through the chat template if the model has a tokenizer, random ids if not."""
+        if not (self.folder / "tokenizer_config.json").is_file():
+            draw = random.Random(self.seed)
+            return tuple(tuple(self._random_ids(draw, length)) for length in (5, 17, 9, 12))
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        chats = [[{"role": "user", "content": text}] for text in TEXTS]
+        if tokenizer.chat_template is None:
+            return tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS)
+        return tuple(tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True,
+                                                         return_dict=False)) for chat in chats)
+
+    @cached_property
+    def script(self) -> Script:
+        """Three sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
+        draw = random.Random(self.seed + 1)
+        lengths = tuple(min(length, self.config["max_position_embeddings"]) for length in (41, 37, 23))
+        sequences = [self._random_ids(draw, length) for length in lengths]
+        return Script(sequences=tuple(map(tuple, sequences)), steps=mixed_steps(lengths, draw))
+
+    def _random_ids(self, draw: random.Random, length: int) -> list[int]:
+        last = self.config["vocab_size"] - 1
+        ids = [draw.randint(0, last) for _ in range(length)]
+        # Where a vocabulary is cut: its ends, and the borders of shards for any number of ranks up to 8.
+        borders = sorted({0, last, *(cut for ranks in range(2, 9) for at in range(1, ranks)
+                                     for cut in (at * -(-(last + 1) // ranks) - 1, at * -(-(last + 1) // ranks)) if cut <= last)})
+        for place in draw.sample(range(length), min(length // 3 + 1, len(borders))):
+            ids[place] = draw.choice(borders)
+        return ids
+
+    @cached_property
+    def exact_logits(self) -> list[Tensor]:
+        return self.exact.logits(self.script.sequences)
+
+    @cached_property
+    def baseline_logits(self) -> list[Tensor]:
+        return self.baseline.logits(self.script.sequences)
+
+    def exact_activations(self, sequence: int) -> Activations:
+        return self.exact.activations(self.script.sequences[sequence])
+
+    def baseline_activations(self, sequence: int) -> Activations:
+        return self.baseline.activations(self.script.sequences[sequence])
+
+    @cached_property
+    def greedy(self) -> list[GreedyResult]:
+        """The exact reference's greedy continuation of each prompt, to ``NUM_NEW_TOKENS`` whatever is drawn."""
+        return self.exact.greedy(self.prompts, NUM_NEW_TOKENS)
+
+    @cached_property
+    def greedy_sequences(self) -> list[list[int]]:
+        """Each prompt with its exact greedy continuation."""
+        return [[*prompt, *result.token_ids] for prompt, result in zip(self.prompts, self.greedy, strict=True)]
+
+    @cached_property
+    def greedy_exact_logits(self) -> list[Tensor]:
+        """Exact logits from which each greedy token is drawn, ``[NUM_NEW_TOKENS, V]`` a prompt."""
+        return self._drawing_rows(self.exact)
+
+    @cached_property
+    def greedy_baseline_logits(self) -> list[Tensor]:
+        return self._drawing_rows(self.baseline)
+
+    def _drawing_rows(self, reference: Reference) -> list[Tensor]:
+        whole = reference.logits(self.greedy_sequences)
+        return [logits[len(prompt) - 1 : -1] for prompt, logits in zip(self.prompts, whole, strict=True)]
+
+
+def mixed_steps(lengths: tuple[int, ...], draw: random.Random) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Steps over sequences of these lengths: chunks of different sizes, single tokens, sequences that join late."""
+    left = list(lengths)
+    steps: list[tuple[tuple[int, int], ...]] = []
+    while any(left):
+        step = []
+        for sequence, num_left in enumerate(left):
+            if not num_left or (len(steps) < sequence):  # one more sequence joins each step
+                continue
+            size = 1 if len(steps) % 2 else min(num_left, draw.randint(1, 13))
+            step.append((sequence, size))
+            left[sequence] -= size
+        steps.append(tuple(step))
+    return tuple(steps)

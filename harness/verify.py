@@ -1,0 +1,126 @@
+"""``shardproof verify``: every check on every tp_size, one row each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from engine.config import ModelConfig
+from engine.parallel.ranks import RankFailure, Ranks
+from harness import jobs
+from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
+from harness.machine import run_info
+from harness.truth import Truth
+from reports.records import CheckRow, Report, Verdict
+
+LARGEST_GLOO = 4
+"""More ranks than this run as threads on a CPU: gloo with many more processes than cores is slow."""
+JOB_TIMEOUT_S = 600.0
+
+OnRow = Callable[[CheckRow], None]
+OnStart = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyPlan:
+    """What to verify, and on what.
+
+    Args:
+        model: as the user named it, for the report.
+        fabric: ``auto`` picks by tp_size and device.
+        dtype: ``auto`` is the checkpoint's.
+    """
+
+    model: str
+    folder: Path
+    tp_sizes: tuple[int, ...]
+    fabric: str = "auto"
+    device: str = "cpu"
+    dtype: str = "auto"
+    checks: tuple[str, ...] = tuple(CHECKS)
+    subject: str = "engine"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.checks if name not in CHECKS]:
+            raise ValueError(f"checks={unknown} are unknown; there are: {', '.join(CHECKS)}")
+        if not self.tp_sizes or min(self.tp_sizes) < 1:
+            raise ValueError(f"tp_sizes={self.tp_sizes} must be one or several numbers of at least 1")
+
+    def fabric_of(self, tp_size: int) -> str:
+        """Real processes where that is quick enough, threads above."""
+        if tp_size == 1:
+            return "solo"
+        if self.fabric != "auto":
+            return self.fabric
+        if self.device.startswith("cuda"):
+            return "auto"
+        return "gloo" if tp_size <= LARGEST_GLOO else "threads"
+
+
+def verify(plan: VerifyPlan, *, on_row: OnRow = lambda row: None, on_start: OnStart = lambda check, tp_size: None) -> Report:
+    """Run the plan. Findings are rows of the report; what is wrong with the plan itself is raised.
+
+    Raises:
+        UnsupportedModelError: if the engine can't run such a model.
+        ValueError: if the plan does not fit the model.
+    """
+    started_at = datetime.now(UTC)
+    model_config = ModelConfig.from_folder(plan.folder)
+    if too_many := [tp_size for tp_size in plan.tp_sizes if tp_size > model_config.num_q_heads]:
+        raise ValueError(f"tp_sizes={too_many} are above num_q_heads={model_config.num_q_heads} of the model: every rank needs "
+                         "at least one query head")
+    dtype = str(model_config.dtype).removeprefix("torch.") if plan.dtype == "auto" else plan.dtype
+    truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
+    rows: list[CheckRow] = []
+    for tp_size in plan.tp_sizes:
+        for row in _verify_one(plan, truth, tp_size, on_start):
+            rows.append(row)
+            on_row(row)
+    return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
+
+
+def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, on_start: OnStart) -> Iterable[CheckRow]:
+    with Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device, auto_restart=True) as ranks:  # type: ignore[arg-type]
+        options = _options(truth)
+        context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed)
+        loaded = False
+        for name in plan.checks:
+            on_start(name, tp_size)
+            started = time.perf_counter()
+            try:
+                if not (loaded and ranks.healthy):
+                    ranks.run(jobs.load, plan.subject, truth.folder, truth.dtype, options, timeout_s=JOB_TIMEOUT_S)
+                    loaded = True
+                outcome = CHECKS[name](context)
+            except RankFailure as failure:
+                outcome = Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
+            yield _row(name, plan, truth, ranks, outcome, time.perf_counter() - started)
+
+
+def _options(truth: Truth) -> dict[str, int]:
+    """A cache of small blocks, just large enough for the script and the prompts."""
+    longest = [*map(len, truth.script.sequences), *map(len, truth.greedy_sequences)]
+    block_size = 16
+    return {"block_size": block_size, "num_kv_blocks": sum(-(-(length + 1) // block_size) for length in longest) + 1,
+            "max_num_batched_tokens": 64, "max_num_seqs": 8}
+
+
+def _row(name: str, plan: VerifyPlan, truth: Truth, ranks: Ranks, outcome: Outcome, seconds: float) -> CheckRow:
+    verdict: Verdict = "pass" if outcome.finding is None else "finding"
+    return CheckRow(
+        check=name, model=plan.model, tp_size=ranks.tp_size, fabric=ranks.fabric, dtype=truth.dtype, cases=outcome.cases,
+        verdict=verdict, compared=outcome.compared, seconds=round(seconds, 3), error_over_budget=outcome.error_over_budget,
+        rank=outcome.rank, module=outcome.module, message=outcome.finding or "", excused=outcome.excused, extra=outcome.extra,
+        replay=None if outcome.finding is None else _replay(name, plan, ranks),
+    )
+
+
+def _replay(name: str, plan: VerifyPlan, ranks: Ranks) -> str:
+    words: Sequence[str] = ("shardproof", "verify", plan.model, "--tp", str(ranks.tp_size), "--check", name, "--dtype", plan.dtype,
+                            "--device", plan.device, "--seed", str(plan.seed))
+    return " ".join(words) + ("" if ranks.fabric == "solo" else f" --fabric {ranks.fabric}")
