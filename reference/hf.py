@@ -67,10 +67,9 @@ class Reference:
     inference mode: a caller could neither write to its tensors nor compute with them under autograd.
     """
 
-    def __init__(self, model: nn.Module, *, dtype: str) -> None:
+    def __init__(self, model: Any, *, dtype: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype = dtype
-        self._call: Callable[..., Any] = model
         self.vocab_size: int = self.config.vocab_size
 
     @classmethod
@@ -113,8 +112,15 @@ class Reference:
         return self.model.config
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The model's own end-of-sequence ids, from its generation_config.json or else its config."""
+        ids = self.model.generation_config.eos_token_id
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+    @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where the model computes."""
+        return torch.device(self.model.device)
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -159,7 +165,7 @@ class Reference:
         return taken
 
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
-        logits: torch.Tensor = self._call(input_ids=self._ids(token_ids), use_cache=False).logits[0]
+        logits: torch.Tensor = self.model(input_ids=self._ids(token_ids), use_cache=False).logits[0]
         return logits
 
     def _continue(
@@ -171,7 +177,7 @@ class Reference:
         cache = None
         new_ids = self._ids(prompt)
         while len(token_ids) < max_new_tokens:
-            step = self._call(input_ids=new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            step = self.model(input_ids=new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = step.past_key_values
             best_ids, second_ids, step_margins = _top_two(step.logits[0])
             token_ids += best_ids

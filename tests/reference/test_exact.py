@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reference.checkpoints import random_checkpoint
 from reference.exact import compute_in_float64
 from reference.hf import Reference
-from tests.reference.tiny import FAMILIES, tiny_config
+from tests.reference.tiny import DEVICES, FAMILIES, tiny_config
 
 PROMPT = [5, 17, 100, 3, 64, 5, 88]
 
@@ -56,14 +56,22 @@ def below_float64(reference):
     return operations.found
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_exact_reference_computes_nothing_in_float32(folders, family):
-    assert below_float64(Reference.load(folders[family], "exact")) == []
+def test_the_exact_reference_computes_nothing_in_float32(folders, family, device):
+    assert below_float64(Reference.load(folders[family], "exact", device)) == []
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_count_does_see_the_float32_in_transformers_float64(folders, family):
-    assert len(below_float64(Reference.load(folders[family], "float64"))) >= 5
+def test_the_count_does_see_the_float32_in_transformers_float64(folders, family, device):
+    assert len(below_float64(Reference.load(folders[family], "float64", device))) >= 5
+
+
+def test_the_count_does_see_the_float32_of_eager_attentions_softmax(folders):
+    exact = Reference.load(folders["llama"], "exact")
+    exact.model.set_attn_implementation("eager")
+    assert "aten._softmax.default" in below_float64(exact)
 
 
 def decoder_in_numpy(reference, token_ids):

@@ -5,7 +5,7 @@ from transformers.utils import logging as transformers_logging
 
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES, Reference
-from tests.reference.tiny import FAMILIES, tiny_config
+from tests.reference.tiny import DEVICES, FAMILIES, tiny_config
 
 PROMPT = [5, 17, 100, 3, 64, 5]
 
@@ -30,6 +30,25 @@ def test_each_dtype_computes_in_it_and_keeps_the_rotary_frequencies_in_float32(f
     assert reference.logits([PROMPT])[0].dtype == DTYPES[dtype]
     assert reference.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert not reference.model.training
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wherever_the_model_computes_results_are_on_the_cpu_and_repeat_bit_for_bit(folders, family, device):
+    reference = Reference.load(folders[family], "bfloat16", device)
+    assert reference.device.type == device
+    first, again = (reference.logits([PROMPT])[0] for _ in range(2))
+    assert first.device.type == "cpu"
+    assert torch.equal(first, again)
+    taken = reference.activations(PROMPT)
+    assert {x.device.type for x in [*taken.inputs.values(), *taken.outputs.values()]} == {"cpu"}
+    assert reference.greedy([PROMPT], 5) == reference.greedy([PROMPT], 5)
+
+
+def test_end_of_sequence_ids_are_the_models_own(tmp_path):
+    for eos, expected in ((7, (7,)), ([7, 9], (7, 9))):
+        folder = random_checkpoint(tmp_path / str(eos), tiny_config(eos_token_id=eos))
+        assert Reference.load(folder, "float32").eos_token_ids == expected
 
 
 def test_a_sequence_has_the_same_bits_whatever_runs_beside_it(llama):

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+import pytest
+import torch
+
 FAMILIES = ("llama", "qwen2", "qwen3")
+DEVICES = (
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+)
 
 
 def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
