@@ -18,11 +18,11 @@ from reports.summary import (
     run_facts,
     without_constants,
 )
-from reports.tables import bench_table, check_changes_table, checks_pivot, speed_changes_table, verdict_cell
+from reports.tables import bench_tables, check_changes_table, checks_pivot, speed_changes_table, verdict_cell
 from reports.text_tables import escape_markdown, printable, to_markdown
 
 _SIGNS = {"good": "✅", "bad": "❌", "warn": "⚠️", "quiet": "➖"}
-_BENCH_CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
+_BENCH_CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 
 
 def report_markdown(report: Report, *, peer: str | None = None) -> str:
@@ -39,7 +39,9 @@ def report_markdown(report: Report, *, peer: str | None = None) -> str:
         table = pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in skipped])
         parts += ["## Skipped\n", to_markdown(table)]
     if report.benches:
-        parts += ["## Benchmarks\n", _compact(bench_table(report.benches, peer=peer))]
+        parts.append("## Benchmarks\n")
+        for name, table in bench_tables(report.benches, peer=peer).items():
+            parts += [f"### {escape_markdown(name)}\n", _compact(table)]
     parts.append(_how_it_ran(report.run))
     return "\n".join(parts)
 

@@ -10,6 +10,7 @@ Direction = Literal["higher", "lower"]
 _RATE = re.compile(r"_per_s(_p\d+)?$")
 _COST = re.compile(r"(?:^|_)(ns|us|ms|s|bytes|kib|mib|gib)(_per_[a-z]+)?(_p\d+)?$")
 _TIME = re.compile(r"(?:^|_)(ns|us|ms|s)(_per_[a-z]+)?(_p\d+)?$")
+_ACRONYMS = ("ttft", "tpot", "itl", "kv", "gpu")
 _SHOWN_UNIT = {"us": "µs", "bytes": "bytes", "kib": "KiB", "mib": "MiB", "gib": "GiB"}
 
 
@@ -33,7 +34,7 @@ def label(metric: str) -> str:
     """A metric's name for people, with its unit at the end.
 
     >>> label("output_tokens_per_s"), label("ttft_ms"), label("ms_per_token"), label("all_reduce_us")
-    ('output tokens/s', 'ttft, ms', 'ms/token', 'all reduce, µs')
+    ('output tokens/s', 'TTFT, ms', 'ms/token', 'all reduce, µs')
     """
     percentile = re.search(r"_p(\d+)$", metric)
     name = metric[: percentile.start()] if percentile else metric
@@ -41,7 +42,8 @@ def label(metric: str) -> str:
         shown = name.removesuffix("_per_s").replace("_", " ") + "/s"
     elif match := _COST.search(name):
         unit = _SHOWN_UNIT.get(match[1], match[1]) + (match[2] or "").replace("_per_", "/")
-        what = name[: match.start()].replace("_", " ")
+        words = name[: match.start()].split("_")
+        what = " ".join(word.upper() if word in _ACRONYMS else word for word in words)
         shown = f"{what}, {unit}" if what else unit
     elif name.startswith("percent_of_"):
         shown = f"% of {name.removeprefix('percent_of_').replace('_', ' ')}"

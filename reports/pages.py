@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jinja2
 import pandas as pd
@@ -25,15 +25,22 @@ from reports.summary import (
     run_facts,
     without_constants,
 )
-from reports.tables import bench_table, check_changes_table, checks_pivot, checks_table, speed_changes_table
+from reports.tables import (
+    bench_tables,
+    check_changes_table,
+    checks_pivot,
+    checks_table,
+    speed_changes_table,
+    telling_columns,
+)
 from reports.text_tables import MISSING, format_cell, format_number, printable
 
-_LAYOUT = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
+_LAYOUT = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 _HEADINGS = {
     "tp_size": "tp", "error_over_budget": "error / budget", "scaling_efficiency": "scaling",
     "percent_of_bound": "% of bound", "times_better": "times better", "seconds": "took",
 }  # fmt: skip
-_LONG = ("message", "reason")
+_LONGEST_LINE = 36  # characters; longer cells may wrap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +114,7 @@ def report_html(report: Report, *, peer: str | None = None) -> str:
         pivot=_pivot(report.checks) if report.checks else None,
         checks=_table(rows) if report.checks else None,
         skipped=_table(_skipped(skipped)) if skipped else None,
-        benches=_table(bench_table(report.benches, peer=peer)) if report.benches else None,
+        benches=[(name, _table(table)) for name, table in bench_tables(report.benches, peer=peer).items()],
         plots=bench_plots(report.benches),
         glyphs=GLYPHS,
         num_colours=NUM_COLOURS,
@@ -117,11 +124,6 @@ def report_html(report: Report, *, peer: str | None = None) -> str:
 def comparison_html(comparison: Comparison) -> str:
     """A comparison as a page with both sides."""
     broken = [change for change in comparison.checks if change.verdict in ("broken", "new finding")]
-    speeds = speed_changes_table(comparison.speeds)
-    speeds["interval"] = [
-        f"{low:.3f} – {high:.3f}" if low is not None else None
-        for low, high in zip(speeds["low"], speeds["high"], strict=True)
-    ]
     differences = comparison.differences | comparison.switches
     return _render(
         "comparison.html.j2",
@@ -130,10 +132,25 @@ def comparison_html(comparison: Comparison) -> str:
         facts=_both_sides(comparison.baseline, comparison.candidate),
         differences={name: f"{old} → {new}" for name, (old, new) in differences.items()},
         issues=[_change_issue(change) for change in broken],
-        speeds=_table(speeds.drop(columns=["low", "high"])) if comparison.speeds else None,
+        speeds=_changed_and_same(_with_interval(speed_changes_table(comparison.speeds))),
         speed_note=speed_note(comparison),
-        checks=_table(check_changes_table(comparison.checks)) if comparison.checks else None,
+        checks=_changed_and_same(check_changes_table(comparison.checks)),
     )
+
+
+def _with_interval(speeds: pd.DataFrame) -> pd.DataFrame:
+    intervals = [
+        f"{low:.3f} – {high:.3f}" if low is not None else None
+        for low, high in zip(speeds["low"], speeds["high"], strict=True)
+    ]
+    speeds.insert(list(speeds.columns).index("low"), "interval", intervals)
+    return speeds.drop(columns=["low", "high"])
+
+
+def _changed_and_same(changes: pd.DataFrame) -> dict[str, TableView | None]:
+    same = changes["verdict"] == "same"
+    parts = {"changed": changes[~same], "same": changes[same]}
+    return {name: _table(part) if len(part) else None for name, part in parts.items()}
 
 
 def _render(
@@ -155,6 +172,11 @@ def _table(table: pd.DataFrame) -> TableView:
     columns = [(str(name), table[name].tolist()) for name in table.columns]
     cells = [[_cell(name, value) for value in values] for name, values in columns]
     kinds = ["number" if any(cell.kind == "number" for cell in column) else "text" for column in cells]
+    # A dash stands where the column's numbers stand.
+    cells = [
+        [replace(cell, kind=f"{kind} none") if cell.kind == "none" else cell for cell in column]
+        for column, kind in zip(cells, kinds, strict=True)
+    ]
     return TableView(
         columns=[
             ColumnView(label=_heading(name), kind=kind)
@@ -174,7 +196,7 @@ def _heading(name: str) -> str:
 def _cell(name: str, value: object) -> CellView:
     text = format_cell(value)
     if text == MISSING:
-        return CellView(text=text, kind="number none" if name != "message" else "none")
+        return CellView(text=text, kind="none")
     if name == "verdict":
         return CellView(text=text, tone=TONES[text])
     if name in ("error_over_budget",) and isinstance(value, float):
@@ -191,9 +213,9 @@ def _cell(name: str, value: object) -> CellView:
         return CellView(text=f"{value:.1f}", kind="number")
     if isinstance(value, (int, float)):
         return CellView(text=text, kind="number")
-    return CellView(
-        text=text, kind="text long" if name in _LONG else "number" if name == "interval" else "text"
-    )
+    if name == "interval":
+        return CellView(text=text, kind="number")
+    return CellView(text=text, kind="text long" if len(text) > _LONGEST_LINE or "\n" in text else "text")
 
 
 def _pivot(rows: Sequence[CheckRow]) -> TableView:
@@ -201,8 +223,7 @@ def _pivot(rows: Sequence[CheckRow]) -> TableView:
     table = checks_pivot(rows)
     sizes = [str(name) for name in table.columns if str(name).startswith("tp ")]
     view = _table(table)
-    index = {str(name): i for i, name in enumerate(table.columns)}
-    varying = [name for name in ("model", "dtype", "fabric") if name in index]
+    varying = telling_columns(rows)
     found = {(row.check, *(getattr(row, name) for name in varying), f"tp {row.tp_size}"): row for row in rows}
     body = []
     for line in table.to_dict("records"):

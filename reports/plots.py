@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from reports import metrics
 from reports.records import BenchRow
@@ -68,7 +68,8 @@ def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
         if len({_x(axis, row) for row in members}) < 2:
             continue
         series = _series(axis, metric, members)
-        title = f"{workload}: {metrics.label(metric)} over {_AXIS_LABELS.get(axis, axis.replace('_', ' '))}"
+        what = metrics.label(metric).split(",")[0]
+        title = f"{workload}: {what} over {_AXIS_LABELS.get(axis, axis.replace('_', ' '))}"
         plots.append(
             Plot(
                 title=title,
@@ -82,30 +83,43 @@ def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
 
 
 def _series(axis: str, metric: str, rows: Sequence[BenchRow]) -> list[Series]:
-    def identity(row: BenchRow) -> tuple[str, ...]:
-        others = [f"{name} {format_number(value)}" for name, value in row.axes.items() if name != axis]
-        return (row.engine, "" if axis == "tp_size" else f"tp {row.tp_size}", row.fabric, *others)
-
-    lines: dict[tuple[str, ...], list[tuple[float, float, float, float, float | None]]] = {}
-    for row in rows:
+    names = _line_names(axis, rows)
+    lines: dict[str, list[tuple[float, float, float, float, float | None]]] = {}
+    for row, name in zip(rows, names, strict=True):
         low, median, high = (float(q) for q in np.percentile(row.samples[metric], [25, 50, 75]))
         point = (_x(axis, row), median, low, high, row.metrics.get(f"bound_{metric}"))
-        lines.setdefault(identity(row), []).append(point)
-    # A name for each line out of what tells it from the others.
-    width = max(map(len, lines))
-    padded = [key + ("",) * (width - len(key)) for key in lines]
-    telling = [i for i in range(width) if i == 0 or len({key[i] for key in padded}) > 1]
-    labels = [" · ".join(key[i] for i in telling if key[i]) for key in padded]
+        lines.setdefault(name, []).append(point)
     return [
-        Series(label=label, points=sorted(points, key=lambda point: point[0]))
-        for label, points in zip(labels, lines.values(), strict=True)
+        Series(label=name, points=sorted(points, key=lambda point: point[0]))
+        for name, points in lines.items()
     ]
+
+
+def _line_names(axis: str, rows: Sequence[BenchRow]) -> list[str]:
+    """The line that each row is on: its engine, and what else differs between the rows of one engine.
+
+    Fabric and case come in only if two points would otherwise share an x: one rank alone is always ``solo``,
+    and a case often just spells out the axis.
+    """
+
+    def parts(row: BenchRow) -> list[str]:
+        size = [] if axis == "tp_size" else [f"tp {row.tp_size}"]
+        others = [f"{name} {format_number(value)}" for name, value in row.axes.items() if name != axis]
+        return [row.engine, *size, *others]
+
+    keys = [parts(row) for row in rows]
+    for extra in ("fabric", "case"):
+        if len({(*key, _x(axis, row)) for key, row in zip(keys, rows, strict=True)}) == len(rows):
+            break
+        keys = [[*key, getattr(row, extra)] for key, row in zip(keys, rows, strict=True)]
+    common = set.intersection(*map(set, keys)) - {row.engine for row in rows}
+    return [" · ".join(part for part in key if part not in common) for key in keys]
 
 
 def _draw(axis: str, metric: str, series: Sequence[Series], title: str) -> str:
     # svg.* can be set only here; the context puts back what was set before, and no pyplot state is touched.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
-        figure = Figure(figsize=(5.0, 3.1), layout="constrained")
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5}):
+        figure = Figure(figsize=(4.8, 3.0), layout="constrained")
         ax = figure.subplots()
         _draw_lines(ax, series)
         _style(ax, axis, metric, series)
@@ -136,6 +150,8 @@ def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
         ax.set_xscale("log", base=2)
     if max(ys) / min(ys) > 30:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if max(ys) / min(ys) < 1000 else (1.0,)))
+        ax.yaxis.set_minor_locator(NullLocator())
     else:
         ax.set_ylim(0, max(ys) * 1.1)
     step = math.ceil(len(xs) / 8)  # at most eight labels, so that they stay apart on a telephone

@@ -36,6 +36,7 @@ class Headline:
 def report_headline(report: Report) -> Headline:
     """The verdict on a run, agreeing with its exit code."""
     counts = Counter[str](row.verdict for row in report.checks)
+    measured = f"{plural(len(report.benches), 'benchmark case')} measured"
     compared = sum(row.compared for row in report.checks)
     parts = [f"{counts[name]} {word}" for name, word in (
         ("pass", "passed"), ("finding", "with a finding"), ("error", "could not run"), ("skipped", "skipped"),
@@ -46,7 +47,8 @@ def report_headline(report: Report) -> Headline:
     else:
         detail = ""
     if report.benches:
-        detail += ("; " if detail else "") + f"{plural(len(report.benches), 'benchmark case')} measured"
+        engines = ", ".join(dict.fromkeys(row.engine for row in report.benches))
+        detail += f"; {measured}" if detail else f"Engines: {engines}"
     if counts["finding"]:
         return Headline(text=plural(counts["finding"], "finding"), detail=detail, tone="bad")
     if counts["error"]:
@@ -55,7 +57,7 @@ def report_headline(report: Report) -> Headline:
         return Headline(
             text="Nothing was compared", detail=detail or "no check and no benchmark ran", tone="warn"
         )
-    text = f"{plural(counts['pass'], 'check')} passed" if report.checks else "Measured"
+    text = f"{plural(counts['pass'], 'check')} passed" if report.checks else measured
     return Headline(text=text, detail=detail, tone="good")
 
 
@@ -80,7 +82,8 @@ def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
     gpus = Counter(f"{gpu.name}, driver {gpu.driver}" for gpu in machine.gpus)
     facts = {
         "model": ", ".join(models),
-        "commit": (run.commit or "not in a repository") + (" + uncommitted changes" if run.dirty else ""),
+        "commit": (run.commit[:12] if run.commit else "not in a repository")
+        + (" + uncommitted changes" if run.dirty else ""),
         "machine": f"{machine.type}: {machine.cpu}, {plural(machine.cores, 'core')}, "
         f"{format_number(round(machine.memory_gib, 1))} GiB",
         "GPUs": "; ".join(f"{count} × {name}" for name, count in gpus.items()),
@@ -92,8 +95,9 @@ def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
 
 
 def models_of(report: Report) -> list[str]:
-    """Every model of a report, in the order of its rows."""
-    return list(dict.fromkeys([row.model for row in report.checks] + [row.model for row in report.benches]))
+    """Every model named in a report, in the order of its rows."""
+    names = [row.model for row in report.checks] + [row.model for row in report.benches]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def command_line(run: RunInfo) -> str:

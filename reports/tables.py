@@ -16,6 +16,7 @@ from reports.text_tables import format_number, to_markdown, to_text
 
 __all__ = [
     "bench_table",
+    "bench_tables",
     "check_changes_table",
     "checks_pivot",
     "checks_table",
@@ -38,16 +39,18 @@ def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """One row a `CheckRow`: checks in the order of their first row, then model, dtype, fabric, tp_size."""
     order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
     ordered = sorted(rows, key=lambda row: (order[row.check], *row.key))
-    return _frame([{name: getattr(row, name) for name in CHECK_COLUMNS} for row in ordered], CHECK_COLUMNS)
+    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} for row in ordered]
+    # An empty message is no message: None, as for every other column.
+    return _frame([line | {"message": line["message"] or None} for line in lines], CHECK_COLUMNS)
 
 
 def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """Checks down, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
 
-    Model, dtype and fabric are columns only where they differ between rows.
+    Model and dtype are columns where they differ, fabric where two of them ran one check and tp_size.
     """
     table = checks_table(rows)
-    varying = [name for name in ("model", "dtype", "fabric") if table[name].nunique() > 1]
+    varying = telling_columns(rows)
     sizes = sorted({row.tp_size for row in rows})
     cells: dict[tuple[str, ...], dict[str, object]] = {}
     for record in table.to_dict("records"):
@@ -61,11 +64,27 @@ def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     )
 
 
+def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
+    """What a pivot's rows need beside the check's name to be told apart.
+
+    One rank alone is always ``solo``, so a fabric that goes with tp_size tells nothing new.
+    """
+    varying = [name for name in ("model", "dtype") if len({getattr(row, name) for row in rows}) > 1]
+    layouts = {(row.check, row.model, row.dtype, row.tp_size) for row in rows}
+    return varying if len(layouts) == len(rows) else [*varying, "fabric"]
+
+
 def verdict_cell(verdict: str, error_over_budget: float | None) -> str:
     """``pass 0.43``: a verdict and, if it is about size, the error as a fraction of its budget."""
     if error_over_budget is None or math.isnan(error_over_budget):
         return verdict
     return f"{verdict} {format_number(float(f'{error_over_budget:.3g}'))}"
+
+
+def bench_tables(rows: Sequence[BenchRow], *, peer: str | None = None) -> dict[str, pd.DataFrame]:
+    """`bench_table` of each workload on its own."""
+    table = bench_table(rows, peer=peer)
+    return {name: table[table["workload"] == name] for name in dict.fromkeys(row.workload for row in rows)}
 
 
 def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.DataFrame:
@@ -121,16 +140,9 @@ def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
 def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
     """One row a `SpeedChange`, what needs attention first; ``times_better`` is candidate over baseline."""
     columns = (
-        *BENCH_KEYS,
-        "metric",
-        "verdict",
-        "baseline",
-        "candidate",
-        "times_better",
-        "low",
-        "high",
-        "rounds",
-    )
+        "workload", "case", "engine", "tp_size", "metric", "verdict", "times_better", "low", "high", "baseline",
+        "candidate", "rounds", "model", "dtype", "fabric",
+    )  # fmt: skip
     order = {name: i for i, name in enumerate(get_args(SpeedVerdict))}
     lines: list[dict[str, object]] = []
     for change in sorted(changes, key=lambda change: order[change.verdict]):

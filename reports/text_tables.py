@@ -31,7 +31,7 @@ def format_number(value: float) -> str:
 
 def format_cell(value: object) -> str:
     """One cell for people: numbers by `format_number`, nothing as a dash."""
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value is pd.NA or value == "" or (isinstance(value, float) and math.isnan(value)):
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
