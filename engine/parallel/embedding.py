@@ -44,7 +44,7 @@ class VocabParallelEmbedding(_VocabShardedWeight):
 
     token_ids_T  [T] int        the same on every rank
     weight       [L, hidden]    this rank's rows
-    x_TE         [T, hidden]    whole on every rank, after one all-reduce; exact, as all ranks but one add zeros
+    x_TE         [T, hidden]    whole on every rank, after one all-reduce; bit-exact, as all ranks but one add -0.0
     """
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ class VocabParallelEmbedding(_VocabShardedWeight):
         ids = self.shard.ids
         is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
         row_T = torch.where(is_mine_T, token_ids_T - ids.start, 0)
-        x_TE = nn.functional.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), 0)
+        # -0.0, because x + -0.0 is x in every bit: 0.0 would turn an entry of -0.0 into 0.0.
+        x_TE = nn.functional.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), -0.0)
         return self.tp.all_reduce(x_TE)
 
 

@@ -109,6 +109,19 @@ def test_the_first_and_last_row_of_every_shard_are_found() -> None:
     assert on_ranks(3, job) == [[1, 4, 5, 8, 9, 10]] * 3
 
 
+def test_a_negative_zero_keeps_its_sign() -> None:
+    # -0.0 + 0.0 is 0.0: what the other ranks add to the sum must be -0.0.
+    table = torch.tensor([[-0.0], [0.0], [-0.0], [1.0], [-0.0]])
+
+    def job(tp: TPGroup) -> Tensor:
+        embedding = VocabParallelEmbedding(5, 1, tp=tp, dtype=torch.float32)
+        embedding.weight.weight_loader(embedding.weight, table)
+        return embedding(torch.arange(5))
+
+    for x in on_ranks(3, job):
+        assert same_bits(x, table)
+
+
 @st.composite
 def head_problems(draw: st.DrawFn) -> HeadProblem:
     (vocab_size, tp_size), dtype, hidden_size = draw(vocabularies()), draw(DTYPES), draw(st.integers(1, 24))
