@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from reports.compare import CheckChange, Comparison, SpeedChange
 from reports.metrics import label
+from reports.tables import verdict_cell
 from reports.text_tables import format_number, printable
 
 _NOT_COMPARED = ("only in baseline", "only in candidate", "too noisy", "no longer compared")
@@ -79,7 +80,8 @@ def _name(change: SpeedChange | CheckChange) -> str:
 def _detail(change: SpeedChange | CheckChange) -> str:
     if isinstance(change, CheckChange):
         replay = f"\nRun it again: {change.replay}" if change.replay else ""
-        sides = f"{change.baseline or 'absent'} before, {change.candidate or 'absent'} now"
+        before = verdict_cell(change.baseline or "absent", change.baseline_error)
+        sides = f"{before} before, {verdict_cell(change.candidate or 'absent', change.candidate_error)} now"
         return f"{sides}\n{change.message}{replay}"
     values = (change.baseline_median, change.candidate_median, change.gain, change.low, change.high)
     before, after, gain, low, high = (format_number(value) if value is not None else "–" for value in values)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from reports.files import write_whole
 from reports.metrics import direction
 from reports.typed_json import RecordError, conform
 
@@ -282,22 +282,6 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     except RecordError as error:
         raise RecordError(error.problem, where=error.where, file=str(path)) from None
     return report
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` through a temporary file beside it, so that nobody ever sees half of it."""
-    # A lone surrogate (from a process's output that was no UTF-8) becomes \udcxx, as JSON spells it too.
-    data = text.encode(errors="backslashreplace")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with scratch.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _file_of(folder_or_path: str | os.PathLike[str]) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from reports.compare import Comparison
 from reports.comparison_data import comparison_json, comparison_junit
+from reports.files import write_whole
 from reports.markdown import comparison_markdown, report_markdown
 from reports.pages import comparison_html, report_html
-from reports.records import Report, write_report, write_whole
+from reports.records import Report, write_report
 from reports.tables import check_changes_table, rows_table, speed_changes_table, stacked, to_csv
 
 
@@ -21,7 +22,7 @@ def write_all(report: Report, out_dir: str | os.PathLike[str], *, peer: str | No
     texts = {
         "md": report_markdown(report, peer=peer),
         "html": report_html(report, peer=peer),
-        "csv": to_csv(rows_table(report)),
+        "csv": to_csv(rows_table(report, peer=peer)),
     }
     # The records first: whatever the disk does to the pages, they can be made again from these.
     return {"json": write_report(Path(out_dir), report)} | _write(texts, Path(out_dir))

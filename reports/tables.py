@@ -32,6 +32,9 @@ CHECK_COLUMNS = (
     "check", "model", "dtype", "fabric", "tp_size", "verdict", "error_over_budget", "cases", "compared",
     "excused", "seconds", "rank", "module", "message", "replay",
 )  # fmt: skip
+# (key of a row, metric) -> median over its rounds
+_Medians = dict[tuple[tuple[str, str, str, str, str, str, int], str], float]
+
 BENCH_KEYS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
 
 
@@ -100,7 +103,7 @@ def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.Data
     Raises ValueError if no row has the engine ``peer``.
     """
     engines = sorted({row.engine for row in rows})
-    if peer is not None and peer not in engines:
+    if rows and peer is not None and peer not in engines:
         raise ValueError(f"peer={peer!r} is not among the engines of this report: {', '.join(engines)}")
     medians = {(row.key, m): float(np.median(v)) for row in rows for m, v in row.samples.items()}
     columns = [*BENCH_KEYS, "metric", "rounds", "median", "iqr", "p99", "first"]
@@ -118,7 +121,7 @@ def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.Data
             line["scaling_efficiency"] = _scaling_efficiency(row, metric, medians)
             line["percent_of_bound"] = _percent_of_bound(row, metric, median)
             if peer is not None:
-                other = medians.get(((*row.key[:3], peer, *row.key[4:]), metric))
+                other = _peer_median(row, metric, peer, medians)
                 line[f"times_{peer}"] = metrics.gain(metric, median, other) if other is not None else None
             lines.append(line)
     return _frame(lines, columns)
@@ -140,8 +143,8 @@ def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
 def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
     """One row a `SpeedChange`, what needs attention first; ``times_better`` is candidate over baseline."""
     columns = (
-        "workload", "case", "engine", "tp_size", "metric", "verdict", "times_better", "low", "high", "baseline",
-        "candidate", "rounds", "model", "dtype", "fabric",
+        "workload", "case", "engine", "tp_size", "metric", "verdict", "times_better", "low", "high",
+        "baseline", "candidate", "rounds", "model", "dtype", "fabric",
     )  # fmt: skip
     order = {name: i for i, name in enumerate(get_args(SpeedVerdict))}
     lines: list[dict[str, object]] = []
@@ -156,9 +159,9 @@ def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
     return _frame(lines, columns)
 
 
-def rows_table(report: Report) -> pd.DataFrame:
+def rows_table(report: Report, *, peer: str | None = None) -> pd.DataFrame:
     """All rows of a report in one table, for CSV: the checks, then the benchmark cases."""
-    return stacked(check=checks_table(report.checks), bench=bench_table(report.benches))
+    return stacked(check=checks_table(report.checks), bench=bench_table(report.benches, peer=peer))
 
 
 def stacked(**parts: pd.DataFrame) -> pd.DataFrame:
@@ -177,9 +180,19 @@ def to_csv(table: pd.DataFrame) -> str:
     return str(table.to_csv(index=False, lineterminator="\n"))
 
 
-def _scaling_efficiency(
-    row: BenchRow, metric: str, medians: dict[tuple[tuple[str, str, str, str, str, str, int], str], float]
-) -> float | None:
+def _peer_median(row: BenchRow, metric: str, peer: str, medians: _Medians) -> float | None:
+    """The peer's median on the same case, by preference on the same fabric: engines name theirs differently."""
+    workload, case, model, _, dtype, fabric, tp_size = row.key
+    same_case = {
+        key[5]: median
+        for (key, name), median in medians.items()
+        if name == metric and (*key[:5], key[6]) == (workload, case, model, peer, dtype, tp_size)
+    }
+    return same_case.get(fabric, next(iter(same_case.values()), None))
+
+
+def _scaling_efficiency(row: BenchRow, metric: str, medians: _Medians) -> float | None:
+    # One rank alone has no fabric to speak of: tp_size 1 stands for all of them.
     single = next(
         (v for (k, m), v in medians.items() if k[:5] == row.key[:5] and k[6] == 1 and m == metric), None
     )
