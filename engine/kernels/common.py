@@ -28,7 +28,16 @@ except ImportError:  # macOS, or a CPU-only installation: the twins still work
     triton = SimpleNamespace(jit=_KernelWithoutTriton)
     tl = SimpleNamespace(constexpr=Any)
 
-__all__ = ["HAVE_TRITON", "cdiv", "check_kernel_inputs", "compute_dtype", "next_power_of_2", "tl", "triton"]
+__all__ = [
+    "HAVE_TRITON",
+    "cdiv",
+    "check_kernel_inputs",
+    "compute_dtype",
+    "next_power_of_2",
+    "rows_adjacent",
+    "tl",
+    "triton",
+]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -64,3 +73,8 @@ def check_kernel_inputs(**tensors: torch.Tensor) -> None:
                 f"{name}.stride()={tensor.stride()}: kernels read rows whose elements are adjacent; "
                 f"pass a tensor whose last dimension is contiguous"
             )
+
+
+def rows_adjacent(table: torch.Tensor) -> torch.Tensor:
+    """``table`` itself, or a copy where the elements of a row are not adjacent in memory."""
+    return table if table.stride(-1) == 1 or table.shape[-1] <= 1 else table.contiguous()

@@ -13,7 +13,7 @@ import math
 import torch
 
 from engine.kernels.attention_torch import paged_attention_torch
-from engine.kernels.common import cdiv, check_kernel_inputs, next_power_of_2, tl, triton
+from engine.kernels.common import cdiv, check_kernel_inputs, next_power_of_2, rows_adjacent, tl, triton
 from engine.kernels.store_kv import check_caches
 
 # Shape suffixes: S = sequences, Q = query heads on this rank, N = KV heads on this rank, H = head dim,
@@ -201,6 +201,7 @@ def paged_decode(
     """
     check_kernel_inputs(q=q_SQH)
     check_caches(k_cache_PNBH, v_cache_PNBH)
+    block_tables, context_lens_S = rows_adjacent(block_tables), context_lens_S.contiguous()
     num_seqs, num_q_heads, head_dim = q_SQH.shape
     num_kv_heads, block_size = k_cache_PNBH.shape[1], k_cache_PNBH.shape[2]
     device = q_SQH.device
@@ -236,7 +237,8 @@ def paged_decode(
         lse, lse_strides = out_SQH, (0, 0)  # never read
     stride_p, stride_n, stride_b, _ = k_cache_PNBH.stride()
     _decode_kernel[(num_kv_heads, num_seqs, num_splits)](
-        q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, context_lens_S, q_start_N, q_count_N, target, lse,
+        q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, context_lens_S,
+        q_start_N.contiguous(), q_count_N.contiguous(), target, lse,
         scale * math.log2(math.e), split_len or 0,
         q_SQH.stride(0), q_SQH.stride(1), *target_strides, *lse_strides, block_tables.stride(0),
         stride_p, stride_n, stride_b, block_size, head_dim, head_dim_padded,

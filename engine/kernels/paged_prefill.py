@@ -9,7 +9,7 @@ import math
 import torch
 
 from engine.kernels.attention_torch import paged_attention_torch
-from engine.kernels.common import check_kernel_inputs, next_power_of_2, tl, triton
+from engine.kernels.common import check_kernel_inputs, next_power_of_2, rows_adjacent, tl, triton
 from engine.kernels.store_kv import check_caches
 
 # Shape suffixes: T = tokens, Q = query heads on this rank, N = KV heads on this rank, H = head dim,
@@ -166,6 +166,7 @@ def paged_prefill(
     """
     check_kernel_inputs(q=q_TQH)
     check_caches(k_cache_PNBH, v_cache_PNBH)
+    block_tables = rows_adjacent(block_tables)
     if scale <= 0:
         raise ValueError(f"scale={scale} must be positive: the running maximum is taken before scaling")
     num_tokens, num_q_heads, head_dim = q_TQH.shape
@@ -180,7 +181,8 @@ def paged_prefill(
     stride_p, stride_n, stride_b, _ = k_cache_PNBH.stride()
     # One more tile than T // tile_q for each sequence's ragged end, and one for the padding's.
     _prefill_kernel[(num_q_heads, num_tokens // tile_q + num_seqs + 1)](
-        q_TQH, k_cache_PNBH, v_cache_PNBH, block_tables, cu_seqlens_q, context_lens_S, kv_of_q_Q, out_TQH,
+        q_TQH, k_cache_PNBH, v_cache_PNBH, block_tables,
+        cu_seqlens_q.contiguous(), context_lens_S.contiguous(), kv_of_q_Q.contiguous(), out_TQH,
         scale * math.log2(math.e), num_seqs, num_tokens,
         q_TQH.stride(0), q_TQH.stride(1), out_TQH.stride(0), out_TQH.stride(1), block_tables.stride(0),
         stride_p, stride_n, stride_b, block_size, head_dim, head_dim_padded, tile_q, tile, "ieee",

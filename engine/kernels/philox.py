@@ -101,7 +101,9 @@ def philox_uniform_triton(
     out_RV = torch.empty((num_rows, num), dtype=torch.float32, device=seed_R.device)
     if out_RV.numel():
         grid = (num_rows, cdiv(start % 4 + num, 4 * _COUNTERS))
-        _uniform_kernel[grid](seed_R, position_R, out_RV, start, num, stream, _COUNTERS)
+        _uniform_kernel[grid](
+            seed_R.contiguous(), position_R.contiguous(), out_RV, start, num, stream, _COUNTERS
+        )
     return out_RV
 
 
@@ -180,7 +182,8 @@ def gumbel_argmax(
     chunk_values = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
     chunk_indices = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
     _gumbel_chunk_kernel[(num_rows, num_chunks)](
-        logits_RV, temperature_R, seed_R, position_R, chunk_values, chunk_indices,
+        logits_RV, temperature_R.contiguous(), seed_R.contiguous(), position_R.contiguous(),
+        chunk_values, chunk_indices,
         logits_RV.stride(0), num_columns, vocab_start, _COUNTERS,
     )  # fmt: skip
     _gumbel_row_kernel[(num_rows,)](

@@ -117,7 +117,9 @@ def _launch(
     k_norm_weight_H: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    check_kernel_inputs(q=q, k=k)
+    positions_T = positions_T.contiguous()
+    weights = {"q_norm_weight": q_norm_weight_H, "k_norm_weight": k_norm_weight_H}
+    check_kernel_inputs(q=q, k=k, **{name: w for name, w in weights.items() if w is not None})
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, half = k.shape[1], cos_table_MR.shape[1]
     if 2 * half > head_dim or not (cos_table_MR.is_contiguous() and sin_table_MR.is_contiguous()):
@@ -138,7 +140,8 @@ def _launch(
     v = k if v is None else v
     _rope_kernel[(num_tokens, cdiv(num_q_heads, heads) + cdiv(num_kv_heads, heads))](
         q, k, v, q_out, k_out, k_out if v_out is None else v_out,
-        positions_T if slot_mapping_T is None else slot_mapping_T, positions_T, cos_table_MR, sin_table_MR,
+        positions_T if slot_mapping_T is None else slot_mapping_T.contiguous(),
+        positions_T, cos_table_MR, sin_table_MR,
         cos_table_MR if q_norm_weight_H is None else q_norm_weight_H,
         cos_table_MR if k_norm_weight_H is None else k_norm_weight_H, eps,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -273,8 +276,8 @@ def _split_heads(
     if rest or num_heads <= 2 * num_kv_heads:
         raise ValueError(
             f"qkv columns={qkv_TC.shape[1]} must be (num_q_heads + 2 * num_kv_heads) * head_dim with "
-            f"at least one query head, for num_kv_heads={num_kv_heads} and head_dim={head_dim} of the cache: pass "
-            f"the whole output of the fused projection"
+            f"at least one query head, for num_kv_heads={num_kv_heads} and head_dim={head_dim} of the cache: "
+            f"pass the whole output of the fused projection"
         )
     heads = qkv_TC.unflatten(1, (num_heads, head_dim))
     q, k, v = heads.split([num_heads - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)

@@ -51,7 +51,7 @@ def store_kv(
         return
     stride_p, stride_n, stride_b, _ = k_cache_PNBH.stride()
     _store_kv_kernel[(num_tokens,)](
-        k_TNH, v_TNH, k_cache_PNBH, v_cache_PNBH, slot_mapping_T,
+        k_TNH, v_TNH, k_cache_PNBH, v_cache_PNBH, slot_mapping_T.contiguous(),
         k_TNH.stride(0), k_TNH.stride(1), v_TNH.stride(0), v_TNH.stride(1),
         stride_p, stride_n, stride_b, k_cache_PNBH.shape[2],
         num_heads, head_dim, next_power_of_2(num_heads), next_power_of_2(head_dim),

@@ -89,7 +89,8 @@ def attention_problem(
     num_blocks = sum(blocks_each) + 1
     order = torch.randperm(num_blocks - 1, generator=generator).tolist()
     caches = torch.full((2, num_blocks, num_kv_heads, block_size, head_dim), float("nan"), dtype=dtype)
-    block_tables = torch.full((len(context_lens), max([*blocks_each, 0]) + 2), num_blocks - 1, dtype=torch.int32)
+    table_shape = (len(context_lens), max([*blocks_each, 0]) + 2)
+    block_tables = torch.full(table_shape, num_blocks - 1, dtype=torch.int32)
     keys, values = [], []
     for s, length in enumerate(context_lens):
         mine = torch.tensor([order.pop() for _ in range(blocks_each[s])], dtype=torch.int64)

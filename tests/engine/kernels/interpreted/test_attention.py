@@ -1,0 +1,189 @@
+"""The decode and the prefill kernel against the dense formula, in float32 and float16.
+
+``tl.dot`` of bfloat16 is wrong in the interpreter; that type is left to the GPU.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels.paged_decode import paged_decode
+from engine.kernels.paged_prefill import paged_prefill
+from tests.engine.kernels.problems import (
+    AttentionProblem,
+    attention_budget,
+    attention_problem,
+    exact_attention,
+    over_budget,
+)
+
+
+def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
+    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype)
+    return paged_decode(
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        problem.block_tables,
+        problem.context_lens,
+        problem.q_start,
+        problem.q_count,
+        problem.scale,
+        out_SQH=out,
+        **options,
+    )
+
+
+def _prefill(problem: AttentionProblem, **options: Any) -> torch.Tensor:
+    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype)
+    return paged_prefill(
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        problem.block_tables,
+        problem.cu_seqlens_q,
+        problem.context_lens,
+        problem.kv_of_q,
+        problem.scale,
+        out_TQH=out,
+        **options,
+    )
+
+
+def _share_of_budget(problem: AttentionProblem, actual: torch.Tensor) -> float:
+    exact, scale = exact_attention(problem)
+    return over_budget(actual, exact, attention_budget(exact, scale, problem.q.dtype, rounded_weights=True))
+
+
+_SHAPES = {
+    "q_counts": st.sampled_from([(1,), (4,), (2, 2), (3, 2), (1, 3, 3), (18,)]),
+    "head_dim": st.sampled_from([8, 40, 64, 80, 128]),
+    "block_size": st.sampled_from([1, 16, 48, 64]),
+    "dtype": st.sampled_from([torch.float32, torch.float16]),
+    "seed": st.integers(0, 2**16),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    problem=st.builds(
+        lambda contexts, **shapes: attention_problem(
+            context_lens=contexts, query_lens=[1] * len(contexts), **shapes
+        ),
+        contexts=st.lists(st.sampled_from([0, 1, 15, 16, 17, 48, 64, 65, 100]), min_size=1, max_size=3),
+        **_SHAPES,
+    ),
+    tile=st.sampled_from([16, 32]),
+    splits=st.sampled_from([{}, {"num_splits": 1}, {"num_splits": 3}, {"num_splits": 40}, {"split_len": 32}]),
+)
+def test_decode_is_the_dense_formula(problem: AttentionProblem, tile: int, splits: dict[str, int]) -> None:
+    assert _share_of_budget(problem, _decode(problem, tile=tile, **splits)) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    problem=st.builds(
+        lambda lengths, **shapes: attention_problem(
+            context_lens=[prefix + count for prefix, count in lengths],
+            query_lens=[count for _, count in lengths],
+            **shapes,
+        ),
+        lengths=st.lists(
+            st.tuples(st.sampled_from([0, 1, 16, 31]), st.sampled_from([0, 1, 5, 16, 17, 33])),
+            min_size=1,
+            max_size=3,
+        ),
+        padding_rows=st.sampled_from([0, 0, 3, 20]),
+        **_SHAPES,
+    ),
+    tile=st.sampled_from([16, 32]),
+)
+def test_prefill_is_the_dense_formula(problem: AttentionProblem, tile: int) -> None:
+    assert _share_of_budget(problem, _prefill(problem, tile_q=16, tile=tile)) <= 1
+
+
+def test_default_launches_are_right_too() -> None:
+    problem = attention_problem(query_lens=[1, 1], context_lens=[130, 70], block_size=64)
+    assert _share_of_budget(problem, _decode(problem)) <= 1
+    assert _share_of_budget(problem, _prefill(problem)) <= 1
+
+
+def test_padding_comes_out_as_zeros_whatever_the_splits() -> None:
+    problem = attention_problem(query_lens=[1, 1], context_lens=[0, 20], padding_rows=0)
+    for options in ({"num_splits": 1}, {"num_splits": 4}, {"split_len": 16, "tile": 16}):
+        out = _decode(problem, **options)
+        assert not out[0].any()
+        assert out[1].all()
+    padded = attention_problem(query_lens=[1, 2], context_lens=[0, 20], padding_rows=18)
+    out = _prefill(padded, tile_q=16, tile=16)
+    assert not out[0].any()
+    assert out[1:3].all()
+    assert not out[3:].any()
+
+
+def test_pinned_splits_give_the_same_bits_in_any_batch_and_under_any_bound() -> None:
+    problem = attention_problem(query_lens=[1] * 3, context_lens=[100, 33, 64], dtype=torch.float32)
+    pinned = {"split_len": 32, "tile": 16}
+    together = _decode(problem, **pinned)
+    assert torch.equal(together, _decode(problem, max_context=2000, **pinned))
+    for s in range(3):
+        alone = replace(
+            problem,
+            q=problem.q[s : s + 1],
+            block_tables=problem.block_tables[s : s + 1],
+            context_lens=problem.context_lens[s : s + 1],
+        )
+        assert torch.equal(together[s : s + 1], _decode(alone, **pinned))
+        # One split for everything (no combination) is what the bound makes of a short sequence.
+        if s == 1:
+            short = {"split_len": 64, "tile": 16}
+            assert torch.equal(
+                _decode(alone, max_context=64, **short), _decode(alone, max_context=640, **short)
+            )
+    assert not torch.equal(together, _decode(problem, num_splits=2, tile=16)), "must be able to fail"
+
+
+def test_a_split_that_is_no_multiple_of_the_tile_is_refused() -> None:
+    problem = attention_problem(query_lens=[1], context_lens=[20])
+    with pytest.raises(ValueError, match="split_len=40 must be a positive multiple of tile=16"):
+        _decode(problem, split_len=40, tile=16)
+
+
+def test_a_scale_that_is_not_positive_is_refused() -> None:
+    problem = attention_problem(query_lens=[1], context_lens=[20])
+    with pytest.raises(ValueError, match="scale=0"):
+        _prefill(replace(problem, scale=0.0))
+
+
+@pytest.mark.parametrize("run", [_decode, _prefill])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_scores_do_not_overflow(run: Any, dtype: torch.dtype) -> None:
+    problem = attention_problem(query_lens=[1, 1], context_lens=[40, 64], dtype=dtype, spread=50.0)
+    assert _share_of_budget(problem, run(problem, tile=16)) <= 1
+
+
+def test_the_budget_would_notice_a_key_too_few_and_a_block_too_early() -> None:
+    problem = attention_problem(query_lens=[1], context_lens=[40], block_size=16, dtype=torch.float16)
+    fewer = replace(problem, context_lens=problem.context_lens - 1)
+    early = problem.block_tables.clone()
+    early[0, 1] = early[0, 0]
+    for run in (_decode, _prefill):
+        assert _share_of_budget(problem, run(problem)) <= 1
+        assert _share_of_budget(problem, run(fewer)) > 10
+        assert _share_of_budget(problem, run(replace(problem, block_tables=early))) > 10
+
+
+def test_strided_tables_and_lengths_are_read_in_order() -> None:
+    problem = attention_problem(query_lens=[1, 1, 1], context_lens=[20, 33, 7], q_counts=(3, 2))
+    every_other = {
+        name: torch.stack([getattr(problem, name)] * 2, dim=-1)[..., 0]
+        for name in ("block_tables", "context_lens", "cu_seqlens_q", "kv_of_q", "q_start", "q_count")
+    }
+    strided = replace(problem, **every_other)
+    assert not strided.block_tables.is_contiguous()
+    for run in (_decode, _prefill):
+        assert torch.equal(run(strided), run(problem))

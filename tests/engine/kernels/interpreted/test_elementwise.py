@@ -1,0 +1,139 @@
+"""Cache write, norms, rotation and gate against their twins.
+
+bfloat16 is left to the GPU: the interpreter truncates where hardware rounds.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
+from engine.kernels.rope import apply_rope, apply_rope_torch, rope_store_kv, rope_store_kv_torch
+from engine.kernels.silu_mul import silu_mul, silu_mul_torch
+from engine.kernels.store_kv import store_kv, store_kv_torch
+from tests.engine.kernels.problems import over_budget, rounding_budget
+
+DTYPES = st.sampled_from([torch.float32, torch.float16])
+SEEDS = st.integers(0, 2**16)
+EPS = 1e-6
+few = settings(max_examples=8, deadline=None)
+
+
+def _normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _slots(seed: int, num_tokens: int, num_slots: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(num_slots, generator=generator)[:num_tokens].int()
+    slots[torch.rand(num_tokens, generator=generator) < 0.3] = -1
+    return slots
+
+
+@few
+@given(
+    block_size=st.sampled_from([1, 3, 16]),
+    num_heads=st.integers(1, 5),
+    head_dim=st.sampled_from([8, 40, 64]),
+    num_tokens=st.integers(0, 5),
+    seed=SEEDS,
+)
+def test_store_kv_moves_the_same_bits(
+    block_size: int, num_heads: int, head_dim: int, num_tokens: int, seed: int
+) -> None:
+    fused = _normal(seed, num_tokens, 2 * num_heads + 1, head_dim, dtype=torch.bfloat16)
+    k, v = fused[:, 1 : 1 + num_heads], fused[:, 1 + num_heads :]
+    slots = _slots(seed, num_tokens, 6 * block_size)
+    ours = torch.full((2, 6, num_heads, block_size, head_dim), float("nan"), dtype=torch.bfloat16)
+    twins = ours.clone()
+    store_kv(k, v, ours[0], ours[1], slots)
+    store_kv_torch(k, v, twins[0], twins[1], slots)
+    assert torch.equal(ours.view(torch.int16), twins.view(torch.int16))
+
+
+@few
+@given(num_rows=st.integers(0, 4), dim=st.sampled_from([1, 40, 64, 576]), dtype=DTYPES, seed=SEEDS)
+def test_norms_agree(num_rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+    x, residual = _normal(seed, 2, num_rows, dim + 3, dtype=dtype)[..., :dim]
+    weight = _normal(seed + 1, dim, dtype=dtype)
+    exact = rms_norm_torch(x.double(), weight.double(), EPS)
+    assert over_budget(rms_norm(x, weight, EPS), exact, rounding_budget(exact, exact, dtype)) <= 1
+    normed, new_residual = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(new_residual, add_rms_norm_torch(x, residual, weight, EPS)[1])
+    assert torch.equal(normed, rms_norm(new_residual, weight, EPS))
+
+
+@few
+@given(
+    num_rows=st.integers(0, 3), intermediate=st.sampled_from([1, 35, 1024, 1100]), dtype=DTYPES, seed=SEEDS
+)
+def test_gates_agree(num_rows: int, intermediate: int, dtype: torch.dtype, seed: int) -> None:
+    gate_up = 4 * _normal(seed, num_rows, 2 * intermediate, dtype=dtype)
+    exact = silu_mul_torch(gate_up.double())
+    assert over_budget(silu_mul(gate_up), exact, rounding_budget(exact, exact, dtype)) <= 1
+
+
+@settings(max_examples=16, deadline=None)
+@given(
+    num_q_heads=st.sampled_from([1, 5, 9, 17]),
+    num_kv_heads=st.sampled_from([1, 3, 9]),
+    dims=st.sampled_from([(16, 8), (40, 20), (80, 10), (128, 64), (24, 3)]),
+    block_size=st.sampled_from([1, 4, 48]),
+    dtype=DTYPES,
+    norm=st.booleans(),
+    seed=SEEDS,
+)
+def test_rotations_and_the_fused_cache_write_agree(
+    num_q_heads: int,
+    num_kv_heads: int,
+    dims: tuple[int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    norm: bool,
+    seed: int,
+) -> None:
+    head_dim, half = dims
+    num_tokens = 3
+    columns = (num_q_heads + 2 * num_kv_heads) * head_dim
+    qkv = _normal(seed, num_tokens, columns + 8, dtype=dtype)[:, :columns]
+    positions = torch.randint(0, 50, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+    angles = torch.arange(50)[:, None] * 100.0 ** -(torch.arange(half) / half)
+    cos, sin = angles.cos(), angles.sin()
+    q_weight, k_weight = _normal(seed + 1, 2, head_dim, dtype=dtype) if norm else (None, None)
+    slots = _slots(seed, num_tokens, 4 * block_size)
+
+    q, k, _ = qkv.view(num_tokens, -1, head_dim).split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+    weights = [None if w is None else w.double() for w in (q_weight, k_weight)]
+    exact = apply_rope_torch(q.double(), k.double(), positions, cos, sin, weights[0], weights[1], EPS)
+    rotated = apply_rope(q, k, positions, cos, sin, q_weight, k_weight, EPS)
+    for part, exact_part in zip(rotated, exact, strict=True):
+        # Rotation sums two terms, each at most the length of the whole head.
+        scale = exact_part.norm(dim=-1, keepdim=True).expand_as(exact_part)
+        assert over_budget(part, exact_part, rounding_budget(exact_part, scale, dtype)) <= 1
+
+    caches = torch.full((2, 4, num_kv_heads, block_size, head_dim), float("nan"), dtype=dtype)
+    stored = rope_store_kv(qkv, positions, cos, sin, caches[0], caches[1], slots, q_weight, k_weight, EPS)
+    assert torch.equal(stored, rotated[0])
+    expected = torch.full_like(caches, float("nan"))
+    store_kv_torch(rotated[1], qkv.view(num_tokens, -1, head_dim)[:, -num_kv_heads:], *expected, slots)
+    assert torch.equal(caches.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_the_twin_of_the_fused_write_fills_the_same_slots() -> None:
+    head_dim, slots = 16, torch.tensor([3, -1, 6])
+    qkv = _normal(0, 3, (5 + 4) * head_dim)
+    angles = torch.rand(10, 8)
+    ours = torch.full((2, 2, 2, 4, head_dim), float("nan"))
+    twins = ours.clone()
+    positions = torch.tensor([1, 2, 9])
+    rope_store_kv(qkv, positions, angles.cos(), angles.sin(), ours[0], ours[1], slots)
+    rope_store_kv_torch(qkv, positions, angles.cos(), angles.sin(), twins[0], twins[1], slots)
+    assert torch.equal(ours.isnan(), twins.isnan())
+    torch.testing.assert_close(ours, twins, rtol=8 * 2.0**-24, atol=8 * 2.0**-24, equal_nan=True)
+
+
+def test_tables_wider_than_half_a_head_are_refused() -> None:
+    q = torch.zeros(1, 1, 16)
+    with pytest.raises(ValueError, match="head_dim=16"):
+        apply_rope(q, q, torch.zeros(1).long(), torch.zeros(4, 9), torch.zeros(4, 9))
