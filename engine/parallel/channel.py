@@ -46,15 +46,19 @@ class _Pickler(pickle.Pickler):
     """Tensors travel by value, to the CPU, and a view as its own elements, not with all of its storage."""
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, torch.Tensor) or obj.layout is not torch.strided or obj.is_meta:
+        if type(obj) not in (torch.Tensor, torch.nn.Parameter):
+            return NotImplemented
+        if obj.layout is not torch.strided or obj.is_meta:
             return NotImplemented
         small = obj.untyped_storage().nbytes() <= obj.numel() * obj.element_size()
         if obj.device.type == "cpu" and small:
             return NotImplemented
         with torch.no_grad():
             moved = obj.detach().cpu() if obj.device.type != "cpu" else obj.detach().clone()
+        if type(obj) is torch.nn.Parameter:
+            return torch.nn.Parameter, (moved, obj.requires_grad)
         moved.requires_grad_(obj.requires_grad)
-        return moved.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return moved.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def dumps(value: Any) -> bytes:

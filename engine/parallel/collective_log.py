@@ -29,13 +29,14 @@ class Collective:
     site: str
 
     def __str__(self) -> str:
-        return f"{self.op} #{self.number} ({self.content}) called at {self.site}"
+        content = f" ({self.content})" if self.dtype else ""
+        return f"{self.op} #{self.number}{content} called at {self.site}"
 
     @property
     def content(self) -> str:
         """Shape and dtype for people: ``4×178 bfloat16``; a 0-dim tensor is a ``scalar``."""
         shape = "×".join(map(str, self.shape)) or "scalar"
-        return f"{shape} {self.dtype}".strip()
+        return f"{shape} {self.dtype}"
 
     def agrees_with(self, other: Collective) -> bool:
         """Whether two ranks can have meant the same collective. The call site may differ between ranks."""

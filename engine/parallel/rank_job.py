@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def _drop(payload: Any) -> None:
 
 def job_name(job: Job) -> str:
     """The job's name in reports."""
-    return getattr(job, "__qualname__", None) or type(getattr(job, "func", job)).__qualname__
+    function = getattr(job, "func", job)  # inside a functools.partial
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def pack_job(job: Job, args: tuple[Any, ...], *, with_job: bool = True) -> bytes:
@@ -94,6 +96,15 @@ def rank_error(context: RankContext, failure: BaseException) -> RankError:
     return error_from_exception(context.tp.rank, context.phase, failure, context.tp.log.snapshot())
 
 
+def _format_stack(frame: FrameType) -> str:
+    """The thread's stack, without the rank's own machinery above the job."""
+    stack = traceback.extract_stack(frame)
+    above = [
+        index for index, entry in enumerate(stack) if (entry.filename, entry.name) == (__file__, "run_job")
+    ]
+    return "".join(traceback.format_list(stack[above[-1] + 1 :] if above else stack))
+
+
 def report(context: RankContext, thread_ids: Iterable[int] | None = None) -> RankReport:
     """Where the rank is now, asked from another thread: phase, collectives and the stacks of its threads.
 
@@ -104,7 +115,7 @@ def report(context: RankContext, thread_ids: Iterable[int] | None = None) -> Ran
         thread_ids = [ident for ident in frames if ident != threading.get_ident()]
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = [
-        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frames[ident]))
+        f"thread {names.get(ident, ident)}:\n" + _format_stack(frames[ident])
         for ident in thread_ids
         if ident in frames
     ]

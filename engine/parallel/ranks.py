@@ -64,8 +64,8 @@ class Ranks:
     collective_timeout_s  how long one collective may wait for a rank before it fails
     auto_restart          whether ``run`` on ranks that broke starts new ones instead of raising
 
-    Process ranks take arguments and give results by value (pickled; tensors arrive on the CPU). Thread ranks get
-    copies of the arguments too; a solo rank gets the arguments themselves. One thread at a time may drive ranks.
+    Process ranks take arguments and give results by value (pickled; tensors arrive on the CPU). Thread ranks
+    get copies of the arguments too; a solo rank gets the arguments themselves. One thread drives all ranks.
 
     A script that makes process ranks must have ``if __name__ == "__main__":`` around what it runs, as with
     multiprocessing.

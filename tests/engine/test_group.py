@@ -14,12 +14,23 @@ from engine.parallel.collective_log import RING_SIZE, CollectiveLog, LogSnapshot
 from engine.parallel.group import CollectiveAborted, CollectiveMismatch, SoloGroup, ThreadGroup, TPGroup
 from engine.parallel.ranks import RankContext, Ranks
 
+NUM_GPUS = torch.cuda.device_count()
 FABRICS = [
-    pytest.param(("solo", 1), id="solo-1"),
-    pytest.param(("threads", 2), id="threads-2"),
-    pytest.param(("threads", 3), id="threads-3"),
-    pytest.param(("gloo", 2), id="gloo-2", marks=pytest.mark.multirank),
-    pytest.param(("gloo", 3), id="gloo-3", marks=pytest.mark.multirank),
+    pytest.param(("solo", 1, "cpu"), id="solo-1"),
+    pytest.param(("threads", 2, "cpu"), id="threads-2"),
+    pytest.param(("threads", 3, "cpu"), id="threads-3"),
+    pytest.param(("gloo", 2, "cpu"), id="gloo-2", marks=pytest.mark.multirank),
+    pytest.param(("gloo", 3, "cpu"), id="gloo-3", marks=pytest.mark.multirank),
+    pytest.param(
+        ("threads", 3, "cuda"),
+        id="threads-3-cuda",
+        marks=pytest.mark.skipif(NUM_GPUS < 1, reason="needs a GPU"),
+    ),
+    pytest.param(
+        ("nccl", 2, "cuda"),
+        id="nccl-2",
+        marks=[pytest.mark.multigpu, pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")],
+    ),
 ]
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 INTS = [torch.int64, torch.int32, torch.int8, torch.uint8]
@@ -27,8 +38,8 @@ INTS = [torch.int64, torch.int32, torch.int8, torch.uint8]
 
 @pytest.fixture(scope="module", params=FABRICS)
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    fabric, tp_size = request.param
-    with Ranks(tp_size, fabric=fabric, auto_restart=True) as live:
+    fabric, tp_size, device = request.param
+    with Ranks(tp_size, fabric=fabric, device=device, auto_restart=True) as live:
         yield live
 
 
@@ -39,7 +50,7 @@ def part(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def reduce_and_gather(context: RankContext, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    x = part(context.tp.rank, shape, dtype)
+    x = part(context.tp.rank, shape, dtype).to(context.device)
     gathered = [context.tp.all_gather(x, dim) for dim in range(-len(shape), len(shape))]
     return [context.tp.all_reduce(x), *gathered]
 
@@ -57,11 +68,11 @@ def test_sums_and_gathers_are_exact_on_integers(
         for result, expected in zip(results, [total, *joined], strict=True):
             assert result.dtype == dtype
             assert result.shape == expected.shape
-            assert torch.equal(result, expected)
+            assert torch.equal(result.cpu(), expected)
 
 
 def reduce_views(context: RankContext) -> list[torch.Tensor]:
-    x = part(context.tp.rank, (4, 6), torch.float32)
+    x = part(context.tp.rank, (4, 6), torch.float32).to(context.device)
     views = [x.t(), x[:, ::2], x[1:3, 2:5], x[0].expand(3, 6)]
     reduced = [context.tp.all_reduce(view) for view in views]
     gathered = [context.tp.all_gather(view, 0) for view in views]
@@ -74,17 +85,17 @@ def test_inputs_need_not_be_contiguous_and_their_base_is_left_alone(ranks: Ranks
     expected = [torch.stack(views).sum(0) for views in zip(*viewed, strict=True)]
     expected += [torch.cat(views, 0) for views in zip(*viewed, strict=True)]
     for rank, results in enumerate(ranks.run(reduce_views, timeout_s=30)):
-        assert all(torch.equal(a, b) for a, b in zip(results, [*expected, parts[rank]], strict=True))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(results, [*expected, parts[rank]], strict=True))
 
 
 def reduce_random(context: RankContext, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(context.tp.rank)
-    return context.tp.all_reduce(torch.randn(1031, generator=generator).to(dtype))
+    return context.tp.all_reduce(torch.randn(1031, generator=generator).to(context.device, dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_rank_gets_the_same_bits_of_a_rounded_sum(ranks: Ranks, dtype: torch.dtype) -> None:
-    first, *others = ranks.run(reduce_random, dtype, timeout_s=30)
+    first, *others = [result.cpu() for result in ranks.run(reduce_random, dtype, timeout_s=30)]
     assert all(torch.equal(first, other) for other in others)
     parts = [
         torch.randn(1031, generator=torch.Generator().manual_seed(rank)).to(dtype)
@@ -104,13 +115,13 @@ def write_after_collectives(context: RankContext) -> tuple[list[float], float]:
     tp = context.tp
     seen = []
     for step in range(20):
-        reduced = tp.all_reduce(torch.full((5,), float(tp.rank + step)))
+        reduced = tp.all_reduce(torch.full((5,), float(tp.rank + step), device=context.device))
         seen.append(reduced.sum().item())
         reduced.fill_(-1.0)
-        gathered = tp.all_gather(torch.full((5,), float(tp.rank + step)), 0)
+        gathered = tp.all_gather(torch.full((5,), float(tp.rank + step), device=context.device), 0)
         seen.append(gathered.sum().item())
         gathered.fill_(-1.0)
-    own = torch.ones(3)
+    own = torch.ones(3, device=context.device)
     tp.all_gather(own, 0).fill_(9.0)
     return seen, own.sum().item()
 
@@ -123,7 +134,7 @@ def test_a_rank_may_write_into_what_it_got(ranks: Ranks) -> None:
 
 def in_inference_mode(context: RankContext, ranks_in_it: list[int]) -> bool:
     with torch.inference_mode(context.tp.rank in ranks_in_it):
-        x = context.tp.all_gather(context.tp.all_reduce(torch.ones(2)), 0)
+        x = context.tp.all_gather(context.tp.all_reduce(torch.ones(2, device=context.device)), 0)
         x += 1  # a normal tensor outside of inference mode stays one
         return bool((x == context.tp.size + 1).all()) and x.is_inference() == (context.tp.rank in ranks_in_it)
 
@@ -187,8 +198,8 @@ def test_wrong_inputs_are_refused_before_anyone_waits(ranks: Ranks) -> None:
 
 def logged(context: RankContext) -> LogSnapshot:
     before = context.tp.log.entered
-    context.tp.all_reduce(torch.ones(4, 178, dtype=torch.bfloat16))
-    context.tp.all_gather(torch.ones(2, 3), -1)
+    context.tp.all_reduce(torch.ones(4, 178, dtype=torch.bfloat16, device=context.device))
+    context.tp.all_gather(torch.ones(2, 3, device=context.device), -1)
     context.tp.all_reduce_min(3)
     context.tp.barrier()
     assert context.tp.log.entered == before + 4
