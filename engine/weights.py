@@ -70,7 +70,7 @@ class Checkpoint(Mapping[str, CheckpointTensor]):
             try:
                 weight_map = json.loads(index_path.read_text())["weight_map"]
                 files = sorted({self.folder / name for name in weight_map.values()})
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"file={index_path} is not a safetensors index: {error!r}") from error
         elif (self.folder / SINGLE_FILE).is_file():
             files = [self.folder / SINGLE_FILE]
@@ -156,19 +156,30 @@ def load_weights(model: nn.Module, folder: str | Path, *, packed: Mapping[str, t
             raise CheckpointError(f"folder={checkpoint.folder}: missing from the checkpoint: {_some(missing)}; "
                                   f"not in the model: {_some(extra)}")
         for name, (parameter_name, shard_id) in names.items():
-            parameter, tensor = parameters[parameter_name], checkpoint[name]
-            arguments = (parameter, tensor) if shard_id is None else (parameter, tensor, shard_id)
-            try:
-                parameter.weight_loader(*arguments)
-            except (CheckpointError, SafetensorError) as error:
-                raise CheckpointError(f"{tensor}: {error}") from error
-        for name in tied.keys() & found:
-            if not torch.equal(checkpoint[name][:], checkpoint[tied[name]][:]):
-                raise CheckpointError(f"{checkpoint[name]} differs from tensor={tied[name]}, but the config ties them: "
-                                      "set tie_word_embeddings=false in config.json")
+            _load(parameters[parameter_name], checkpoint[name], shard_id)
+        for name in sorted(tied.keys() & found):
+            _check_copy(parameters[names[tied[name]][0]], checkpoint[name], tied[name])
         bytes_read = {name: tensor.bytes_read for name, tensor in checkpoint.items()}
     check_written(parameters)
     return LoadReport(bytes_read=bytes_read, parameter_bytes=sum(p.numel() * p.element_size() for p in parameters.values()))
+
+
+def _load(parameter: Any, tensor: CheckpointTensor, shard_id: str | int | None = None) -> None:
+    arguments = (parameter, tensor) if shard_id is None else (parameter, tensor, shard_id)
+    try:
+        parameter.weight_loader(*arguments)
+    except (CheckpointError, SafetensorError) as error:
+        raise CheckpointError(f"{tensor}: {error}") from error
+
+
+def _check_copy(parameter: Any, tensor: CheckpointTensor, original: str) -> None:
+    """Raise unless ``tensor`` holds for this rank what ``original`` put into ``parameter``; no other rank's part is read."""
+    copy = ShardParameter(parameter.shape, dtype=parameter.dtype, device=parameter.device,
+                          weight_loader=parameter.weight_loader)
+    _load(copy, tensor)
+    if not torch.equal(copy, parameter):
+        raise CheckpointError(f"{tensor} differs from tensor={original}, but the config ties them: "
+                              "set tie_word_embeddings=false in config.json")
 
 
 def check_written(parameters: Mapping[str, ShardParameter]) -> None:

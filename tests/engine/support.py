@@ -103,3 +103,29 @@ class OnDisk:
         part = self.whole[index]
         self.elements_read += part.numel()
         return part
+
+
+def tiny_config(**changes: Any) -> dict[str, Any]:
+    """A Llama with every bias it can have, no two sizes alike, none of them a multiple of many tp_sizes.
+
+    No end-of-sequence token, unless asked for: random weights would stop at random.
+    """
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": 131,
+        "hidden_size": 42,
+        "intermediate_size": 50,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "max_position_embeddings": 192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if changes.get("model_type", "llama") == "llama":
+        config |= {"attention_bias": True, "mlp_bias": True}
+    return config | changes

@@ -1,0 +1,50 @@
+"""Checkpoints for the engine's tests: random ones, each written once a session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reference.checkpoints import random_checkpoint
+from reference.hf import Reference
+from tests.engine.support import tiny_config
+
+MakeCheckpoint = Callable[..., Path]
+MakeReference = Callable[..., Reference]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """``checkpoint(**changes)``: the folder of a random float32 model whose tiny config has these changes.
+
+    ``shard_bytes`` splits it into files of at most so many bytes. Tests copy what they mean to change.
+    """
+    written: dict[str, Path] = {}
+
+    def make(*, shard_bytes: int | None = None, seed: int = 0, **changes: Any) -> Path:
+        key = json.dumps([shard_bytes, seed, changes], sort_keys=True)
+        if key not in written:
+            folder = tmp_path_factory.mktemp("checkpoint")
+            written[key] = random_checkpoint(
+                folder, tiny_config(**changes), seed=seed, max_shard_size=shard_bytes
+            )
+        return written[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference() -> MakeReference:
+    """``reference(folder, dtype)``: the Hugging Face model in that folder, loaded once a session."""
+    loaded: dict[tuple[Path, str], Reference] = {}
+
+    def load(folder: Path, dtype: str) -> Reference:
+        if (folder, dtype) not in loaded:
+            loaded[folder, dtype] = Reference.load(folder, dtype)
+        return loaded[folder, dtype]
+
+    return load
