@@ -99,6 +99,8 @@ def test_logits_of_a_random_model_are_neither_flat_nor_one_sided(tmp_path, model
     config = tiny_config(model_type, tie_word_embeddings=tied, num_hidden_layers=6)
     reference = Reference.load(random_checkpoint(tmp_path, config), "float32")
     assert 1.5 < reference.logits([list(range(40))])[0].std() < 2.5
+    if not tied:
+        assert 0.9 < reference.model.model.embed_tokens.weight.std() < 1.1
 
 
 def test_the_config_on_disk_is_the_one_given_with_dtype_and_architecture(tmp_path):

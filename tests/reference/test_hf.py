@@ -90,6 +90,15 @@ def test_activations_hold_what_went_into_and_came_out_of_each_module(folders, fa
         assert taken.outputs[f"{layer}.self_attn.k_norm"].shape == (6, 2, 10)
 
 
+def test_activations_are_kept_when_the_model_writes_over_them(folders):
+    reference = Reference.load(folders["llama"], "float32")
+    before = reference.activations(PROMPT)
+    for layer in reference.model.model.layers:
+        layer.mlp.act_fn = torch.nn.SiLU(inplace=True)
+    name = "model.layers.0.mlp.gate_proj"
+    assert torch.equal(reference.activations(PROMPT).outputs[name], before.outputs[name])
+
+
 def test_activations_come_in_the_order_in_which_modules_finished(llama):
     order = list(llama.activations(PROMPT).outputs)
     layer = [name.removeprefix("model.layers.0.") for name in order if name.startswith("model.layers.0.")]
@@ -161,6 +170,7 @@ def test_loading_and_running_leave_torch_and_transformers_as_they_were(folders):
             transformers_logging.is_progress_bar_enabled(),
         )
 
+    transformers_logging.enable_progress_bar()
     before = state()
     for dtype in ("bfloat16", "exact"):
         reference = Reference.load(folders["llama"], dtype)
