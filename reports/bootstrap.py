@@ -16,9 +16,7 @@ _RESAMPLES_BEYOND = 25
 _MOST_RESAMPLES = 500_000
 
 
-def interval_of_gain(
-    better: Sequence[float], worse: Sequence[float], *, tail: float, seed: int = 0
-) -> tuple[float, float]:
+def interval_of_gain(better: Sequence[float], worse: Sequence[float], *, tail: float, seed: int = 0) -> tuple[float, float]:
     """Bootstrap interval of ``median(better) / median(worse)``: ``tail`` of probability beyond either end.
 
     Percentile bootstrap (Efron 1979), each side resampled on its own. Samples must be positive. The same
@@ -48,9 +46,7 @@ def _resampled_medians(samples: Sequence[float], count: int, seed: int, side: in
 
 
 @lru_cache(maxsize=8)
-def _median_ranks(
-    num_samples: int, count: int, seed: int, side: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def _median_ranks(num_samples: int, count: int, seed: int, side: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Where the medians of ``count`` resamples sit among the sorted samples: two ranks, equal for odd sizes.
 
     The r-th smallest of n uniform draws has a Beta(r, n + 1 - r) distribution, so the ranks can be drawn

@@ -95,9 +95,7 @@ class Comparison:
     @property
     def counts(self) -> Counter[str]:
         """How many rows of each verdict, speeds and checks together."""
-        return Counter(
-            [change.verdict for change in self.checks] + [change.verdict for change in self.speeds]
-        )
+        return Counter([change.verdict for change in self.checks] + [change.verdict for change in self.speeds])
 
     @property
     def regressions(self) -> list[SpeedChange | CheckChange]:
@@ -192,10 +190,7 @@ def _compare_speeds(
             verdict = _speed_verdict(gain, low, high, effect) if sure else "too noisy"
         changes.append(
             SpeedChange(
-                **{
-                    name: getattr(row, name)
-                    for name in ("workload", "case", "model", "engine", "dtype", "fabric")
-                },
+                **{name: getattr(row, name) for name in ("workload", "case", "model", "engine", "dtype", "fabric")},
                 tp_size=row.tp_size,
                 metric=metric,
                 verdict=verdict,
@@ -220,9 +215,7 @@ def _speed_verdict(gain: float, low: float, high: float, effect: float) -> Speed
     return "same" if low > 1 / threshold and high < threshold else "too noisy"
 
 
-def _compare_checks(
-    old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], spread: float
-) -> list[CheckChange]:
+def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], spread: float) -> list[CheckChange]:
     old, new = {row.key: row for row in old_rows}, {row.key: row for row in new_rows}
     changes = []
     for key in dict.fromkeys((*old, *new)):

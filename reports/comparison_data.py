@@ -44,18 +44,14 @@ def comparison_junit(comparison: Comparison) -> str:
         suite.set("failures", str(sum(id(change) in failed for change in changes)))
         suite.set("skipped", str(sum(change.verdict in _NOT_COMPARED for change in changes)))
         for change in changes:
-            case = ElementTree.SubElement(
-                suite, "testcase", classname=f"{name}.{_group(change)}", name=_name(change)
-            )
+            case = ElementTree.SubElement(suite, "testcase", classname=f"{name}.{_group(change)}", name=_name(change))
             if id(change) in failed:
                 failure = ElementTree.SubElement(case, "failure", message=change.verdict)
                 failure.text = printable(_detail(change))
             elif change.verdict in _NOT_COMPARED:
                 ElementTree.SubElement(case, "skipped", message=change.verdict)
             elif change.verdict != "same":
-                ElementTree.SubElement(case, "system-out").text = printable(
-                    f"{change.verdict}: {_detail(change)}"
-                )
+                ElementTree.SubElement(case, "system-out").text = printable(f"{change.verdict}: {_detail(change)}")
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -85,6 +81,4 @@ def _detail(change: SpeedChange | CheckChange) -> str:
         return f"{sides}\n{change.message}{replay}"
     values = (change.baseline_median, change.candidate_median, change.gain, change.low, change.high)
     before, after, gain, low, high = (format_number(value) if value is not None else "–" for value in values)
-    return (
-        f"{label(change.metric)}: {before} before, {after} now; times better {gain}, between {low} and {high}"
-    )
+    return f"{label(change.metric)}: {before} before, {after} now; times better {gain}, between {low} and {high}"

@@ -62,9 +62,7 @@ def comparison_markdown(comparison: Comparison) -> str:
             speed_note(comparison) + "\n",
             _changes(speed_changes_table(comparison.speeds)),
         ]
-    parts += [
-        _change_details(change) for change in comparison.checks if change.verdict in ("broken", "new finding")
-    ]
+    parts += [_change_details(change) for change in comparison.checks if change.verdict in ("broken", "new finding")]
     return "\n".join(parts)
 
 
@@ -90,9 +88,7 @@ def _head(title: str, headline: Headline) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return "".join(
-        f"- **{escape_markdown(name)}**: {escape_markdown(value)}\n" for name, value in facts.items()
-    )
+    return "".join(f"- **{escape_markdown(name)}**: {escape_markdown(value)}\n" for name, value in facts.items())
 
 
 def _finding(row: CheckRow) -> str:
@@ -116,9 +112,7 @@ def _changes(table: pd.DataFrame) -> str:
     same = table["verdict"] == "same"
     text = _compact(table[~same]) if (~same).any() else "No row changed.\n"
     if same.any():
-        text += (
-            f"\n<details><summary>{same.sum()} the same</summary>\n\n{_compact(table[same])}\n</details>\n"
-        )
+        text += f"\n<details><summary>{same.sum()} the same</summary>\n\n{_compact(table[same])}\n</details>\n"
     return text
 
 

@@ -99,9 +99,7 @@ def report_html(report: Report, *, peer: str | None = None) -> str:
     rows = checks_table(report.checks).drop(columns=["rank", "module", "message", "replay"])
     skipped = [row for row in report.checks if row.verdict == "skipped"]
     groups = [("Findings", "finding"), ("Could not run", "error")]
-    issues = [
-        (name, [_row_issue(r) for r in report.checks if r.verdict == verdict]) for name, verdict in groups
-    ]
+    issues = [(name, [_row_issue(r) for r in report.checks if r.verdict == verdict]) for name, verdict in groups]
     return _render(
         "report.html.j2",
         title=f"shardproof {report.run.command}",
@@ -140,8 +138,7 @@ def comparison_html(comparison: Comparison) -> str:
 
 def _with_interval(speeds: pd.DataFrame) -> pd.DataFrame:
     intervals = [
-        f"{low:.3f} – {high:.3f}" if low is not None else None
-        for low, high in zip(speeds["low"], speeds["high"], strict=True)
+        f"{low:.3f} – {high:.3f}" if low is not None else None for low, high in zip(speeds["low"], speeds["high"], strict=True)
     ]
     speeds.insert(list(speeds.columns).index("low"), "interval", intervals)
     return speeds.drop(columns=["low", "high"])
@@ -153,9 +150,7 @@ def _changed_and_same(changes: pd.DataFrame) -> dict[str, TableView | None]:
     return {name: _table(part) if len(part) else None for name, part in parts.items()}
 
 
-def _render(
-    template: str, *, title: str, headline: Headline, facts: Mapping[str, str], **rest: object
-) -> str:
+def _render(template: str, *, title: str, headline: Headline, facts: Mapping[str, str], **rest: object) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("reports"),
         autoescape=True,
@@ -178,10 +173,7 @@ def _table(table: pd.DataFrame) -> TableView:
         for column, kind in zip(cells, kinds, strict=True)
     ]
     return TableView(
-        columns=[
-            ColumnView(label=_heading(name), kind=kind)
-            for (name, _), kind in zip(columns, kinds, strict=True)
-        ],
+        columns=[ColumnView(label=_heading(name), kind=kind) for (name, _), kind in zip(columns, kinds, strict=True)],
         rows=[list(row) for row in zip(*cells, strict=True)],
         shared=", ".join(f"{_HEADINGS.get(name, name)} {value}" for name, value in constants.items()),
     )
@@ -205,9 +197,7 @@ def _cell(name: str, value: object) -> CellView:
         return CellView(text=metrics.label(text))
     if name == "seconds" and isinstance(value, float):
         return CellView(text=duration(value), kind="number")
-    if (isinstance(value, float) and name in ("times_better", "scaling_efficiency")) or name.startswith(
-        "times_"
-    ):
+    if (isinstance(value, float) and name in ("times_better", "scaling_efficiency")) or name.startswith("times_"):
         return CellView(text=f"{value:.3f}", kind="number")
     if isinstance(value, float) and name == "percent_of_bound":
         return CellView(text=f"{value:.1f}", kind="number")
@@ -250,9 +240,7 @@ def error_view(error: float) -> ErrorView:
 
 
 def _skipped(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    return pd.DataFrame(
-        [{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in rows], dtype=object
-    )
+    return pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in rows], dtype=object)
 
 
 def _row_issue(row: CheckRow) -> IssueView:

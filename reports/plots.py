@@ -70,11 +70,12 @@ def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
         series = _series(axis, metric, members)
         what = metrics.label(metric).split(",")[0]
         title = f"{workload}: {what} over {_AXIS_LABELS.get(axis, axis.replace('_', ' '))}"
+        subtitle = " · ".join(part for part in (case, model, dtype) if part)
         plots.append(
             Plot(
                 title=title,
-                subtitle=" · ".join(part for part in (case, model, dtype) if part),
-                svg=_draw(axis, metric, series, title),
+                subtitle=subtitle,
+                svg=_draw(axis, metric, series, salt=f"{title} {subtitle}"),
                 legend=[line.label for line in series],
                 has_bound=any(point[4] is not None for line in series for point in line.points),
             )
@@ -89,10 +90,7 @@ def _series(axis: str, metric: str, rows: Sequence[BenchRow]) -> list[Series]:
         low, median, high = (float(q) for q in np.percentile(row.samples[metric], [25, 50, 75]))
         point = (_x(axis, row), median, low, high, row.metrics.get(f"bound_{metric}"))
         lines.setdefault(name, []).append(point)
-    return [
-        Series(label=name, points=sorted(points, key=lambda point: point[0]))
-        for name, points in lines.items()
-    ]
+    return [Series(label=name, points=sorted(points, key=lambda point: point[0])) for name, points in lines.items()]
 
 
 def _line_names(axis: str, rows: Sequence[BenchRow]) -> list[str]:
@@ -116,9 +114,10 @@ def _line_names(axis: str, rows: Sequence[BenchRow]) -> list[str]:
     return [" · ".join(part for part in key if part not in common) for key in keys]
 
 
-def _draw(axis: str, metric: str, series: Sequence[Series], title: str) -> str:
-    # svg.* can be set only here; the context puts back what was set before, and no pyplot state is touched.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9.5}):
+def _draw(axis: str, metric: str, series: Sequence[Series], *, salt: str) -> str:
+    # svg.* can be set only here; the context puts back what was set, and no pyplot state is touched. The
+    # salt goes into the ids of what is drawn by reference, which must be unique on a page with several plots.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9.5}):
         figure = Figure(figsize=(4.8, 3.0), layout="constrained")
         ax = figure.subplots()
         _draw_lines(ax, series)
@@ -126,7 +125,7 @@ def _draw(axis: str, metric: str, series: Sequence[Series], title: str) -> str:
         out = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    return _for_the_page(out.getvalue(), title)
+    return _for_the_page(out.getvalue())
 
 
 def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
@@ -135,9 +134,7 @@ def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
         xs, medians, lows, highs, bounds = zip(*line.points, strict=True)
         spread = [np.subtract(medians, lows), np.subtract(highs, medians)]
         marker = _MARKERS[i % NUM_COLOURS]
-        ax.errorbar(
-            xs, medians, yerr=spread, color=colour, marker=marker, markersize=5, linewidth=1.8, capsize=3
-        )
+        ax.errorbar(xs, medians, yerr=spread, color=colour, marker=marker, markersize=5, linewidth=1.8, capsize=3)
         known = [(x, bound) for x, bound in zip(xs, bounds, strict=True) if bound is not None]
         if known:
             ax.plot(*zip(*known, strict=True), color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
@@ -170,16 +167,15 @@ def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
         spine.set_color(_RULE)
 
 
-def _for_the_page(svg: str, title: str) -> str:
+def _for_the_page(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # numbered from 1 in every plot, and nothing refers to them
     svg = svg.replace(_INK, "var(--ink-soft)").replace(_RULE, "var(--rule)")
     for i in range(NUM_COLOURS):
         svg = svg.replace(_colour(i), f"var(--series-{i})")
     # The figure's caption carries the title; a screen reader needs no list of glyphs.
-    return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2).replace(
-        "<svg", "<svg aria-hidden='true'", 1
-    )
+    return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2).replace("<svg", "<svg aria-hidden='true'", 1)
 
 
 def _colour(i: int) -> str:

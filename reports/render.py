@@ -30,9 +30,7 @@ def write_all(report: Report, out_dir: str | os.PathLike[str], *, peer: str | No
 
 def write_comparison(comparison: Comparison, out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``report.json``, ``.md``, ``.html``, ``.csv``, ``.xml`` (JUnit); return their paths by suffix."""
-    table = stacked(
-        check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds)
-    )
+    table = stacked(check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds))
     texts = {
         "json": comparison_json(comparison),
         "md": comparison_markdown(comparison),

@@ -54,9 +54,7 @@ def report_headline(report: Report) -> Headline:
     if counts["error"]:
         return Headline(text=f"{plural(counts['error'], 'check')} could not run", detail=detail, tone="warn")
     if report.exit_code:
-        return Headline(
-            text="Nothing was compared", detail=detail or "no check and no benchmark ran", tone="warn"
-        )
+        return Headline(text="Nothing was compared", detail=detail or "no check and no benchmark ran", tone="warn")
     text = f"{plural(counts['pass'], 'check')} passed" if report.checks else measured
     return Headline(text=text, detail=detail, tone="good")
 
@@ -82,8 +80,7 @@ def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
     gpus = Counter(f"{gpu.name}, driver {gpu.driver}" for gpu in machine.gpus)
     facts = {
         "model": ", ".join(models),
-        "commit": (run.commit[:12] if run.commit else "not in a repository")
-        + (" + uncommitted changes" if run.dirty else ""),
+        "commit": (run.commit[:12] if run.commit else "not in a repository") + (" + uncommitted changes" if run.dirty else ""),
         "machine": f"{machine.type}: {machine.cpu}, {plural(machine.cores, 'core')}, "
         f"{format_number(round(machine.memory_gib, 1))} GiB",
         "GPUs": "; ".join(f"{count} × {name}" for name, count in gpus.items()),
@@ -112,9 +109,7 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    return (
-        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-    )
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def plural(count: int, noun: str) -> str:

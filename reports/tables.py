@@ -58,13 +58,9 @@ def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     cells: dict[tuple[str, ...], dict[str, object]] = {}
     for record in table.to_dict("records"):
         key = tuple(str(record[name]) for name in ("check", *varying))
-        cells.setdefault(key, {})[f"tp {record['tp_size']}"] = verdict_cell(
-            str(record["verdict"]), record["error_over_budget"]
-        )
+        cells.setdefault(key, {})[f"tp {record['tp_size']}"] = verdict_cell(str(record["verdict"]), record["error_over_budget"])
     columns = ("check", *varying, *(f"tp {size}" for size in sizes))
-    return _frame(
-        [dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns
-    )
+    return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
 
 
 def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
@@ -181,7 +177,7 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def _peer_median(row: BenchRow, metric: str, peer: str, medians: _Medians) -> float | None:
-    """The peer's median on the same case, by preference on the same fabric: engines name theirs differently."""
+    """The peer's median on the same case; on the same fabric if there is one, for engines name theirs."""
     workload, case, model, _, dtype, fabric, tp_size = row.key
     same_case = {
         key[5]: median
@@ -192,13 +188,11 @@ def _peer_median(row: BenchRow, metric: str, peer: str, medians: _Medians) -> fl
 
 
 def _scaling_efficiency(row: BenchRow, metric: str, medians: _Medians) -> float | None:
-    # One rank alone has no fabric to speak of: tp_size 1 stands for all of them.
-    single = next(
-        (v for (k, m), v in medians.items() if k[:5] == row.key[:5] and k[6] == 1 and m == metric), None
-    )
-    if single is None or not (metrics.is_time(metric) or metrics.direction(metric) == "higher"):
+    if row.tp_size == 1 or not (metrics.is_time(metric) or metrics.direction(metric) == "higher"):
         return None
-    return metrics.gain(metric, medians[row.key, metric], single) / row.tp_size
+    # One rank alone has no fabric to speak of: tp_size 1 stands for all of them.
+    single = next((v for (k, m), v in medians.items() if k[:5] == row.key[:5] and k[6] == 1 and m == metric), None)
+    return None if single is None else metrics.gain(metric, medians[row.key, metric], single) / row.tp_size
 
 
 def _percent_of_bound(row: BenchRow, metric: str, median: float) -> float | None:

@@ -49,9 +49,7 @@ def to_text(table: pd.DataFrame) -> str:
     """An aligned table for a terminal; numbers to the right, newlines in cells shown as spaces."""
     names, rows, numeric = _cells(table, lambda text: " ".join(text.split()))
     widths = _widths(names, rows)
-    lines = [
-        "  ".join(_pad(*cell) for cell in zip(row, widths, numeric, strict=True)) for row in [names, *rows]
-    ]
+    lines = ["  ".join(_pad(*cell) for cell in zip(row, widths, numeric, strict=True)) for row in [names, *rows]]
     lines.insert(1, "  ".join("─" * width for width in widths))
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -60,10 +58,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     """A GitHub Markdown table that is aligned in its source too. Cells cannot break out of it."""
     names, rows, numeric = _cells(table, escape_markdown)
     widths = [max(width, 3) for width in _widths(names, rows)]
-    rule = [
-        "-" * (width - 1) + ":" if right else "-" * width
-        for width, right in zip(widths, numeric, strict=True)
-    ]
+    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
     lines = [[_pad(*cell) for cell in zip(row, widths, numeric, strict=True)] for row in [names, *rows]]
     return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
 
@@ -71,7 +66,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 def escape_markdown(text: str) -> str:
     """``text`` as it reads, on one line, in a GitHub table cell or paragraph."""
     # An underscore inside a word is no mark to GitHub, and names are full of them.
-    text = re.sub(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+    text = re.sub(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", printable(text))
     return "<br>".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").splitlines())
 
 
@@ -94,10 +89,7 @@ def _widths(names: list[str], rows: list[list[str]]) -> list[int]:
 
 def _width(text: str) -> int:
     """Columns that ``text`` takes in a terminal: two for wide characters, none for combining ones."""
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char in text
-    )
+    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def _pad(text: str, width: int, right: bool) -> str:

@@ -75,10 +75,10 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
         if value == "inf":  # the one value that JSON cannot spell and a record needs
             return math.inf
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if math.isnan(value):
-                raise RecordError("is NaN, which no record may hold", where=where)
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise RecordError("is too large for a number", where=where)
+            if math.isnan(value):
+                raise RecordError("is NaN, which no record may hold", where=where)
             return float(value)
         raise _wrong_type("a number", value, where)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):

@@ -1,0 +1,81 @@
+"""Does `compare` cry wolf, and does it see the wolf?
+
+The timings are simulated: 5 % noise, and one in twenty takes twice as long.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from reports.bootstrap import can_be_sure, interval_of_gain
+from reports.compare import compare
+from reports.records import BenchRow, Report
+from tests.reports.builders import a_bench, a_report
+
+NUM_COMPARISONS = 100
+NUM_ROWS = 12
+SLOWED = 3  # the row that is slowed down on purpose
+
+
+def timings(seed: int, rounds: int, *, slow_down: float = 1.0) -> Report:
+    rng = np.random.default_rng(seed)
+    noisy = 10 * np.exp(rng.normal(0, 0.05, (NUM_ROWS, rounds)))
+    noisy[rng.random(noisy.shape) < 0.05] *= 2
+    noisy[SLOWED] *= slow_down
+    return a_report(*(a_bench(str(i), samples={"step_ms": row.tolist()}) for i, row in enumerate(noisy)))
+
+
+def test_the_same_code_timed_twice_is_called_slower_in_two_comparisons_of_a_hundred_at_most() -> None:
+    verdicts = [compare(timings(seed, 15), timings(seed + 1000, 15)).counts for seed in range(NUM_COMPARISONS)]
+    assert sum(counts["slower"] > 0 for counts in verdicts) <= 2
+    assert sum(counts["faster"] > 0 for counts in verdicts) <= 2
+
+
+def test_each_row_judged_as_if_it_were_alone_would_cry_wolf() -> None:
+    # The control of the test above: without allowing for twelve rows and for what is too small to matter,
+    # the same timings raise false alarms.
+    def rows(seed: int) -> list[BenchRow]:
+        return timings(seed, 15).benches
+
+    alarms = 0
+    for seed in range(NUM_COMPARISONS):
+        alone = [
+            compare(a_report(old), a_report(new), confidence=0.9, smallest_effect=1e-6).counts
+            for old, new in zip(rows(seed), rows(seed + 1000), strict=True)
+        ]
+        alarms += any(counts["slower"] for counts in alone)
+    assert alarms > 20
+
+
+def test_25_rounds_a_side_show_a_slow_down_of_a_tenth_in_95_of_a_hundred() -> None:
+    seen = 0
+    for seed in range(NUM_COMPARISONS):
+        changes = compare(timings(seed, 25), timings(seed + 1000, 25, slow_down=1.1)).speeds
+        seen += changes[SLOWED].verdict == "slower"
+        assert all(change.verdict != "slower" for change in changes if change.case != str(SLOWED))
+    assert seen >= 95
+
+
+def test_a_bootstrap_done_the_slow_way_gives_the_same_interval() -> None:
+    rng = np.random.default_rng(0)
+    for num_better, num_worse in ((9, 12), (15, 15), (20, 7)):
+        better, worse = rng.lognormal(0, 0.1, num_better), rng.lognormal(0, 0.1, num_worse)
+        medians = [np.median(side[rng.integers(0, len(side), (40_000, len(side)))], axis=1) for side in (better, worse)]
+        expected = np.quantile(medians[0] / medians[1], [0.025, 0.975])
+        assert interval_of_gain(better.tolist(), worse.tolist(), tail=0.025) == pytest.approx(expected, rel=0.005)
+
+
+def test_an_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(400):
+        low, high = interval_of_gain(rng.lognormal(0.2, 0.1, 15).tolist(), rng.lognormal(0, 0.1, 15).tolist(), tail=0.05)
+        covered += low <= math.exp(0.2) <= high
+    assert 0.86 <= covered / 400 <= 0.97
+
+
+def test_how_many_rounds_could_ever_be_sure() -> None:
+    assert not can_be_sure(3, 1000, tail=0.05)
+    assert can_be_sure(4, 4, tail=1 / 70)
+    assert not can_be_sure(4, 4, tail=1 / 71)

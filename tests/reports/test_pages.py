@@ -1,0 +1,196 @@
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+
+from reports.compare import compare
+from reports.pages import comparison_html, error_view, report_html
+from reports.plots import bench_plots
+from reports.records import BenchRow, read_report
+from reports.render import write_all, write_comparison
+from tests.reports.builders import GPU, a_bench, a_check, a_full_report, a_report
+
+VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and collects text, ids and whatever would be fetched."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def full_comparison_html() -> str:
+    new = a_full_report()
+    old = a_report(
+        *(a_check(row.check, row.tp_size, fabric=row.fabric) for row in new.checks),
+        *new.benches[:-1],
+        machine=GPU,
+    )
+    return comparison_html(compare(old, new, allow_unlike=True))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "full": lambda: report_html(a_full_report()),
+    "peer": lambda: report_html(a_full_report(), peer="peer <&>"),
+    "checks": lambda: report_html(a_report(a_check())),
+    "benches": lambda: report_html(a_report(a_bench())),
+    "empty": lambda: report_html(a_report()),
+    "comparison": full_comparison_html,
+    "nothing to compare": lambda: comparison_html(compare(a_report(), a_report())),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_balanced_and_needs_nothing_from_elsewhere(name: str) -> None:
+    html = PAGES[name]()
+    page = Page(html)
+    for tag, attrs in page.tags:
+        assert tag not in {"script", "link", "iframe", "object", "img"}
+        assert not {"src", "onload", "onerror"} & attrs.keys()
+        for link in ("href", "xlink:href"):
+            assert (attrs.get(link) or "#").startswith("#")
+    assert "@import" not in html
+    assert "url(h" not in html
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids)), "two plots share ids, and one would be drawn with the other's parts"
+
+
+def test_the_page_check_notices_an_unbalanced_page_and_an_unescaped_message() -> None:
+    with pytest.raises(AssertionError, match="closes something else"):
+        Page("<div><p></div>")
+    with pytest.raises(AssertionError, match="never closed"):
+        Page("<div>")
+    assert ("script", {}) in Page("<p><script></script></p>").tags
+
+
+@pytest.mark.parametrize("html", [PAGES["full"], PAGES["comparison"]])
+def test_messages_are_shown_as_they_are_and_cannot_break_out(html: Callable[[], str]) -> None:
+    text = Page(html()).text
+    assert 'y[3] <script>alert("x")</script> & `code` | pipe\n```\nsecond line \\x1b[31m \\udc80' in text
+    assert "shardproof <x>" in text
+    assert "peer <&>" in text
+
+
+def test_findings_come_first_then_what_could_not_run_then_the_rest() -> None:
+    text = Page(PAGES["full"]()).text
+    positions = [text.index(word) for word in ("2 findings", "Findings", "Could not run", "Checks", "Skipped", "Benchmarks")]
+    assert positions == sorted(positions)
+    for word in (
+        "rank 1",
+        "model.layers.0.mlp",
+        "needs <2> GPUs",
+        "rank 1 died",
+        "0123456789ab",
+        "torch",
+        "allow_tf32",
+    ):
+        assert word in text
+
+
+def test_every_verdict_is_told_in_words() -> None:
+    badges = re.findall(r'<span class="badge (\w+)">([^<]+)</span>', PAGES["full"]())
+    assert {("good", "pass"), ("bad", "finding"), ("quiet", "skipped"), ("warn", "error")} <= set(badges)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "percent", "over"),
+    [(0.0, "0", 0.0, False), (0.5, "0.5", 37.5, False), (1.0, "1", 75.0, False), (9.0, "9", 100.0, True)],
+)
+def test_the_bar_of_an_error_ends_its_budget_at_three_quarters(error: float, text: str, percent: float, over: bool) -> None:
+    view = error_view(error)
+    assert (view.text, view.percent, view.over) == (text, percent, over)
+    assert error_view(float("inf")).percent == 100.0
+
+
+def sized(engine: str = "shardproof", **changes: Any) -> list[BenchRow]:
+    return [
+        a_bench(
+            f"{size} bytes",
+            engine=engine,
+            workload="all_reduce",
+            samples={"all_reduce_us": [5.0 + size / 1e5]},
+            axes={"message_bytes": size},
+            **changes,
+        )
+        for size in (2048, 1 << 20)
+    ]
+
+
+def scaled(**changes: Any) -> list[BenchRow]:
+    return [a_bench(tp_size=size, fabric="solo" if size == 1 else "nccl", **changes) for size in (1, 2, 4)]
+
+
+def test_plots_are_drawn_only_for_what_was_varied() -> None:
+    assert bench_plots([a_bench()]) == []
+    plots = bench_plots([*scaled(), *sized(), *sized("nccl", metrics={"bound_all_reduce_us": 2.0})])
+    assert [(plot.title, plot.legend, plot.has_bound) for plot in plots] == [
+        ("W1: output tokens/s over tp_size", ["shardproof"], False),
+        ("all_reduce: all reduce over message size", ["shardproof", "nccl"], True),
+    ]
+    assert "all reduce, µs" in plots[1].svg
+    assert "1 MiB" in plots[1].svg
+
+
+def test_one_line_runs_from_one_rank_alone_to_many_and_fabrics_part_where_both_ran() -> None:
+    both = [*scaled(), a_bench(tp_size=2, fabric="gloo")]
+    (plot,) = bench_plots(both)
+    assert sorted(plot.legend) == ["shardproof · gloo", "shardproof · nccl", "shardproof · solo"]
+
+
+def test_plots_take_their_colours_from_the_page_and_leave_no_setting_behind() -> None:
+    before = dict(mpl.rcParams)
+    (plot,) = bench_plots(scaled(engine="costs $5 and $6"))
+    assert dict(mpl.rcParams) == before
+    assert set(re.findall(r"(?:fill|stroke): (#\w+)", plot.svg)) == set()
+    assert "var(--series-0)" in plot.svg
+    assert plot.legend == ["costs $5 and $6"]
+    assert bench_plots(scaled(engine="costs $5 and $6"))[0].svg == plot.svg
+
+
+def test_write_all_writes_four_files_and_the_records_can_be_read_back(tmp_path: Path) -> None:
+    report = a_full_report()
+    paths = write_all(report, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.csv", "report.html", "report.json", "report.md",
+    ]  # fmt: skip
+    assert set(paths) == {"csv", "html", "json", "md"}
+    assert read_report(paths["json"]) == report
+
+
+def test_an_unknown_peer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="peer='vllm'"):
+        write_all(a_full_report(), tmp_path / "out", peer="vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_write_comparison_writes_five_files(tmp_path: Path) -> None:
+    paths = write_comparison(compare(a_full_report(), a_full_report()), tmp_path)
+    assert sorted(paths) == ["csv", "html", "json", "md", "xml"]
+    assert all(path.stat().st_size > 0 for path in paths.values())
