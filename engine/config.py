@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class ModelConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
@@ -165,18 +166,19 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least_one = ("tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-                        "num_kv_blocks")
-        for name in at_least_one:
+        decided_later = ("max_model_len", "max_num_batched_tokens", "block_size", "num_kv_blocks")
+        for name in ("tensor_parallel_size", "max_num_seqs", *decided_later):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is None and name in decided_later:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must lie in (0, 1]")
-        if self.kv_cache_gib <= 0:
-            raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be above 0")
+        if not 0 < self.kv_cache_gib < math.inf:
+            raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be above 0, and finite")
 
     def resolve(self, model: ModelConfig) -> EngineConfig:
         """The same configuration with every ``auto`` and ``None`` decided that needs no look at the device's memory.

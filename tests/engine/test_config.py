@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from engine.config import DTYPES, EngineConfig, ModelConfig, UnsupportedModelError
+from tests.engine.support import FEW, tiny_config
+
+
+def write(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    values = tiny_config(**changes)
+    return ModelConfig.from_hf(AutoConfig.for_model(values.pop("model_type"), **values))
+
+
+def test_a_llama_config_is_read(tmp_path: Path) -> None:
+    config = ModelConfig.from_folder(write(tmp_path, tiny_config(dtype="bfloat16", eos_token_id=7)))
+    assert (config.model_type, config.vocab_size, config.hidden_size) == ("llama", 131, 42)
+    assert (config.intermediate_size, config.num_layers, config.rms_norm_eps) == (50, 2, 1e-5)
+    assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (6, 3, 8)
+    assert (config.max_position_embeddings, config.tie_word_embeddings) == (192, False)
+    assert (config.dtype, config.eos_token_ids) == (torch.bfloat16, (7,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "biases"),
+    [
+        ({}, (True, True, True)),
+        ({"attention_bias": False, "mlp_bias": False}, (False, False, False)),
+        ({"model_type": "qwen2"}, (True, False, False)),
+        ({"model_type": "qwen3"}, (False, False, False)),
+        ({"model_type": "qwen3", "attention_bias": True}, (True, True, False)),
+    ],
+    ids=str,
+)
+def test_biases_follow_family_and_config(changes: dict[str, Any], biases: tuple[bool, bool, bool]) -> None:
+    config = model_config(**changes)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == biases
+    assert config.qk_norm == (changes.get("model_type") == "qwen3")
+
+
+def test_what_a_config_leaves_out_is_derived() -> None:
+    config = model_config(head_dim=None, num_key_value_heads=None, hidden_size=48)
+    assert (config.head_dim, config.num_kv_heads) == (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        (None, None, ()),
+        (2, {"eos_token_id": [5, 6]}, (5, 6)),
+        ([3, 4], {"temperature": 0.6}, (3, 4)),
+        (2, {"eos_token_id": 0}, (0,)),
+        (0, None, (0,)),
+    ],
+)
+def test_stop_tokens_come_from_the_generation_config_if_it_names_any(
+    tmp_path: Path, eos: Any, generation: dict[str, Any] | None, expected: tuple[int, ...]
+) -> None:
+    config = ModelConfig.from_folder(write(tmp_path, tiny_config(eos_token_id=eos), generation))
+    assert config.eos_token_ids == expected
+
+
+def test_a_folder_without_a_config_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=f"no config.json in folder={tmp_path}: give a Hugging Face model folder"
+    ):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'"llama"', b"\xff\xfe\x00"])
+def test_a_config_that_is_no_json_object_names_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=str(tmp_path / "config.json")):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "mixtral"}, "model_type='mixtral' .*supported: llama, qwen2, qwen3"),
+        ({"model_type": None}, "model_type=None .*supported: llama"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*unquantised"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' .*supported: silu"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='dynamic' .*yarn",
+        ),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            r"layer_types=\['sliding_attention'\] .*full_attention",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor .*1.0",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_engine_lacks_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=said):
+        ModelConfig.from_folder(write(tmp_path, tiny_config() | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_kv_heads": 4}, "num_q_heads=6 .*num_kv_heads=4"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
+        ({"num_layers": -1}, "num_layers=-1 must be at least 1"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_are_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(model_config(), **changes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tensor_parallel_size",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "num_kv_blocks",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+def test_counts_must_be_whole_and_positive(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be a whole number"):
+        EngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "max_num_seqs"])
+def test_counts_without_a_default_to_fall_back_on_are_needed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=None must be a whole number"):
+        EngineConfig(**{name: None})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dtype": "float8"}, "dtype='float8' is unknown; supported: auto, bfloat16"),
+        ({"gpu_memory_utilization": 0.0}, r"gpu_memory_utilization=0\.0 must lie in \(0, 1\]"),
+        ({"gpu_memory_utilization": 1.1}, r"gpu_memory_utilization=1\.1"),
+        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization=nan"),
+        ({"kv_cache_gib": 0.0}, r"kv_cache_gib=0\.0"),
+        ({"kv_cache_gib": float("nan")}, "kv_cache_gib=nan"),
+        ({"kv_cache_gib": float("inf")}, "kv_cache_gib=inf"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor_parallel_size": 7}, "num_q_heads=6 .*tensor_parallel_size=7"),
+        ({"max_model_len": 193}, "max_model_len=193 is above max_position_embeddings=192"),
+        (
+            {"max_num_batched_tokens": 8, "max_num_seqs": 9},
+            "max_num_batched_tokens=8 is below max_num_seqs=9",
+        ),
+        (
+            {"max_num_batched_tokens": 191, "max_num_seqs": 9, "enable_chunked_prefill": False},
+            "max_num_batched_tokens=191 is below max_model_len=192",
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_the_model_are_refused_by_name(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(device="cpu", **options).resolve(model_config())
+
+
+@FEW
+@given(
+    dtype=st.sampled_from(["auto", *DTYPES]),
+    device=st.sampled_from(["cpu", "cuda"]),
+    max_num_seqs=st.sampled_from([1, 7, 20_000]),
+    max_model_len=st.sampled_from([None, 1, 100, 192]),
+    enable_chunked_prefill=st.booleans(),
+    block_size=st.sampled_from([None, 1, 48]),
+)
+def test_resolving_decides_everything_and_is_stable(
+    dtype: str,
+    device: str,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    enable_chunked_prefill: bool,
+    block_size: int | None,
+) -> None:
+    model = model_config(dtype="float16")
+    config = EngineConfig(
+        dtype=dtype,
+        device=device,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        enable_chunked_prefill=enable_chunked_prefill,
+        block_size=block_size,
+    ).resolve(model)
+    assert config.dtype == ("float16" if dtype == "auto" else dtype)
+    assert config.block_size == (block_size or (256 if device == "cuda" else 16))
+    assert config.max_num_batched_tokens is not None
+    assert config.max_num_batched_tokens >= max_num_seqs
+    if not enable_chunked_prefill:
+        assert config.max_num_batched_tokens >= (max_model_len or 192)
+    assert config.resolve(model) == config
+
+
+def test_a_cpu_is_chosen_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert EngineConfig().resolve(model_config()).device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert EngineConfig().resolve(model_config()).device == "cuda"
+
+
+def test_without_chunks_a_default_budget_grows_to_the_longest_prompt() -> None:
+    model = model_config(max_position_embeddings=5000)
+    config = EngineConfig(device="cpu", enable_chunked_prefill=False).resolve(model)
+    assert config.max_num_batched_tokens == 5000
