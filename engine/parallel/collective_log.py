@@ -161,9 +161,7 @@ def compare_logs(logs: Mapping[int, LogSnapshot]) -> list[str]:
     if shortest == longest:
         return []
     behind = [rank for rank, log in sorted(logs.items()) if log.entered == shortest]
-    first_missed = next(
-        (record for log in logs.values() if (record := log.numbered(shortest + 1)) is not None), None
-    )
+    first_missed = next((record for log in logs.values() if (record := log.numbered(shortest + 1)) is not None), None)
     missed = str(first_missed) if first_missed else f"collective #{shortest + 1}"
     sentence = f"{name_ranks(behind)} never entered {missed}"
     lasts = {last for rank in behind if (last := logs[rank].last) is not None}

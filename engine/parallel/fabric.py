@@ -38,13 +38,9 @@ def choose_fabric(tp_size: int, fabric: str, device: torch.device) -> tuple[str,
         raise ValueError(f"fabric='gloo' needs device='cpu', got device={str(device)!r}")
     if chosen == "nccl":
         if device.type != "cuda" or index is not None:
-            raise ValueError(
-                f"fabric='nccl' needs device='cuda' without an index, got device={str(device)!r}"
-            )
+            raise ValueError(f"fabric='nccl' needs device='cuda' without an index, got device={str(device)!r}")
         if num_gpus < tp_size:
-            raise ValueError(
-                f"fabric='nccl' needs a GPU for each of tp_size={tp_size} ranks, torch sees {num_gpus}"
-            )
+            raise ValueError(f"fabric='nccl' needs a GPU for each of tp_size={tp_size} ranks, torch sees {num_gpus}")
         return chosen, device
     if device.type == "cuda" and index is None:
         device = torch.device("cuda", 0)

@@ -115,8 +115,7 @@ def error_from_exception(rank: int, phase: str, failure: BaseException, log: Log
     text = "".join(traceback.format_exception(type(failure), failure, trace))
     first_line = str(failure).strip().split("\n", 1)[0]
     saw_another = isinstance(failure, CollectiveAborted) or (
-        isinstance(failure, (RuntimeError, ConnectionError))
-        and _SAW_ANOTHER_FAIL.search(str(failure)) is not None
+        isinstance(failure, (RuntimeError, ConnectionError)) and _SAW_ANOTHER_FAIL.search(str(failure)) is not None
     )
     return RankError(
         rank=rank,
@@ -162,9 +161,7 @@ def make_failure(
             causes = set(errors)
     marked = {rank: replace(error, consequence=rank not in causes) for rank, error in sorted(errors.items())}
     ordered = dict(sorted(marked.items(), key=lambda item: (item[1].consequence, item[0])))
-    return RankFailure(
-        job, ordered, tp_size=tp_size, fabric=fabric, divergence=tuple(compare_logs(logs)), reason=reason
-    )
+    return RankFailure(job, ordered, tp_size=tp_size, fabric=fabric, divergence=tuple(compare_logs(logs)), reason=reason)
 
 
 def stuck_error(rank: int, job: str, report: RankReport | None) -> RankError:
@@ -180,6 +177,4 @@ def stuck_error(rank: int, job: str, report: RankReport | None) -> RankError:
         summary = f"stuck in {log.last}"
     else:
         summary = f"stuck outside any collective; the last it finished was {log.last}"
-    return RankError(
-        rank=rank, kind="stuck", phase=report.phase or job, summary=summary, stacks=report.stacks, log=log
-    )
+    return RankError(rank=rank, kind="stuck", phase=report.phase or job, summary=summary, stacks=report.stacks, log=log)

@@ -56,9 +56,7 @@ class TPGroup:
         ``x`` is overwritten on every fabric, so that code which keeps using it fails everywhere alike.
         """
         if x.dtype is torch.bool or x.is_complex():
-            raise ValueError(
-                f"all_reduce sums numbers, got dtype={x.dtype}: convert it to integers or floats"
-            )
+            raise ValueError(f"all_reduce sums numbers, got dtype={x.dtype}: convert it to integers or floats")
         self.log.enter("all_reduce", x.shape, x.dtype)
         x = self._all_reduce(x.contiguous())
         self.log.finish()
@@ -200,9 +198,7 @@ class _Meeting:
         for rank in range(1, self.size):
             record = self.arrived[rank][0]
             if not record.agrees_with(first):
-                raise CollectiveMismatch(
-                    f"ranks met in different collectives: rank 0 in {first}, rank {rank} in {record}"
-                )
+                raise CollectiveMismatch(f"ranks met in different collectives: rank 0 in {first}, rank {rank} in {record}")
 
     def _own_copy(self, record: Collective) -> Exception:
         """The group's failure for this thread: one exception raised in two threads mixes its tracebacks."""
@@ -331,6 +327,6 @@ class ProcessTPGroup(TPGroup):
 
 
 # torch 2.13 renames it and warns about the old name; 2.11 knows the old one only.
-_all_gather_single: Callable[[Tensor, Tensor, dist.ProcessGroup], Any] = getattr(
-    dist, "all_gather_single", None
-) or getattr(dist, "all_gather_into_tensor")  # noqa: B009
+_all_gather_single: Callable[[Tensor, Tensor, dist.ProcessGroup], Any] = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor"
+)  # noqa: B009

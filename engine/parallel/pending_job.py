@@ -77,9 +77,7 @@ class PendingJob:
         """
         final = min((log.entered for log in self.logs.values()), default=math.inf)
         return any(
-            report.log is not None and report.log.entered > final
-            for rank, report in reports.items()
-            if rank not in self.logs
+            report.log is not None and report.log.entered > final for rank, report in reports.items() if rank not in self.logs
         )
 
     def failure(self, reports: Mapping[int, RankReport], *, fabric: str, reason: str) -> RankFailure:

@@ -31,9 +31,7 @@ class Pool(Protocol):
     def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
         """Wait for messages, at most ``timeout_s``, and deliver what is there; maybe nothing."""
 
-    def inspect(
-        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
-    ) -> dict[int, RankReport]:
+    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         """Where these ranks are now, those that can say so within ``timeout_s``.
 
         Messages that come in meanwhile are delivered. ``insist``: get at least the stacks of the others.

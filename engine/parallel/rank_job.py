@@ -99,9 +99,7 @@ def rank_error(context: RankContext, failure: BaseException) -> RankError:
 def _format_stack(frame: FrameType) -> str:
     """The thread's stack, without the rank's own machinery above the job."""
     stack = traceback.extract_stack(frame)
-    above = [
-        index for index, entry in enumerate(stack) if (entry.filename, entry.name) == (__file__, "run_job")
-    ]
+    above = [index for index, entry in enumerate(stack) if (entry.filename, entry.name) == (__file__, "run_job")]
     return "".join(traceback.format_list(stack[above[-1] + 1 :] if above else stack))
 
 
@@ -114,9 +112,5 @@ def report(context: RankContext, thread_ids: Iterable[int] | None = None) -> Ran
     if thread_ids is None:
         thread_ids = [ident for ident in frames if ident != threading.get_ident()]
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    stacks = [
-        f"thread {names.get(ident, ident)}:\n" + _format_stack(frames[ident])
-        for ident in thread_ids
-        if ident in frames
-    ]
+    stacks = [f"thread {names.get(ident, ident)}:\n" + _format_stack(frames[ident]) for ident in thread_ids if ident in frames]
     return RankReport(phase=context.phase, stacks="\n".join(stacks), log=context.tp.log.snapshot())

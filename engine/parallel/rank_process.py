@@ -55,9 +55,7 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
     os.environ.clear()
     os.environ.update(setup.environ)
     box: list[RankContext] = []
-    threading.Thread(
-        target=_serve_control, args=(control, setup.driver_pid, box), name="rank-control", daemon=True
-    ).start()
+    threading.Thread(target=_serve_control, args=(control, setup.driver_pid, box), name="rank-control", daemon=True).start()
     torch.set_num_threads(setup.num_threads)
     try:
         device = torch.device(setup.device)

@@ -41,9 +41,7 @@ class SoloPool:
         else:
             deliver(0, Kind.RAISED, number, (rank_error(context, raised), raised))
 
-    def inspect(
-        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
-    ) -> dict[int, RankReport]:
+    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {}
 
     def forgive(self) -> None:
@@ -113,9 +111,7 @@ class ThreadPool:
             return
         deliver(*message)
 
-    def inspect(
-        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
-    ) -> dict[int, RankReport]:
+    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {rank: report(self._contexts[rank], [self._threads[rank].ident or 0]) for rank in ranks}
 
     def forgive(self) -> None:

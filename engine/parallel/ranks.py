@@ -108,9 +108,7 @@ class Ranks:
         """Whether the next job can run on the ranks that are there."""
         return not self._closed and self._broken_by is None
 
-    def run(
-        self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None
-    ) -> list[Any]:
+    def run(self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None) -> list[Any]:
         """``job(context, *args)`` on every rank; the results in rank order.
 
         Raises RankFailure when the job did not succeed on every rank within ``timeout_s``. After that the
@@ -257,9 +255,7 @@ class Ranks:
 class _ProcessPool:
     """One process a rank: forked from a server with torch loaded on the CPU, spawned for CUDA."""
 
-    def __init__(
-        self, tp_size: int, backend: str, *, start_timeout_s: float, collective_timeout_s: float
-    ) -> None:
+    def __init__(self, tp_size: int, backend: str, *, start_timeout_s: float, collective_timeout_s: float) -> None:
         self._tp_size = tp_size
         self._backend = backend
         self._start_timeout_s = start_timeout_s
@@ -297,9 +293,7 @@ class _ProcessPool:
             )
             jobs, control, dump = (socket.socketpair() for _ in range(3))
             theirs = (jobs[1], control[1], dump[1])
-            process = context.Process(
-                target=rank_process.main, args=(setup, *theirs), name=f"rank-{rank}", daemon=True
-            )
+            process = context.Process(target=rank_process.main, args=(setup, *theirs), name=f"rank-{rank}", daemon=True)
             link = Link(rank, process, Channel(jobs[0]), Channel(control[0]), dump[0])
             self._links.append(link)
             try:
@@ -323,6 +317,8 @@ class _ProcessPool:
             if channel is None:
                 self._bury(link, deliver)
                 continue
+            if channel.closed:
+                continue  # its rank was buried in this very round
             if mask & selectors.EVENT_WRITE:
                 channel.flush()
                 self._watch_unsent(link)
@@ -362,9 +358,7 @@ class _ProcessPool:
         )
         deliver(link.rank, Kind.DIED, 0, error)
 
-    def inspect(
-        self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False
-    ) -> dict[int, RankReport]:
+    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         asked = [self._links[rank] for rank in ranks]
         for link in asked:
             link.report = None

@@ -57,9 +57,7 @@ def reduce_and_gather(context: RankContext, shape: tuple[int, ...], dtype: torch
 
 @pytest.mark.parametrize("dtype", FLOATS + INTS, ids=str)
 @pytest.mark.parametrize("shape", [(4, 6), (3,), (1, 1, 7), (2, 3, 5), (0, 4), (3, 0), ()], ids=str)
-def test_sums_and_gathers_are_exact_on_integers(
-    ranks: Ranks, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def test_sums_and_gathers_are_exact_on_integers(ranks: Ranks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     parts = [part(rank, shape, dtype) for rank in range(ranks.tp_size)]
     total = torch.stack(parts).to(torch.float64).sum(0).to(dtype)
     joined = [torch.cat(parts, dim) for dim in range(-len(shape), len(shape))]
@@ -97,10 +95,7 @@ def reduce_random(context: RankContext, dtype: torch.dtype) -> torch.Tensor:
 def test_every_rank_gets_the_same_bits_of_a_rounded_sum(ranks: Ranks, dtype: torch.dtype) -> None:
     first, *others = [result.cpu() for result in ranks.run(reduce_random, dtype, timeout_s=30)]
     assert all(torch.equal(first, other) for other in others)
-    parts = [
-        torch.randn(1031, generator=torch.Generator().manual_seed(rank)).to(dtype)
-        for rank in range(ranks.tp_size)
-    ]
+    parts = [torch.randn(1031, generator=torch.Generator().manual_seed(rank)).to(dtype) for rank in range(ranks.tp_size)]
     exact = torch.stack(parts).double().sum(0)
     scale = torch.stack(parts).double().abs().sum(0)
     unit = torch.finfo(dtype).eps / 2
@@ -191,9 +186,7 @@ def wrong_inputs(context: RankContext) -> list[str]:
 
 def test_wrong_inputs_are_refused_before_anyone_waits(ranks: Ranks) -> None:
     for messages in ranks.run(wrong_inputs, timeout_s=30):
-        assert ["dtype=torch.bool" in messages[0], "dim=2" in messages[1], "dim=0" in messages[2]] == [
-            True
-        ] * 3
+        assert ["dtype=torch.bool" in messages[0], "dim=2" in messages[1], "dim=0" in messages[2]] == [True] * 3
 
 
 def logged(context: RankContext) -> LogSnapshot:
@@ -214,9 +207,7 @@ def test_collectives_are_numbered_and_know_their_call_site(ranks: Ranks) -> None
         assert [record.number for record in log.records] == list(range(first, first + 4))
         lines = [logged.__code__.co_firstlineno + offset for offset in (2, 3, 4, 5)]
         assert [record.site for record in log.records] == [f"test_group.py:{line}" for line in lines]
-        assert str(log.records[0]) == (
-            f"all_reduce #{first} (4×178 bfloat16) called at test_group.py:{lines[0]}"
-        )
+        assert str(log.records[0]) == (f"all_reduce #{first} (4×178 bfloat16) called at test_group.py:{lines[0]}")
         assert [record.op for record in log.records[1:]] == ["all_gather(dim=1)", "all_reduce_min", "barrier"]
     assert compare_logs(dict(enumerate(snapshots))) == []
 
@@ -318,9 +309,7 @@ def on_threads(groups: list[ThreadGroup], body: Callable[[ThreadGroup], Any]) ->
         (lambda tp: tp.all_gather(torch.ones(2)), "rank 2 in all_gather(dim=0) #2 (2 float32)"),
     ],
 )
-def test_threads_that_meet_in_different_collectives_are_told_so(
-    odd_one: Callable[[TPGroup], Any], named: str
-) -> None:
+def test_threads_that_meet_in_different_collectives_are_told_so(odd_one: Callable[[TPGroup], Any], named: str) -> None:
     def body(tp: ThreadGroup) -> None:
         tp.barrier()
         if tp.rank == 2:
