@@ -147,9 +147,7 @@ def exact_attention(problem: AttentionProblem, *, shift: int = 0) -> tuple[torch
     return result, scale
 
 
-def attention_budget(
-    exact: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, rounded_weights: bool
-) -> torch.Tensor:
+def attention_budget(exact: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, *, rounded_weights: bool) -> torch.Tensor:
     """The result's rounding, 16 float32 steps of S, and where weights are rounded to the dtype, 2 u of sum(p
     |v|).
 

@@ -130,9 +130,7 @@ def test_the_decode_twin_maps_uneven_groups_and_writes_where_it_is_told() -> Non
 
 
 @pytest.mark.parametrize(("num_seqs", "max_context", "low", "high"), [(256, 4096, 1, 1), (1, 32768, 32, 64)])
-def test_large_batches_are_not_split_and_single_sequences_are(
-    num_seqs: int, max_context: int, low: int, high: int
-) -> None:
+def test_large_batches_are_not_split_and_single_sequences_are(num_seqs: int, max_context: int, low: int, high: int) -> None:
     assert low <= choose_splits(num_seqs, 8, max_context) <= high
 
 

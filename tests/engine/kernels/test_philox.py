@@ -87,9 +87,7 @@ def test_a_nan_is_chosen_so_that_it_is_seen() -> None:
 def test_samples_follow_the_softmax_at_their_temperature() -> None:
     logits, temperature, draws = torch.tensor([2.0, 1.0, 0.0, -1.0, -math.inf]), 0.7, 20000
     rows = torch.arange(draws)
-    _, index = gumbel_argmax_torch(
-        logits.expand(draws, -1), torch.full((draws,), temperature), torch.full_like(rows, 11), rows
-    )
+    _, index = gumbel_argmax_torch(logits.expand(draws, -1), torch.full((draws,), temperature), torch.full_like(rows, 11), rows)
     expected = (logits / temperature).softmax(0) * draws
     observed = torch.bincount(index, minlength=5)
     # Five standard deviations of each count.
@@ -105,10 +103,7 @@ def test_the_best_of_all_shards_is_what_one_rank_finds(bounds: tuple[int, ...]) 
     temperature = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0, 0.1])
     seed, position = torch.arange(6) - 3, torch.arange(6) * 7
     value, index = gumbel_argmax_torch(logits, temperature, seed, position)
-    shards = [
-        gumbel_argmax_torch(logits[:, a:b], temperature, seed, position, vocab_start=a)
-        for a, b in pairwise(bounds)
-    ]
+    shards = [gumbel_argmax_torch(logits[:, a:b], temperature, seed, position, vocab_start=a) for a, b in pairwise(bounds)]
     values, indices = (torch.stack(part) for part in zip(*shards, strict=True))
     best = values.argmax(0)
     assert torch.equal(values.amax(0), value)

@@ -76,6 +76,4 @@ def test_columns_that_fit_no_number_of_heads_are_refused(fused) -> None:  # type
     cos, sin = _tables(8)
     for columns in (4 * 16, 5 * 16 + 1):
         with pytest.raises(ValueError, match=f"qkv columns={columns}"):
-            fused(
-                torch.zeros(1, columns), torch.zeros(1).long(), cos, sin, k_cache, v_cache, torch.tensor([0])
-            )
+            fused(torch.zeros(1, columns), torch.zeros(1).long(), cos, sin, k_cache, v_cache, torch.tensor([0]))

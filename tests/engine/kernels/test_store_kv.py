@@ -61,9 +61,7 @@ except RuntimeError as error:
 
 
 def test_without_triton_twins_work_and_a_launch_says_what_to_call() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_TRITON], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "_store_kv_kernel needs Triton" in done.stdout
     assert "plain-torch twin" in done.stdout

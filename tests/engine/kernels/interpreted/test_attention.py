@@ -71,9 +71,7 @@ _SHAPES = {
 @settings(max_examples=40, deadline=None)
 @given(
     problem=st.builds(
-        lambda contexts, **shapes: attention_problem(
-            context_lens=contexts, query_lens=[1] * len(contexts), **shapes
-        ),
+        lambda contexts, **shapes: attention_problem(context_lens=contexts, query_lens=[1] * len(contexts), **shapes),
         contexts=st.lists(st.sampled_from([0, 1, 15, 16, 17, 48, 64, 65, 100]), min_size=1, max_size=3),
         **_SHAPES,
     ),
@@ -141,9 +139,7 @@ def test_pinned_splits_give_the_same_bits_in_any_batch_and_under_any_bound() -> 
         # One split for everything (no combination) is what the bound makes of a short sequence.
         if s == 1:
             short = {"split_len": 64, "tile": 16}
-            assert torch.equal(
-                _decode(alone, max_context=64, **short), _decode(alone, max_context=640, **short)
-            )
+            assert torch.equal(_decode(alone, max_context=64, **short), _decode(alone, max_context=640, **short))
     assert not torch.equal(together, _decode(problem, num_splits=2, tile=16)), "must be able to fail"
 
 
@@ -179,7 +175,7 @@ def test_the_budget_would_notice_a_key_too_few_and_a_block_too_early() -> None:
 
 def test_strided_tables_and_lengths_are_read_in_order() -> None:
     problem = attention_problem(query_lens=[1, 1, 1], context_lens=[20, 33, 7], q_counts=(3, 2))
-    every_other = {
+    every_other: dict[str, Any] = {
         name: torch.stack([getattr(problem, name)] * 2, dim=-1)[..., 0]
         for name in ("block_tables", "context_lens", "cu_seqlens_q", "kv_of_q", "q_start", "q_count")
     }

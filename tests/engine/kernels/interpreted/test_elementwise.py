@@ -39,9 +39,7 @@ def _slots(seed: int, num_tokens: int, num_slots: int) -> torch.Tensor:
     num_tokens=st.integers(0, 5),
     seed=SEEDS,
 )
-def test_store_kv_moves_the_same_bits(
-    block_size: int, num_heads: int, head_dim: int, num_tokens: int, seed: int
-) -> None:
+def test_store_kv_moves_the_same_bits(block_size: int, num_heads: int, head_dim: int, num_tokens: int, seed: int) -> None:
     fused = _normal(seed, num_tokens, 2 * num_heads + 1, head_dim, dtype=torch.bfloat16)
     k, v = fused[:, 1 : 1 + num_heads], fused[:, 1 + num_heads :]
     slots = _slots(seed, num_tokens, 6 * block_size)
@@ -65,9 +63,7 @@ def test_norms_agree(num_rows: int, dim: int, dtype: torch.dtype, seed: int) -> 
 
 
 @few
-@given(
-    num_rows=st.integers(0, 3), intermediate=st.sampled_from([1, 35, 1024, 1100]), dtype=DTYPES, seed=SEEDS
-)
+@given(num_rows=st.integers(0, 3), intermediate=st.sampled_from([1, 35, 1024, 1100]), dtype=DTYPES, seed=SEEDS)
 def test_gates_agree(num_rows: int, intermediate: int, dtype: torch.dtype, seed: int) -> None:
     gate_up = 4 * _normal(seed, num_rows, 2 * intermediate, dtype=dtype)
     exact = silu_mul_torch(gate_up.double())
@@ -103,7 +99,7 @@ def test_rotations_and_the_fused_cache_write_agree(
     q_weight, k_weight = _normal(seed + 1, 2, head_dim, dtype=dtype) if norm else (None, None)
     slots = _slots(seed, num_tokens, 4 * block_size)
 
-    q, k, _ = qkv.view(num_tokens, -1, head_dim).split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+    q, k, v = qkv.view(num_tokens, -1, head_dim).tensor_split([num_q_heads, num_q_heads + num_kv_heads], dim=1)
     weights = [None if w is None else w.double() for w in (q_weight, k_weight)]
     exact = apply_rope_torch(q.double(), k.double(), positions, cos, sin, weights[0], weights[1], EPS)
     rotated = apply_rope(q, k, positions, cos, sin, q_weight, k_weight, EPS)
@@ -116,7 +112,7 @@ def test_rotations_and_the_fused_cache_write_agree(
     stored = rope_store_kv(qkv, positions, cos, sin, caches[0], caches[1], slots, q_weight, k_weight, EPS)
     assert torch.equal(stored, rotated[0])
     expected = torch.full_like(caches, float("nan"))
-    store_kv_torch(rotated[1], qkv.view(num_tokens, -1, head_dim)[:, -num_kv_heads:], *expected, slots)
+    store_kv_torch(rotated[1], v, expected[0], expected[1], slots)
     assert torch.equal(caches.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 

@@ -19,9 +19,7 @@ _INT64 = st.integers(-(2**63), 2**63 - 1)
     start=st.sampled_from([0, 1, 2, 3, 4, 151_935]),
     stream=st.integers(0, 3),
 )
-def test_the_kernel_draws_the_same_bits(
-    rows: list[tuple[int, int]], num: int, start: int, stream: int
-) -> None:
+def test_the_kernel_draws_the_same_bits(rows: list[tuple[int, int]], num: int, start: int, stream: int) -> None:
     seed, position = torch.tensor(rows).unbind(1)
     ours = philox_uniform_triton(seed, position, num, start, stream)
     assert torch.equal(ours, philox_uniform(seed, position, num, start, stream))
@@ -34,9 +32,7 @@ def test_the_kernel_draws_the_same_bits(
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 2**16),
 )
-def test_the_kernel_takes_the_same_samples(
-    num_columns: int, vocab_start: int, dtype: torch.dtype, seed: int
-) -> None:
+def test_the_kernel_takes_the_same_samples(num_columns: int, vocab_start: int, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, num_columns + 1, generator=generator).to(dtype)[:, :num_columns]
     temperature = torch.tensor([0.0, 0.3, 1.0, 5.0])

@@ -1,0 +1,303 @@
+"""Times every kernel on one GPU: ``python -m tests.benchmarks.kernels_gpu --out FILE.json [--sweep]``.
+
+Each figure is from replays of one CUDA graph that holds several calls, on buffers that rotate through more memory
+than the L2 cache holds. A few minutes at most; with ``--sweep`` also over tiles, warps, stages and splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.kernels.paged_decode import choose_splits, paged_decode
+from engine.kernels.paged_prefill import paged_prefill
+from engine.kernels.philox import gumbel_argmax
+from engine.kernels.rms_norm import add_rms_norm, rms_norm
+from engine.kernels.rope import rope_store_kv
+from engine.kernels.silu_mul import silu_mul
+
+_ROTATED_BYTES = 256 * 2**20  # well above an H200's 60 MB of L2 cache
+_COPY_BYTES_PER_S = 4.30e12  # device copy measured on an H200
+_DTYPE = torch.bfloat16
+_BLOCK_SIZE = 256
+_HEAD_DIM = 128
+
+_DECODE_CASES = [
+    # name, sequences, mean context, query heads, KV heads
+    ("256x1.1k-16/8", 256, 1100, 16, 8),
+    ("256x1.1k-32/8", 256, 1100, 32, 8),
+    ("256x1.1k-8/4", 256, 1100, 8, 4),
+    ("64x1.1k-16/8", 64, 1100, 16, 8),
+    ("8x8k-16/8", 8, 8192, 16, 8),
+    ("1x32k-16/8", 1, 32768, 16, 8),
+    ("1x1k-16/8", 1, 1024, 16, 8),
+]
+_PREFILL_CASES = [
+    # name, queries of each sequence, keys of each sequence
+    ("16x1024", [1024] * 16, [1024] * 16),
+    ("1x16384", [16384], [16384]),
+    ("4x2048-after-6144", [2048] * 4, [8192] * 4),
+    ("64-ragged", [100 + 29 * i for i in range(16)], [100 + 29 * i for i in range(16)]),
+]
+_DECODE_CONFIGS = [(128, 4, 2), (128, 4, 3), (128, 8, 2), (64, 4, 2), (64, 4, 3), (64, 2, 3), (32, 4, 4)]
+_PREFILL_CONFIGS = [
+    # tile_q, tile, num_warps, num_stages
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (128, 64, 4, 3),
+    (128, 64, 4, 2),
+    (128, 128, 8, 2),
+    (128, 128, 8, 3),
+    (64, 64, 4, 3),
+    (64, 128, 4, 2),
+    (128, 32, 4, 4),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One timed case. ``us`` is the median over replays of the time of one call."""
+
+    kernel: str
+    case: str
+    config: str
+    us: float
+    bytes_moved: float
+    flop: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kernel": self.kernel,
+            "case": self.case,
+            "config": self.config,
+            "us": round(self.us, 2),
+            "tb_per_s": round(self.bytes_moved / self.us / 1e6, 3),
+            "percent_of_copy": round(100 * self.bytes_moved / self.us * 1e6 / _COPY_BYTES_PER_S, 1),
+            "tflop_per_s": round(self.flop / self.us / 1e6, 1),
+        }
+
+
+def time_us(calls: Sequence[Callable[[], object]], *, rounds: int = 7, min_calls: int = 16) -> float:
+    """Median time of one call, in µs: the calls in turn inside one CUDA graph, replayed ``rounds`` times."""
+    repeats = -(-min_calls // len(calls))
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(rounds):
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
+    return statistics.median(times)
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=_DTYPE)
+
+
+def _describe(options: dict[str, int]) -> str:
+    return " ".join(f"{name} {value}" for name, value in options.items())
+
+
+def _num_copies(num_bytes: float) -> int:
+    return max(1, min(64, -(-_ROTATED_BYTES // max(1, int(num_bytes)))))
+
+
+def _paged(contexts: list[int], num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random caches and a block table of scattered blocks for these lengths."""
+    blocks_each = [-(-context // _BLOCK_SIZE) for context in contexts]
+    order = torch.randperm(sum(blocks_each)).int()
+    table = torch.zeros(len(contexts), max(blocks_each), dtype=torch.int32)
+    for row, num_blocks in zip(table, blocks_each, strict=True):
+        row[:num_blocks], order = order[:num_blocks], order[num_blocks:]
+    shape = (sum(blocks_each), num_kv_heads, _BLOCK_SIZE, _HEAD_DIM)
+    return _normal(*shape), _normal(*shape), table.cuda()
+
+
+def decode_rows(*, sweep: bool) -> Iterator[Row]:
+    for case, num_seqs, mean, num_q_heads, num_kv_heads in _DECODE_CASES:
+        generator = torch.Generator().manual_seed(0)
+        # Ragged around the mean, as in serving; a single sequence has the mean itself.
+        spread = torch.rand(num_seqs, generator=generator) * 1.6 + 0.2 if num_seqs > 1 else torch.ones(1)
+        contexts = (spread * mean / spread.mean()).int().clamp(min=1).tolist()
+        bytes_moved = sum(contexts) * num_kv_heads * _HEAD_DIM * 2 * 2 + num_seqs * num_q_heads * _HEAD_DIM * 4
+        group = num_q_heads // num_kv_heads
+        starts = torch.arange(0, num_q_heads, group, dtype=torch.int32, device="cuda")
+        counts = torch.full_like(starts, group)
+        lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+        flop = 4.0 * sum(contexts) * num_q_heads * _HEAD_DIM
+        row = partial(Row, kernel="paged_decode", case=case, bytes_moved=bytes_moved, flop=flop)
+        calls = []
+        for _ in range(_num_copies(bytes_moved)):
+            q = _normal(num_seqs, num_q_heads, _HEAD_DIM)
+            k_cache, v_cache, table = _paged(contexts, num_kv_heads)
+            calls.append(
+                partial(
+                    paged_decode,
+                    *(q, k_cache, v_cache, table, lengths, starts, counts, _HEAD_DIM**-0.5),
+                    max_group=group,
+                )
+            )
+        planned = choose_splits(num_seqs, num_kv_heads, -(-max(contexts) // _BLOCK_SIZE) * _BLOCK_SIZE)
+        yield row(config=f"default (splits {planned})", us=time_us(calls))
+        yield row(config="pinned 256", us=time_us([partial(call, split_len=256) for call in calls]))
+        if sweep:
+            programs = num_seqs * num_kv_heads
+            candidates = [n for n in (1, 2, 4, 8, 16, 32, 64) if 128 <= programs * n <= 8192]
+            for (tile, warps, stages), splits in product(_DECODE_CONFIGS, candidates):
+                options = {"tile": tile, "num_warps": warps, "num_stages": stages, "num_splits": splits}
+                us = time_us([partial(call, **options) for call in calls], rounds=3)
+                yield row(config=_describe(options), us=us)
+
+
+def prefill_rows(*, sweep: bool) -> Iterator[Row]:
+    num_q_heads, num_kv_heads = 16, 8
+    kv_of_q = torch.arange(num_q_heads, dtype=torch.int32, device="cuda") // (num_q_heads // num_kv_heads)
+    for case, queries, contexts in _PREFILL_CASES:
+        starts = torch.tensor([0, *queries]).cumsum(0).int().cuda()
+        lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+        q = _normal(sum(queries), num_q_heads, _HEAD_DIM)
+        caches = _paged(contexts, num_kv_heads)
+        pairs = sum(n * (length - n) + n * (n + 1) / 2 for n, length in zip(queries, contexts, strict=True))
+        flop = 4.0 * pairs * num_q_heads * _HEAD_DIM
+        bytes_moved = (2 * q.numel() + 2 * sum(contexts) * num_kv_heads * _HEAD_DIM) * 2.0
+        call = partial(paged_prefill, q, *caches, starts, lengths, kv_of_q, _HEAD_DIM**-0.5)
+        row = partial(Row, kernel="paged_prefill", case=case, bytes_moved=bytes_moved, flop=flop)
+        yield row(config="default", us=time_us([call], min_calls=4))
+        if len(set(queries)) == 1 and queries == contexts:
+            # The flash kernel that ships with torch, on the same problem without paging.
+            shape = (len(queries), num_q_heads, queries[0], _HEAD_DIM)
+            q, k, v = _normal(*shape), _normal(*shape), _normal(*shape)
+            flash = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                us = time_us([flash], min_calls=4)
+            yield row(config="torch flash, not paged", us=us)
+        if sweep:
+            for tile_q, tile, warps, stages in _PREFILL_CONFIGS:
+                options = {"tile_q": tile_q, "tile": tile, "num_warps": warps, "num_stages": stages}
+                us = time_us([partial(call, **options)], min_calls=4, rounds=3)
+                yield row(config=_describe(options), us=us)
+
+
+def elementwise_rows() -> Iterator[Row]:
+    size = 2
+    for tokens, dim in ((1, 1024), (256, 1024), (256, 4096), (16384, 4096)):
+        weight = _normal(dim)
+        moved = 2.0 * tokens * dim * size
+        xs = [_normal(2, tokens, dim) for _ in range(_num_copies(2 * moved))]
+        us = time_us([partial(rms_norm, x[0], weight, 1e-6) for x in xs])
+        yield Row(kernel="rms_norm", case=f"{tokens}x{dim}", config="default", us=us, bytes_moved=moved)
+        us = time_us([partial(add_rms_norm, x[0], x[1], weight, 1e-6) for x in xs])
+        yield Row(kernel="add_rms_norm", case=f"{tokens}x{dim}", config="default", us=us, bytes_moved=2 * moved)
+    for tokens, intermediate in ((1, 3072), (256, 3072), (256, 12288), (16384, 12288)):
+        moved = 3.0 * tokens * intermediate * size
+        xs = [_normal(tokens, 2 * intermediate) for _ in range(_num_copies(moved))]
+        us = time_us([partial(silu_mul, x) for x in xs])
+        yield Row(kernel="silu_mul", case=f"{tokens}x{intermediate}", config="default", us=us, bytes_moved=moved)
+    angles = torch.rand(4096, _HEAD_DIM // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    for tokens, num_q, num_kv in ((1, 16, 8), (256, 16, 8), (256, 32, 8), (16384, 16, 8)):
+        moved = 2.0 * tokens * (num_q + 2 * num_kv) * _HEAD_DIM * size
+        num_blocks = -(-tokens // _BLOCK_SIZE) + 1
+        positions = torch.randint(0, 4096, (tokens,), device="cuda")
+        slots = torch.randperm(num_blocks * _BLOCK_SIZE, device="cuda")[:tokens]
+        weight = _normal(_HEAD_DIM)
+        cache_shape = (num_blocks, num_kv, _BLOCK_SIZE, _HEAD_DIM)
+        buffers = [
+            (_normal(tokens, (num_q + 2 * num_kv) * _HEAD_DIM), _normal(*cache_shape), _normal(*cache_shape))
+            for _ in range(_num_copies(moved))
+        ]
+        calls = [
+            partial(rope_store_kv, qkv, positions, cos, sin, k_cache, v_cache, slots, weight, weight)
+            for qkv, k_cache, v_cache in buffers
+        ]
+        case = f"{tokens} tokens {num_q}/{num_kv}"
+        yield Row(kernel="rope_store_kv", case=case, config="default", us=time_us(calls), bytes_moved=moved)
+    for rows, vocab in ((1, 151_936), (256, 151_936), (256, 75_968)):
+        moved = float(rows * vocab * size)
+        logits = [_normal(rows, vocab) for _ in range(_num_copies(moved))]
+        ids = torch.arange(rows, device="cuda")
+        for temperature in (0.0, 0.6):
+            heat = torch.full((rows,), temperature, device="cuda")
+            us = time_us([partial(gumbel_argmax, each, heat, ids, ids) for each in logits])
+            name = f"{rows}x{vocab} T={temperature}"
+            yield Row(kernel="gumbel_argmax", case=name, config="default", us=us, bytes_moved=moved)
+
+
+def copy_rows() -> Iterator[Row]:
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    us = time_us([partial(target.copy_, source)], min_calls=4)
+    yield Row(kernel="device copy", case="1 GiB", config="read + write", us=us, bytes_moved=2.0 * 2**30)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="where to write the rows, as JSON")
+    parser.add_argument("--sweep", action="store_true", help="also time many launch configurations")
+    parser.add_argument("--only", default="", help="comma-separated: copy,decode,prefill,elementwise")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.stderr.write("no CUDA device: kernels cannot be timed here\n")
+        return 3
+    parts: dict[str, Callable[[], Iterable[Row]]] = {
+        "copy": copy_rows,
+        "decode": partial(decode_rows, sweep=options.sweep),
+        "prefill": partial(prefill_rows, sweep=options.sweep),
+        "elementwise": elementwise_rows,
+    }
+    wanted = options.only.split(",") if options.only else list(parts)
+    if unknown := set(wanted) - set(parts):
+        parser.error(f"--only={options.only}: {sorted(unknown)} are not among {sorted(parts)}")
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        for row in parts[name]():
+            figures = row.as_dict()
+            rows.append(figures)
+            sys.stdout.write(
+                f"{figures['kernel']:14} {figures['case']:20} {figures['config']:44} {figures['us']:10.2f} us "
+                f"{figures['tb_per_s']:7.3f} TB/s {figures['percent_of_copy']:6.1f} % "
+                f"{figures['tflop_per_s']:7.1f} TFLOP/s\n"
+            )
+            sys.stdout.flush()
+        # After each part, so that a run cut short still leaves what it measured.
+        record = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - began, 1),
+            "rows": rows,
+        }
+        options.out.write_text(json.dumps(record, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

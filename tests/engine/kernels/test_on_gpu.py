@@ -1,0 +1,269 @@
+"""Kernels on a GPU at real shapes, in every dtype, against float64; outputs and free slots start as NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels.common import HAVE_TRITON
+from engine.kernels.paged_decode import paged_decode
+from engine.kernels.paged_prefill import paged_prefill
+from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch, philox_uniform, philox_uniform_triton
+from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
+from engine.kernels.rope import apply_rope_torch, rope_store_kv
+from engine.kernels.silu_mul import silu_mul, silu_mul_torch
+from engine.kernels.store_kv import store_kv, store_kv_torch
+from tests.engine.kernels.problems import (
+    AttentionProblem,
+    attention_budget,
+    attention_problem,
+    exact_attention,
+    over_budget,
+    rounding_budget,
+)
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels cannot run"),
+    pytest.mark.skipif(not HAVE_TRITON, reason="Triton cannot be imported: kernels cannot run"),
+]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _quiet_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    # triton 3.9 warns that a default will change; warnings are errors here.
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def _normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
+    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype, device="cuda")
+    return paged_decode(
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        problem.block_tables,
+        problem.context_lens,
+        problem.q_start,
+        problem.q_count,
+        problem.scale,
+        out_SQH=out,
+        **options,
+    )
+
+
+def _prefill(problem: AttentionProblem, **options: Any) -> torch.Tensor:
+    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype, device="cuda")
+    return paged_prefill(
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        problem.block_tables,
+        problem.cu_seqlens_q,
+        problem.context_lens,
+        problem.kv_of_q,
+        problem.scale,
+        out_TQH=out,
+        **options,
+    )
+
+
+def _share_of_budget(problem: AttentionProblem, actual: torch.Tensor) -> float:
+    exact, scale = exact_attention(problem)
+    return over_budget(actual, exact, attention_budget(exact, scale, problem.q.dtype, rounded_weights=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("q_counts", "head_dim", "block_size"),
+    [
+        ((2,) * 8, 128, 256),
+        ((4,) * 8, 128, 16),
+        ((3, 2), 64, 256),
+        ((1, 3, 3), 80, 48),
+        ((5,), 40, 1),
+        ((18,), 256, 64),
+    ],
+)
+@pytest.mark.parametrize("splits", [{}, {"num_splits": 1}, {"num_splits": 5}, {"split_len": 256}])
+def test_decode_stays_within_its_budget(
+    dtype: torch.dtype, q_counts: tuple[int, ...], head_dim: int, block_size: int, splits: dict[str, int]
+) -> None:
+    problem = attention_problem(
+        query_lens=[1] * 9,
+        context_lens=[0, 1, 2, 63, 64, 255, 256, 257, 1500],
+        q_counts=q_counts,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device="cuda",
+    )
+    assert _share_of_budget(problem, _decode(problem, **splits)) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("q_counts", "head_dim", "block_size"),
+    [((2, 2), 128, 256), ((4,), 128, 16), ((3, 2), 64, 256), ((1, 3), 80, 48), ((5,), 40, 1), ((2,), 256, 64)],
+)
+def test_prefill_stays_within_its_budget(dtype: torch.dtype, q_counts: tuple[int, ...], head_dim: int, block_size: int) -> None:
+    problem = attention_problem(
+        query_lens=[1, 300, 0, 128, 129, 1, 700],
+        context_lens=[0, 300, 5, 1000, 130, 257, 701],
+        q_counts=q_counts,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device="cuda",
+        padding_rows=150,
+    )
+    assert _share_of_budget(problem, _prefill(problem)) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_budgets_notice_a_missing_key_and_a_shifted_mask_at_real_shapes(dtype: torch.dtype) -> None:
+    problem = attention_problem(query_lens=[64], context_lens=[64], q_counts=(2, 2), head_dim=128, dtype=dtype, device="cuda")
+    exact, scale = exact_attention(problem, shift=-1)
+    budget = attention_budget(exact, scale, dtype, rounded_weights=True)
+    assert _share_of_budget(problem, _prefill(problem)) <= 1
+    # The first row sees no key at all under this fault: NaN there, and a finite error from the second row on.
+    assert over_budget(_prefill(problem)[1:], exact[1:], budget[1:]) > 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pinned_splits_give_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    lengths = [1200, 100, 600, 257]
+    common = {"q_counts": (2,) * 8, "head_dim": 128, "block_size": 256, "dtype": dtype, "device": "cuda"}
+    problem = attention_problem(query_lens=[1] * 4, context_lens=lengths, **common)  # type: ignore[arg-type]
+    together = _decode(problem, split_len=256)
+    for s in range(4):
+        alone = paged_decode(
+            problem.q[s : s + 1],
+            problem.k_cache,
+            problem.v_cache,
+            problem.block_tables[s : s + 1],
+            problem.context_lens[s : s + 1],
+            problem.q_start,
+            problem.q_count,
+            problem.scale,
+            split_len=256,
+            max_context=4096,
+        )
+        assert torch.equal(alone, together[s : s + 1])
+
+
+def test_a_captured_decode_follows_lengths_that_change_on_the_device() -> None:
+    problem = attention_problem(
+        query_lens=[1] * 4,
+        context_lens=[900, 300, 1024, 77],
+        q_counts=(4, 4),
+        head_dim=128,
+        block_size=256,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    full = problem.context_lens.clone()
+    expected = _decode(problem, num_splits=8)
+    problem.context_lens.fill_(1)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _decode(problem, num_splits=8)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = _decode(problem, num_splits=8)
+    problem.context_lens.copy_(full)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 576), (256, 1024), (300, 5120), (7, 100)])
+def test_norms_stay_within_their_budget(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x, residual = _normal(2, *shape, dtype=dtype)
+    weight = _normal(shape[1], dtype=dtype, seed=1)
+    exact = rms_norm_torch(x.double(), weight.double(), EPS)
+    assert over_budget(rms_norm(x, weight, EPS), exact, rounding_budget(exact, exact, dtype)) <= 1
+    normed, new_residual = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(new_residual, add_rms_norm_torch(x, residual, weight, EPS)[1])
+    assert torch.equal(normed, rms_norm(new_residual, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("intermediate", [35, 1536, 3072, 25600])
+def test_gates_stay_within_their_budget(dtype: torch.dtype, intermediate: int) -> None:
+    gate_up = 4 * _normal(64, 2 * intermediate, dtype=dtype)
+    exact = silu_mul_torch(gate_up.double())
+    assert over_budget(silu_mul(gate_up), exact, rounding_budget(exact, exact, dtype)) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_q_heads", "num_kv_heads", "head_dim", "half"),
+    [(16, 8, 128, 64), (5, 2, 64, 32), (9, 3, 64, 32), (7, 1, 80, 10), (32, 32, 40, 20)],
+)
+@pytest.mark.parametrize("norm", [False, True])
+def test_rotation_and_cache_write_stay_within_their_budget(
+    dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int, half: int, norm: bool
+) -> None:
+    num_tokens, block_size, num_blocks = 500, 48, 20
+    qkv = _normal(num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    q_weight, k_weight = _normal(2, head_dim, dtype=dtype, seed=1) if norm else (None, None)
+    positions = torch.randint(0, 4096, (num_tokens,), device="cuda")
+    angles = torch.arange(4096, device="cuda")[:, None] * 1e4 ** -(torch.arange(half, device="cuda") / half)
+    cos, sin = angles.cos(), angles.sin()
+    slots = torch.randperm(num_blocks * block_size, device="cuda")[:num_tokens].int()
+    slots[::7] = -1
+    caches = torch.full((2, num_blocks, num_kv_heads, block_size, head_dim), float("nan"), dtype=dtype).cuda()
+    q_out = rope_store_kv(qkv, positions, cos, sin, caches[0], caches[1], slots, q_weight, k_weight, EPS)
+    q, k, v = qkv.view(num_tokens, -1, head_dim).tensor_split([num_q_heads, num_q_heads + num_kv_heads], dim=1)
+    wide = [None if w is None else w.double() for w in (q_weight, k_weight)]
+    exact_q, exact_k = apply_rope_torch(
+        q.double(), k.double(), positions, cos, sin, q_norm_weight_H=wide[0], k_norm_weight_H=wide[1], eps=EPS
+    )
+
+    def budget(exact: torch.Tensor) -> torch.Tensor:
+        return rounding_budget(exact, exact.norm(dim=-1, keepdim=True).expand_as(exact), dtype)
+
+    assert over_budget(q_out, exact_q, budget(exact_q)) <= 1
+    kept = (slots >= 0).nonzero()[:, 0]
+    stored = [c[slots[kept].long() // block_size, :, slots[kept].long() % block_size] for c in caches]
+    assert over_budget(stored[0], exact_k[kept], budget(exact_k[kept])) <= 1
+    assert torch.equal(stored[1], v[kept])
+    assert (~caches.isnan()).any(dim=4).sum() == 2 * len(kept) * num_kv_heads
+
+    ours, twins = torch.full_like(caches, float("nan")), torch.full_like(caches, float("nan"))
+    store_kv(k, v, ours[0], ours[1], slots)
+    store_kv_torch(k, v, twins[0], twins[1], slots)
+    assert torch.equal(ours.nan_to_num(7.0), twins.nan_to_num(7.0))
+
+
+def test_random_bits_are_the_twins() -> None:
+    seed = torch.tensor([0, 1, -1, 2**62], device="cuda")
+    position = torch.tensor([0, 2**40, -5, 77], device="cuda")
+    ours = philox_uniform_triton(seed, position, 5003, start=3)
+    assert torch.equal(ours, philox_uniform(seed, position, 5003, start=3))
+    assert torch.equal(ours.cpu(), philox_uniform(seed.cpu(), position.cpu(), 5003, start=3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_are_the_twins_up_to_near_ties(dtype: torch.dtype) -> None:
+    logits = 3 * _normal(64, 151_936, dtype=dtype)
+    temperature = torch.linspace(0, 2, 64, device="cuda")
+    seed, position = torch.arange(64, device="cuda") * 7 - 9, torch.arange(64, device="cuda")
+    value, index = gumbel_argmax(logits, temperature, seed, position, 5)
+    exact, exact_index = gumbel_argmax_torch(logits.double(), temperature, seed, position, 5)
+    # float32 division, two logarithms (4 ulp each at most) and a sum, on values that this bounds.
+    budget = 16 * 2.0**-24 * (logits.double().abs().amax(dim=1) / temperature.double().clamp_min(0.03) + 20)
+    assert ((value.double() - exact).abs() <= budget).all()
+    assert index[0] == exact_index[0] == logits[0].argmax() + 5
+    assert (index != exact_index).sum() <= 1
