@@ -81,17 +81,15 @@ class StepBatch:
         """The same batch with its tensors on ``device``."""
         if device.type == "cpu":
             return self
-        return replace(self, sampling=_to(self.sampling, device), **_tensors(self, device))
+        sampling = replace(self.sampling, **_tensors(self.sampling, device))
+        return replace(self, sampling=sampling, **_tensors(self, device))
 
 
-def _tensors(batch: Any, device: torch.device) -> dict[str, Tensor]:
+def _tensors(batch: StepBatch | SamplingBatch, device: torch.device) -> dict[str, Any]:
+    """The batch's tensors by field name, on their way to ``device``."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: value.pin_memory().to(device, non_blocking=True) for name, value in values.items()
             if isinstance(value, Tensor)}
-
-
-def _to(sampling: SamplingBatch, device: torch.device) -> SamplingBatch:
-    return replace(sampling, **_tensors(sampling, device))
 
 
 def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:

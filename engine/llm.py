@@ -126,7 +126,9 @@ class LLM:
 
     def _admit(self, prompt: Prompt, params: SamplingParams) -> tuple[RequestOutput, Request | None]:
         request_id = next(self._request_numbers)
-        text, token_ids, error = None, [], None
+        text: str | None = None
+        token_ids: list[int] = []
+        error: str | None = None
         try:
             text, token_ids = self._tokenize(prompt)
             self._check(token_ids)

@@ -14,7 +14,7 @@ from engine.layers.attention import LayerCache, allocate_cache
 from engine.layers.sampler import sample
 from engine.models.registry import MODELS
 from engine.parallel.group import TPGroup
-from engine.parallel.sharding import head_shard
+from engine.parallel.sharding import HeadShard, head_shard
 from engine.weights import load_weights
 
 
@@ -61,7 +61,7 @@ class Runner:
         return num_blocks
 
     @property
-    def _heads(self):  # type: ignore[no-untyped-def]
+    def _heads(self) -> HeadShard:
         return head_shard(self.model_config.num_q_heads, self.model_config.num_kv_heads, tp_rank=self.tp.rank,
                           tp_size=self.tp.size)
 

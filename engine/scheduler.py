@@ -106,10 +106,10 @@ class Scheduler:
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             if sequence.finish_reason is not None:
                 continue
-            sequence.append(token_id)
+            is_last = sequence.append(token_id)
             if sequence.row >= 0:
                 self.blocks.register(sequence)
-            if sequence.finish_reason is not None:
+            if is_last:
                 self._retire(sequence)
             news.append((sequence, token_id))
         return news

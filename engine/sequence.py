@@ -69,8 +69,8 @@ class Sequence:
             return 0
         return self.num_tokens - self.num_computed
 
-    def append(self, token_id: int) -> None:
-        """Take a token that was in flight, and finish if it is the last one."""
+    def append(self, token_id: int) -> bool:
+        """Take a token that was in flight, and finish if it is the last one. Returns whether it was."""
         self.num_in_flight -= 1
         self.token_ids.append(token_id)
         num_known = len(self.token_ids) - self.num_prompt_tokens
@@ -78,3 +78,4 @@ class Sequence:
             self.finish_reason = "stop"
         elif num_known >= self.request.max_tokens:
             self.finish_reason = "length"
+        return self.finish_reason is not None

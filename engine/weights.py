@@ -127,6 +127,7 @@ def checkpoint_names(model: nn.Module, packed: Mapping[str, tuple[str, str | int
         packed: checkpoint module -> (fused module of the model, shard_id), as ``{"q_proj": ("qkv_proj", "q")}``.
     """
     names: dict[str, tuple[str, str | int | None]] = {}
+    parts: list[tuple[str, str | int | None]]
     for name, _ in model.named_parameters():  # a tied parameter comes once, under its first name
         *path, module, kind = name.split(".")
         parts = [(source, shard_id) for source, (fused, shard_id) in packed.items() if fused == module]

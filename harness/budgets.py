@@ -20,8 +20,9 @@ UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, 
 EXACT_INTEGER_LIMIT = {"bfloat16": 2**8, "float16": 2**11, "float32": 2**24, "float64": 2**53}
 """Integers up to this in magnitude are exact in the dtype, so sums that stay within it are exact in any order."""
 
-BASELINE_FACTOR = 4.0
-"""k: how many times the baseline's error a candidate's may be."""
+BASELINE_FACTOR = 8.0
+"""k: how many times the baseline's error a candidate's may be. Correct code is heavy-tailed: on ill-conditioned tokens of a
+real model (bfloat16, ranks 1 to 4, three sequences a seed) the worst seen was 4.2, the median 0.8."""
 
 ROUNDOFF_FACTOR = 8.0
 """c: the floor of the budget, in units of roundoff times the scale of the values."""

@@ -28,7 +28,8 @@ class Place:
     error_over_budget: float
 
     def __str__(self) -> str:
-        return f"first over budget: {self.module} on rank {self.rank}, token {self.token}, {self.error_over_budget:.3g} of its budget"
+        return (f"first over budget: {self.module} on rank {self.rank}, token {self.token}, "
+                f"{self.error_over_budget:.3g} of its budget")
 
 
 def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:

@@ -85,7 +85,7 @@ def verify(plan: VerifyPlan, *, on_row: OnRow = lambda row: None, on_start: OnSt
 
 
 def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, on_start: OnStart) -> Iterable[CheckRow]:
-    with Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device, auto_restart=True) as ranks:  # type: ignore[arg-type]
+    with Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device, auto_restart=True) as ranks:
         options = _options(truth)
         context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed)
         loaded = False
@@ -121,6 +121,6 @@ def _row(name: str, plan: VerifyPlan, truth: Truth, ranks: Ranks, outcome: Outco
 
 
 def _replay(name: str, plan: VerifyPlan, ranks: Ranks) -> str:
-    words: Sequence[str] = ("shardproof", "verify", plan.model, "--tp", str(ranks.tp_size), "--check", name, "--dtype", plan.dtype,
-                            "--device", plan.device, "--seed", str(plan.seed))
+    words: Sequence[str] = ("shardproof", "verify", plan.model, "--tp", str(ranks.tp_size), "--check", name,
+                            "--dtype", plan.dtype, "--device", plan.device, "--seed", str(plan.seed))
     return " ".join(words) + ("" if ranks.fabric == "solo" else f" --fabric {ranks.fabric}")

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
-def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *,
+                device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Cosines and sines, ``[num_positions, head_dim / 2]`` float32, with the attention scaling of yarn multiplied in.
 
     Methods: RoFormer (Su et al. 2021); linear scaling (Chen et al. 2023); yarn (Peng et al. 2023); llama3 (Llama 3.1 model

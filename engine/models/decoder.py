@@ -79,7 +79,8 @@ class DecoderLayer(nn.Module):
         x_TE, residual_TE = self.input_layernorm(x_TE, residual_TE)
         x_TE = self.self_attn(x_TE, cache, batch, rope)
         x_TE, residual_TE = self.post_attention_layernorm(x_TE, residual_TE)
-        return self.mlp(x_TE), residual_TE
+        x_TE = self.mlp(x_TE)
+        return x_TE, residual_TE
 
 
 class Decoder(nn.Module):
@@ -99,8 +100,8 @@ class Decoder(nn.Module):
         x_TE, residual_TE = self.embed_tokens(batch.token_ids_T), None
         for layer, cache in zip(self.layers, caches, strict=True):
             x_TE, residual_TE = layer(x_TE, residual_TE, cache, batch, rope)
-        x_TE, _ = self.norm(x_TE, residual_TE)
-        return x_TE
+        normed_TE: Tensor = self.norm(x_TE, residual_TE)[0]
+        return normed_TE
 
 
 class DecoderForCausalLM(nn.Module):

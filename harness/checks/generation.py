@@ -7,6 +7,7 @@ greedy and sampled.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from harness import jobs
 from harness.budgets import near_tie_margin, too_many_flips
@@ -80,7 +81,7 @@ def check_generation(context: CheckContext) -> Outcome:
     return Outcome(cases=len(prompts), compared=compared, excused=excused, extra=extra)
 
 
-def _disagreement(by_rank: list[list[list[int]]], what: str) -> dict[str, object]:
+def _disagreement(by_rank: list[list[list[int]]], what: str) -> dict[str, Any]:
     for rank, drawn in enumerate(by_rank):
         for number, (own, first) in enumerate(zip(drawn, by_rank[0], strict=True)):
             if own != first:

@@ -62,7 +62,8 @@ class LayerCase:
     def __str__(self) -> str:
         sizes = {"replicated": f"{self.hidden_size}->{self.intermediate_size}",
                  "column": f"{self.hidden_size}->{self.intermediate_size}",
-                 "merged": f"{self.hidden_size}->2x{self.intermediate_size}", "row": f"{self.intermediate_size}->{self.hidden_size}"}
+                 "merged": f"{self.hidden_size}->2x{self.intermediate_size}",
+                 "row": f"{self.intermediate_size}->{self.hidden_size}"}
         heads = f"{self.num_q_heads} query and {self.num_kv_heads} KV heads of {self.head_dim}, hidden {self.hidden_size}"
         vocabulary = f"vocabulary {self.vocab_size}, hidden {self.hidden_size}"
         size = sizes.get(self.kind) or (vocabulary if self.kind in ("embedding", "lm_head") else heads)
@@ -201,7 +202,8 @@ def _build(rank: RankContext, case: LayerCase, problem: _Problem) -> tuple[nn.Mo
     elif case.kind == "column":
         layer = ColumnParallelLinear(hidden, width, bias=bias, tp=tp, dtype=dtype, device=device)
     elif case.kind == "merged":
-        layer, shard_ids = MergedColumnParallelLinear(hidden, (width, width), bias=bias, tp=tp, dtype=dtype, device=device), (0, 1)
+        layer = MergedColumnParallelLinear(hidden, (width, width), bias=bias, tp=tp, dtype=dtype, device=device)
+        shard_ids = (0, 1)
     elif case.kind in ("qkv", "attention_output"):
         layer, shard_ids = QKVParallelLinear(hidden, case.head_dim, case.num_q_heads, case.num_kv_heads, bias=bias, tp=tp,
                                              dtype=dtype, device=device), ("q", "k", "v")
