@@ -327,6 +327,6 @@ class ProcessTPGroup(TPGroup):
 
 
 # torch 2.13 renames it and warns about the old name; 2.11 knows the old one only.
-_all_gather_single: Callable[[Tensor, Tensor, dist.ProcessGroup], Any] = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor"
-)  # noqa: B009
+_all_gather_single: Callable[[Tensor, Tensor, dist.ProcessGroup], Any] = (
+    dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+)
