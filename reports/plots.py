@@ -132,9 +132,8 @@ def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
     for i, line in enumerate(series):
         colour = _colour(i)
         xs, medians, lows, highs, bounds = zip(*line.points, strict=True)
-        spread = [np.subtract(medians, lows), np.subtract(highs, medians)]
-        marker = _MARKERS[i % NUM_COLOURS]
-        ax.errorbar(xs, medians, yerr=spread, color=colour, marker=marker, markersize=5, linewidth=1.8, capsize=3)
+        ax.vlines(xs, lows, highs, color=colour, linewidth=1.4)
+        ax.plot(xs, medians, color=colour, marker=_MARKERS[i % NUM_COLOURS], markersize=5, linewidth=1.8)
         known = [(x, bound) for x, bound in zip(xs, bounds, strict=True) if bound is not None]
         if known:
             ax.plot(*zip(*known, strict=True), color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
@@ -151,8 +150,7 @@ def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
         ax.yaxis.set_minor_locator(NullLocator())
     else:
         ax.set_ylim(0, max(ys) * 1.1)
-    step = math.ceil(len(xs) / 8)  # at most eight labels, so that they stay apart on a telephone
-    ax.set_xticks(xs[::step])
+    ax.set_xticks(_apart(xs, logarithmic=ax.get_xscale() == "log"))
     ax.xaxis.set_minor_locator(NullLocator())
     shown: Callable[[float], str] = _size if axis.endswith("_bytes") else format_number
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(float(value))))
@@ -167,9 +165,19 @@ def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
         spine.set_color(_RULE)
 
 
+def _apart(xs: Sequence[float], *, logarithmic: bool) -> list[float]:
+    """Those of the sorted ``xs`` whose labels have room beside each other, the last one always among them."""
+    places = [math.log(x) for x in xs] if logarithmic else list(xs)
+    room = 0.13 * (places[-1] - places[0])
+    kept = [len(xs) - 1]
+    for i in range(len(xs) - 2, -1, -1):
+        if places[kept[-1]] - places[i] >= room:
+            kept.append(i)
+    return [xs[i] for i in reversed(kept)]
+
+
 def _for_the_page(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # numbered from 1 in every plot, and nothing refers to them
     svg = svg.replace(_INK, "var(--ink-soft)").replace(_RULE, "var(--rule)")
     for i in range(NUM_COLOURS):

@@ -125,11 +125,11 @@ def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.Data
 
 def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
     """One row a `CheckChange`, what needs attention first."""
-    columns = ("check", "model", "dtype", "fabric", "tp_size", "verdict", "baseline", "candidate")
+    columns = ("verdict", "check", "tp_size", "baseline", "candidate", "model", "dtype", "fabric")
     order = {name: i for i, name in enumerate(get_args(CheckVerdict))}
     lines: list[dict[str, object]] = []
     for change in sorted(changes, key=lambda change: order[change.verdict]):
-        line = {name: getattr(change, name) for name in columns[:6]}
+        line: dict[str, object] = {name: getattr(change, name) for name in columns}
         line["baseline"] = verdict_cell(change.baseline, change.baseline_error) or None
         line["candidate"] = verdict_cell(change.candidate, change.candidate_error) or None
         lines.append(line)
@@ -139,7 +139,7 @@ def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
 def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
     """One row a `SpeedChange`, what needs attention first; ``times_better`` is candidate over baseline."""
     columns = (
-        "workload", "case", "engine", "tp_size", "metric", "verdict", "times_better", "low", "high",
+        "verdict", "workload", "case", "engine", "tp_size", "metric", "times_better", "low", "high",
         "baseline", "candidate", "rounds", "model", "dtype", "fabric",
     )  # fmt: skip
     order = {name: i for i, name in enumerate(get_args(SpeedVerdict))}

@@ -170,6 +170,7 @@ def test_plots_take_their_colours_from_the_page_and_leave_no_setting_behind() ->
     assert dict(mpl.rcParams) == before
     assert set(re.findall(r"(?:fill|stroke): (#\w+)", plot.svg)) == set()
     assert "var(--series-0)" in plot.svg
+    assert "<metadata" not in plot.svg
     assert plot.legend == ["costs $5 and $6"]
     assert bench_plots(scaled(engine="costs $5 and $6"))[0].svg == plot.svg
 
