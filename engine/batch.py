@@ -65,8 +65,10 @@ class StepBatch:
     sampling: SamplingBatch
     num_decodes: int
     """The first so many sequences have one token in this step."""
-    max_query_len: int
-    max_context_len: int
+    prefill_cu_seqlens_S1: Tensor
+    """int32, ``cu_seqlens`` of the sequences after those, from 0"""
+    max_decode_context_len: int
+    """Longest of the ``context_lens`` of the first ``num_decodes``; 0 if there are none"""
     has_in_flight: bool
 
     @property
@@ -118,6 +120,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
     sequence_T = np.repeat(np.arange(len(chunks)), lengths)
     positions = np.arange(cu_seqlens[-1]) - cu_seqlens[sequence_T] + starts[sequence_T]
     slots = block_tables[sequence_T, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    num_decodes = int((lengths == 1).sum())
     return StepBatch(
         token_ids_T=torch.from_numpy(token_ids),
         positions_T=torch.from_numpy(positions),
@@ -128,9 +131,9 @@ def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
         rows_S=torch.tensor([chunk.sequence.row for chunk in chunks]),
         sample_S=torch.tensor([index for index, chunk in enumerate(chunks) if chunk.samples], dtype=torch.int64),
         sampling=_build_sampling([chunk for chunk in chunks if chunk.samples]),
-        num_decodes=int((lengths == 1).sum()),
-        max_query_len=int(lengths.max()),
-        max_context_len=int(context_lens.max()),
+        num_decodes=num_decodes,
+        prefill_cu_seqlens_S1=torch.from_numpy((cu_seqlens[num_decodes:] - num_decodes).astype(np.int32)),
+        max_decode_context_len=int(context_lens[:num_decodes].max(initial=0)),
         has_in_flight=any(chunk.in_flight for chunk in chunks),
     )
 
@@ -155,4 +158,29 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         banned_token_X=torch.tensor([token_id for _, token_id in banned], dtype=torch.int64),
         all_greedy=all(p.temperature == 0 for p in params),
         filters=any(p.top_k > 0 or p.top_p < 1 for p in params),
+    )
+
+
+def profiling_batch(num_seqs: int, length: int) -> StepBatch:
+    """A step of ``num_seqs`` prompts of ``length`` tokens that writes nothing and reads block 0 alone.
+
+    For looking at memory: its numbers mean nothing.
+    """
+    num_tokens = num_seqs * length
+    starts = torch.arange(0, num_tokens + 1, length, dtype=torch.int32)
+    zeros_R = torch.zeros(num_seqs)
+    return StepBatch(
+        token_ids_T=torch.zeros(num_tokens, dtype=torch.int64),
+        positions_T=torch.arange(length).repeat(num_seqs),
+        slots_T=torch.full((num_tokens,), PAD_SLOT),
+        cu_seqlens_S1=starts,
+        context_lens_S=torch.full((num_seqs,), length, dtype=torch.int32),
+        block_tables_SB=torch.zeros((num_seqs, length), dtype=torch.int32),
+        rows_S=torch.zeros(num_seqs, dtype=torch.int64),
+        sample_S=torch.arange(num_seqs),
+        sampling=SamplingBatch(
+            temperature_R=zeros_R, top_k_R=zeros_R.int(), top_p_R=zeros_R + 1, seed_R=zeros_R.long(), position_R=zeros_R.long(),
+            banned_row_X=zeros_R[:0].long(), banned_token_X=zeros_R[:0].long(), all_greedy=True, filters=False,
+        ),
+        num_decodes=0, prefill_cu_seqlens_S1=starts, max_decode_context_len=0, has_in_flight=False,
     )

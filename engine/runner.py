@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch import IN_FLIGHT, StepBatch
+from engine.batch import IN_FLIGHT, StepBatch, profiling_batch
 from engine.config import DTYPES, EngineConfig, ModelConfig
-from engine.layers.attention import LayerCache, allocate_cache
+from engine.layers.attention import allocate_cache
+from engine.layers.attention_backends import AttentionLayout, LayerCache, select_backend
 from engine.layers.sampler import sample
 from engine.models.registry import MODELS
 from engine.parallel.group import TPGroup
@@ -35,8 +36,12 @@ class Runner:
         self.tp = tp
         self.device = device
         self.dtype = DTYPES[config.dtype]
+        assert config.block_size is not None, "config must be resolved"
+        layout = AttentionLayout(heads=self._heads, head_dim=model_config.head_dim, block_size=config.block_size,
+                                 dtype=self.dtype, device=device)
+        self.attention_backend = select_backend(config.attention_backend, layout)
         self.model = MODELS[model_config.model_type](
-            model_config, tp=tp, dtype=self.dtype, device=device, attention_backend=config.attention_backend,
+            model_config, tp=tp, dtype=self.dtype, device=device, backend=self.attention_backend,
             max_model_len=config.max_model_len or model_config.max_position_embeddings,
         )
         self.load_report = load_weights(self.model, folder, packed=self.model.packed, tied=self.model.tied)
@@ -56,9 +61,13 @@ class Runner:
         if num_blocks * block_size < longest:
             raise ValueError(f"the KV cache holds num_kv_blocks={num_blocks} x block_size={block_size} tokens, fewer than "
                              f"max_model_len={longest}: lower max_model_len, or give the cache more memory")
-        self.caches = allocate_cache(self.model_config.num_layers, num_blocks, self._heads, block_size,
-                                     self.model_config.head_dim, dtype=self.dtype, device=self.device)
+        self.caches = self._allocate(num_blocks)
         return num_blocks
+
+    def _allocate(self, num_blocks: int) -> list[LayerCache]:
+        assert self.config.block_size is not None, "config must be resolved"
+        return allocate_cache(self.model_config.num_layers, num_blocks, self._heads, self.config.block_size,
+                              self.model_config.head_dim, dtype=self.dtype, device=self.device)
 
     @property
     def _heads(self) -> HeadShard:
@@ -77,7 +86,32 @@ class Runner:
         return min(useful, self._free_device_bytes() // bytes_per_block)
 
     def _free_device_bytes(self) -> int:
-        raise NotImplementedError
+        """What ``gpu_memory_utilization`` leaves this rank for its cache, after the largest step that can come."""
+        self._run_largest_step()
+        torch.cuda.synchronize(self.device)
+        # Nobody may allocate its cache before all have looked: thread ranks share one device.
+        torch.cuda.empty_cache()
+        self.tp.barrier()
+        free, total = torch.cuda.mem_get_info(self.device)
+        num_sharing = self.tp.size if self.tp.fabric == "threads" else 1
+        peak = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
+        left = int(free - (1 - self.config.gpu_memory_utilization) * total) - peak
+        self.tp.barrier()
+        if left <= 0:
+            raise ValueError(f"no memory is left for the KV cache: free={free / 2**30:.1f} GiB, activations need "
+                             f"{peak / 2**30:.1f} GiB and gpu_memory_utilization={self.config.gpu_memory_utilization} keeps "
+                             f"{(1 - self.config.gpu_memory_utilization) * total / 2**30:.1f} GiB: raise it, or use more GPUs")
+        return left // num_sharing
+
+    def _run_largest_step(self) -> None:
+        """One step of ``max_num_batched_tokens``, to see what activations take. Its cache is one block that nobody reads."""
+        assert self.config.max_num_batched_tokens is not None, "config must be resolved"
+        self.caches = self._allocate(1)
+        longest = self.config.max_model_len or self.model_config.max_position_embeddings
+        length = min(longest, self.config.max_num_batched_tokens)
+        num_seqs = max(1, min(self.config.max_num_seqs, self.config.max_num_batched_tokens // length))
+        self.launch(profiling_batch(num_seqs, length))
+        self.caches = []
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> Tensor:

@@ -1,59 +1,21 @@
-"""Attention of one layer on one rank: rotate, write to the paged cache, attend, by a backend chosen by name.
+"""Attention of one layer on one rank: rotate, write to the paged cache, attend.
 
-Shape suffixes: T = tokens, C = columns of the fused projection, Q / N = local query / KV heads, H = head dim, P = cache
-blocks, B = slots in a block.
+Shape suffixes: T = tokens, C = columns of the fused projection, Q / N = local query / KV heads, H = head dim.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from engine.batch import StepBatch
-from engine.kernels.attention_torch import paged_attention_torch
-from engine.kernels.rope import rope_store_kv_torch
+from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
+from engine.layers.attention_backends import AttentionBackend, LayerCache
+from engine.layers.dispatch import pick
 from engine.layers.norm import RMSNorm
 from engine.parallel.sharding import HeadShard
 
-BACKENDS = ("torch",)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys and values of one layer on one rank, each ``[P, N, B, H]``."""
-
-    k_PNBH: Tensor
-    v_PNBH: Tensor
-
-
-AttentionBackend = Callable[[Tensor, LayerCache, StepBatch], Tensor]
-"""``(q [T, Q, H], cache, batch) -> [T, Q, H]``. The cache holds this step's keys and values already."""
-
-
-def torch_backend(heads: HeadShard, head_dim: int) -> AttentionBackend:
-    """Plain torch: runs anywhere, any GQA map, any block size; the truth that the kernels are held against."""
-    scale = head_dim**-0.5
-    kv_of_q = list(heads.kv_of_q)
-
-    def attend(q_TQH: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        return paged_attention_torch(q_TQH, cache.k_PNBH, cache.v_PNBH, batch.block_tables_SB, batch.cu_seqlens_S1,
-                                     batch.context_lens_S, kv_of_q, scale)
-
-    return attend
-
-
-def select_backend(name: str, heads: HeadShard, head_dim: int) -> AttentionBackend:
-    """The backend of that name; ``auto`` takes the fastest that serves this layout here.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"attention_backend={name!r} is unknown; supported: auto, {', '.join(BACKENDS)}")
-    return torch_backend(heads, head_dim)
+RopeTables = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -62,17 +24,14 @@ class Attention(nn.Module):
     The model's rotary tables are handed in with each call: they are the same for all layers.
     """
 
-    def __init__(self, heads: HeadShard, head_dim: int, *, backend: AttentionBackend) -> None:
+    def __init__(self, backend: AttentionBackend) -> None:
         super().__init__()
-        self.heads = heads
-        self.head_dim = head_dim
         self.backend = backend
 
-    def forward(self, qkv_TC: Tensor, cache: LayerCache, batch: StepBatch, rope: tuple[Tensor, Tensor],
+    def forward(self, qkv_TC: Tensor, cache: LayerCache, batch: StepBatch, rope: RopeTables,
                 q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None) -> Tensor:
-        cos, sin = rope
-        q_TQH = rope_store_kv_torch(
-            qkv_TC, batch.positions_T, cos, sin, cache.k_PNBH, cache.v_PNBH, batch.slots_T,
+        q_TQH = pick(qkv_TC, rope_store_kv, rope_store_kv_torch)(
+            qkv_TC, batch.positions_T, *rope, cache.k_PNBH, cache.v_PNBH, batch.slots_T,
             q_norm_weight_H=None if q_norm is None else q_norm.weight,
             k_norm_weight_H=None if k_norm is None else k_norm.weight,
             eps=0.0 if q_norm is None else q_norm.eps,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.kernels.rms_norm import add_rms_norm_torch, rms_norm_torch
+from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
+from engine.layers.dispatch import pick
 from engine.parallel.parameter import ShardParameter, replicated_loader
 
 
@@ -24,5 +25,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the norm of ``x + residual`` and that sum, the residual of what follows."""
         if residual is None:
-            return rms_norm_torch(x, self.weight, self.eps), x
-        return add_rms_norm_torch(x, residual, self.weight, self.eps)
+            return pick(x, rms_norm, rms_norm_torch)(x, self.weight, self.eps), x
+        return pick(x, add_rms_norm, add_rms_norm_torch)(x, residual, self.weight, self.eps)

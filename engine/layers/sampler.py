@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import SamplingBatch
-from engine.kernels.philox import gumbel_argmax_torch
+from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch
+from engine.layers.dispatch import pick
 
 
 def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
@@ -21,7 +22,9 @@ def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
         logits_RV = logits_RV.index_put((sampling.banned_row_X, sampling.banned_token_X), logits_RV.new_tensor(-torch.inf))
     if sampling.filters:
         logits_RV = filter_top_k_top_p(logits_RV, sampling.temperature_R, sampling.top_k_R, sampling.top_p_R)
-    _, token_R = gumbel_argmax_torch(logits_RV, sampling.temperature_R, sampling.seed_R, sampling.position_R)
+    _, token_R = pick(logits_RV, gumbel_argmax, gumbel_argmax_torch)(
+        logits_RV, sampling.temperature_R, sampling.seed_R, sampling.position_R,
+    )
     return token_R
 
 

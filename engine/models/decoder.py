@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from engine.batch import StepBatch
 from engine.config import ModelConfig
-from engine.kernels.silu_mul import silu_mul_torch
-from engine.layers.attention import Attention, LayerCache, select_backend
+from engine.kernels.silu_mul import silu_mul, silu_mul_torch
+from engine.layers.attention import Attention, RopeTables
+from engine.layers.attention_backends import AttentionBackend, LayerCache
+from engine.layers.dispatch import pick
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import rope_tables
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.sharding import scale_range
-
-RopeTables = tuple[Tensor, Tensor]
 
 
 class MLP(nn.Module):
@@ -38,7 +38,8 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(width, config.hidden_size, bias=bias, tp=tp, dtype=dtype, device=device)
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        y_TE: Tensor = self.down_proj(silu_mul_torch(self.gate_up_proj(x_TE)))
+        gate_up = self.gate_up_proj(x_TE)
+        y_TE: Tensor = self.down_proj(pick(gate_up, silu_mul, silu_mul_torch)(gate_up))
         return y_TE
 
 
@@ -46,7 +47,7 @@ class SelfAttention(nn.Module):
     """Attention of this rank's heads: one all-reduce, in ``o_proj``."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 attention_backend: str) -> None:
+                 backend: AttentionBackend) -> None:
         super().__init__()
         head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, config.num_q_heads, config.num_kv_heads,
@@ -56,7 +57,7 @@ class SelfAttention(nn.Module):
                                         dtype=dtype, device=device, input_range=scale_range(heads.q_heads, head_dim))
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
-        self.attn = Attention(heads, head_dim, backend=select_backend(attention_backend, heads, head_dim))
+        self.attn = Attention(backend)
 
     def forward(self, x_TE: Tensor, cache: LayerCache, batch: StepBatch, rope: RopeTables) -> Tensor:
         y_TE: Tensor = self.o_proj(self.attn(self.qkv_proj(x_TE), cache, batch, rope, self.q_norm, self.k_norm))
@@ -67,10 +68,10 @@ class DecoderLayer(nn.Module):
     """Norm, attention, norm, MLP. The residual travels beside ``x``: each norm adds it and hands the sum on."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 attention_backend: str) -> None:
+                 backend: AttentionBackend) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = SelfAttention(config, tp=tp, dtype=dtype, device=device, attention_backend=attention_backend)
+        self.self_attn = SelfAttention(config, tp=tp, dtype=dtype, device=device, backend=backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.mlp = MLP(config, tp=tp, dtype=dtype, device=device)
 
@@ -87,11 +88,11 @@ class Decoder(nn.Module):
     """Embedding, layers, final norm."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 attention_backend: str) -> None:
+                 backend: AttentionBackend) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, tp=tp, dtype=dtype, device=device, attention_backend=attention_backend)
+            DecoderLayer(config, tp=tp, dtype=dtype, device=device, backend=backend)
             for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
@@ -114,10 +115,10 @@ class DecoderForCausalLM(nn.Module):
     """Checkpoint module -> (fused module, shard_id)."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 max_model_len: int, attention_backend: str = "auto") -> None:
+                 max_model_len: int, backend: AttentionBackend) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, tp=tp, dtype=dtype, device=device, attention_backend=attention_backend)
+        self.model = Decoder(config, tp=tp, dtype=dtype, device=device, backend=backend)
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
         if config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)

@@ -81,8 +81,8 @@ class RankFailure(RuntimeError):  # noqa: N818
         return _rebuild, (self.job, self.failures, self.tp_size, self.fabric, self.divergence, self.reason)
 
     def _message(self) -> str:
-        failed = name_ranks(sorted(self.failures))
-        lines = [f"job {self.job!r} failed on {failed} of {self.tp_size} ({self.fabric})"]
+        failed = f"{name_ranks(sorted(self.failures))} of {self.tp_size}" if self.failures else "all ranks together"
+        lines = [f"job {self.job!r} failed on {failed} ({self.fabric})"]
         if self.reason:
             lines[0] += f": {self.reason}"
         for error in self.failures.values():

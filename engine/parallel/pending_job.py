@@ -38,12 +38,17 @@ class PendingJob:
         return not self.errors and not self.unanswered
 
     @property
+    def agreed(self) -> bool:
+        """Whether the ranks that told of their collectives entered the same ones, as far as they got."""
+        return len({(log.entered, log.digest) for log in self.logs.values()}) <= 1
+
+    @property
     def in_step(self) -> bool:
-        """Whether every rank answered and all have entered and left the same number of collectives."""
+        """Whether every rank answered, and all entered and left the same collectives."""
         return (
             not self.unanswered
             and len(self.logs) == self.tp_size
-            and len({log.entered for log in self.logs.values()}) == 1
+            and self.agreed
             and not any(log.inside for log in self.logs.values())
         )
 

@@ -65,6 +65,7 @@ class Ranks:
 
     Process ranks take arguments and give results by value (pickled; tensors arrive on the CPU). Thread ranks
     get copies of the arguments too; a solo rank gets the arguments themselves. One thread drives all ranks.
+    No deadline can stop a solo rank, and a thread that hangs outside a collective is left behind.
 
     A script that makes process ranks must have ``if __name__ == "__main__":`` around what it runs, as with
     multiprocessing.
@@ -112,7 +113,8 @@ class Ranks:
 
         Raises RankFailure when the job did not succeed on every rank within ``timeout_s``. After that the
         ranks stay usable only if all of them answered and are at the same collective; ``healthy`` says so.
-        A job that can't be sent is a TypeError, and harms nothing.
+        A job that can't be sent is a TypeError, and harms nothing. That every rank entered the same
+        collectives (op, shape, dtype) is part of success.
         """
         return self.collect(self.submit(job, *args, on_event=on_event), timeout_s=timeout_s)
 
@@ -138,7 +140,9 @@ class Ranks:
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         try:
             reason = self._wait(job, deadline)
-            if not job.succeeded:
+            if job.succeeded and not job.agreed:
+                reason = "the ranks entered different collectives and did not notice"
+            if reason or not job.succeeded:
                 if timeout_s is not None and not job.errors and not reason:
                     reason = f"no answer within timeout_s={timeout_s:g}"
                 raise self._settle(job, reason) from job.cause
