@@ -274,7 +274,7 @@ class _ProcessPool:
                 "this script starts ranks while it is imported by a rank that it started: "
                 'put what it runs under `if __name__ == "__main__":`'
             )
-        self._store = make_store(self._start_timeout_s)
+        self._store = make_store()
         # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_preload())

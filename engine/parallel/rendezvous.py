@@ -14,7 +14,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch le
 from engine.parallel.group import ProcessTPGroup
 
 
-def make_store(timeout_s: float) -> TCPStore:
+def make_store() -> TCPStore:
     """A store for the rendezvous, on a port of the system's choice that only this machine can reach."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     port = listener.getsockname()[1]
@@ -23,7 +23,6 @@ def make_store(timeout_s: float) -> TCPStore:
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
         master_listen_fd=listener.detach(),
     )
 
@@ -38,9 +37,11 @@ def join_group(
     start_timeout_s: float,
     collective_timeout_s: float,
 ) -> ProcessTPGroup:
-    """Called in each rank. Returns when all ranks have joined, or raises after ``start_timeout_s``."""
+    """Called in each rank. Returns when all ranks have joined."""
     # The driver holds the store, so it outlives every rank and goes with the driver.
-    store = TCPStore("127.0.0.1", store_port, is_master=False, timeout=timedelta(seconds=start_timeout_s))
+    # Its deadline ends this wait, with a report on all ranks: a rank that gives up by itself would spoil that.
+    patience = timedelta(seconds=start_timeout_s + 10)
+    store = TCPStore("127.0.0.1", store_port, is_master=False, timeout=patience)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

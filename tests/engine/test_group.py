@@ -245,6 +245,16 @@ def test_a_log_can_be_read_while_it_is_written() -> None:
         writer.join()
 
 
+def test_a_digest_tells_logs_apart_by_op_shape_dtype_and_order() -> None:
+    a, b = ("all_reduce", (2, 3)), ("all_reduce", (3, 2))
+    assert log_of(a, b).digest == log_of(a, b).digest != 0
+    digests = {log_of(a, b).digest, log_of(b, a).digest, log_of(a).digest, log_of(("barrier", (2, 3)), b).digest}
+    assert len(digests) == 4
+    log = CollectiveLog()
+    log.enter("all_reduce", (2, 3), torch.float32)
+    assert log.digest != log_of(a).digest, "another dtype"
+
+
 def log_of(*calls: tuple[str, tuple[int, ...]], finished: bool = True) -> LogSnapshot:
     log = CollectiveLog()
     for op, shape in calls:

@@ -478,6 +478,23 @@ def test_a_rank_that_skips_a_collective_needs_no_deadline_to_be_found(kind: tupl
         assert "rank 1 never entered all_reduce #2 (2×8 float32)" in str(caught.value)
 
 
+def differ_unnoticed(context: RankContext, rank: int) -> float:
+    x = torch.ones(4, 8) if context.tp.rank == rank else torch.ones(8, 4)
+    return context.tp.all_reduce(x).sum().item()
+
+
+@multirank
+def test_ranks_that_mix_up_their_collectives_fail_even_if_nobody_hangs() -> None:
+    with Ranks(2, fabric="gloo", auto_restart=True) as ranks:
+        assert ranks.run(differ_unnoticed, 5) == [64.0, 64.0], "the control: no rank differs"
+        with failing_within(3) as caught:
+            ranks.run(differ_unnoticed, 1)
+        assert "entered different collectives" in str(caught.value)
+        assert "part at #2: rank 0 entered all_reduce #2 (8×4 float32)" in str(caught.value)
+        assert "rank 1 entered all_reduce #2 (4×8 float32)" in str(caught.value)
+        assert ranks.run(differ_unnoticed, 5) == [64.0, 64.0]
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_a_slow_rank_is_not_taken_for_a_stuck_one(kind: tuple[str, int]) -> None:
     with Ranks(kind[1], fabric=kind[0]) as ranks:
