@@ -48,10 +48,11 @@ def test_each_row_judged_as_if_it_were_alone_would_cry_wolf() -> None:
     assert alarms > 20
 
 
-def test_25_rounds_a_side_show_a_slow_down_of_a_tenth_in_95_of_a_hundred() -> None:
+def test_30_rounds_a_side_show_a_slow_down_of_a_tenth_in_95_of_a_hundred() -> None:
+    # Over 2,000 comparisons: 84 % at 20 rounds, 91 % at 25, 97.8 % at 30; so this is no luck of the seeds.
     seen = 0
     for seed in range(NUM_COMPARISONS):
-        changes = compare(timings(seed, 25), timings(seed + 1000, 25, slow_down=1.1)).speeds
+        changes = compare(timings(seed, 30), timings(seed + 1000, 30, slow_down=1.1)).speeds
         seen += changes[SLOWED].verdict == "slower"
         assert all(change.verdict != "slower" for change in changes if change.case != str(SLOWED))
     assert seen >= 95
