@@ -68,9 +68,7 @@ def _as_ints(values: torch.Tensor | Sequence[int]) -> list[int]:
     return [int(v) for v in (values.tolist() if isinstance(values, torch.Tensor) else values)]
 
 
-def _gather(
-    cache_PNBH: torch.Tensor, block_tables: torch.Tensor, batch: list[int], contexts: list[int]
-) -> torch.Tensor:
+def _gather(cache_PNBH: torch.Tensor, block_tables: torch.Tensor, batch: list[int], contexts: list[int]) -> torch.Tensor:
     """The batch's keys or values in order, ``[A, N, L, H]``; slots beyond a sequence's length are zero."""
     num_heads, block_size, head_dim = cache_PNBH.shape[1:]
     longest = max(contexts[s] for s in batch)

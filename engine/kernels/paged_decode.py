@@ -226,9 +226,7 @@ def paged_decode(
     group_bound = num_q_heads - num_kv_heads + 1 if max_group is None else max_group
     split = num_splits > 1
     if split:
-        partial_SQXH = torch.empty(
-            (num_seqs, num_q_heads, num_splits, head_dim), dtype=torch.float32, device=device
-        )
+        partial_SQXH = torch.empty((num_seqs, num_q_heads, num_splits, head_dim), dtype=torch.float32, device=device)
         lse_SQX = torch.empty((num_seqs, num_q_heads, num_splits), dtype=torch.float32, device=device)
         target, target_strides = partial_SQXH, partial_SQXH.stride()[:3]
         lse, lse_strides = lse_SQX, lse_SQX.stride()[:2]
@@ -287,7 +285,5 @@ def paged_decode_torch(
     for kv_head, (start, count) in enumerate(zip(q_start_N.tolist(), q_count_N.tolist(), strict=True)):
         kv_of_q[start : start + count] = [kv_head] * count
     cu_seqlens = range(q_SQH.shape[0] + 1)
-    out = paged_attention_torch(
-        q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, cu_seqlens, context_lens_S, kv_of_q, scale
-    )
+    out = paged_attention_torch(q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, cu_seqlens, context_lens_S, kv_of_q, scale)
     return out if out_SQH is None else out_SQH.copy_(out)

@@ -220,7 +220,5 @@ def paged_prefill_torch(
 ) -> torch.Tensor:
     """Plain-torch twin of :func:`paged_prefill`; how the kernel is launched means nothing here."""
     del tile_q, tile, num_warps, num_stages
-    out = paged_attention_torch(
-        q_TQH, k_cache_PNBH, v_cache_PNBH, block_tables, cu_seqlens_q, context_lens_S, kv_of_q_Q, scale
-    )
+    out = paged_attention_torch(q_TQH, k_cache_PNBH, v_cache_PNBH, block_tables, cu_seqlens_q, context_lens_S, kv_of_q_Q, scale)
     return out if out_TQH is None else out_TQH.copy_(out)

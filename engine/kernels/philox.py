@@ -43,9 +43,7 @@ def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
 
 
-def philox_uniform(
-    seed_R: torch.Tensor, position_R: torch.Tensor, num: int, start: int = 0, stream: int = 0
-) -> torch.Tensor:
+def philox_uniform(seed_R: torch.Tensor, position_R: torch.Tensor, num: int, start: int = 0, stream: int = 0) -> torch.Tensor:
     """Uniform float32 ``[R, num]`` in the open interval (0, 1), for the columns ``start : start + num``.
 
     Column ``v`` is word ``v % 4`` of Philox with counter ``(v // 4, position low, position high, stream)``
@@ -101,9 +99,7 @@ def philox_uniform_triton(
     out_RV = torch.empty((num_rows, num), dtype=torch.float32, device=seed_R.device)
     if out_RV.numel():
         grid = (num_rows, cdiv(start % 4 + num, 4 * _COUNTERS))
-        _uniform_kernel[grid](
-            seed_R.contiguous(), position_R.contiguous(), out_RV, start, num, stream, _COUNTERS
-        )
+        _uniform_kernel[grid](seed_R.contiguous(), position_R.contiguous(), out_RV, start, num, stream, _COUNTERS)
     return out_RV
 
 
@@ -133,9 +129,7 @@ def _gumbel_chunk_kernel(
 
 
 @triton.jit
-def _gumbel_row_kernel(
-    chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, CHUNKS_PAD: tl.constexpr
-):
+def _gumbel_row_kernel(chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, CHUNKS_PAD: tl.constexpr):
     """One program per row: the best of its chunks."""
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, CHUNKS_PAD)

@@ -244,9 +244,7 @@ def rope_store_kv_torch(
 ) -> torch.Tensor:
     """Plain-torch twin of :func:`rope_store_kv`."""
     q, k, v = _split_heads(qkv_TC, k_cache_PNBH)
-    q, k = apply_rope_torch(
-        q, k, positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps
-    )
+    q, k = apply_rope_torch(q, k, positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps)
     store_kv_torch(k, v, k_cache_PNBH, v_cache_PNBH, slot_mapping_T)
     return q
 
@@ -267,9 +265,7 @@ def _norm_and_rotate_torch(
     return torch.cat(rotated, dim=-1).to(x_TNH.dtype)
 
 
-def _split_heads(
-    qkv_TC: torch.Tensor, k_cache_PNBH: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split_heads(qkv_TC: torch.Tensor, k_cache_PNBH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of a fused projection's query, key and value heads, each ``[T, heads, H]``."""
     num_kv_heads, head_dim = k_cache_PNBH.shape[1], k_cache_PNBH.shape[3]
     num_heads, rest = divmod(qkv_TC.shape[1], head_dim)

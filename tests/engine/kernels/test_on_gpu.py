@@ -173,7 +173,7 @@ def test_a_captured_decode_follows_lengths_that_change_on_the_device() -> None:
     full = problem.context_lens.clone()
     expected = _decode(problem, num_splits=8)
     problem.context_lens.fill_(1)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         _decode(problem, num_splits=8)
