@@ -1,0 +1,70 @@
+"""``verify`` on tiny random models of every layout: green on correct code, and red where something is wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from harness.checks import CHECKS
+from harness.strategies import model_configs
+from harness.verify import VerifyPlan, verify
+from reference.checkpoints import random_checkpoint
+from reports.records import Report
+from tests.harness.conftest import MakeModel
+
+MANY_SIZES = (2, 3, 4, 5, 6, 8)
+
+
+def config_of(family: str, *, num_q_heads: int, num_kv_heads: int, **changes: Any) -> dict[str, Any]:
+    """A decoder of two layers whose other sizes fit no tp_size: 53 intermediate features, a vocabulary of 131."""
+    config: dict[str, Any] = {
+        "model_type": family, "vocab_size": 131, "hidden_size": 8 * num_q_heads, "intermediate_size": 53,
+        "num_hidden_layers": 2, "num_attention_heads": num_q_heads, "num_key_value_heads": num_kv_heads,
+        "max_position_embeddings": 192, "tie_word_embeddings": family == "qwen2", "bos_token_id": None,
+        "eos_token_id": None, "pad_token_id": None,
+    }
+    config |= {"llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 8}, "qwen2": {}, "qwen3": {"head_dim": 16}}[family]
+    return config | changes
+
+
+def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) -> Report:
+    report = verify(VerifyPlan(model="tiny", folder=folder, tp_sizes=tp_sizes, fabric=fabric, **options))
+    assert [row.message for row in report.checks if row.verdict != "pass"] == []
+    assert [(row.tp_size, row.check) for row in report.checks] == [
+        (tp_size, check) for tp_size in tp_sizes for check in options.get("checks", CHECKS)]
+    assert report.exit_code == 0
+    return report
+
+
+@pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype"), [
+    ("llama", 9, 3, "bfloat16"),  # KV heads shared by two ranks at every tp_size but 3; fewer than, as many as the ranks
+    ("qwen2", 10, 5, "float32"),
+    ("qwen3", 8, 8, "bfloat16"),
+    ("llama", 8, 1, "float16"),
+])
+def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
+                                                    dtype: str) -> None:
+    folder = tiny_model(config_of(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
+    report = green(folder, MANY_SIZES, "threads")
+    assert {row.fabric for row in report.checks} == {"threads"}
+    assert {row.dtype for row in report.checks} == {dtype}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_processes_are_green_too(tiny_model: MakeModel, family: str) -> None:
+    report = green(tiny_model(config_of(family, num_q_heads=9, num_kv_heads=3), "bfloat16"), (1, 2, 3), "auto")
+    assert [row.fabric for row in report.checks if row.check == "logits"] == ["solo", "gloo", "gloo"]
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data(), tp_size=st.sampled_from(MANY_SIZES), dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
+def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -> None:
+    config = data.draw(model_configs(tp_size))
+    with tempfile.TemporaryDirectory() as folder:
+        green(random_checkpoint(folder, config, dtype=dtype), (tp_size,), "threads")
