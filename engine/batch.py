@@ -17,6 +17,7 @@ from engine.scheduler import Chunk
 
 PAD_SLOT = -1
 IN_FLIGHT = -1
+MAX_TOP_K = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,14 +150,14 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         for token_id in sorted(chunk.sequence.request.stop_token_ids)
     ]
     return SamplingBatch(
-        temperature_R=torch.tensor([p.temperature for p in params], dtype=torch.float32),
-        top_k_R=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int32),
+        temperature_R=torch.tensor([0.0 if p.is_greedy else p.temperature for p in params], dtype=torch.float32),
+        top_k_R=torch.tensor([min(max(p.top_k, 0), MAX_TOP_K) for p in params], dtype=torch.int32),
         top_p_R=torch.tensor([p.top_p for p in params], dtype=torch.float32),
         seed_R=torch.tensor([chunk.sequence.request.seed for chunk in chunks], dtype=torch.int64),
         position_R=torch.tensor(positions, dtype=torch.int64),
         banned_row_X=torch.tensor([row for row, _ in banned], dtype=torch.int64),
         banned_token_X=torch.tensor([token_id for _, token_id in banned], dtype=torch.int64),
-        all_greedy=all(p.temperature == 0 for p in params),
+        all_greedy=all(p.is_greedy for p in params),
         filters=any(p.top_k > 0 or p.top_p < 1 for p in params),
     )
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Below the first, logits divided by the temperature may overflow; above the second, they no longer make a difference.
+GREEDY_BELOW = 1e-5
+MAX_TEMPERATURE = 1e6
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Names and defaults as in vLLM.
 
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: below 1e-5 is greedy; otherwise logits are divided by it.
         top_k: keep the k best tokens; -1 or 0 keeps all.
         top_p: keep the smallest set of best tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020).
         seed: the same seed and prompt give the same text at any tp_size and in any batch, up to rounding of the logits;
@@ -32,8 +36,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or above")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature={self.temperature} must lie in [0, {MAX_TEMPERATURE:g}]; 0 is greedy")
         if self.top_k < -1:
             raise ValueError(f"top_k={self.top_k} must be -1 or 0 (all), or above")
         if not 0 < self.top_p <= 1:
@@ -45,3 +49,7 @@ class SamplingParams:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must lie in [0, 2**63)")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW

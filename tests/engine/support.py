@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.config import ModelConfig
+from engine.layers.attention_backends import AttentionLayout, select_backend
+from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.group import SoloGroup, ThreadGroup, TPGroup
+from engine.parallel.sharding import head_shard
 from harness.budgets import EXACT_INTEGER_LIMIT
 
 T = TypeVar("T")
@@ -129,3 +133,14 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     if changes.get("model_type", "llama") == "llama":
         config |= {"attention_bias": True, "mlp_bias": True}
     return config | changes
+
+
+def make_model(
+    config: ModelConfig, tp: TPGroup, *, dtype: torch.dtype = torch.float32, max_model_len: int = 64
+) -> DecoderForCausalLM:
+    """A rank's model on the CPU, its weights not loaded."""
+    heads = head_shard(config.num_q_heads, config.num_kv_heads, tp_rank=tp.rank, tp_size=tp.size)
+    device = torch.device("cpu")
+    layout = AttentionLayout(heads=heads, head_dim=config.head_dim, block_size=16, dtype=dtype, device=device)
+    backend = select_backend("torch", layout)
+    return DecoderForCausalLM(config, tp=tp, dtype=dtype, device=device, max_model_len=max_model_len, backend=backend)

@@ -77,9 +77,7 @@ def test_stop_tokens_come_from_the_generation_config_if_it_names_any(
 
 
 def test_a_folder_without_a_config_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=f"no config.json in folder={tmp_path}: give a Hugging Face model folder"
-    ):
+    with pytest.raises(FileNotFoundError, match=f"no config.json in folder={tmp_path}: give a Hugging Face model folder"):
         ModelConfig.from_folder(tmp_path)
 
 

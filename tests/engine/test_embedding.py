@@ -164,9 +164,7 @@ class InterleavedRanks(ParallelLMHead):
 def all_negative(vocab_size: int, tp_size: int) -> HeadProblem:
     rng = np.random.default_rng(3)
     weight = -1 - np.abs(draw_integers(rng, (vocab_size, 4), 5))
-    return HeadProblem(
-        tp_size=tp_size, dtype="float32", x=np.ones((2, 4), dtype=np.int64), weight=weight, bias=None
-    )
+    return HeadProblem(tp_size=tp_size, dtype="float32", x=np.ones((2, 4), dtype=np.int64), weight=weight, bias=None)
 
 
 @pytest.mark.parametrize(("vocab_size", "tp_size"), [(10, 3), (5, 4), (9, 8), (7, 2)])

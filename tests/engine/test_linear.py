@@ -82,9 +82,7 @@ class Problem:
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, num_outputs: st.SearchStrategy[int], num_inputs: st.SearchStrategy[int]
-) -> Problem:
+def problems(draw: st.DrawFn, num_outputs: st.SearchStrategy[int], num_inputs: st.SearchStrategy[int]) -> Problem:
     dtype, out_size, in_size = draw(DTYPES), draw(num_outputs), draw(num_inputs)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     most_x, most_w, most_b = magnitudes(in_size, dtype)
@@ -131,9 +129,7 @@ def test_merged_outputs_are_each_split_on_their_own(problem: Problem, fused_on_d
     starts = np.cumsum([0, *sizes])
 
     def make(tp: TPGroup) -> tuple[nn.Module, Tensor]:
-        layer = MergedColumnParallelLinear(
-            whole.shape[1], sizes, bias=bias is not None, tp=tp, dtype=problem.torch_dtype
-        )
+        layer = MergedColumnParallelLinear(whole.shape[1], sizes, bias=bias is not None, tp=tp, dtype=problem.torch_dtype)
         if fused_on_disk:
             problem.load(layer)
         else:
@@ -155,9 +151,7 @@ def attention_layouts(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return num_q_heads, num_kv_heads, draw(st.integers(1, 3)) * 2, draw(st.integers(1, min(8, num_q_heads)))
 
 
-def attention_problem(
-    layout: tuple[int, int, int, int], dtype: str, seed: int, *, with_bias: bool
-) -> Problem:
+def attention_problem(layout: tuple[int, int, int, int], dtype: str, seed: int, *, with_bias: bool) -> Problem:
     num_q_heads, num_kv_heads, head_dim, tp_size = layout
     rng, in_size = np.random.default_rng(seed), 7
     out_size = (num_q_heads + 2 * num_kv_heads) * head_dim
@@ -287,9 +281,7 @@ def test_one_rank_alone_sees_no_difference() -> None:
 @FEW
 @given(attention_layouts(), st.integers(0, 2**32))
 @example((9, 3, 4, 4), 1)
-def test_an_attention_outputs_columns_follow_the_query_heads(
-    layout: tuple[int, int, int, int], seed: int
-) -> None:
+def test_an_attention_outputs_columns_follow_the_query_heads(layout: tuple[int, int, int, int], seed: int) -> None:
     num_q_heads, num_kv_heads, head_dim, tp_size = layout
     rng, in_size, out_size = np.random.default_rng(seed), num_q_heads * head_dim, 5
     most_x, most_w, most_b = magnitudes(in_size, "float32")

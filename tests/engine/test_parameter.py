@@ -88,12 +88,8 @@ def test_a_value_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         parameter(3, 2).write(torch.zeros(shape), rows=range(3))
 
 
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=3), st.lists(st.integers(1, 5), min_size=1, max_size=3)
-)
-def test_a_checkpoint_tensor_must_have_the_shape_that_the_config_asks_for(
-    shape: list[int], other: list[int]
-) -> None:
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_a_checkpoint_tensor_must_have_the_shape_that_the_config_asks_for(shape: list[int], other: list[int]) -> None:
     check_shape(torch.zeros(shape), shape)
     assume(shape != other)
     with pytest.raises(CheckpointError) as refusal:

@@ -24,7 +24,7 @@ from engine.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointTensor
 from harness.budgets import same_bits
 from reference.shards import owners
 from tests.engine.conftest import MakeCheckpoint
-from tests.engine.support import FEW, lone_group
+from tests.engine.support import FEW, lone_group, make_model
 
 FAMILIES: list[dict[str, Any]] = [
     {},
@@ -40,13 +40,7 @@ Tensors = dict[str, Tensor]
 def load(
     folder: Path, tp_rank: int = 0, tp_size: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[DecoderForCausalLM, LoadReport]:
-    model = DecoderForCausalLM(
-        ModelConfig.from_folder(folder),
-        tp=lone_group(tp_rank, tp_size),
-        dtype=dtype,
-        device=torch.device("cpu"),
-        max_model_len=8,
-    )
+    model = make_model(ModelConfig.from_folder(folder), lone_group(tp_rank, tp_size), dtype=dtype)
     return model, load_weights(model, folder, packed=model.packed, tied=model.tied)
 
 
@@ -84,9 +78,7 @@ def test_every_rank_holds_and_reads_exactly_what_it_owns(
     checkpoint: MakeCheckpoint, family: dict[str, Any], shard_bytes: int | None
 ) -> None:
     folder = checkpoint(shard_bytes=shard_bytes, **family)
-    stored = {
-        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard_bytes is not None)
     config = json.loads((folder / "config.json").read_text())
     for tp_size in (1, 2, 3, 4, 5, 6):
@@ -108,9 +100,7 @@ def test_every_rank_holds_and_reads_exactly_what_it_owns(
             assert report.parameter_bytes == sum(tensor.nbytes for tensor in set(model.parameters()))
 
 
-def test_no_read_of_a_sharded_tensor_takes_more_than_a_part(
-    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_read_of_a_sharded_tensor_takes_more_than_a_part(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: dict[str, list[int]] = {}
     read = CheckpointTensor.__getitem__
 
@@ -155,9 +145,7 @@ def test_missing_and_extra_tensors_are_all_named(edited: Callable[..., Path]) ->
     assert "model.layers.0.self_attn.sinks" in extra
 
 
-def test_a_bias_that_the_config_does_not_ask_for_is_not_left_out_unseen(
-    checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+def test_a_bias_that_the_config_does_not_ask_for_is_not_left_out_unseen(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint(), tmp_path / "copy"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
@@ -175,9 +163,7 @@ def test_a_bias_that_the_config_does_not_ask_for_is_not_left_out_unseen(
         "model.norm.weight",
     ],
 )
-def test_a_misshapen_tensor_names_itself_its_file_and_both_shapes(
-    edited: Callable[..., Path], name: str
-) -> None:
+def test_a_misshapen_tensor_names_itself_its_file_and_both_shapes(edited: Callable[..., Path], name: str) -> None:
     shape: list[tuple[int, ...]] = []
 
     def change(tensors: Tensors) -> None:
@@ -208,9 +194,7 @@ def test_a_foreign_dtype_is_refused_by_name(edited: Callable[..., Path], dtype: 
     def change(tensors: Tensors) -> None:
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
 
-    with pytest.raises(
-        CheckpointError, match=r"model\.norm\.weight .*dtype=\w+ is not supported; supported: F64"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .*dtype=\w+ is not supported; supported: F64"):
         load(edited(change))
 
 
@@ -252,9 +236,7 @@ def test_a_missing_shard_file_is_named(sharded: Path) -> None:
 
 
 def test_an_index_that_names_tensors_which_no_file_holds_is_refused(sharded: Path) -> None:
-    rewrite_index(
-        sharded, lambda weight_map: weight_map.update({"model.ghost": next(iter(weight_map.values()))})
-    )
+    rewrite_index(sharded, lambda weight_map: weight_map.update({"model.ghost": next(iter(weight_map.values()))}))
     with pytest.raises(CheckpointError, match=r"do not hold the same tensors: .*model\.ghost"):
         load(sharded)
 
@@ -321,9 +303,7 @@ def test_an_equal_copy_of_a_tied_tensor_is_accepted_and_read_by_shard(
 
 
 @pytest.mark.parametrize("row", [0, 60, 130])
-def test_a_copy_that_differs_is_refused_by_the_rank_that_owns_the_difference(
-    edited: Callable[..., Path], row: int
-) -> None:
+def test_a_copy_that_differs_is_refused_by_the_rank_that_owns_the_difference(edited: Callable[..., Path], row: int) -> None:
     def change(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["lm_head.weight"][row, -1] += 1
@@ -371,9 +351,7 @@ def test_another_name_with_inv_freq_in_it_is_not_tolerated(edited: Callable[...,
         load(edited(change))
 
 
-def test_an_element_that_a_loader_left_out_is_found(
-    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_element_that_a_loader_left_out_is_found(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = QKVParallelLinear.weight_loader
 
     def forgets_v(layer: QKVParallelLinear, param: Any, loaded: Any, shard_id: Any = None) -> None:
