@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
+from engine.decode_graph import TokenReadback
 from engine.kv_cache import BlockManager
 from engine.parallel.ranks import RankContext
 from engine.runner import Runner
@@ -62,7 +63,7 @@ class EngineCore:
         self.scheduler = Scheduler(blocks, max_num_seqs=config.max_num_seqs,
                                    max_num_batched_tokens=config.max_num_batched_tokens,
                                    enable_chunked_prefill=config.enable_chunked_prefill)
-        self.in_flight: tuple[list[Chunk], Tensor] | None = None
+        self.in_flight: tuple[list[Chunk], Tensor | TokenReadback] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -78,8 +79,8 @@ class EngineCore:
                 raise RuntimeError(f"nothing can run: waiting={len(self.scheduler.waiting)}, "
                                    f"free blocks={self.scheduler.blocks.num_free}")
             return []
-        chunks, token_R = finished
-        return self.scheduler.commit(chunks, self.runner.collect(token_R))
+        chunks, tokens = finished
+        return self.scheduler.commit(chunks, self.runner.collect(tokens))
 
 
 def start_core(rank: RankContext, folder: str | Path, model_config: ModelConfig, config: EngineConfig) -> CoreInfo:

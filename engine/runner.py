@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,17 +10,29 @@ from torch import Tensor
 
 from engine.batch import IN_FLIGHT, StepBatch, profiling_batch
 from engine.config import DTYPES, EngineConfig, ModelConfig
+from engine.decode_graph import DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
 from engine.layers.attention_backends import AttentionLayout, LayerCache, select_backend
-from engine.layers.sampler import sample
+from engine.layers.sampler import LogprobTensors, logprobs_of, sample
 from engine.models.registry import MODELS
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
+from engine.sequence import TokenLogprobs
 from engine.weights import load_weights
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step drew, on the device."""
+
+    token_R: Tensor
+    """int64"""
+    logprobs: LogprobTensors | None
+    """Of the rows that want them."""
+
+
 class Runner:
-    """Loads this rank's shards, then launches steps.
+    """Loads this rank's shards, then launches steps: decode steps as CUDA graphs where there are any.
 
     ``launch`` returns before the step has run (on a GPU) and ``collect`` waits for it. Tokens that a step draws stay on the
     device, in ``last_token_M``, a row for each running sequence, and feed the next step from there.
@@ -46,7 +58,9 @@ class Runner:
         )
         self.load_report = load_weights(self.model, folder, packed=self.model.packed, tied=self.model.tied)
         self.caches: list[LayerCache] = []
-        self.last_token_M = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        self.graphs: DecodeGraphs | None = None
+        # One row more than sequences: the decode graphs' padding writes there.
+        self.last_token_M = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=device)
 
     def make_cache(self) -> int:
         """Allocate the KV cache, of equally many blocks on every rank, and return how many.
@@ -62,7 +76,22 @@ class Runner:
             raise ValueError(f"the KV cache holds num_kv_blocks={num_blocks} x block_size={block_size} tokens, fewer than "
                              f"max_model_len={longest}: lower max_model_len, or give the cache more memory")
         self.caches = self._allocate(num_blocks)
+        if self.captures_graphs:
+            self.graphs = self._make_graphs(num_blocks)
+            self.graphs.capture()
         return num_blocks
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Ranks that are threads meet on the host, which no graph can record."""
+        return self.device.type == "cuda" and not self.config.enforce_eager and self.tp.fabric in ("solo", "nccl")
+
+    def _make_graphs(self, num_blocks: int) -> DecodeGraphs:
+        assert self.config.block_size is not None, "config must be resolved"
+        longest = self.config.max_model_len or self.model_config.max_position_embeddings
+        return DecodeGraphs(self._step, max_num_seqs=self.config.max_num_seqs, block_size=self.config.block_size,
+                            max_blocks=min(num_blocks, -(-longest // self.config.block_size)),
+                            padding_row=self.config.max_num_seqs, device=self.device)
 
     def _allocate(self, num_blocks: int) -> list[LayerCache]:
         assert self.config.block_size is not None, "config must be resolved"
@@ -114,19 +143,51 @@ class Runner:
         self.caches = []
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch) -> Tensor:
-        """Start a step. Returns the drawn tokens ``[R]`` on the device."""
-        batch = batch.to(self.device)
+    def launch(self, batch: StepBatch) -> Tensor | TokenReadback:
+        """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
+        if self.graphs is not None and self.graphs.can_run(batch):
+            logits_RV, token_R = self._replay(batch)
+            if batch.sampling.filters or batch.sampling.banned_row_X.numel():
+                # The graph draws from whole logits; these rows are drawn again from what they may take.
+                token_R = self._draw(logits_RV, batch.to(self.device))
+        else:
+            _, token_R = self._step(batch.to(self.device))
+        return TokenReadback(token_R) if self.device.type == "cuda" else token_R
+
+    def collect(self, launched: Tensor | TokenReadback) -> list[int]:
+        """Wait for a step and bring its tokens home."""
+        tokens: list[int] = launched.tolist()
+        return tokens
+
+    @torch.inference_mode()
+    def logits(self, batch: StepBatch) -> Tensor:
+        """Logits after every token of a step that is still on the host, ``[T, V]``: for checks, teacher-forced.
+
+        A step of decodes runs as in generation, through its graph if there is one. The result stands until the next step.
+        """
+        if self.graphs is not None and self.graphs.can_run(batch):
+            return self._replay(batch)[0]
+        return self.model.logits(self.forward(batch.to(self.device)))
+
+    def _replay(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        assert self.graphs is not None, "there are no graphs to replay"
+        # One entry for the whole step: the collectives inside a graph are not seen by the host.
+        self.tp.log.enter(f"decode graph for {batch.num_seqs} sequences")
+        results = self.graphs.run(batch)
+        self.tp.log.finish()
+        return results
+
+    def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Logits ``[R, V]`` and drawn tokens ``[R]`` of a batch on the device. Asks the host nothing: graphs capture it."""
         hidden_TE = self.forward(batch)
         last_R = batch.cu_seqlens_S1[batch.sample_S + 1].long() - 1
-        token_R = sample(self.model.logits(hidden_TE[last_R]), batch.sampling)
+        logits_RV = self.model.logits(hidden_TE[last_R])
+        return logits_RV, self._draw(logits_RV, batch)
+
+    def _draw(self, logits_RV: Tensor, batch: StepBatch) -> Tensor:
+        token_R = sample(logits_RV, batch.sampling)
         self.last_token_M[batch.rows_S[batch.sample_S]] = token_R
         return token_R
-
-    def collect(self, token_R: Tensor) -> list[int]:
-        """Wait for a step and bring its tokens home."""
-        tokens: list[int] = token_R.tolist()
-        return tokens
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:

@@ -36,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "tp_size" in metafunc.fixturenames and not any("tp_size" in str(mark.args[:1])
                                                       for mark in metafunc.definition.iter_markers("parametrize")):
-        metafunc.parametrize("tp_size", metafunc.config.stash[_tp_sizes], scope="session")
+        sizes: list[int] = metafunc.config.stash[_tp_sizes]
+        metafunc.parametrize("tp_size", sizes, scope="session")
 
 
 def tp_sizes(text: str) -> list[int]:

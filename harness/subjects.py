@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.batch import build_batch
+from engine.batch import StepBatch, build_batch
 from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.kv_cache import BlockManager
@@ -102,12 +102,12 @@ class EngineSubject:
     def logits(self, script: Script) -> list[Tensor]:
         collected: list[list[Tensor]] = [[] for _ in script.sequences]
 
-        def keep(hidden: Tensor, rows: list[tuple[int, range]]) -> None:
-            logits = self.runner.model.logits(hidden)
+        def run(batch: StepBatch, rows: list[tuple[int, range]]) -> None:
+            logits = self.runner.logits(batch)
             for sequence, span in rows:
                 collected[sequence].append(logits[span.start : span.stop].cpu())
 
-        self._play(script, keep)
+        self._play(script, run)
         return [torch.cat(parts) for parts in collected]
 
     def taps(self, script: Script, sequence: int) -> Taps:
@@ -130,19 +130,18 @@ class EngineSubject:
 
             return tap
 
-        def before(rows: list[tuple[int, range]]) -> None:
+        def run(batch: StepBatch, rows: list[tuple[int, range]]) -> None:
             nonlocal span
             span = next((rows_of for number, rows_of in rows if number == sequence), range(0))
-
-        def after(hidden: Tensor, rows: list[tuple[int, range]]) -> None:
-            self.runner.model.logits(hidden)
+            # Module by module, never as a graph: no hook runs in a replay.
+            self.runner.model.logits(self.runner.forward(batch.to(self.runner.device)))
 
         with ExitStack() as hooks:
             for path, module in self.runner.model.named_modules():
                 if isinstance(module, (MergedColumnParallelLinear, RowParallelLinear, RMSNorm)) or path.endswith(
                         ("embed_tokens", "lm_head")):
                     hooks.callback(module.register_forward_hook(hook(path)).remove)
-            self._play(script, after, before)
+            self._play(script, run)
         for (side, name), pieces in parts.items():
             getattr(taps, side)[name] = torch.cat(pieces)
         return taps
@@ -163,9 +162,8 @@ class EngineSubject:
         return outputs
 
     @torch.inference_mode()
-    def _play(self, script: Script, after: Callable[[Tensor, list[tuple[int, range]]], None],
-              before: Callable[[list[tuple[int, range]]], None] = lambda rows: None) -> None:
-        """Run the script's steps; ``after`` gets each step's hidden states and the rows of each sequence in them."""
+    def _play(self, script: Script, run: Callable[[StepBatch, list[tuple[int, range]]], None]) -> None:
+        """Hand each of the script's steps to ``run``: the batch, and which of its rows are which sequence's."""
         blocks = BlockManager(self.num_blocks, self.block_size, enable_prefix_caching=False)
         sequences = [
             EngineSequence.from_request(Request(
@@ -173,19 +171,21 @@ class EngineSubject:
                 stop_token_ids=frozenset(),
             )) for number, token_ids in enumerate(script.sequences)
         ]
+        for number, sequence in enumerate(sequences):
+            sequence.row = number
         for step in script.steps:
             chunks = []
             for number, num_tokens in sorted(step, key=lambda part: part[1] > 1):
                 sequence = sequences[number]
                 blocks.grow(sequence, sequence.num_computed + num_tokens)
-                chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, samples=False, in_flight=False))
+                # A single token draws one, which nobody looks at: so it runs as a decode step of generation does.
+                chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, samples=num_tokens == 1, in_flight=False))
                 sequence.num_computed += num_tokens
             rows, first = [], 0
             for chunk in chunks:
                 rows.append((chunk.sequence.request.request_id, range(first, first + chunk.num_tokens)))
                 first += chunk.num_tokens
-            before(rows)
-            after(self.runner.forward(build_batch(chunks, self.block_size).to(self.runner.device)), rows)
+            run(build_batch(chunks, self.block_size), rows)
 
     def _split(self, path: str, module: nn.Module, value: Tensor) -> list[tuple[str, Tensor]]:
         """(reference name, its rows of ``value``) for each projection that the engine fuses in ``module``."""

@@ -126,7 +126,7 @@ def select_backend(name: str, layout: AttentionLayout) -> AttentionBackend:
         raise ValueError(f"attention_backend={name!r} is unknown; supported: auto, {', '.join(BACKENDS)}")
     if name == "triton" and find_spec("triton") is None:
         raise ValueError(f"attention_backend={name!r} is not installed; installed: torch")
-    refused = []
+    refused: list[str] = []
     for candidate in dict.fromkeys([name, *BACKENDS] if name != "auto" else BACKENDS):
         refusal = BACKENDS[candidate].refusal(layout)
         if refusal is None:
