@@ -76,14 +76,24 @@ def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str) 
     largest element, sharp when one element is off by a lot. The baseline's error is its worst row's; the scale is the exact
     values' root mean square (times the reach of a maximum over F values, for the largest element).
     """
+    ratio_T = row_errors(candidate, baseline, exact, dtype)
+    if not ratio_T.numel():
+        return Comparison(error_over_budget=0.0, compared=0)
+    row = int(ratio_T.argmax())
+    return Comparison(error_over_budget=ratio_T[row].item(), compared=candidate.numel(), row=row)
+
+
+def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str) -> Tensor:
+    """``[T]``: the error of each row as a fraction of its budget, by the rule of :func:`computation`."""
     exact, error, own = exact.double(), candidate.double() - exact.double(), baseline.double() - exact.double()
+    if not exact.numel():
+        return exact.new_zeros(len(exact))
     scale = _rms(exact.reshape(1, -1))
     floor = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[dtype] * scale
     reach = math.sqrt(2 * math.log(max(2, exact.shape[-1])))  # of the largest of F normal values, in standard deviations
-    by_rms = _worst(_rms(error), torch.clamp(BASELINE_FACTOR * _rms(own).max(), min=floor.item()))
-    by_max = _worst(error.abs().amax(-1), torch.clamp(BASELINE_FACTOR * own.abs().max(), min=floor.item() * reach))
-    worst = max(by_rms, by_max, key=lambda comparison: comparison.error_over_budget)
-    return Comparison(error_over_budget=worst.error_over_budget, compared=candidate.numel(), row=worst.row)
+    by_rms = _ratio(_rms(error), torch.clamp(BASELINE_FACTOR * _rms(own).max(), min=floor.item()))
+    by_max = _ratio(error.abs().amax(-1), torch.clamp(BASELINE_FACTOR * own.abs().max(), min=floor.item() * reach))
+    return torch.maximum(by_rms, by_max)
 
 
 def near_tie_margin(baseline: Tensor, exact: Tensor, dtype: str) -> float:
@@ -111,9 +121,14 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def _worst(error: Tensor, budget: Tensor) -> Comparison:
-    ratio = torch.where(error == 0, 0.0, error / budget)
-    ratio = torch.where(torch.isfinite(ratio), ratio, math.inf)
+    ratio = _ratio(error, budget)
     if not ratio.numel():
         return Comparison(error_over_budget=0.0, compared=0)
     index = int(ratio.argmax())
     return Comparison(error_over_budget=ratio.flatten()[index].item(), compared=ratio.numel(), row=index)
+
+
+def _ratio(error: Tensor, budget: Tensor) -> Tensor:
+    """Errors as fractions of their budgets; infinite for NaN, and for any error where there is no budget."""
+    ratio = torch.where(error == 0, 0.0, error / budget)
+    return torch.where(torch.isfinite(ratio), ratio, math.inf)
