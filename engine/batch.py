@@ -1,7 +1,7 @@
 """One step's inputs, built once on the host, equal on every rank, and handed to whoever needs them.
 
 Shape suffixes: T = tokens of the step, S = sequences of the step, B = blocks of the longest sequence, R = tokens to draw,
-X = banned (row, token) pairs.
+X = banned (row, token) pairs, L = tokens to draw whose log-probabilities are wanted.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class SamplingBatch:
     all_greedy: bool
     filters: bool
     """Some row has a top_k or top_p."""
+    logprob_row_L: Tensor | None = None
+    """int64: rows that want log-probabilities; None if none does"""
+    num_logprobs: int = 0
+    """The most that a row wants beside the drawn token's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +153,7 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         if position - chunk.sequence.num_prompt_tokens < chunk.sequence.request.params.min_tokens
         for token_id in sorted(chunk.sequence.request.stop_token_ids)
     ]
+    logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
     return SamplingBatch(
         temperature_R=torch.tensor([0.0 if p.is_greedy else p.temperature for p in params], dtype=torch.float32),
         top_k_R=torch.tensor([min(max(p.top_k, 0), MAX_TOP_K) for p in params], dtype=torch.int32),
@@ -159,6 +164,8 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         banned_token_X=torch.tensor([token_id for _, token_id in banned], dtype=torch.int64),
         all_greedy=all(p.is_greedy for p in params),
         filters=any(p.top_k > 0 or p.top_p < 1 for p in params),
+        logprob_row_L=torch.tensor(logprob_rows, dtype=torch.int64) if logprob_rows else None,
+        num_logprobs=max((p.logprobs or 0 for p in params), default=0),
     )
 
 

@@ -11,16 +11,13 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
-from engine.decode_graph import TokenReadback
 from engine.kv_cache import BlockManager
 from engine.parallel.ranks import RankContext
-from engine.runner import Runner
+from engine.runner import Drawn, Runner
 from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Request, Sequence
+from engine.sequence import Request, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +36,7 @@ class News:
     token_id: int
     finish_reason: str | None = None
     num_cached_prompt_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +61,7 @@ class EngineCore:
         self.scheduler = Scheduler(blocks, max_num_seqs=config.max_num_seqs,
                                    max_num_batched_tokens=config.max_num_batched_tokens,
                                    enable_chunked_prefill=config.enable_chunked_prefill)
-        self.in_flight: tuple[list[Chunk], Tensor | TokenReadback] | None = None
+        self.in_flight: tuple[list[Chunk], Drawn] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -79,8 +77,13 @@ class EngineCore:
                 raise RuntimeError(f"nothing can run: waiting={len(self.scheduler.waiting)}, "
                                    f"free blocks={self.scheduler.blocks.num_free}")
             return []
-        chunks, tokens = finished
-        return self.scheduler.commit(chunks, self.runner.collect(tokens))
+        chunks, drawn = finished
+        token_ids = self.runner.collect(drawn)
+        wanted = [chunk.sequence for chunk in chunks if chunk.samples and chunk.sequence.request.params.logprobs is not None]
+        if wanted:
+            for sequence, logprobs in zip(wanted, self.runner.collect_logprobs(drawn), strict=True):
+                sequence.logprobs = logprobs
+        return self.scheduler.commit(chunks, token_ids)
 
 
 def start_core(rank: RankContext, folder: str | Path, model_config: ModelConfig, config: EngineConfig) -> CoreInfo:
@@ -107,7 +110,8 @@ def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], nu
         if not core.has_work:
             break
         news.extend(
-            News(sequence.request.request_id, token_id, sequence.finish_reason, sequence.num_cached_prompt_tokens)
+            News(sequence.request.request_id, token_id, sequence.finish_reason, sequence.num_cached_prompt_tokens,
+                 sequence.logprobs)
             for sequence, token_id in core.step()
         )
     ids = array("q", [number for item in news for number in (item.request_id, item.token_id)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.sampling import SamplingParams
 
@@ -19,6 +20,16 @@ class Request:
     max_tokens: int
     """Most tokens to generate: the parameters' limit and the model's length, whichever is smaller."""
     stop_token_ids: frozenset[int]
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural log-probabilities where a token was drawn. A rank is 1 + the number of tokens that are more probable."""
+
+    logprob: float
+    """Of the drawn token."""
+    rank: int
+    top: tuple[tuple[int, float, int], ...]
+    """(token id, logprob, rank) of the most probable tokens, best first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +55,8 @@ class Sequence:
     finish_reason: str | None = None
     num_cached_prompt_tokens: int = 0
     num_preemptions: int = 0
+    logprobs: TokenLogprobs | None = None
+    """Of the newest known token, if the request wants them."""
 
     @classmethod
     def from_request(cls, request: Request) -> Sequence:

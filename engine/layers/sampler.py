@@ -3,10 +3,12 @@
 A draw is a function of the logits and of (seed, position): no generator, no rank, no place in the batch. Temperature
 sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014): argmax of logits / T plus noise from a counter-based generator.
 
-Shape suffixes: R = rows, V = vocabulary.
+Shape suffixes: R = rows, V = vocabulary, L = rows that want log-probabilities, K = best tokens of such a row.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,16 @@ from torch import Tensor
 from engine.batch import SamplingBatch
 from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch
 from engine.layers.dispatch import pick
+
+
+class LogprobTensors(NamedTuple):
+    """Log-probabilities of L drawn tokens and of the K best beside them. A rank is 1 + the number of tokens that are more probable."""
+
+    logprob_L: Tensor
+    rank_L: Tensor
+    top_token_LK: Tensor
+    top_logprob_LK: Tensor
+    top_rank_LK: Tensor
 
 
 def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
@@ -45,3 +57,20 @@ def filter_top_k_top_p(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor
     outside_p_RV = (before_RV >= top_p_R[:, None]) & (top_p_R[:, None] < 1)
     drop_RV = (outside_k_RV | outside_p_RV).index_fill(1, rank_V[:1], False)
     return logits_RV.masked_fill(drop_RV.gather(1, order.indices.argsort(dim=-1)), -torch.inf)
+
+
+def logprobs_of(logits_RV: Tensor, token_R: Tensor, row_L: Tensor, num_top: int) -> LogprobTensors:
+    """Log-probabilities of some rows under the model itself: of the raw logits, before temperature, bans and filters.
+
+    In float32, or in float64 if the logits are.
+    """
+    logprob_LV = logits_RV[row_L].to(torch.promote_types(torch.float32, logits_RV.dtype)).log_softmax(dim=-1)
+    drawn_L1 = logprob_LV.gather(1, token_R[row_L, None])
+    top_LK = logprob_LV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
+    return LogprobTensors(
+        logprob_L=drawn_L1.squeeze(1),
+        rank_L=1 + (logprob_LV > drawn_L1).sum(dim=-1),
+        top_token_LK=top_LK.indices,
+        top_logprob_LK=top_LK.values,
+        top_rank_LK=1 + (top_LK.values[:, None, :] > top_LK.values[:, :, None]).sum(dim=-1),
+    )
