@@ -13,7 +13,7 @@ from engine.config import DTYPES, EngineConfig, ModelConfig
 from engine.decode_graph import DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
 from engine.layers.attention_backends import AttentionLayout, LayerCache, select_backend
-from engine.layers.sampler import LogprobTensors, logprobs_of, sample
+from engine.layers.sampler import logprobs_of, sample
 from engine.models.registry import MODELS
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
@@ -23,12 +23,11 @@ from engine.weights import load_weights
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a step drew, on the device."""
+    """What a step drew, on its way to the host."""
 
-    token_R: Tensor
-    """int64"""
-    logprobs: LogprobTensors | None
-    """Of the rows that want them."""
+    token_R: Tensor | TokenReadback
+    logprobs: tuple[Tensor | TokenReadback, ...]
+    """:class:`LogprobTensors` of the rows that want them; empty if none does"""
 
 
 class Runner:
@@ -143,7 +142,7 @@ class Runner:
         self.caches = []
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch) -> Tensor | TokenReadback:
+    def launch(self, batch: StepBatch) -> Drawn:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
         if self.graphs is not None and self.graphs.can_run(batch):
             logits_RV, token_R = self._replay(batch)
@@ -151,13 +150,23 @@ class Runner:
                 # The graph draws from whole logits; these rows are drawn again from what they may take.
                 token_R = self._draw(logits_RV, batch.to(self.device))
         else:
-            _, token_R = self._step(batch.to(self.device))
-        return TokenReadback(token_R) if self.device.type == "cuda" else token_R
+            logits_RV, token_R = self._step(batch.to(self.device))
+        row_L = batch.sampling.logprob_row_L
+        logprobs = () if row_L is None else logprobs_of(logits_RV, token_R, row_L.to(self.device), batch.sampling.num_logprobs)
+        return Drawn(self._readback(token_R), tuple(map(self._readback, logprobs)))
 
-    def collect(self, launched: Tensor | TokenReadback) -> list[int]:
+    def collect(self, drawn: Drawn) -> list[int]:
         """Wait for a step and bring its tokens home."""
-        tokens: list[int] = launched.tolist()
+        tokens: list[int] = drawn.token_R.tolist()
         return tokens
+
+    def collect_logprobs(self, drawn: Drawn) -> list[TokenLogprobs]:
+        """Log-probabilities of a step, one for each row that wants them."""
+        return [TokenLogprobs(logprob, rank, tuple(zip(*top, strict=True)))
+                for logprob, rank, *top in zip(*(column.tolist() for column in drawn.logprobs), strict=True)]
+
+    def _readback(self, x: Tensor) -> Tensor | TokenReadback:
+        return TokenReadback(x) if self.device.type == "cuda" else x
 
     @torch.inference_mode()
     def logits(self, batch: StepBatch) -> Tensor:
