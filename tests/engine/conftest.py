@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
@@ -15,6 +16,15 @@ from tests.engine.support import tiny_config
 
 MakeCheckpoint = Callable[..., Path]
 MakeReference = Callable[..., Reference]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_intra_op_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and on a busy machine torch's threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,12 +14,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.batch import build_batch
+from engine.config import EngineConfig, ModelConfig
 from engine.layers.attention_backends import AttentionLayout, select_backend
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.group import SoloGroup, ThreadGroup, TPGroup
 from engine.parallel.sharding import head_shard
-from harness.budgets import EXACT_INTEGER_LIMIT
+from engine.runner import Runner
+from engine.sampling import SamplingParams
+from engine.scheduler import Chunk
+from engine.sequence import Request
+from engine.sequence import Sequence as EngineSequence
+from harness.budgets import EXACT_INTEGER_LIMIT, UNIT_ROUNDOFF
 
 T = TypeVar("T")
 Integers = NDArray[np.int64]
@@ -144,3 +151,61 @@ def make_model(
     layout = AttentionLayout(heads=heads, head_dim=config.head_dim, block_size=16, dtype=dtype, device=device)
     backend = select_backend("torch", layout)
     return DecoderForCausalLM(config, tp=tp, dtype=dtype, device=device, max_model_len=max_model_len, backend=backend)
+
+
+def make_runner(folder: Path, tp: TPGroup, *, dtype: str = "float32", num_kv_blocks: int = 64, **options: Any) -> Runner:
+    """A rank's loaded model with an empty cache, on the CPU."""
+    model_config = ModelConfig.from_folder(folder)
+    config = EngineConfig(
+        tensor_parallel_size=tp.size, device="cpu", dtype=dtype, num_kv_blocks=num_kv_blocks, **options
+    ).resolve(model_config)
+    runner = Runner(folder, model_config, config, tp, torch.device("cpu"))
+    runner.make_cache()
+    return runner
+
+
+Schedule = Sequence[Sequence[tuple[int, int]]]
+"""Steps; each runs so many next tokens (second) of some sequences (first)."""
+
+
+@torch.inference_mode()
+def logits_of(runner: Runner, sequences: Sequence[Sequence[int]], schedule: Schedule) -> list[Tensor]:
+    """Logits ``[T, V]`` after every token of each sequence, run step by step as ``schedule`` says."""
+    block_size = runner.config.block_size
+    assert block_size is not None
+    num_blocks = runner.caches[0].k_PNBH.shape[0]
+    # Blocks from both ends in turn, so that no sequence's blocks are neighbours.
+    free = [block for pair in zip(range(num_blocks), reversed(range(num_blocks)), strict=True) for block in pair]
+    running = []
+    for number, token_ids in enumerate(sequences):
+        request = Request(
+            request_id=number,
+            prompt_token_ids=tuple(token_ids),
+            params=SamplingParams(),
+            seed=0,
+            max_tokens=1,
+            stop_token_ids=frozenset(),
+        )
+        sequence = EngineSequence.from_request(request)
+        count = -(-len(token_ids) // block_size)
+        sequence.blocks, free = free[:count], free[count:]
+        sequence.row = number
+        running.append(sequence)
+    rows: list[list[Tensor]] = [[] for _ in sequences]
+    for step in schedule:
+        chunks = []
+        for number, num_tokens in step:
+            sequence = running[number]
+            chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, samples=False, in_flight=False))
+            sequence.num_computed += num_tokens
+        chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
+        logits_TV = runner.model.logits(runner.forward(build_batch(chunks, block_size)))
+        for chunk, part in zip(chunks, logits_TV.split([chunk.num_tokens for chunk in chunks]), strict=True):
+            rows[chunk.sequence.request.request_id].append(part)
+    return [torch.cat(parts) for parts in rows]
+
+
+def roundoffs(candidate: Tensor, exact: Tensor, dtype: str = "float64") -> float:
+    """The largest difference in units of the dtype's roundoff times the exact values' root mean square."""
+    scale = exact.double().square().mean().sqrt()
+    return ((candidate.double() - exact.double()).abs().max() / scale).item() / UNIT_ROUNDOFF[dtype]

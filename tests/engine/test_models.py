@@ -1,0 +1,189 @@
+"""Whole models in float64 against the exact reference: what is left are roundings, on any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from engine.models.registry import MODELS
+from engine.parallel.group import SoloGroup, TPGroup
+from engine.parallel.linear import QKVParallelLinear
+from engine.parallel.sharding import HeadShard
+from engine.runner import Runner
+from tests.engine.conftest import MakeCheckpoint, MakeReference
+from tests.engine.support import FEW, Schedule, logits_of, lone_group, make_model, make_runner, on_ranks, roundoffs
+
+# Correct code stays below 60; the mildest fault below, one computation in float32, is beyond a million.
+MOST_ROUNDOFFS = 1000.0
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 48}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama with all biases": {},
+    "llama without biases, tied": {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True},
+    "llama, rope llama3": {"rope_parameters": LLAMA3},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, tied, rope yarn": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3 with biases, tied": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
+    "one KV head": {"num_key_value_heads": 1},
+    "as many KV heads as query heads": {"model_type": "qwen3", "num_key_value_heads": 6},
+}
+SEQUENCES = [
+    [(7 * position + 3) % 131 for position in range(45)],
+    [(11 * position * position + 130) % 131 for position in range(18)],
+    [130],
+]
+MIXED: Schedule = [[(0, 7), (1, 1), (2, 1)], [(0, 1), (1, 16)], [(0, 36)], [(0, 1), (1, 1)]]
+
+
+def worst(candidates: list[Tensor], exact: list[Tensor]) -> float:
+    return max(roundoffs(ours, theirs) for ours, theirs in zip(candidates, exact, strict=True))
+
+
+def run(checkpoint: MakeCheckpoint, family: dict[str, Any], tp: TPGroup, schedule: Schedule = MIXED) -> list[Tensor]:
+    runner = make_runner(checkpoint(**family), tp, dtype="float64", block_size=4)
+    return logits_of(runner, SEQUENCES, schedule)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_float64_logits_are_the_exact_references_but_for_rounding(
+    checkpoint: MakeCheckpoint, reference: MakeReference, family: dict[str, Any]
+) -> None:
+    exact = reference(checkpoint(**family), "exact").logits(SEQUENCES)
+    assert worst(run(checkpoint, family, SoloGroup()), exact) < MOST_ROUNDOFFS
+
+
+@pytest.mark.parametrize("tp_size", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_rank_has_the_solo_ranks_logits_but_for_rounding(
+    checkpoint: MakeCheckpoint, family: dict[str, Any], tp_size: int
+) -> None:
+    solo = run(checkpoint, family, SoloGroup())
+    ranks = on_ranks(tp_size, lambda tp: run(checkpoint, family, tp))
+    for logits in ranks:
+        assert worst(logits, solo) < MOST_ROUNDOFFS
+        assert all(torch.equal(a, b) for a, b in zip(logits, ranks[0], strict=True)), "ranks of one run are bit-equal"
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    """Any way of running the sequences in chunks, side by side or one after the other."""
+    left = [len(sequence) for sequence in SEQUENCES]
+    steps = []
+    while any(left):
+        step = []
+        for number in draw(st.permutations(range(len(left)))):
+            if left[number] and (draw(st.booleans()) or not step):
+                count = draw(st.integers(1, left[number]))
+                left[number] -= count
+                step.append((number, count))
+        steps.append(step)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def prepared(checkpoint: MakeCheckpoint, reference: MakeReference) -> tuple[dict[int, Runner], list[Tensor]]:
+    """A model in float64 by block size, and the exact logits of the sequences."""
+    folder = checkpoint(model_type="qwen3")
+    runners = {
+        block_size: make_runner(folder, SoloGroup(), dtype="float64", block_size=block_size, num_kv_blocks=80)
+        for block_size in (1, 3, 16, 64)
+    }
+    return runners, reference(folder, "exact").logits(SEQUENCES)
+
+
+@FEW
+@given(schedule=schedules(), block_size=st.sampled_from([1, 3, 16, 64]))
+def test_chunks_and_block_sizes_make_no_difference_but_rounding(
+    prepared: tuple[dict[int, Runner], list[Tensor]], schedule: Schedule, block_size: int
+) -> None:
+    runners, exact = prepared
+    assert worst(logits_of(runners[block_size], SEQUENCES, schedule), exact) < MOST_ROUNDOFFS
+
+
+def test_positions_up_to_the_models_limit_can_run(checkpoint: MakeCheckpoint, reference: MakeReference) -> None:
+    folder = checkpoint()
+    longest = [position % 131 for position in range(192)]
+    runner = make_runner(folder, SoloGroup(), dtype="float64")
+    (logits,) = logits_of(runner, [longest], [[(0, 192)]])
+    assert roundoffs(logits, reference(folder, "exact").logits([longest])[0]) < MOST_ROUNDOFFS
+
+
+def swap_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = QKVParallelLinear.weight_loader
+
+    def swapped(layer: Any, param: Any, loaded: Any, shard_id: Any = None) -> None:
+        loader(layer, param, loaded, {"k": "v", "v": "k"}.get(shard_id, shard_id))
+
+    monkeypatch.setattr(QKVParallelLinear, "weight_loader", swapped)
+
+
+def divide_query_heads_by_a_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ratio(shard: HeadShard) -> tuple[int, ...]:
+        group = -(-shard.local_num_q_heads // shard.local_num_kv_heads)
+        return tuple(head // group for head in range(shard.local_num_q_heads))
+
+    original = Runner._heads.fget  # type: ignore[attr-defined]
+
+    def heads(runner: Runner) -> HeadShard:
+        shard = original(runner)
+        return HeadShard(q_heads=shard.q_heads, kv_heads=shard.kv_heads, kv_of_q=ratio(shard))
+
+    monkeypatch.setattr(Runner, "_heads", property(heads))
+
+
+def compute_logits_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.parallel import embedding
+
+    def single(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (x.float() @ weight.float().T).double()
+
+    monkeypatch.setattr(embedding, "linear", single)
+
+
+@pytest.mark.parametrize("fault", [swap_keys_and_values, divide_query_heads_by_a_ratio, compute_logits_in_float32])
+def test_the_comparison_notices(checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
+    # Nine query heads, three KV heads, four ranks: rank 1 has heads 3 and 4, rank 2 heads 5 and 6 of two KV heads.
+    family = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 45}
+    solo = run(checkpoint, family, SoloGroup())
+    assert worst(on_ranks(2, lambda tp: run(checkpoint, family, tp))[1], solo) < MOST_ROUNDOFFS
+    fault(monkeypatch)
+    assert worst(on_ranks(2, lambda tp: run(checkpoint, family, tp))[1], solo) > 1000 * MOST_ROUNDOFFS
+
+
+def test_every_supported_type_has_a_class() -> None:
+    assert MODELS.keys() == set(SUPPORTED_MODEL_TYPES)
+
+
+def test_a_tied_model_names_its_embedding_once(checkpoint: MakeCheckpoint) -> None:
+    tied = make_model(ModelConfig.from_folder(checkpoint(tie_word_embeddings=True)), lone_group(0, 2))
+    untied = make_model(ModelConfig.from_folder(checkpoint()), lone_group(0, 2))
+    assert "lm_head.weight" not in dict(tied.named_parameters())
+    assert "lm_head.weight" in dict(untied.named_parameters())
+    assert tied.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert untied.tied == {}
+
+
+def test_a_step_has_two_all_reduces_a_layer_one_for_the_embedding_and_one_gather(checkpoint: MakeCheckpoint) -> None:
+    def job(tp: TPGroup) -> list[str]:
+        runner = make_runner(checkpoint(), tp)
+        before = tp.log.snapshot().entered
+        logits_of(runner, [[1, 2, 3]], [[(0, 3)]])
+        return [record.op for record in tp.log.snapshot().records][before:]
+
+    for ops in on_ranks(2, job):
+        assert ops == ["all_reduce"] * 5 + ["all_gather(dim=1)"]
