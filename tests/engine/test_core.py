@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig, ModelConfig
@@ -100,7 +100,7 @@ def expected(checkpoint: MakeCheckpoint, reference: MakeReference) -> list[list[
     return token_ids
 
 
-@FEW
+@settings(FEW, max_examples=15)
 @given(
     block_size=st.sampled_from([1, 16, 48, 256]),
     enable_prefix_caching=st.booleans(),
