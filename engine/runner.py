@@ -82,8 +82,9 @@ class Runner:
 
     @property
     def captures_graphs(self) -> bool:
-        """Ranks that are threads meet on the host, which no graph can record."""
-        return self.device.type == "cuda" and not self.config.enforce_eager and self.tp.fabric in ("solo", "nccl")
+        """Ranks that are threads meet on the host, which no graph can record; nor can it an attention that asks the host."""
+        return (self.device.type == "cuda" and not self.config.enforce_eager and self.tp.fabric in ("solo", "nccl")
+                and self.attention_backend.capturable)
 
     def _make_graphs(self, num_blocks: int) -> DecodeGraphs:
         assert self.config.block_size is not None, "config must be resolved"

@@ -25,7 +25,10 @@ except ImportError:  # macOS, or a CPU-only installation: the twins still work
                 f"(Linux only) or call the plain-torch twin, whose name ends in _torch"
             )
 
-    triton = SimpleNamespace(jit=_KernelWithoutTriton)
+    def _jit(fn: Any = None, **options: Any) -> Any:
+        return _KernelWithoutTriton if fn is None else _KernelWithoutTriton(fn)
+
+    triton = SimpleNamespace(jit=_jit)
     tl = SimpleNamespace(constexpr=Any)
 
 __all__ = [

@@ -31,7 +31,9 @@ def _tokens_per_split(context, split_len, num_splits, TILE: tl.constexpr):
     return tl.where(split_len > 0, split_len, tl.maximum(even, TILE))
 
 
-@triton.jit
+# What changes from step to step must not compile a new kernel: each variant would stall a step for a second.
+@triton.jit(do_not_specialize=["lse_stride_s", "lse_stride_h", "table_stride"],
+            do_not_specialize_on_alignment=["block_tables", "context_lens"])  # fmt: skip
 def _decode_kernel(
     q, k_cache, v_cache, block_tables, context_lens, q_start, q_count, out, lse, scale_log2, split_len,
     q_stride_s, q_stride_h, out_stride_s, out_stride_h, out_stride_x,
@@ -108,7 +110,8 @@ def _decode_kernel(
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=keep_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "lse_stride_s", "lse_stride_h"],
+            do_not_specialize_on_alignment=["context_lens"])  # fmt: skip
 def _combine_kernel(
     partial, lse, context_lens, out, split_len, num_splits,
     partial_stride_s, partial_stride_h, partial_stride_x,

@@ -61,7 +61,9 @@ def _attend_tile(
     return acc, total, new_top
 
 
-@triton.jit
+# What changes from step to step must not compile a new kernel: each variant would stall a step for a second.
+@triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_stride"],
+            do_not_specialize_on_alignment=["block_tables", "cu_seqlens", "context_lens"])  # fmt: skip
 def _prefill_kernel(
     q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, kv_of_q, out,
     scale_log2, num_seqs, num_tokens,

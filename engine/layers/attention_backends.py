@@ -47,6 +47,8 @@ class AttentionBackend(Protocol):
     """``(q [T, Q, H], cache, batch) -> [T, Q, H]``. The cache holds this step's keys and values already."""
 
     name: str
+    capturable: bool
+    """Asks the host nothing, so a CUDA graph can record it."""
 
     def __call__(self, q_TQH: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor: ...
 
@@ -55,6 +57,7 @@ class TorchBackend:
     """Runs anywhere, any GQA map, any block size, float64 too: the truth that the kernels are held against."""
 
     name = "torch"
+    capturable = False
 
     def __init__(self, layout: AttentionLayout) -> None:
         self.scale = layout.head_dim**-0.5
@@ -74,6 +77,7 @@ class TritonBackend:
     """Own kernels, any GQA map: split-KV decode for the rows of one token, tiled prefill for the others."""
 
     name = "triton"
+    capturable = True
 
     def __init__(self, layout: AttentionLayout) -> None:
         heads, device = layout.heads, layout.device
