@@ -20,6 +20,10 @@ CheckVerdict = Literal[
 ]  # fmt: skip
 
 
+HARDWARE = "hardware"
+"""The workload of rows that tell what the machine could do in this run. Slower ones explain, and fail nothing."""
+
+
 class UnlikeMachinesError(ValueError):
     """Speeds of unlike machines were to be compared. ``differences``: field -> (baseline, candidate)."""
 
@@ -101,7 +105,8 @@ class Comparison:
     def regressions(self) -> list[SpeedChange | CheckChange]:
         """The rows that fail this comparison: broken checks, new findings and, if ``gate``, slower rows."""
         broken = [change for change in self.checks if change.verdict in ("broken", "new finding")]
-        return [*broken, *(change for change in self.speeds if self.gate and change.verdict == "slower")]
+        slower = [change for change in self.speeds if change.verdict == "slower" and change.workload != HARDWARE]
+        return [*broken, *(slower if self.gate else ())]
 
     @property
     def exit_code(self) -> int:

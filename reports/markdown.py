@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -18,15 +18,22 @@ from reports.summary import (
     run_facts,
     without_constants,
 )
-from reports.tables import bench_tables, check_changes_table, checks_pivot, speed_changes_table, verdict_cell
+from reports.tables import (
+    bench_tables,
+    check_changes_table,
+    checks_pivot,
+    not_measured_table,
+    speed_changes_table,
+    verdict_cell,
+)
 from reports.text_tables import escape_markdown, printable, to_markdown
 
 _SIGNS = {"good": "✅", "bad": "❌", "warn": "⚠️", "quiet": "➖"}
 _BENCH_CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 
 
-def report_markdown(report: Report, *, peer: str | None = None) -> str:
-    """A report, findings first. ``peer`` names the engine that the benchmark rows are held against."""
+def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
+    """A report, findings first. ``peers`` names the engines that the benchmark rows are held against."""
     parts = [_head(f"shardproof {report.run.command}", report_headline(report))]
     parts.append(_facts(run_facts(report.run, models_of(report))))
     for verdict, heading in (("finding", "Findings"), ("error", "Could not run")):
@@ -40,8 +47,10 @@ def report_markdown(report: Report, *, peer: str | None = None) -> str:
         parts += ["## Skipped\n", to_markdown(table)]
     if report.benches:
         parts.append("## Benchmarks\n")
-        for name, table in bench_tables(report.benches, peer=peer).items():
+        for name, table in bench_tables(report.benches, peers=peers).items():
             parts += [f"### {escape_markdown(name)}\n", _compact(table)]
+    if report.not_measured:
+        parts += ["## Not measured\n", to_markdown(without_constants(not_measured_table(report.not_measured), ())[0])]
     parts.append(_how_it_ran(report.run))
     return "\n".join(parts)
 

@@ -11,7 +11,9 @@ _RATE = re.compile(r"_per_s(_p\d+)?$")
 _COST = re.compile(r"(?:^|_)(ns|us|ms|s|bytes|kib|mib|gib)(_per_[a-z]+)?(_p\d+)?$")
 _TIME = re.compile(r"(?:^|_)(ns|us|ms|s)(_per_[a-z]+)?(_p\d+)?$")
 _ACRONYMS = ("ttft", "tpot", "itl", "kv", "gpu")
-_SHOWN_UNIT = {"us": "µs", "bytes": "bytes", "kib": "KiB", "mib": "MiB", "gib": "GiB"}
+_SHOWN_UNIT = {
+    "us": "µs", "bytes": "bytes", "kib": "KiB", "mib": "MiB", "gib": "GiB", "gb": "GB", "tflop": "TFLOP",
+}  # fmt: skip
 
 
 def direction(metric: str) -> Direction | None:
@@ -30,6 +32,11 @@ def is_time(metric: str) -> bool:
     return not _RATE.search(metric) and bool(_TIME.search(metric))
 
 
+def is_percentile(metric: str) -> bool:
+    """Whether ``metric`` is itself a percentile of what one round saw, such as ``itl_ms_p99``."""
+    return bool(re.search(r"_p\d+$", metric))
+
+
 def label(metric: str) -> str:
     """A metric's name for people, with its unit at the end.
 
@@ -39,7 +46,8 @@ def label(metric: str) -> str:
     percentile = re.search(r"_p(\d+)$", metric)
     name = metric[: percentile.start()] if percentile else metric
     if _RATE.search(name):
-        shown = name.removesuffix("_per_s").replace("_", " ") + "/s"
+        words = name.removesuffix("_per_s").split("_")
+        shown = " ".join(_SHOWN_UNIT.get(word, word) for word in words) + "/s"
     elif match := _COST.search(name):
         unit = _SHOWN_UNIT.get(match[1], match[1]) + (match[2] or "").replace("_per_", "/")
         words = name[: match.start()].split("_")

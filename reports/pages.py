@@ -30,6 +30,7 @@ from reports.tables import (
     check_changes_table,
     checks_pivot,
     checks_table,
+    not_measured_table,
     speed_changes_table,
     telling_columns,
 )
@@ -38,7 +39,7 @@ from reports.text_tables import MISSING, format_cell, format_number, printable
 _LAYOUT = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 _HEADINGS = {
     "tp_size": "tp", "error_over_budget": "error / budget", "scaling_efficiency": "scaling",
-    "percent_of_bound": "% of bound", "times_better": "times better", "seconds": "took",
+    "percent_of_bound": "% of bound", "times_better": "times better", "seconds": "took", "memory_gib": "memory, GiB",
 }  # fmt: skip
 _LONGEST_LINE = 36  # characters; longer cells may wrap
 
@@ -94,8 +95,8 @@ class IssueView:
     error: ErrorView | None
 
 
-def report_html(report: Report, *, peer: str | None = None) -> str:
-    """A report as a page; ``peer`` names the engine that the benchmark rows are held against."""
+def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
+    """A report as a page; ``peers`` names the engines that the benchmark rows are held against."""
     rows = checks_table(report.checks).drop(columns=["rank", "module", "message", "replay"])
     skipped = [row for row in report.checks if row.verdict == "skipped"]
     groups = [("Findings", "finding"), ("Could not run", "error")]
@@ -112,7 +113,8 @@ def report_html(report: Report, *, peer: str | None = None) -> str:
         pivot=_pivot(report.checks) if report.checks else None,
         checks=_table(rows) if report.checks else None,
         skipped=_table(_skipped(skipped)) if skipped else None,
-        benches=[(name, _table(table)) for name, table in bench_tables(report.benches, peer=peer).items()],
+        benches=[(name, _table(table)) for name, table in bench_tables(report.benches, peers=peers).items()],
+        not_measured=_table(not_measured_table(report.not_measured)) if report.not_measured else None,
         plots=bench_plots(report.benches),
         glyphs=GLYPHS,
         num_colours=NUM_COLOURS,

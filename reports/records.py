@@ -1,8 +1,9 @@
 """The file format between harness and reports: the only place that knows it.
 
 A report is one JSON file: what ran (`RunInfo`), one row a check and layout (`CheckRow`), one row a benchmark
-case (`BenchRow`). Rows are written one a line, so that a diff of two reports reads row by row. Everything is
-checked when it is made, by the same rules in Python and from a file.
+case (`BenchRow`), one row for each that was asked for and has no figures (`NotMeasured`). Rows are written one
+a line, so that a diff of two reports reads row by row. Everything is checked when it is made, by the same
+rules in Python and from a file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
@@ -214,12 +216,30 @@ class BenchRow(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NotMeasured(_Record):
+    """A benchmark case that was asked for and has no figures: a peer that is missing, an interrupted run.
+
+    case     None for all cases of the workload; likewise tp_size
+    """
+
+    workload: str
+    engine: str
+    reason: str
+    case: str | None = None
+    tp_size: int | None = None
+
+    def _check(self) -> None:
+        self._require(self.reason.strip() != "", "reason", "what was not measured has a reason")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report(_Record):
     """A run and its rows. Two rows of one kind with one ``key`` are refused: nobody could tell them apart."""
 
     run: RunInfo
     checks: list[CheckRow] = field(default_factory=list)
     benches: list[BenchRow] = field(default_factory=list)
+    not_measured: list[NotMeasured] = field(default_factory=list)
 
     def _check(self) -> None:
         _refuse_twins("checks", (row.key for row in self.checks))
@@ -256,7 +276,7 @@ def write_report(folder_or_path: str | os.PathLike[str], report: Report) -> Path
 def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     """Read a report written by `write_report`.
 
-    Raises RecordError naming the file and the line or JSON path of what is wrong; OSError without a file.
+    Raises RecordError naming the file, and the line and JSON path of what is wrong; OSError without a file.
     """
     path = Path(folder_or_path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -269,7 +289,7 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     except UnicodeDecodeError as error:
         raise RecordError(f"not UTF-8 text ({error.reason} at byte {error.start})", file=str(path)) from error
     except RecordError as error:
-        raise RecordError(error.problem, where=error.where, file=str(path)) from None
+        raise RecordError(error.problem, where=_line_of_constant(text), file=str(path)) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a thousand nested lists
         raise RecordError(f"not a report's JSON ({error})", file=str(path)) from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
@@ -280,8 +300,30 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     try:
         report: Report = conform(Report, data, "")
     except RecordError as error:
-        raise RecordError(error.problem, where=error.where, file=str(path)) from None
+        raise RecordError(error.problem, where=_with_line(error.where, text, data), file=str(path)) from None
     return report
+
+
+def _with_line(where: str, text: str, data: dict[str, Any]) -> str:
+    """``where``, and the line of the row that it is in if rows stand one a line, as `write_report` puts them."""
+    match = re.match(r"(checks|benches|not_measured)\[(\d+)\]", where)
+    lines = text.splitlines()
+    head = next((i for i, line in enumerate(lines) if match and line.strip() == f'"{match[1]}": ['), None)
+    if match is None or head is None:
+        return where
+    number = head + 1 + int(match[2])
+    try:
+        same = json.loads(lines[number].strip().removesuffix(",")) == data[match[1]][int(match[2])]
+    except (ValueError, IndexError):
+        return where
+    return f"line {number + 1}, {where}" if same else where
+
+
+def _line_of_constant(text: str) -> str:
+    """The line of the first NaN or Infinity that stands in no string; nothing if there is none."""
+    outside = re.sub(r'"(?:\\.|[^"\\])*"', lambda match: "_" * len(match[0]), text)
+    found = re.search(r"\b(NaN|Infinity)\b", outside)
+    return f"line {text.count(chr(10), 0, found.start()) + 1}" if found else ""
 
 
 def _file_of(folder_or_path: str | os.PathLike[str]) -> Path:
@@ -301,6 +343,7 @@ def _encode(report: Report) -> str:
         "run": f"{{\n{run}\n  }}",
         "checks": rows(report.checks),
         "benches": rows(report.benches),
+        "not_measured": rows(report.not_measured),
     }
     return "{\n" + ",\n".join(f"  {_dump(name)}: {text}" for name, text in parts.items()) + "\n}\n"
 

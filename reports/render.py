@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from reports.compare import Comparison
@@ -14,15 +15,15 @@ from reports.records import Report, write_report
 from reports.tables import check_changes_table, rows_table, speed_changes_table, stacked, to_csv
 
 
-def write_all(report: Report, out_dir: str | os.PathLike[str], *, peer: str | None = None) -> dict[str, Path]:
+def write_all(report: Report, out_dir: str | os.PathLike[str], *, peers: Sequence[str] = ()) -> dict[str, Path]:
     """Write ``report.json``, ``.md``, ``.html`` and ``.csv`` into ``out_dir``; return their paths by suffix.
 
-    ``peer`` names the engine that the benchmark rows are held against; ValueError if no row has it.
+    ``peers`` names the engines that the benchmark rows are held against; ValueError if no row has one of them.
     """
     texts = {
-        "md": report_markdown(report, peer=peer),
-        "html": report_html(report, peer=peer),
-        "csv": to_csv(rows_table(report, peer=peer)),
+        "md": report_markdown(report, peers=peers),
+        "html": report_html(report, peers=peers),
+        "csv": to_csv(rows_table(report, peers=peers)),
     }
     # The records first: whatever the disk does to the pages, they can be made again from these.
     return {"json": write_report(Path(out_dir), report)} | _write(texts, Path(out_dir))

@@ -49,6 +49,8 @@ def report_headline(report: Report) -> Headline:
     if report.benches:
         engines = ", ".join(dict.fromkeys(row.engine for row in report.benches))
         detail += f"; {measured}" if detail else f"Engines: {engines}"
+    if report.not_measured:
+        detail += f"; {len(report.not_measured)} not measured"
     if counts["finding"]:
         return Headline(text=plural(counts["finding"], "finding"), detail=detail, tone="bad")
     if counts["error"]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from reports import metrics
 from reports.compare import CheckChange, CheckVerdict, SpeedChange, SpeedVerdict
-from reports.records import BenchRow, CheckRow, Report
+from reports.records import BenchRow, CheckRow, NotMeasured, Report
 from reports.text_tables import format_number, to_markdown, to_text
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "check_changes_table",
     "checks_pivot",
     "checks_table",
+    "not_measured_table",
     "rows_table",
     "speed_changes_table",
     "to_csv",
@@ -80,31 +81,34 @@ def verdict_cell(verdict: str, error_over_budget: float | None) -> str:
     return f"{verdict} {format_number(float(f'{error_over_budget:.3g}'))}"
 
 
-def bench_tables(rows: Sequence[BenchRow], *, peer: str | None = None) -> dict[str, pd.DataFrame]:
+def bench_tables(rows: Sequence[BenchRow], *, peers: Sequence[str] = ()) -> dict[str, pd.DataFrame]:
     """`bench_table` of each workload on its own."""
-    table = bench_table(rows, peer=peer)
+    table = bench_table(rows, peers=peers)
     return {name: table[table["workload"] == name] for name in dict.fromkeys(row.workload for row in rows)}
 
 
-def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.DataFrame:
+def bench_table(rows: Sequence[BenchRow], *, peers: Sequence[str] = ()) -> pd.DataFrame:
     """One row a `BenchRow` and metric, in the records' order.
 
     median, iqr         over the rounds, in the metric's unit
     p99                 of durations only: the tail is what a user waits for
     first               the first run, apart from the rounds
-    times_<peer>        how many times better than the engine ``peer`` on the same case; above 1 is better
+    times_<peer>        how many times better than that engine on the same case; above 1 is better. At the same
+                        tp_size, or with one rank if the peer ran on no other number
     scaling_efficiency  speed-up over tp_size 1 divided by tp_size; 1 is perfect; not for sizes of memory
     percent_of_bound    of the hardware bound, where the record names one
+    memory_gib          peak memory of all of the engine's ranks together, where it was measured
 
-    Raises ValueError if no row has the engine ``peer``.
+    Raises ValueError if no row has one of the engines ``peers``.
     """
     engines = sorted({row.engine for row in rows})
-    if rows and peer is not None and peer not in engines:
-        raise ValueError(f"peer={peer!r} is not among the engines of this report: {', '.join(engines)}")
+    for peer in peers:
+        if rows and peer not in engines:
+            raise ValueError(f"peer={peer!r} is not among the engines of this report: {', '.join(engines)}")
     medians = {(row.key, m): float(np.median(v)) for row in rows for m, v in row.samples.items()}
     columns = [*BENCH_KEYS, "metric", "rounds", "median", "iqr", "p99", "first"]
-    columns += [f"times_{peer}"] if peer is not None else []
-    columns += ["scaling_efficiency", "percent_of_bound"]
+    columns += [f"times_{peer}" for peer in peers]
+    columns += ["scaling_efficiency", "percent_of_bound", "memory_gib"]
     lines: list[dict[str, object]] = []
     for row in rows:
         for metric, values in row.samples.items():
@@ -112,11 +116,13 @@ def bench_table(rows: Sequence[BenchRow], *, peer: str | None = None) -> pd.Data
             low, high = np.percentile(values, [25, 75])
             line: dict[str, object] = {name: getattr(row, name) for name in BENCH_KEYS}
             line |= {"metric": metric, "rounds": len(values), "median": median, "iqr": float(high - low)}
-            line["p99"] = float(np.percentile(values, 99)) if metrics.is_time(metric) else None
+            has_tail = metrics.is_time(metric) and not metrics.is_percentile(metric)
+            line["p99"] = float(np.percentile(values, 99)) if has_tail else None
             line["first"] = row.first.get(metric)
             line["scaling_efficiency"] = _scaling_efficiency(row, metric, medians)
             line["percent_of_bound"] = _percent_of_bound(row, metric, median)
-            if peer is not None:
+            line["memory_gib"] = row.metrics.get("memory_gib")
+            for peer in peers:
                 other = _peer_median(row, metric, peer, medians)
                 line[f"times_{peer}"] = metrics.gain(metric, median, other) if other is not None else None
             lines.append(line)
@@ -155,9 +161,19 @@ def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
     return _frame(lines, columns)
 
 
-def rows_table(report: Report, *, peer: str | None = None) -> pd.DataFrame:
-    """All rows of a report in one table, for CSV: the checks, then the benchmark cases."""
-    return stacked(check=checks_table(report.checks), bench=bench_table(report.benches, peer=peer))
+def not_measured_table(rows: Sequence[NotMeasured]) -> pd.DataFrame:
+    """One row a `NotMeasured`."""
+    columns = ("workload", "case", "engine", "tp_size", "reason")
+    return _frame([{name: getattr(row, name) for name in columns} for row in rows], columns)
+
+
+def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:
+    """All rows of a report in one table, for CSV: the checks, the benchmark cases, what was not measured."""
+    return stacked(
+        check=checks_table(report.checks),
+        bench=bench_table(report.benches, peers=peers),
+        not_measured=not_measured_table(report.not_measured),
+    )
 
 
 def stacked(**parts: pd.DataFrame) -> pd.DataFrame:
@@ -177,14 +193,20 @@ def to_csv(table: pd.DataFrame) -> str:
 
 
 def _peer_median(row: BenchRow, metric: str, peer: str, medians: _Medians) -> float | None:
-    """The peer's median on the same case; on the same fabric if there is one, for engines name theirs."""
+    """The peer's median on the same case; on the same fabric if there is one, for engines name theirs.
+
+    A peer that ran with one rank only stands for itself at every tp_size: a single-device reference does.
+    """
     workload, case, model, _, dtype, fabric, tp_size = row.key
     same_case = {
-        key[5]: median
+        (key[6], key[5]): median
         for (key, name), median in medians.items()
-        if name == metric and (*key[:5], key[6]) == (workload, case, model, peer, dtype, tp_size)
+        if name == metric and key[:5] == (workload, case, model, peer, dtype)
     }
-    return same_case.get(fabric, next(iter(same_case.values()), None))
+    if {size for size, _ in same_case} == {1}:
+        tp_size = 1
+    same_size = {name: median for (size, name), median in same_case.items() if size == tp_size}
+    return same_size.get(fabric, next(iter(same_size.values()), None))
 
 
 def _scaling_efficiency(row: BenchRow, metric: str, medians: _Medians) -> float | None:

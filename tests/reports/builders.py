@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reports.records import BenchRow, CheckRow, Machine, Report, RunInfo
+from reports.records import BenchRow, CheckRow, Machine, NotMeasured, Report, RunInfo
 
 CPU: dict[str, Any] = {"type": "cpu-2core", "cpu": "Some CPU", "cores": 2, "memory_gib": 7.75, "gpus": []}
 GPU: dict[str, Any] = CPU | {
@@ -59,10 +59,11 @@ def a_bench(case: str = "one", tp_size: int = 1, **changes: Any) -> BenchRow:
     return BenchRow(**(values | changes))
 
 
-def a_report(*rows: CheckRow | BenchRow, **changes: Any) -> Report:
+def a_report(*rows: CheckRow | BenchRow | NotMeasured, **changes: Any) -> Report:
     checks = [row for row in rows if isinstance(row, CheckRow)]
     benches = [row for row in rows if isinstance(row, BenchRow)]
-    return Report(run=a_run(**changes), checks=checks, benches=benches)
+    not_measured = [row for row in rows if isinstance(row, NotMeasured)]
+    return Report(run=a_run(**changes), checks=checks, benches=benches, not_measured=not_measured)
 
 
 def a_full_report() -> Report:
@@ -83,7 +84,7 @@ def a_full_report() -> Report:
         a_check("logits", 2, "finding", error_over_budget=float("inf")),
         a_check("kv", 2, "skipped", message="needs <2> GPUs"),
         a_check("lifecycle", 2, "error", message="rank 1 died"),
-        a_bench(tp_size=1, fabric="solo", metrics={"bound_output_tokens_per_s": 200.0}),
+        a_bench(tp_size=1, fabric="solo", metrics={"bound_output_tokens_per_s": 200.0, "memory_gib": 1.5}),
         a_bench(tp_size=2, first={"output_tokens_per_s": 80.0}),
         a_bench(tp_size=1, engine="peer <&>", fabric="own"),
         *(
@@ -95,4 +96,5 @@ def a_full_report() -> Report:
             )
             for size in (1, 8, 64)
         ),
+        NotMeasured(workload="decode", engine="vllm", reason="vllm can't be imported <here>"),
     )

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from reports.compare import Comparison, UnlikeMachinesError, compare, fingerprint
+from reports.compare import HARDWARE, Comparison, UnlikeMachinesError, compare, fingerprint
 from reports.comparison_data import comparison_json, comparison_junit
 from reports.records import BenchRow, CheckRow
 from tests.reports.builders import CPU, GPU, a_bench, a_check, a_report, a_run
@@ -118,6 +118,14 @@ def test_checks_of_unlike_machines_are_compared() -> None:
     comparison = compare(a_report(a_check()), a_report(a_check(), machine=GPU))
     assert comparison.exit_code == 0
     assert "GPUs" in comparison.differences
+
+
+def test_hardware_that_was_slower_explains_and_fails_nothing() -> None:
+    slow, fast = ({"copy_gb_per_s": [value] * 8} for value in (50.0, 100.0))
+    old, new = (a_report(a_bench(workload=HARDWARE, samples=samples)) for samples in (fast, slow))
+    comparison = compare(old, new, gate=True)
+    assert [change.verdict for change in comparison.speeds] == ["slower"]
+    assert (comparison.regressions, comparison.exit_code) == ([], 0)
 
 
 @pytest.mark.parametrize(("machine", "gate", "exit_code"), [(CPU, None, 0), (CPU, True, 1), (GPU, None, 1), (GPU, False, 0)])

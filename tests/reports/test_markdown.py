@@ -36,7 +36,7 @@ def a_comparison() -> str:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("report.md", report_markdown(a_full_report(), peer="peer <&>")), ("comparison.md", a_comparison())],
+    [("report.md", report_markdown(a_full_report(), peers=["peer <&>"])), ("comparison.md", a_comparison())],
 )
 def test_the_markdown_is_the_golden_one(name: str, text: str) -> None:
     assert text == (GOLDEN / name).read_text()

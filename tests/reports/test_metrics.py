@@ -33,6 +33,10 @@ def test_a_gain_above_one_is_better_whichever_way_the_metric_goes() -> None:
     assert metrics.gain("ttft_ms", 50.0, 100.0) == 2.0
 
 
+def test_units_are_shown_as_they_are_written() -> None:
+    assert [metrics.label(name) for name in ("copy_gb_per_s", "matmul_tflop_per_s")] == ["copy GB/s", "matmul TFLOP/s"]
+
+
 def test_only_durations_have_tails() -> None:
     assert [metrics.is_time(name) for name in ("ttft_ms", "tokens_per_s", "peak_gib")] == [True, False, False]
 

@@ -58,7 +58,7 @@ def full_comparison_html() -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "full": lambda: report_html(a_full_report()),
-    "peer": lambda: report_html(a_full_report(), peer="peer <&>"),
+    "peer": lambda: report_html(a_full_report(), peers=["peer <&>"]),
     "checks": lambda: report_html(a_report(a_check())),
     "benches": lambda: report_html(a_report(a_bench())),
     "empty": lambda: report_html(a_report()),
@@ -187,7 +187,7 @@ def test_write_all_writes_four_files_and_the_records_can_be_read_back(tmp_path: 
 
 def test_an_unknown_peer_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="peer='vllm'"):
-        write_all(a_full_report(), tmp_path / "out", peer="vllm")
+        write_all(a_full_report(), tmp_path / "out", peers=["vllm"])
     assert not (tmp_path / "out").exists()
 
 

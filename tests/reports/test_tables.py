@@ -64,7 +64,7 @@ def test_bench_figures_are_computed_from_the_samples() -> None:
         ),
         a_bench(tp_size=2, engine="peer", fabric="own", samples={"output_tokens_per_s": [80], "ttft_ms": [40]}),
     ]
-    table = bench_table(rows, peer="peer")
+    table = bench_table(rows, peers=["peer"])
     names = (
         "engine",
         "tp_size",
@@ -103,13 +103,33 @@ def test_a_peer_on_the_same_fabric_is_preferred() -> None:
         a_bench(engine="peer", fabric=fabric, samples={"step_ms": [value]})
         for fabric, value in (("gloo", 30.0), ("threads", 20.0))
     ]
-    table = bench_table([*peers, a_bench(samples={"step_ms": [10.0]})], peer="peer")
+    table = bench_table([*peers, a_bench(samples={"step_ms": [10.0]})], peers=["peer"])
     assert rows_of(table, "times_peer")[-1] == (2.0,)
+
+
+def test_a_peer_that_ran_with_one_rank_only_stands_at_every_tp_size_and_others_at_their_own() -> None:
+    rows = [
+        a_bench(engine="single", fabric="own", samples={"step_ms": [40.0]}),
+        *(a_bench(engine="scales", fabric="own", tp_size=size, samples={"step_ms": [30.0 / size]}) for size in (1, 2)),
+        *(a_bench(tp_size=size, samples={"step_ms": [10.0]}) for size in (1, 2, 4)),
+    ]
+    table = bench_table(rows, peers=["single", "scales"])
+    assert rows_of(table, "times_single", "times_scales")[-3:] == [(4.0, 3.0), (4.0, 1.5), (4.0, None)]
+
+
+def test_peak_memory_stands_beside_every_metric_of_its_row() -> None:
+    rows = [a_bench(samples={"step_ms": [1.0], "ttft_ms": [2.0]}, metrics={"memory_gib": 1.5}), a_bench("other")]
+    assert rows_of(bench_table(rows), "memory_gib") == [(1.5,), (1.5,), (None,)]
+
+
+def test_a_percentile_of_a_round_has_no_percentile_over_rounds() -> None:
+    table = bench_table([a_bench(samples={"itl_ms": [1.0, 2.0], "itl_ms_p99": [3.0, 4.0]})])
+    assert rows_of(table, "metric", "p99") == [("itl_ms", 1.99), ("itl_ms_p99", None)]
 
 
 def test_an_unknown_peer_is_refused_with_the_engines_there_are() -> None:
     with pytest.raises(ValueError, match="peer='vllm' is not among the engines of this report: shardproof"):
-        bench_table([a_bench()], peer="vllm")
+        bench_table([a_bench()], peers=["vllm"])
 
 
 def test_each_workload_has_a_table_of_its_own() -> None:
@@ -120,7 +140,7 @@ def test_each_workload_has_a_table_of_its_own() -> None:
 def test_csv_holds_every_row_in_full_precision() -> None:
     report = a_full_report()
     lines = list(csv.DictReader(io.StringIO(to_csv(rows_table(report)))))
-    assert [line["kind"] for line in lines] == ["check"] * 6 + ["bench"] * 6
+    assert [line["kind"] for line in lines] == ["check"] * 6 + ["bench"] * 6 + ["not_measured"]
     assert float(lines[6]["iqr"]) == 1.0
     by_check = {(line["check"], line["tp_size"]): line for line in lines[:6]}
     assert by_check["weights", "2"]["message"] == report.checks[1].message
