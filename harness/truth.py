@@ -24,6 +24,8 @@ TEXTS = (
     "Explain why the sky is blue to a child.",
 )
 NUM_NEW_TOKENS = 24
+PROMPT_LENGTHS = (5, 17, 9, 12)
+SCRIPT_LENGTHS = (41, 37, 23)
 
 
 class Truth:
@@ -33,13 +35,17 @@ class Truth:
         folder: a Hugging Face model folder.
         dtype: of the candidate and the baseline.
         device: where the reference computes.
+        prompt_lengths, script_lengths: tokens of each prompt, where they are drawn, and of each sequence of the script.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(self, folder: Path, *, dtype: str, seed: int = 0, device: str = "cpu",
+                 prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, script_lengths: tuple[int, ...] = SCRIPT_LENGTHS) -> None:
         self.folder = folder
         self.dtype = dtype
         self.seed = seed
         self.device = device
+        self.prompt_lengths = prompt_lengths
+        self.script_lengths = script_lengths
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
 
     @cached_property
@@ -52,10 +58,10 @@ class Truth:
 
     @cached_property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
-        """Four prompts: texts through the chat template if the model has a tokenizer, random ids if not."""
+        """Texts through the chat template if the model has a tokenizer, random ids if not."""
         if not (self.folder / "tokenizer_config.json").is_file():
             draw = random.Random(self.seed)
-            return tuple(tuple(self._random_ids(draw, length)) for length in (5, 17, 9, 12))
+            return tuple(tuple(self._random_ids(draw, length)) for length in self.prompt_lengths)
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         chats = [[{"role": "user", "content": text}] for text in TEXTS]
         if tokenizer.chat_template is None:
@@ -65,9 +71,9 @@ class Truth:
 
     @cached_property
     def script(self) -> Script:
-        """Three sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
+        """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
-        lengths = tuple(min(length, self.config["max_position_embeddings"]) for length in (41, 37, 23))
+        lengths = tuple(min(length, self.config["max_position_embeddings"]) for length in self.script_lengths)
         sequences = [self._random_ids(draw, length) for length in lengths]
         return Script(sequences=tuple(map(tuple, sequences)), steps=mixed_steps(lengths, draw))
 
@@ -77,8 +83,10 @@ class Truth:
         # Where a vocabulary is cut: its ends, and the borders of shards for any number of ranks up to 8.
         borders = sorted({0, last, *(cut for ranks in range(2, 9) for at in range(1, ranks)
                                      for cut in (at * -(-(last + 1) // ranks) - 1, at * -(-(last + 1) // ranks)) if cut <= last)})
-        for place in draw.sample(range(length), min(length // 3 + 1, len(borders))):
-            ids[place] = draw.choice(borders)
+        places = draw.sample(range(length), min(length // 3 + 1, len(borders)))
+        # Always the last id: it is the one that goes missing where a vocabulary is cut without its remainder.
+        for place, token_id in zip(places, [last, *draw.choices(borders, k=len(places))], strict=False):
+            ids[place] = token_id
         return ids
 
     @cached_property
