@@ -4,53 +4,102 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 # Below the first, logits divided by the temperature may overflow; above the second, they no longer make a difference.
 GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 1e6
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Names and defaults as in vLLM.
+    """Names and defaults as in vLLM. What a model's ``generation_config.json`` recommends is not applied.
 
     Attributes:
+        n: completions per prompt. They share the prompt's blocks in the cache, and the first is the one that ``n=1`` gives.
         temperature: below 1e-5 is greedy; otherwise logits are divided by it.
         top_k: keep the k best tokens; -1 or 0 keeps all.
         top_p: keep the smallest set of best tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020).
         seed: the same seed and prompt give the same text at any tp_size and in any batch, up to rounding of the logits;
-            without one, the engine's seed and the request's number are used.
+            without one, the engine's seed and the request's number are used. Completions of one prompt differ by their index.
         max_tokens: most tokens to generate; ``None``: up to the model's length.
-        min_tokens: no stop token is drawn before so many tokens were.
+        min_tokens: no stop token is drawn before so many tokens were, and no stop string is seen that ends in their text.
+        stop: strings that end the text. What ends first counts, and of several that end together the longest.
         stop_token_ids: end the sequence, beside the model's own end-of-sequence tokens.
+        include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
         ignore_eos: do not stop at the model's end-of-sequence tokens.
+        logprobs: log-probabilities of so many best tokens beside the drawn one, up to 20; ``None``: none at all.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        ValueError: for a value that breaks its rule; the message says which.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(f"temperature={self.temperature} must lie in [0, {MAX_TEMPERATURE:g}]; 0 is greedy")
-        if self.top_k < -1:
-            raise ValueError(f"top_k={self.top_k} must be -1 or 0 (all), or above")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1, or None")
-        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
-            raise ValueError(f"min_tokens={self.min_tokens} must lie between 0 and max_tokens={self.max_tokens}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**63)")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check("n", self.n, _is_integer(self.n) and self.n >= 1, "a whole number of at least 1")
+        _check("temperature", self.temperature, _is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
+               f"a number in [0, {MAX_TEMPERATURE:g}]; 0 is greedy")
+        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= -1, "-1 or 0 (all), or a whole number above")
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
+        _check("seed", self.seed, self.seed is None or (_is_integer(self.seed) and 0 <= self.seed < 2**63),
+               "a whole number in [0, 2**63), or None")
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or (_is_integer(self.max_tokens) and self.max_tokens >= 1),
+               "a whole number of at least 1, or None")
+        most = self.max_tokens
+        _check("min_tokens", self.min_tokens, _is_integer(self.min_tokens) and 0 <= self.min_tokens <= (most or self.min_tokens),
+               f"a whole number between 0 and max_tokens={most}")
+        _check("logprobs", self.logprobs, self.logprobs is None or (_is_integer(self.logprobs) and
+               0 <= self.logprobs <= MAX_LOGPROBS), f"a whole number between 0 and {MAX_LOGPROBS}, or None")
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        _check("stop", self.stop, isinstance(stop, Sequence) and all(isinstance(each, str) and each for each in stop),
+               "a string or a list of strings, none of them empty")
+        stop_ids = self.stop_token_ids or ()
+        _check("stop_token_ids", self.stop_token_ids, isinstance(stop_ids, Sequence) and
+               all(_is_integer(each) and each >= 0 for each in stop_ids), "a list of token ids")
+        _check("n", self.n, self.n == 1 or not self.is_greedy,
+               f"1 with temperature={self.temperature}: greedy completions are all the same")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self.stop  # type: ignore[return-value]  # __post_init__ made it a tuple
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.stop_token_ids  # type: ignore[return-value]  # likewise
+
+
+def _check(name: str, value: Any, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} must be {rule}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -19,7 +19,10 @@ from engine.layers.dispatch import pick
 
 
 class LogprobTensors(NamedTuple):
-    """Log-probabilities of L drawn tokens and of the K best beside them. A rank is 1 + the number of tokens that are more probable."""
+    """Log-probabilities of L drawn tokens and of the K best beside them.
+
+    A rank is 1 + the number of tokens that are more probable.
+    """
 
     logprob_L: Tensor
     rank_L: Tensor

@@ -1,0 +1,155 @@
+"""The driver's side of the engine's loop: one conversation with the ranks, shared by all calls under way.
+
+Messages carry new requests and aborts to the ranks, and tokens back. Each makes the ranks run some steps, and one more is
+under way while the driver works on the last one's tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+from engine.core import Progress, advance
+from engine.ongoing import OngoingRequest
+from engine.parallel.ranks import Ranks, Ticket
+from engine.sequence import Request
+
+STEPS_PER_MESSAGE = 16
+"""Steps that ranks run on one message while nobody looks at the text: fewer cost time, more make progress coarse."""
+STEPS_WHILE_WATCHED = 1
+"""The same while somebody reads along, or a stop string may come: what ranks run beyond it is lost."""
+
+
+class Driver:
+    """Feeds the ranks. Calls may come from several threads: one at a time drives the ranks, for all of them."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        # A solo rank runs its steps in this very thread: a message under way would only be run too late.
+        self._max_in_flight = 1 if ranks.fabric == "solo" else 2
+        # Guards all below, and is never held while the ranks work. Reentrant: a stream that nobody holds any more may be
+        # closed by the garbage collector, anywhere.
+        self._changed = threading.Condition(threading.RLock())
+        self._is_driven = False
+        self._requests: dict[int, OngoingRequest] = {}
+        self._running: dict[int, OngoingRequest] = {}
+        """Who gets the tokens of what runs on the ranks, by the ranks' numbers."""
+        self._new: list[Request] = []
+        self._aborts: list[int] = []
+        self._in_flight: deque[Ticket] = deque()
+        self._failure: str | None = None
+
+    def follow(self, requests: Sequence[OngoingRequest]) -> Generator[None, None, None]:
+        """Run requests to their end, pausing whenever something has come. Closed early, it aborts what still runs.
+
+        Raises:
+            RankFailure: if a rank fails.
+            RuntimeError: if ranks drew different tokens, or the engine broke before.
+        """
+        self._add(requests)
+        try:
+            while unfinished := [request for request in requests if not request.output.finished]:
+                self._advance(unfinished)
+                for request in unfinished:
+                    self._end(request.empty_inbox())
+                yield
+        finally:
+            self._leave(requests)
+
+    def abort(self, request_id: int) -> None:
+        """Ask for a request's end, from any thread. Its owner sees to it; ids of no running request are ignored."""
+        with self._changed:
+            request = self._requests.get(request_id)
+            if request is not None:
+                request.inbox.append(None)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._failure = self._failure or "it was closed"
+        self._ranks.close()
+
+    def _add(self, requests: Sequence[OngoingRequest]) -> None:
+        with self._changed:
+            for request in requests:
+                self._requests[request.output.request_id] = request
+                for number, completion in request.completions.items():
+                    self._running[number] = request
+                    self._new.append(completion.request)
+
+    def _end(self, numbers: Sequence[int]) -> None:
+        """Let the ranks drop those of ``numbers`` that still run there."""
+        with self._changed:
+            self._aborts.extend(number for number in numbers if self._running.pop(number, None) is not None)
+
+    def _leave(self, requests: Sequence[OngoingRequest]) -> None:
+        """Forget requests: tell the ranks what to drop, and wait for them if nothing runs any more."""
+        with self._changed:
+            for request in requests:
+                self._requests.pop(request.output.request_id, None)
+                self._end(list(request.completions))
+            if self._is_driven or self._failure is not None:  # who drives leaves too, and does the rest
+                return
+            self._is_driven = True
+        with self._released_afterwards():
+            if self._aborts:
+                self._send(0)
+            while self._in_flight and not self._running:
+                self._collect()
+
+    def _advance(self, waiting: Sequence[OngoingRequest]) -> None:
+        """Wait until something has come for one of ``waiting``; drive the ranks by one message if nobody else does."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_driven or any(request.inbox for request in waiting))
+            if any(request.inbox for request in waiting):
+                return
+            self._is_driven = True
+        with self._released_afterwards():
+            while len(self._in_flight) < self._max_in_flight:
+                is_watched = any(request.is_watched for request in list(self._running.values()))
+                self._send(STEPS_WHILE_WATCHED if is_watched else STEPS_PER_MESSAGE)
+            has_work = self._collect()
+            if not (has_work or self._in_flight or self._new) and self._running:
+                raise RuntimeError(f"the ranks are idle, and requests {sorted(self._running)} are not finished")
+
+    @contextmanager
+    def _released_afterwards(self) -> Iterator[None]:
+        """Lets others drive."""
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_driven = False
+                self._changed.notify_all()
+
+    def _send(self, num_steps: int) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"this engine can't be used any more, make a new one: {self._failure}")
+        with self._changed:
+            new, self._new = self._new, []
+            aborts, self._aborts = self._aborts, []
+        self._in_flight.append(self._ranks.submit(advance, new, aborts, num_steps))
+
+    def _collect(self) -> bool:
+        """Wait for the oldest message and hand out its tokens. Returns whether the ranks have more to do."""
+        try:
+            reports: list[Progress] = self._ranks.collect(self._in_flight.popleft())
+            differing = [rank for rank, report in enumerate(reports) if report.digest != reports[0].digest]
+            if differing:
+                raise RuntimeError(f"ranks {differing} drew other token ids than rank 0: ranks of one engine must agree; "
+                                   "run `shardproof verify` on this model")
+        except BaseException as failure:
+            # Also when it was interrupted: nobody knows how far the ranks have come.
+            self._failure = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            self._ranks.close()
+            raise
+        with self._changed:
+            for news in reports[0].news:
+                request = self._running.get(news.request_id)
+                if request is not None:
+                    if news.finish_reason is not None:
+                        del self._running[news.request_id]
+                    request.inbox.append(news)
+        return reports[0].has_work
