@@ -87,6 +87,7 @@ class ModelConfig:
         model_type = config.model_type
         _refuse_unsupported(config, where)
         eos = config.eos_token_id if eos_token_id is None else eos_token_id
+        eos_ids = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
         attention_bias = bool(getattr(config, "attention_bias", False))
         dtype = getattr(config, "dtype", None) or torch.float32
         return cls(
@@ -106,7 +107,8 @@ class ModelConfig:
             mlp_bias=bool(getattr(config, "mlp_bias", False)) if model_type == "llama" else False,
             qk_norm=model_type == "qwen3",
             dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            # One outside the vocabulary can't be drawn, nor banned until min_tokens were.
+            eos_token_ids=tuple(token_id for token_id in eos_ids if 0 <= token_id < config.vocab_size),
             hf_config=config,
         )
 

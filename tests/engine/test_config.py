@@ -67,6 +67,8 @@ def test_what_a_config_leaves_out_is_derived() -> None:
         ([3, 4], {"temperature": 0.6}, (3, 4)),
         (2, {"eos_token_id": 0}, (0,)),
         (0, None, (0,)),
+        (-1, None, ()),
+        (2, {"eos_token_id": [130, 131]}, (130,)),
     ],
 )
 def test_stop_tokens_come_from_the_generation_config_if_it_names_any(
