@@ -19,7 +19,7 @@ from harness.verify import VerifyPlan, verify
 from reference.checkpoints import resolve
 from reports.records import CheckRow
 from reports.render import write_all
-from reports.tables import checks_table
+from reports.tables import checks_pivot
 from reports.text_tables import to_text
 
 USAGE = 2
@@ -75,7 +75,9 @@ def verify_command(
         except (RankFailure, OSError, RuntimeError) as error:
             _fail(f"could not run: {error}", COULD_NOT_RUN)
     paths = write_all(report, out)
-    sys.stdout.write(to_text(checks_table(report.checks)) + "\n")
+    layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
+    sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{model}, {report.checks[0].dtype}; {layouts}; numbers are the worst "
+                     f"error as a fraction of its budget; {report.run.seconds:.0f} s\n")
     for row in report.checks:
         if row.verdict != "pass":
             sys.stdout.write(f"\n{row.verdict.upper()} in {row.check} at tp_size={row.tp_size}: {row.message}\n")
