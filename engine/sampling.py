@@ -52,30 +52,31 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _check("n", self.n, _is_integer(self.n) and self.n >= 1, "a whole number of at least 1")
+        _check("n", self.n, _is_integer(self.n) and self.n >= 1, "must be at least 1")
         _check("temperature", self.temperature, _is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
-               f"a number in [0, {MAX_TEMPERATURE:g}]; 0 is greedy")
-        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= -1, "-1 or 0 (all), or a whole number above")
-        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
-        _check("seed", self.seed, self.seed is None or (_is_integer(self.seed) and 0 <= self.seed < 2**63),
-               "a whole number in [0, 2**63), or None")
-        _check("max_tokens", self.max_tokens, self.max_tokens is None or (_is_integer(self.max_tokens) and self.max_tokens >= 1),
-               "a whole number of at least 1, or None")
-        most = self.max_tokens
-        _check("min_tokens", self.min_tokens, _is_integer(self.min_tokens) and 0 <= self.min_tokens <= (most or self.min_tokens),
-               f"a whole number between 0 and max_tokens={most}")
-        _check("logprobs", self.logprobs, self.logprobs is None or (_is_integer(self.logprobs) and
-               0 <= self.logprobs <= MAX_LOGPROBS), f"a whole number between 0 and {MAX_LOGPROBS}, or None")
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        _check("stop", self.stop, isinstance(stop, Sequence) and all(isinstance(each, str) and each for each in stop),
-               "a string or a list of strings, none of them empty")
-        stop_ids = self.stop_token_ids or ()
-        _check("stop_token_ids", self.stop_token_ids, isinstance(stop_ids, Sequence) and
-               all(_is_integer(each) and each >= 0 for each in stop_ids), "a list of token ids")
+               f"must lie in [0, {MAX_TEMPERATURE:g}]; 0 is greedy")
         _check("n", self.n, self.n == 1 or not self.is_greedy,
-               f"1 with temperature={self.temperature}: greedy completions are all the same")
+               f"must be 1 with temperature={self.temperature}: greedy completions are all the same")
+        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= -1, "must be -1 or 0 (all), or above")
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "must lie in (0, 1]")
+        _check("seed", self.seed, self.seed is None or (_is_integer(self.seed) and 0 <= self.seed < 2**63),
+               "must lie in [0, 2**63), or be None")
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or (_is_integer(self.max_tokens) and self.max_tokens >= 1),
+               "must be at least 1, or None")
+        _check("min_tokens", self.min_tokens, _is_integer(self.min_tokens) and self.min_tokens >= 0
+               and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
+               f"must lie between 0 and max_tokens={self.max_tokens}")
+        _check("logprobs", self.logprobs,
+               self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+               f"must lie between 0 and {MAX_LOGPROBS}, or be None")
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be True or False")
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        _check("stop", self.stop, isinstance(stop, Sequence) and all(isinstance(each, str) and each for each in stop),
+               "must be a string or a list of strings, none of them empty")
+        stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        _check("stop_token_ids", self.stop_token_ids, isinstance(stop_ids, Sequence) and
+               all(_is_integer(each) and each >= 0 for each in stop_ids), "must be a list of token ids")
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
 
@@ -94,7 +95,7 @@ class SamplingParams:
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={value!r} must be {rule}")
+        raise ValueError(f"{name}={value!r} {rule}")
 
 
 def _is_integer(value: Any) -> bool:
