@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig, ModelConfig, UnsupportedModelError
-    from engine.llm import LLM
-    from engine.outputs import CompletionOutput, RequestOutput
+    from engine.llm import LLM, Stream
+    from engine.outputs import CompletionOutput, Logprob, RequestOutput
     from engine.parallel.parameter import CheckpointError
     from engine.sampling import SamplingParams
 
-__all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "ModelConfig", "RequestOutput", "SamplingParams",
-           "UnsupportedModelError"]
+__all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "Logprob", "ModelConfig", "RequestOutput",
+           "SamplingParams", "Stream", "UnsupportedModelError"]
 
 # Imported on first use: a rank, or a layer's test, should not wait for tokenizers and hub clients.
 _HOME = {
     "LLM": "engine.llm", "SamplingParams": "engine.sampling", "EngineConfig": "engine.config", "ModelConfig": "engine.config",
     "UnsupportedModelError": "engine.config", "CompletionOutput": "engine.outputs", "RequestOutput": "engine.outputs",
-    "CheckpointError": "engine.parallel.parameter",
+    "CheckpointError": "engine.parallel.parameter", "Logprob": "engine.outputs", "Stream": "engine.llm",
 }
 
 

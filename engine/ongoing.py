@@ -62,7 +62,7 @@ class OngoingCompletion:
         output, detokenizer = self.output, self._detokenizer
         output.finish_reason = reason
         last = output.token_ids[-1] if output.token_ids else None
-        if reason == "stop" and last in self.request.params.stop_ids and last not in self._eos_token_ids:
+        if reason == "stop" and last in self.request.params.stop_token_ids and last not in self._eos_token_ids:
             output.stop_reason = last
         if detokenizer is None:
             return

@@ -68,7 +68,7 @@ class Admission:
                 params=params,
                 seed=derive_seed("completion", seed, index) if index else seed,
                 max_tokens=min(room, params.max_tokens or room),
-                stop_token_ids=frozenset((*params.stop_ids, *eos)),
+                stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             )
             completions[request.request_id] = OngoingCompletion(request, index, self.tokenizer, eos, streams=streams)
         return OngoingRequest(output, completions)
@@ -94,7 +94,7 @@ class Admission:
         if len(token_ids) >= self.max_model_len:
             raise ValueError(f"len(token_ids)={len(token_ids)} leaves no room to generate in max_model_len={self.max_model_len}")
         vocab_size = self.model_config.vocab_size
-        stop_ids: Sequence[Any] = params.stop_ids
+        stop_ids: Sequence[Any] = params.stop_token_ids
         for name, ids in (("token_id", token_ids), ("stop_token_id", stop_ids)):
             for token_id in ids:
                 if not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocab_size:

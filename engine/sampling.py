@@ -45,7 +45,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
+    stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -74,7 +74,8 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         _check("stop", self.stop, isinstance(stop, Sequence) and all(isinstance(each, str) and each for each in stop),
                "must be a string or a list of strings, none of them empty")
-        stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        stop_ids: Any = self.stop_token_ids
+        stop_ids = () if stop_ids is None else stop_ids  # None is vLLM's default
         _check("stop_token_ids", self.stop_token_ids, isinstance(stop_ids, Sequence) and
                all(_is_integer(each) and each >= 0 for each in stop_ids), "must be a list of token ids")
         object.__setattr__(self, "stop", tuple(stop))
@@ -87,10 +88,6 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return self.stop  # type: ignore[return-value]  # __post_init__ made it a tuple
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return self.stop_token_ids  # type: ignore[return-value]  # likewise
 
 
 def _check(name: str, value: Any, holds: bool, rule: str) -> None:
