@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,8 @@ class EngineConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
+        if self.device != "auto" and not re.fullmatch(r"(cpu|cuda)(:\d+)?", self.device):
+            raise ValueError(f"device={self.device!r} is unknown; supported: auto, cpu, cuda, or one GPU as cuda:0")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must lie in (0, 1]")
         if not 0 < self.kv_cache_gib < math.inf:
@@ -197,6 +200,10 @@ class EngineConfig:
         if longest > model.max_position_embeddings:
             raise ValueError(f"max_model_len={longest} is above max_position_embeddings="
                              f"{model.max_position_embeddings} of the model")
+        block_size = self.block_size or (256 if on_gpu else 16)
+        if self.max_model_len and self.num_kv_blocks and self.num_kv_blocks * block_size < self.max_model_len:
+            raise ValueError(f"num_kv_blocks={self.num_kv_blocks} x block_size={block_size} tokens are fewer than max_model_len="
+                             f"{self.max_model_len}: lower max_model_len, or raise num_kv_blocks")
         max_num_batched_tokens = self.max_num_batched_tokens or max(16_384 if on_gpu else 2_048, self.max_num_seqs)
         if max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
@@ -209,4 +216,4 @@ class EngineConfig:
         dtype = str(model.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         return replace(self, device=device, dtype=dtype,
                        max_num_batched_tokens=max_num_batched_tokens,
-                       block_size=self.block_size or (256 if on_gpu else 16))
+                       block_size=block_size)

@@ -159,6 +159,7 @@ def test_counts_without_a_default_to_fall_back_on_are_needed(name: str) -> None:
     ("options", "said"),
     [
         ({"dtype": "float8"}, "dtype='float8' is unknown; supported: auto, bfloat16"),
+        ({"device": "tpu"}, "device='tpu' is unknown; supported: auto, cpu, cuda"),
         ({"gpu_memory_utilization": 0.0}, r"gpu_memory_utilization=0\.0 must lie in \(0, 1\]"),
         ({"gpu_memory_utilization": 1.1}, r"gpu_memory_utilization=1\.1"),
         ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization=nan"),

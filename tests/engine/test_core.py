@@ -285,8 +285,9 @@ def test_the_longest_sequence_is_what_the_cache_holds(checkpoint: MakeCheckpoint
 
 
 def test_a_cache_too_small_for_the_longest_sequence_is_refused(checkpoint: MakeCheckpoint) -> None:
-    with pytest.raises(ValueError, match="num_kv_blocks=3 x block_size=16 tokens, fewer than max_model_len=49"):
-        Core(checkpoint(), SoloGroup(), block_size=16, num_kv_blocks=3, max_model_len=49)
+    # A block of 2 layers x 2 x 3 heads x 16 slots x 8 x 4 bytes is 6 KiB.
+    with pytest.raises(ValueError, match=r"num_kv_blocks=3 x block_size=16 tokens, fewer than max_model_len=100"):
+        Core(checkpoint(), SoloGroup(), block_size=16, num_kv_blocks=None, kv_cache_gib=19 / 2**20, max_model_len=100)
     with pytest.raises(ValueError, match=r"num_kv_blocks=0 .*give the cache more memory"):
         Core(checkpoint(), SoloGroup(), num_kv_blocks=None, kv_cache_gib=1e-9)
 
