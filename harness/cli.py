@@ -99,16 +99,19 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
 ) -> None:
-    """Generate text. Standard output holds the text alone."""
+    """Generate text. Standard output holds the text alone, as it comes."""
     try:
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
         with LLM(_folder(model), tensor_parallel_size=tp, fabric=fabric, dtype=dtype, device=device) as llm:
-            (output,) = llm.generate([_chat_ids(llm, prompt)], params)
+            for item in llm.stream(_as_chat(llm, prompt), params):
+                for completion in item.outputs:
+                    sys.stdout.write(completion.text)
+                sys.stdout.flush()
     except ValueError as error:
         _fail(str(error), USAGE)
     except (RankFailure, OSError, RuntimeError) as error:
         _fail(f"could not run: {error}", COULD_NOT_RUN)
-    sys.stdout.write(output.outputs[0].text + "\n")
+    sys.stdout.write("\n")
 
 
 @app.command("fetch")
@@ -117,11 +120,11 @@ def fetch_command(model: Model = DEFAULT_MODEL) -> None:
     sys.stdout.write(f"{_folder(model)}\n")
 
 
-def _chat_ids(llm: LLM, prompt: str) -> Any:
-    if llm.tokenizer is None or llm.tokenizer.chat_template is None:
+def _as_chat(llm: LLM, prompt: str) -> Any:
+    """The prompt as a user's message, or plain where the model has no chat template."""
+    if llm.tokenizer is None or not llm.tokenizer.chat_template:
         return prompt
-    chat = [{"role": "user", "content": prompt}]
-    return llm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return llm.preprocess_chat([{"role": "user", "content": prompt}])
 
 
 def _folder(model: str) -> Path:
