@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +21,18 @@ UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, 
 EXACT_INTEGER_LIMIT = {"bfloat16": 2**8, "float16": 2**11, "float32": 2**24, "float64": 2**53}
 """Integers up to this in magnitude are exact in the dtype, so sums that stay within it are exact in any order."""
 
-BASELINE_FACTOR = 8.0
-"""k: how many times the baseline's error a candidate's may be. Correct code is heavy-tailed: on ill-conditioned tokens of a
-real model (bfloat16, ranks 1 to 4, three sequences a seed) the worst seen was 4.2, the median 0.8."""
+Statistic = Literal["typical", "row", "element"]
+"""Three ways to say in one number how far a tensor ``[T, F]`` is off, each with a budget of its own: the median over the rows
+of their root mean squares, sharp when much is off by a little; the worst row's, sharp when a row is; the worst element."""
 
-ROUNDOFF_FACTOR = 8.0
-"""c: the floor of the budget, in units of roundoff times the scale of the values."""
+BASELINE_FACTOR: dict[Statistic, float] = {"typical": 8.0, "row": 8.0, "element": 8.0}
+"""k: how many times the baseline's error a candidate's may be, by statistic."""
+
+ROUNDOFF_FACTOR: dict[Statistic, float] = {"typical": 8.0, "row": 8.0, "element": 8.0}
+"""c: the floor of the budget, in units of roundoff times the scale of the values. For when the baseline was lucky."""
+
+FEWEST_FOR_TYPICAL = 64
+"""Of fewer values the baseline's median is a matter of luck: the other two statistics judge those alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +44,16 @@ class Comparison:
     compared: int
     """Values compared."""
     row: int = -1
-    """The worst row."""
+    """The worst row; -1 if no single one is over budget, but their median."""
 
     @property
     def ok(self) -> bool:
         return self.error_over_budget <= 1
+
+    @property
+    def where(self) -> str:
+        """What is off the most: a row, or none by itself."""
+        return "the median row" if self.row < 0 else f"row {self.row}"
 
 
 def same_bits(candidate: Tensor, expected: Tensor) -> bool:
@@ -69,31 +81,57 @@ def reduction(candidate: Tensor, parts: list[Tensor], dtype: str) -> Comparison:
     return _worst((candidate.double() - exact).abs().reshape(1, -1), budget.reshape(1, -1))
 
 
-def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str) -> Comparison:
-    """Computation: rows of a candidate against ``max(k * baseline error, c * u * scale)``.
+def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> Comparison:
+    """Computation: a candidate ``[T, F]`` against ``max(k * baseline error, c * u * scale)``, by all three statistics.
 
-    ``[T, F]`` each. Two errors are judged: a row's root mean square, sharp when a whole row is off by a little, and its
-    largest element, sharp when one element is off by a lot. The baseline's error is its worst row's; the scale is the exact
-    values' root mean square (times the reach of a maximum over F values, for the largest element).
+    Args:
+        scale: ``[T, F]``, of what was summed, ``|x| @ |W|.T + |b|`` for a layer: errors are measured in units of it. By default
+            the exact values' root mean square, times the reach of a maximum over F values for the largest element.
     """
-    ratio_T = row_errors(candidate, baseline, exact, dtype)
+    ratio_T = row_errors(candidate, baseline, exact, dtype, scale)
     if not ratio_T.numel():
         return Comparison(error_over_budget=0.0, compared=0)
     row = int(ratio_T.argmax())
-    return Comparison(error_over_budget=ratio_T[row].item(), compared=candidate.numel(), row=row)
+    worst, typical = ratio_T[row].item(), typical_error(candidate, baseline, exact, dtype, scale)
+    if typical > max(1.0, worst):
+        return Comparison(error_over_budget=typical, compared=candidate.numel())
+    return Comparison(error_over_budget=max(worst, typical), compared=candidate.numel(), row=row)
 
 
-def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str) -> Tensor:
-    """``[T]``: the error of each row as a fraction of its budget, by the rule of :func:`computation`."""
-    exact, error, own = exact.double(), candidate.double() - exact.double(), baseline.double() - exact.double()
+def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
+    """``[T]``: how far each row is off, by root mean square and by largest element, as a fraction of its budget.
+
+    The baseline's error is its worst row's.
+    """
     if not exact.numel():
-        return exact.new_zeros(len(exact))
-    scale = _rms(exact.reshape(1, -1))
-    floor = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[dtype] * scale
-    reach = math.sqrt(2 * math.log(max(2, exact.shape[-1])))  # of the largest of F normal values, in standard deviations
-    by_rms = _ratio(_rms(error), torch.clamp(BASELINE_FACTOR * _rms(own).max(), min=floor.item()))
-    by_max = _ratio(error.abs().amax(-1), torch.clamp(BASELINE_FACTOR * own.abs().max(), min=floor.item() * reach))
-    return torch.maximum(by_rms, by_max)
+        return exact.new_zeros(len(exact), dtype=torch.float64)
+    error, own = row_sizes(candidate, exact, dtype, scale), row_sizes(baseline, exact, dtype, scale)
+    return torch.maximum(_over_budget(error["row"], own["row"].max(), "row"),
+                         _over_budget(error["element"], own["element"].max(), "element"))
+
+
+def typical_error(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> float:
+    """How far the median row is off, by root mean square, as a fraction of its budget; 0 for a tensor too small for that.
+
+    A few ill-conditioned rows make the worst row's error heavy-tailed, and its budget wide. The median has a narrow one: it
+    sees what is off by a little in most rows.
+    """
+    if exact.numel() < FEWEST_FOR_TYPICAL:
+        return 0.0
+    error, own = row_sizes(candidate, exact, dtype, scale)["row"], row_sizes(baseline, exact, dtype, scale)["row"]
+    return _over_budget(error.median(), own.median(), "typical").item()  # NaN where a row has NaN
+
+
+def row_sizes(values: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> dict[Literal["row", "element"], Tensor]:
+    """``[T]`` each: the error of every row, root mean square and largest element, in units of roundoff times scale."""
+    exact = exact.double()
+    error = (values.double() - exact).abs()
+    if scale is None:
+        unit = UNIT_ROUNDOFF[dtype] * _rms(exact.reshape(1, -1))
+        reach = math.sqrt(2 * math.log(max(2, exact.shape[-1])))  # of the largest of F normal values, in standard deviations
+        return {"row": _ratio(_rms(error), unit), "element": _ratio(error.amax(-1), unit * reach)}
+    error = _ratio(error, UNIT_ROUNDOFF[dtype] * scale.double())
+    return {"row": _rms(error), "element": error.amax(-1)}
 
 
 def near_tie_margin(baseline: Tensor, exact: Tensor, dtype: str) -> float:
@@ -101,8 +139,8 @@ def near_tie_margin(baseline: Tensor, exact: Tensor, dtype: str) -> float:
     exact = exact.double()
     own = (baseline.double() - exact).abs().max().item()
     reach = math.sqrt(2 * math.log(max(2, exact.shape[-1])))
-    floor = ROUNDOFF_FACTOR * UNIT_ROUNDOFF[dtype] * _rms(exact.reshape(1, -1)).item() * reach
-    return 2 * max(BASELINE_FACTOR * own, floor)
+    floor = ROUNDOFF_FACTOR["element"] * UNIT_ROUNDOFF[dtype] * _rms(exact.reshape(1, -1)).item() * reach
+    return 2 * max(BASELINE_FACTOR["element"] * own, floor)
 
 
 def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: int, baseline_total: int) -> bool:
@@ -120,6 +158,12 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean(dim=-1).sqrt()
 
 
+def _over_budget(error: Tensor, own: Tensor, statistic: Statistic) -> Tensor:
+    """Errors as fractions of the budget that the baseline's ``own`` error gives them; all in units of roundoff times scale."""
+    budget = torch.clamp(BASELINE_FACTOR[statistic] * own, min=ROUNDOFF_FACTOR[statistic])
+    return _ratio(error, torch.where(torch.isfinite(own), budget, 0.0))  # a baseline of NaN allows nothing
+
+
 def _worst(error: Tensor, budget: Tensor) -> Comparison:
     ratio = _ratio(error, budget)
     if not ratio.numel():
@@ -129,6 +173,6 @@ def _worst(error: Tensor, budget: Tensor) -> Comparison:
 
 
 def _ratio(error: Tensor, budget: Tensor) -> Tensor:
-    """Errors as fractions of their budgets; infinite for NaN, and for any error where there is no budget."""
+    """Infinite for NaN; 0 for no error, whatever the budget."""
     ratio = torch.where(error == 0, 0.0, error / budget)
     return torch.where(torch.isfinite(ratio), ratio, math.inf)

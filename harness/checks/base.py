@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from engine.parallel.ranks import Ranks
 from harness.truth import Truth
 
@@ -20,6 +22,8 @@ class CheckContext:
     options: dict[str, Any]
     """Engine options that the subject was loaded with."""
     seed: int
+    case: dict[str, Any] | None = None
+    """Only this case, as an earlier finding's ``Outcome.case`` has it; None: draw as many as the check wants."""
 
     @property
     def dtype(self) -> str:
@@ -39,6 +43,10 @@ class Outcome:
     module: str | None = None
     excused: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    case: dict[str, Any] = field(default_factory=dict)
+    """Of a finding: what was drawn, as JSON values; enough for the check to run it alone again."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """Of a finding: what was given, found and expected."""
 
 
 Check = Callable[[CheckContext], Outcome]
