@@ -74,6 +74,8 @@ class StepBatch:
     """int32, ``cu_seqlens`` of the sequences after those, from 0"""
     max_decode_context_len: int
     """Longest of the ``context_lens`` of the first ``num_decodes``; 0 if there are none"""
+    max_prefill_len: int
+    """Most tokens in this step of one of the other sequences; 0 if there are none"""
     has_in_flight: bool
 
     @property
@@ -139,6 +141,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
         num_decodes=num_decodes,
         prefill_cu_seqlens_S1=torch.from_numpy((cu_seqlens[num_decodes:] - num_decodes).astype(np.int32)),
         max_decode_context_len=int(context_lens[:num_decodes].max(initial=0)),
+        max_prefill_len=int(lengths[num_decodes:].max(initial=0)),
         has_in_flight=any(chunk.in_flight for chunk in chunks),
     )
 
@@ -190,5 +193,6 @@ def profiling_batch(num_seqs: int, length: int) -> StepBatch:
             temperature_R=zeros_R, top_k_R=zeros_R.int(), top_p_R=zeros_R + 1, seed_R=zeros_R.long(), position_R=zeros_R.long(),
             banned_row_X=zeros_R[:0].long(), banned_token_X=zeros_R[:0].long(), all_greedy=True, filters=False,
         ),
-        num_decodes=0, prefill_cu_seqlens_S1=starts, max_decode_context_len=0, has_in_flight=False,
+        num_decodes=0, prefill_cu_seqlens_S1=starts, max_decode_context_len=0, max_prefill_len=length,
+        has_in_flight=False,
     )

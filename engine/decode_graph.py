@@ -119,7 +119,7 @@ class DecodeStep:
                 position_R=inputs.context_S.long(), banned_row_X=nothing, banned_token_X=nothing, all_greedy=False, filters=False,
             ),
             num_decodes=self.num_seqs, prefill_cu_seqlens_S1=self.cu_seqlens_S1[:1],
-            max_decode_context_len=self.max_context_len, has_in_flight=True,
+            max_decode_context_len=self.max_context_len, max_prefill_len=0, has_in_flight=True,
         )
 
 

@@ -111,6 +111,7 @@ def test_every_sequence_gets_its_span_context_blocks_and_row(step: tuple[list[Ch
     decodes = [chunk for chunk in chunks if chunk.num_tokens == 1]
     assert batch.max_decode_context_len == max((chunk.start + 1 for chunk in decodes), default=0)
     prefills = [chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1]
+    assert batch.max_prefill_len == max(prefills, default=0)
     assert batch.prefill_cu_seqlens_S1.tolist() == [sum(prefills[:count]) for count in range(len(prefills) + 1)]
     assert batch.sample_S.tolist() == [index for index, chunk in enumerate(chunks) if chunk.samples]
 
