@@ -149,6 +149,7 @@ class EngineConfig:
     """What joins the ranks: ``auto``, ``solo``, ``threads``, ``gloo`` or ``nccl``."""
     device: str = "auto"
     dtype: str = "auto"
+    """``auto``: the checkpoint's on a GPU; at least float32 on a CPU, where 16-bit arithmetic is no faster and rounds more."""
     attention_backend: str = "auto"
     max_model_len: int | None = None
     """Longest sequence in tokens, prompt and output together; by default the model's own limit, or what the cache holds."""
@@ -213,7 +214,8 @@ class EngineConfig:
                 raise ValueError(f"max_num_batched_tokens={max_num_batched_tokens} is below max_model_len={longest}: "
                                  "without chunked prefill a whole prompt must fit in one step")
             max_num_batched_tokens = longest
-        dtype = str(model.dtype).removeprefix("torch.") if self.dtype == "auto" else self.dtype
+        own = model.dtype if on_gpu else torch.promote_types(model.dtype, torch.float32)
+        dtype = str(own).removeprefix("torch.") if self.dtype == "auto" else self.dtype
         return replace(self, device=device, dtype=dtype,
                        max_num_batched_tokens=max_num_batched_tokens,
                        block_size=block_size)

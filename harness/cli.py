@@ -93,7 +93,8 @@ def generate_command(
     prompt: Annotated[str, typer.Argument(help="Text; the model's chat template is applied if it has one.")],
     tp: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
     fabric: Annotated[str, typer.Option(help="auto, gloo, threads or nccl.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's on a GPU, float32 on a CPU), bfloat16, float16 or "
+                                           "float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
