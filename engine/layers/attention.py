@@ -41,6 +41,9 @@ class Attention(nn.Module):
 
 def allocate_cache(num_layers: int, num_blocks: int, heads: HeadShard, block_size: int, head_dim: int, *,
                    dtype: torch.dtype, device: torch.device) -> list[LayerCache]:
-    """An empty cache for every layer. Its content means nothing until written: it is never read before."""
+    """An empty cache for every layer. Its content means nothing until written, and counts for nothing.
+
+    Zeros all the same: kernels that load whole blocks multiply free slots by a probability of zero, which hides no NaN.
+    """
     shape = (num_layers, 2, num_blocks, heads.local_num_kv_heads, block_size, head_dim)
-    return [LayerCache(k, v) for k, v in torch.empty(shape, dtype=dtype, device=device)]
+    return [LayerCache(k, v) for k, v in torch.zeros(shape, dtype=dtype, device=device)]

@@ -19,6 +19,7 @@ from engine.kernels.attention_torch import paged_attention_torch
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
+from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.sharding import HeadShard
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,15 @@ class TorchBackend:
 
     name = "torch"
     capturable = False
+    requires = "torch"
 
     def __init__(self, layout: AttentionLayout) -> None:
         self.scale = layout.head_dim**-0.5
         self.kv_of_q = list(layout.heads.kv_of_q)
+
+    @staticmethod
+    def is_installed() -> bool:
+        return True
 
     @staticmethod
     def refusal(layout: AttentionLayout) -> str | None:
@@ -78,6 +84,7 @@ class TritonBackend:
 
     name = "triton"
     capturable = True
+    requires = "triton"
 
     def __init__(self, layout: AttentionLayout) -> None:
         heads, device = layout.heads, layout.device
@@ -86,6 +93,10 @@ class TritonBackend:
         self.q_count_N = torch.tensor(heads.q_counts, dtype=torch.int32, device=device)
         self.kv_of_q_Q = torch.tensor(heads.kv_of_q, dtype=torch.int32, device=device)
         self.max_group = max(heads.q_counts)
+
+    @staticmethod
+    def is_installed() -> bool:
+        return find_spec("triton") is not None
 
     @staticmethod
     def refusal(layout: AttentionLayout) -> str | None:
@@ -113,8 +124,11 @@ class TritonBackend:
         return out_TQH
 
 
-BACKENDS: dict[str, type[TorchBackend] | type[TritonBackend]] = {"triton": TritonBackend, "torch": TorchBackend}
-"""In the order in which ``auto`` tries them."""
+BACKENDS: dict[str, type[TorchBackend] | type[TritonBackend] | type[FlashAttnBackend]] = {
+    backend.name: backend for backend in (TritonBackend, TorchBackend, FlashAttnBackend)
+}
+AUTO = ("triton", "torch")
+"""What ``auto`` tries, in this order, and what a backend that was asked for by name gives way to."""
 
 
 def select_backend(name: str, layout: AttentionLayout) -> AttentionBackend:
@@ -128,10 +142,12 @@ def select_backend(name: str, layout: AttentionLayout) -> AttentionBackend:
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"attention_backend={name!r} is unknown; supported: auto, {', '.join(BACKENDS)}")
-    if name == "triton" and find_spec("triton") is None:
-        raise ValueError(f"attention_backend={name!r} is not installed; installed: torch")
+    if name != "auto" and not BACKENDS[name].is_installed():
+        installed = ", ".join(other for other, backend in BACKENDS.items() if backend.is_installed())
+        raise ValueError(f"attention_backend={name!r} is not installed: it needs {BACKENDS[name].requires}; "
+                         f"installed: {installed}")
     refused: list[str] = []
-    for candidate in dict.fromkeys([name, *BACKENDS] if name != "auto" else BACKENDS):
+    for candidate in AUTO if name == "auto" else dict.fromkeys((name, *AUTO)):
         refusal = BACKENDS[candidate].refusal(layout)
         if refusal is None:
             if refused and name != "auto":
