@@ -12,8 +12,8 @@ class Detokenizer:
     """The text of one completion, which only ever grows.
 
     A token is decoded together with the ones before it, since what it stands for may depend on them: the first token of a
-    text often loses its space. Tokens whose text ends in U+FFFD are kept until the rest of the character has come; a character
-    that never becomes whole is left out. The text is a function of the token ids, however they arrive.
+    text often loses its space. U+FFFD at the end is kept back until the rest of the character has come; a character that never
+    becomes whole is left out. The text is a function of the token ids, however they arrive.
 
     Args:
         decode: token ids to text.
@@ -39,12 +39,13 @@ class Detokenizer:
         self._num_exempt_tokens = min_tokens
         self._num_exempt = 0  # characters in which a stop string may not end
         self._num_tokens = 0
-        # The last tokens whose text is out, then those whose text is not.
+        # Tokens that the next ones are decoded with: the last whose text is out, then those that end inside a character.
         self._ids = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
         self._context_text = decode(self._ids)
         if self._context_text.endswith(REPLACEMENT):  # the prompt itself ends inside a character
             self._ids, self._context_text = [], ""
         self._num_context = len(self._ids)
+        self._num_out = 0  # characters after the context that are out
 
     def push(self, token_id: int) -> None:
         """Take the next token."""
@@ -52,14 +53,16 @@ class Detokenizer:
         self._num_tokens += 1
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        new = "" if text.endswith(REPLACEMENT) else self._without_context(text)
-        if new:
+        whole = self._after_context(text)
+        self._take(whole[self._num_out :])
+        if whole and not text.endswith(REPLACEMENT):
             self._ids = self._ids[self._num_context :]
-            self._num_context, self._context_text = len(self._ids), self._decode(self._ids)
-        self._take(new)
+            self._num_context, self._context_text, self._num_out = len(self._ids), self._decode(self._ids), 0
+        else:
+            self._num_out = max(self._num_out, len(whole))
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Take several tokens: the same text as by ``push``, at a fraction of the time where there are no stop strings."""
+        """Take all tokens at once: the same text as by ``push``, in a fraction of the time where there are no stop strings."""
         text = self._decode([*self._ids, *token_ids])
         if self._stop or REPLACEMENT in text:
             for token_id in token_ids:
@@ -68,24 +71,20 @@ class Detokenizer:
             return
         self._num_tokens += len(token_ids)
         self._ids.extend(token_ids)
-        new = self._without_context(text)
-        if new:
-            self._num_context, self._context_text = len(self._ids), text
-        self._take(new)
+        whole = self._after_context(text)
+        self._take(whole[self._num_out :])
+        self._num_out = len(whole)
 
     def finish(self) -> None:
         """No token follows: what was held back comes out, but for an unfinished character at the end."""
-        if self.stop_string is None:
-            self._take(self._without_context(self._decode(self._ids)).rstrip(REPLACEMENT))
-            self._ids = self._ids[: self._num_context]
         self.num_safe = len(self.text)
 
-    def _without_context(self, text: str) -> str:
-        """The text of the tokens after the context, ``text`` being that of both."""
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        # A byte that fits nowhere can turn what came before it to U+FFFD. That is out already.
-        return self._decode(self._ids[self._num_context :])
+    def _after_context(self, text: str) -> str:
+        """The whole characters that the tokens after the context stand for, ``text`` being that of both."""
+        if not text.startswith(self._context_text):
+            # A byte that fits nowhere can turn what came before it to U+FFFD. That is out already.
+            return self._decode(self._ids[self._num_context :]).rstrip(REPLACEMENT)
+        return text[len(self._context_text) :].rstrip(REPLACEMENT)
 
     def _take(self, new: str) -> None:
         """Add text, stop at a stop string, hold back what may become one."""
