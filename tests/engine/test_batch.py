@@ -14,7 +14,7 @@ from engine.batch import IN_FLIGHT, StepBatch, build_batch
 from engine.sampling import SamplingParams
 from engine.scheduler import Chunk
 from engine.sequence import Request, Sequence
-from tests.engine.support import MANY
+from tests.engine.support import FEW, MANY
 
 
 def sequence_of(prompt: list[int], *, blocks: list[int], row: int = 0, seed: int = 0, **params: Any) -> Sequence:
@@ -180,6 +180,7 @@ def test_seeds_keep_all_their_bits() -> None:
     assert build_batch([chunk_of(sequence, 0, 1)], 2).sampling.seed_R.tolist() == [2**63 - 1]
 
 
+@FEW
 @given(st.floats(0, 1e-5, exclude_max=True))
 def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
     sampling = build_batch([chunk_of(sequence_of([1], blocks=[0], temperature=temperature), 0, 1)], 2).sampling

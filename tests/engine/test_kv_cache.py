@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -247,4 +247,4 @@ class BlocksComeAndGo(RuleBasedStateMachine):
 
 
 TestBlocksComeAndGo = BlocksComeAndGo.TestCase
-TestBlocksComeAndGo.settings = MANY
+TestBlocksComeAndGo.settings = settings(MANY, max_examples=40)

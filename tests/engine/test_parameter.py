@@ -15,7 +15,7 @@ from engine.parallel.parameter import (
     rows_of,
 )
 from engine.weights import check_written
-from tests.engine.support import MANY, OnDisk
+from tests.engine.support import FEW, MANY, OnDisk
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> ShardParameter:
@@ -88,6 +88,7 @@ def test_a_value_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
         parameter(3, 2).write(torch.zeros(shape), rows=range(3))
 
 
+@FEW
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.lists(st.integers(1, 5), min_size=1, max_size=3))
 def test_a_checkpoint_tensor_must_have_the_shape_that_the_config_asks_for(shape: list[int], other: list[int]) -> None:
     check_shape(torch.zeros(shape), shape)

@@ -23,7 +23,7 @@ from engine.kv_cache import ROOT_HASH, BlockManager, hash_block
 from engine.sampling import SamplingParams
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import Request, Sequence
-from tests.engine.support import MANY
+from tests.engine.support import FEW, MANY
 
 Tokens = tuple[int, ...]
 VOCAB_SIZE = 3
@@ -318,7 +318,7 @@ class Serving(RuleBasedStateMachine):
 
 
 TestServing = Serving.TestCase
-TestServing.settings = settings(MANY, max_examples=60, stateful_step_count=30)
+TestServing.settings = settings(MANY, max_examples=40, stateful_step_count=30)
 
 
 class HashOfOneBlock(BlockManager):
@@ -473,7 +473,7 @@ def test_the_model_notices(fault: type[BlockManager] | type[Scheduler]) -> None:
 
 
 def test_the_crowd_itself_passes() -> None:
-    run_state_machine_as_test(Crowded, settings=settings(FOUND_SOON, max_examples=30))
+    run_state_machine_as_test(Crowded, settings=settings(FOUND_SOON, max_examples=15))
 
 
 def make_request(number: int, prompt: Tokens, **changes: Any) -> Sequence:
@@ -572,6 +572,7 @@ def test_an_abort_frees_whatever_the_request_holds(state: str) -> None:
         assert plan.commit(step, [4]) == []
 
 
+@FEW
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_a_prompt_waits_until_its_tokens_have_room(num_blocks: int, prompt_blocks: int) -> None:
     plan = scheduler(num_blocks=num_blocks, block_size=2)

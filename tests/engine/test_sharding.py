@@ -18,7 +18,7 @@ from engine.parallel.sharding import (
     scale_range,
     vocab_shard,
 )
-from tests.engine.support import MANY, TP_SIZES
+from tests.engine.support import FEW, MANY, TP_SIZES
 
 SIZES = st.integers(1, 200)
 
@@ -151,6 +151,7 @@ def test_the_last_ranks_of_a_small_vocabulary_hold_padding_only() -> None:
     assert shards[3] == VocabShard(ids=range(5, 5), local_size=2)
 
 
+@FEW
 @given(st.integers(0, 20), st.integers(1, 8), st.integers(1, 64))
 def test_scaled_heads_are_their_rows(start: int, count: int, width: int) -> None:
     rows = scale_range(range(start, start + count), width)
@@ -163,6 +164,7 @@ def test_an_uneven_division_names_both_numbers(total: int, parts: int) -> None:
         divide(total, parts, what="heads")
 
 
+@FEW
 @given(st.integers(0, 50), st.integers(1, 50))
 def test_an_even_division_is_the_quotient(quotient: int, parts: int) -> None:
     assert divide(quotient * parts, parts) == quotient
