@@ -207,6 +207,14 @@ def test_gates_stay_within_their_budget(dtype: torch.dtype, intermediate: int) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_that_overflow_the_exponential_give_what_the_twin_gives(dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    gate = torch.tensor([[inf, -inf, nan, 0.0, -0.0, 60_000.0, -60_000.0, -150.0, 150.0]], dtype=dtype, device="cuda")
+    gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
+    torch.testing.assert_close(silu_mul(gate_up), silu_mul_torch(gate_up), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_q_heads", "num_kv_heads", "head_dim", "half"),
     [(16, 8, 128, 64), (5, 2, 64, 32), (9, 3, 64, 32), (7, 1, 80, 10), (32, 32, 40, 20)],

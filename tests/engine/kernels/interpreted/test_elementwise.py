@@ -70,6 +70,15 @@ def test_gates_agree(num_rows: int, intermediate: int, dtype: torch.dtype, seed:
     assert over_budget(silu_mul(gate_up), exact, rounding_budget(exact, exact, dtype)) <= 1
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # numpy, which interprets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gates_that_overflow_the_exponential_give_what_the_twin_gives(dtype: torch.dtype) -> None:
+    inf, nan = float("inf"), float("nan")
+    gate = torch.tensor([[inf, -inf, nan, 0.0, -0.0, 60_000.0, -60_000.0, -150.0, 150.0]], dtype=dtype)
+    gate_up = torch.cat((gate, torch.ones_like(gate)), dim=1)
+    torch.testing.assert_close(silu_mul(gate_up), silu_mul_torch(gate_up), rtol=0, atol=0, equal_nan=True)
+
+
 @settings(max_examples=16, deadline=None)
 @given(
     num_q_heads=st.sampled_from([1, 5, 9, 17]),
