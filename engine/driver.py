@@ -16,8 +16,9 @@ from engine.ongoing import OngoingRequest
 from engine.parallel.ranks import Ranks, Ticket
 from engine.sequence import Request
 
-STEPS_PER_MESSAGE = 16
-"""Steps that ranks run on one message while nobody looks at the text: fewer cost time, more make progress coarse."""
+STEPS_PER_MESSAGE = 4
+"""Steps that ranks run on one message while nobody looks at the text. The driver's work on their tokens must fit into the one step
+that runs ahead on the device, so it grows with this number and the step does not."""
 STEPS_WHILE_WATCHED = 1
 """The same while somebody reads along, or a stop string may come: what ranks run beyond it is lost."""
 
