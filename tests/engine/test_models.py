@@ -115,6 +115,20 @@ def test_chunks_and_block_sizes_make_no_difference_but_rounding(
     assert worst(logits_of(runners[block_size], SEQUENCES, schedule), exact) < MOST_ROUNDOFFS
 
 
+def test_ranks_whose_vocabulary_shard_is_padding_only_agree_too(checkpoint: MakeCheckpoint, reference: MakeReference) -> None:
+    # Five ids over four ranks are 2, 2, 1 and 0.
+    folder = checkpoint(vocab_size=5)
+    sequences = [[0, 1, 2, 3, 4, 4, 0], [4]]
+    exact = reference(folder, "exact").logits(sequences)
+
+    def job(tp: TPGroup) -> list[Tensor]:
+        return logits_of(make_runner(folder, tp, dtype="float64"), sequences, [[(0, 3), (1, 1)], [(0, 4)]])
+
+    for logits in on_ranks(4, job):
+        assert [tuple(part.shape) for part in logits] == [(7, 5), (1, 5)]
+        assert worst(logits, exact) < MOST_ROUNDOFFS
+
+
 def test_positions_up_to_the_models_limit_can_run(checkpoint: MakeCheckpoint, reference: MakeReference) -> None:
     folder = checkpoint()
     longest = [position % 131 for position in range(192)]
