@@ -12,24 +12,32 @@ from torch import Tensor
 
 from engine.parallel.ranks import Ranks
 from harness import jobs
-from harness.budgets import Comparison, computation
+from harness.budgets import computation, row_errors
+from harness.classify import Effect, Evidence, classify
 from harness.subjects import Taps
 from harness.truth import Truth
+from reference.hf import Activations
 from reference.shards import owners
+
+COMPUTED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections of one input, which engines fuse: their rows may end up in each other's place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """The first module whose output is over budget, on which rank, at which token, by how much."""
+    """The first module whose output is over budget, on which rank, from which token on, by how much, and what it is instead."""
 
     module: str
     rank: int
     token: int
     error_over_budget: float
+    """Of the worst token."""
+    effect: Effect | None = None
+    """What arithmetic tells; None if nothing."""
 
     def __str__(self) -> str:
         return (f"first over budget: {self.module} on rank {self.rank}, token {self.token}, "
-                f"{self.error_over_budget:.3g} of its budget")
+                f"{self.error_over_budget:.3g} of its budget" + (f": {self.effect}" if self.effect else ""))
 
 
 def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
@@ -40,22 +48,25 @@ def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
     by_rank: list[Taps] = ranks.run(jobs.taps, truth.script, sequence)
     exact, baseline = truth.exact_activations(sequence), truth.baseline_activations(sequence)
     for point in points(truth.config):
-        source = "inputs" if point.is_input else "outputs"
-        whole, own = getattr(exact, source)[point.module], getattr(baseline, source)[point.module]
-        worst: tuple[Comparison, int] | None = None
+        whole, own = point.of(exact), point.of(baseline)
+        worst: tuple[float, int, int] | None = None
         for rank, taps in enumerate(by_rank):
-            candidate = getattr(taps, source).get(point.module)
+            candidate = point.of(taps)
             if candidate is None:
-                raise ValueError(f"rank={rank} gave no {source} of module={point.module}: the subject must tap every module")
+                raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
             index = point.indices(truth.config, ranks.tp_size, rank, whole.shape[-1])
-            expected = whole[..., index]
-            if candidate.shape != expected.shape:
-                return Place(module=point.label, rank=rank, token=0, error_over_budget=float("inf"))
-            verdict = computation(candidate, own[..., index], expected, truth.dtype)
-            if worst is None or verdict.error_over_budget > worst[0].error_over_budget:
-                worst = verdict, rank
-        if worst is not None and not worst[0].ok:
-            return Place(module=point.label, rank=worst[1], token=worst[0].row, error_over_budget=worst[0].error_over_budget)
+            if candidate.shape != whole[..., index].shape:
+                worst = float("inf"), rank, 0
+                break
+            verdict = computation(candidate, own[..., index], whole[..., index], truth.dtype)
+            if verdict.error_over_budget > (worst[0] if worst else 1):
+                ratio_T = row_errors(candidate, own[..., index], whole[..., index], truth.dtype)
+                # The first token over budget, or the worst if none is by itself, but their median.
+                worst = verdict.error_over_budget, rank, int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0])
+        if worst is not None:
+            error, rank, token = worst
+            effect = classify(gather_evidence(truth, point, sequence, point.of(by_rank[rank]), ranks.tp_size, rank))
+            return Place(module=point.label, rank=rank, token=token, error_over_budget=error, effect=effect)
     return None
 
 
@@ -69,6 +80,10 @@ class Point:
     """The weight whose sharded dimension this tensor's features follow; None: whole on every rank."""
 
     @property
+    def side(self) -> str:
+        return "inputs" if self.is_input else "outputs"
+
+    @property
     def label(self) -> str:
         """The module that makes this tensor: what feeds a row-parallel projection has no module of its own."""
         if not self.is_input:
@@ -76,7 +91,12 @@ class Point:
         parent, _, last = self.module.rpartition(".")
         return f"{parent} ({'attention' if last == 'o_proj' else 'activation'}, before {last})"
 
+    def of(self, activations: Activations | Taps) -> Any:
+        """This tensor, or None if it was not recorded."""
+        return getattr(activations, self.side).get(self.module)
+
     def indices(self, config: dict[str, Any], tp_size: int, rank: int, width: int) -> Tensor:
+        """The features that a rank has of it."""
         if self.sharded_by is None:
             return torch.arange(width)
         name = f"{self.module}.weight"
@@ -106,3 +126,59 @@ def points(config: dict[str, Any]) -> Iterator[Point]:
         yield whole(f"{layer}.mlp.down_proj")
     yield whole("model.norm")
     yield whole("lm_head")
+
+
+def gather_evidence(truth: Truth, point: Point, sequence: int, candidate: Tensor, tp_size: int, rank: int) -> Evidence:
+    """All that the reference knows of how this tensor comes about."""
+    exact, config = truth.exact_activations(sequence), truth.config
+    whole = point.of(exact)
+    index = point.indices(config, tp_size, rank, whole.shape[-1])
+    parent, _, last = point.module.rpartition(".")
+    together = next((group for group in COMPUTED_TOGETHER if last in group and not point.is_input), (last,))
+    columns = {name: point.of(exact) if name == last else exact.outputs[f"{parent}.{name}"] for name in together}
+    shards = [point.indices(config, tp_size, other, whole.shape[-1]) for other in range(tp_size)] if point.sharded_by else []
+    if last == "lm_head":  # gathered, each rank's columns in one block
+        shards = _owned(config, "lm_head.weight", (whole.shape[-1], 1), tp_size)
+    parts, foreign = _parts_of(truth, point, sequence, exact, tp_size)
+    return Evidence(
+        candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=whole[:, index],
+        dtype=truth.dtype, tp_size=tp_size, parts={name: part[:, index] for name, part in parts.items()}, foreign=foreign,
+        columns=columns, own=(last, index), shards=shards, rows=_rows_like(truth, point, index),
+    )
+
+
+def _parts_of(truth: Truth, point: Point, sequence: int, exact: Activations,
+              tp_size: int) -> tuple[dict[str, Tensor], dict[tuple[int, int], Tensor]]:
+    """The addends of a whole exact output; and what they would be if a rank used another one's shard."""
+    whole, last = point.of(exact), point.module.rpartition(".")[2]
+    module = truth.exact.model.get_submodule(point.module)
+    weight = module.weight.detach().cpu()
+    if last == "embed_tokens":
+        ids_T = torch.tensor(truth.script.sequences[sequence])
+        owned = _owned(truth.config, "model.embed_tokens.weight", tuple(weight.shape), tp_size)
+        return {f"rank {rank}": whole * torch.isin(ids_T, ids)[:, None] for rank, ids in enumerate(owned)}, {}
+    bias = None if point.is_input or getattr(module, "bias", None) is None else module.bias.detach().cpu().expand_as(whole)
+    with_bias = {} if bias is None else {"bias": bias}
+    if point.is_input or last not in ("o_proj", "down_proj"):
+        return {"product": whole if bias is None else whole - bias, **with_bias}, {}
+    x_TI, owned = exact.inputs[point.module], _owned(truth.config, f"{point.module}.weight", tuple(weight.shape), tp_size)
+    products = {(rank, other): x_TI[:, mine] @ weight[:, theirs].T for rank, mine in enumerate(owned)
+                for other, theirs in enumerate(owned) if len(mine) == len(theirs)}
+    own = {f"rank {rank}": products.pop((rank, rank)) for rank in range(tp_size)}
+    return own | with_bias, products
+
+
+def _owned(config: dict[str, Any], name: str, shape: tuple[int, ...], tp_size: int) -> list[Tensor]:
+    return [torch.from_numpy(np.asarray(indices)) for indices in owners(config, name, shape, tp_size).indices]
+
+
+def _rows_like(truth: Truth, point: Point, index: Tensor) -> dict[str, Tensor]:
+    """What a stale row might be: this tensor at any token; if it is whole, also any other whole one of its width."""
+    rows: dict[str, Tensor] = {}
+    for sequence in range(len(truth.script.sequences)):
+        exact = truth.exact_activations(sequence)
+        width = point.of(exact).shape[-1]
+        for other in points(truth.config) if point.sharded_by is None else [point]:
+            if other.sharded_by == point.sharded_by and point.of(exact) is not None and other.of(exact).shape[-1] == width:
+                rows[f"{other.label} in sequence {sequence}"] = other.of(exact)[:, index]
+    return rows
