@@ -1,14 +1,16 @@
 """Does each collective that the engine uses give the right numbers, and the same bits on every rank, every time?
 
 Integers exactly, reals within the bound of rounding; odd sizes, zero rows, views that are not contiguous, and several
-collectives back to back.
+collectives back to back. Each case runs on some values, on others of the same shape, and on the first again: what is left
+over from the call before would be right if the values were the same.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,29 +52,40 @@ class CollectiveAnswer:
     compared: int
     digest: bytes
     repeats: bool
-    """A second run gave the same bits."""
+    """The same values gave the same bits again, others having come between."""
 
 
 def check_collectives(context: CheckContext) -> Outcome:
-    cases = draw_cases(random.Random(context.seed), context.dtype)
+    if context.case is None:
+        cases = draw_cases(random.Random(context.seed), context.dtype)
+    else:
+        cases = [CollectiveCase(**{**context.case, "shape": tuple(context.case["shape"])})]
     by_rank = context.ranks.run(run_cases, cases)
-    worst, compared = 0.0, 0
-    for number, case in enumerate(cases):
-        answers = [answers[number] for answers in by_rank]
-        compared += sum(answer.compared for answer in answers)
-        for rank, answer in enumerate(answers):
-            problem = None
-            if answer.error_over_budget > 1:
-                problem = "wrong values" if case.integers else f"{answer.error_over_budget:.3g} of the rounding bound"
-            elif answer.digest != answers[0].digest:
-                problem = "other bits than rank 0"
-            elif not answer.repeats:
-                problem = "other bits when repeated"
-            if problem:
-                return Outcome(cases=len(cases), compared=compared, rank=rank, module=f"TPGroup.{case.op}",
-                               error_over_budget=answer.error_over_budget, finding=f"{case}: {problem} on rank {rank}")
-            worst = max(worst, answer.error_over_budget)
-    return Outcome(cases=len(cases), compared=compared, error_over_budget=worst)
+    answers = [[answers[number] for answers in by_rank] for number in range(len(cases))]
+    compared = sum(answer.compared for case_answers in answers for answer in case_answers)
+    failing = [number for number in range(len(cases)) if _problem(cases[number], answers[number]) is not None]
+    if not failing:
+        worst = max(answer.error_over_budget for case_answers in answers for answer in case_answers)
+        return Outcome(cases=len(cases), compared=compared, error_over_budget=worst)
+    smallest = min(failing, key=lambda number: math.prod(cases[number].shape))
+    case, problem = cases[smallest], _problem(cases[smallest], answers[smallest])
+    assert problem is not None, "only cases with a problem are failing"
+    rank, what = problem
+    return Outcome(cases=len(cases), compared=compared, rank=rank, module=f"TPGroup.{case.op}", case=asdict(case),
+                   error_over_budget=answers[smallest][rank].error_over_budget, extra={"smallest_case": str(case)},
+                   finding=f"{len(failing)} of {len(cases)} cases fail, the smallest {case}: {what} on rank {rank}")
+
+
+def _problem(case: CollectiveCase, answers: Sequence[CollectiveAnswer]) -> tuple[int, str] | None:
+    """The first rank with something wrong, and what."""
+    for rank, answer in enumerate(answers):
+        if answer.error_over_budget > 1:
+            return rank, "wrong values" if case.integers else f"{answer.error_over_budget:.3g} of the rounding bound"
+        if answer.digest != answers[0].digest:
+            return rank, "other bits than rank 0"
+        if not answer.repeats:
+            return rank, "other bits when repeated"
+    return None
 
 
 def draw_cases(draw: random.Random, dtype: str, num_cases: int = NUM_CASES) -> list[CollectiveCase]:
@@ -94,23 +107,30 @@ def run_cases(rank: RankContext, cases: Sequence[CollectiveCase]) -> list[Collec
 
 
 def _run_case(rank: RankContext, case: CollectiveCase) -> CollectiveAnswer:
-    parts = [_draw_part(case, other, rank.tp.size) for other in range(rank.tp.size)]
+    draws = [[_draw_part(each, other, rank.tp.size) for other in range(rank.tp.size)]
+             for each in (case, replace(case, seed=case.seed ^ 1))]
+    own = [parts[rank.tp.rank].to(rank.device) for parts in draws]
     if case.op == "all_reduce_min":
-        values = [int(part.double().sum()) for part in parts]
-        smallest = [rank.tp.all_reduce_min(values[rank.tp.rank]) for _ in range(2)]
-        wrong = 0.0 if smallest[0] == min(values) else float("inf")
-        return CollectiveAnswer(error_over_budget=wrong, compared=1, digest=repr(smallest[0]).encode(),
-                                repeats=smallest[0] == smallest[1])
-    results = [_collect(rank, case, parts[rank.tp.rank].to(rank.device)).cpu() for _ in range(2)]
+        values = [[int(part.double().sum()) for part in parts] for parts in draws]
+        found = [rank.tp.all_reduce_min(values[number][rank.tp.rank]) for number in (0, 1, 0)]
+        wrong = 0.0 if found[:2] == [min(each) for each in values] else float("inf")
+        return CollectiveAnswer(error_over_budget=wrong, compared=2, digest=repr(found).encode(), repeats=found[0] == found[2])
+    first, other, again = (_collect(rank, case, own[number]).cpu() for number in (0, 1, 0))
+    error = max(_error(case, result, parts) for result, parts in zip((first, other), draws, strict=True))
+    return CollectiveAnswer(error_over_budget=error, compared=first.numel() + other.numel(), digest=digest([first, other]),
+                            repeats=same_bits(first, again))
+
+
+def _error(case: CollectiveCase, result: Tensor, parts: list[Tensor]) -> float:
+    """As a fraction of what is allowed: of nothing for what must be exact."""
     if case.op == "all_gather":
-        right, error = same_bits(results[0], torch.cat(parts, dim=case.dim)), 0.0
-    elif case.integers:
-        right, error = same_bits(results[0], torch.stack([part.double() for part in parts]).sum(0).to(parts[0].dtype)), 0.0
-    else:
-        comparison = reduction(results[0], parts, case.dtype)
-        right, error = results[0].shape == parts[0].shape, comparison.error_over_budget
-    return CollectiveAnswer(error_over_budget=error if right else float("inf"), compared=results[0].numel(),
-                            digest=digest([results[0]]), repeats=same_bits(results[0], results[1]))
+        return 0.0 if same_bits(result, torch.cat(parts, dim=case.dim)) else float("inf")
+    if result.shape != parts[0].shape:
+        return float("inf")
+    if case.integers:
+        right = torch.stack([part.double() for part in parts]).sum(0).to(parts[0].dtype)
+        return 0.0 if same_bits(result, right) else float("inf")
+    return reduction(result, parts, case.dtype).error_over_budget
 
 
 def _collect(rank: RankContext, case: CollectiveCase, part: Tensor) -> Tensor:
