@@ -1,18 +1,33 @@
 """Are greedy ids those of the exact reference, but for near-ties that rounding may turn round?
 
 After a difference that is excused the comparison goes on, with the reference's id put in. Every rank must draw the same ids,
-greedy and sampled.
+greedy and sampled, and all of them must be in the vocabulary. Twice: with the model's own checkpoint, and with a small one of
+the same layout whose logits are all negative and whose vocabulary is padded, so that padding would win if it were let in.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
+from engine.parallel.ranks import RankContext
 from harness import jobs
 from harness.budgets import near_tie_margin, too_many_flips
 from harness.checks.base import CheckContext, Outcome
+from harness.checks.weights import small_twin
+from harness.subjects import SUBJECTS
 from harness.truth import NUM_NEW_TOKENS, Truth
+from reference.checkpoints import random_checkpoint
+
+Draw = Callable[[Sequence[Sequence[int]], Mapping[str, Any]], list[list[list[int]]]]
+"""Prompts and sampling parameters -> by rank, the token ids after each prompt."""
+
+TWIN_PROMPT_LENGTHS = (3, 5)
 
 
 @dataclass(slots=True)
@@ -32,7 +47,51 @@ class _Prompt:
 
 
 def check_generation(context: CheckContext) -> Outcome:
-    truth = context.truth
+    outcome = _compare(context, context.truth, lambda prompts, params: context.ranks.run(jobs.generate, prompts, params))
+    if outcome.finding is not None:
+        return outcome
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        folder = negative_logits_checkpoint(Path(scratch), small_twin(context.truth.config, context.ranks.tp_size),
+                                            dtype=context.dtype, seed=context.seed)
+        twin = Truth(folder, dtype=context.dtype, seed=context.seed, device=context.truth.device,
+                     prompt_lengths=TWIN_PROMPT_LENGTHS)
+        negative = _compare(context, twin, lambda prompts, params: context.ranks.run(
+            load_and_generate, context.subject, folder, context.dtype, prompts, params))
+    cases, compared = outcome.cases + negative.cases, outcome.compared + negative.compared
+    if negative.finding is not None:
+        return Outcome(cases=cases, compared=compared, rank=negative.rank, module=negative.module,
+                       error_over_budget=negative.error_over_budget, finding=f"where all logits are negative: {negative.finding}")
+    return Outcome(cases=cases, compared=compared, excused=outcome.excused, extra=outcome.extra)
+
+
+def negative_logits_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
+    """A random model whose logits are about -18, give or take 2: feature 0 is 4 in every hidden state, and the final norm
+    turns its sign round before the LM head multiplies it by 4 again.
+    """
+    random_checkpoint(folder, config, dtype=dtype, seed=seed)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
+            tensor[0] = 0
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor[:, 0] = 4
+    tensors["model.norm.weight"][0] = -2
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def load_and_generate(rank: RankContext, subject: str, folder: Path, dtype: str, prompts: Sequence[Sequence[int]],
+                      params: Mapping[str, Any]) -> list[list[int]]:
+    """Job: generate with another checkpoint, beside the one that the rank holds."""
+    candidate = SUBJECTS[subject]()
+    candidate.load(rank, folder, dtype=dtype, options={"num_kv_blocks": 16, "block_size": 16, "max_num_batched_tokens": 64,
+                                                       "max_num_seqs": 8})
+    return candidate.generate(prompts, params)
+
+
+def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
+    """Greedy ids against the exact reference, then sampled ones against each other."""
     tie = max(near_tie_margin(baseline, exact, context.dtype)
               for baseline, exact in zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, strict=True))
     prompts = [
@@ -42,14 +101,10 @@ def check_generation(context: CheckContext) -> Outcome:
     compared = 0
     while unfinished := [prompt for prompt in prompts if prompt.left]:
         inputs = [prompt.token_ids + prompt.expected[: prompt.done] for prompt in unfinished]
-        params = {"temperature": 0.0, "max_tokens": max(prompt.left for prompt in unfinished)}
-        by_rank = context.ranks.run(jobs.generate, inputs, params)
-        if finding := _disagreement(by_rank, "greedy"):
+        by_rank = draw(inputs, {"temperature": 0.0, "max_tokens": max(prompt.left for prompt in unfinished)})
+        if finding := _malformed(by_rank, "greedy", truth):
             return Outcome(cases=len(prompts), compared=compared, **finding)
         for prompt, drawn in zip(unfinished, by_rank[0], strict=True):
-            if not drawn:
-                return Outcome(cases=len(prompts), compared=compared, rank=0,
-                               finding=f"prompt {prompt.number}, step {prompt.done}: no token was drawn")
             for token_id in drawn[: prompt.left]:
                 compared += 1
                 step = prompt.done
@@ -74,21 +129,26 @@ def check_generation(context: CheckContext) -> Outcome:
         return Outcome(cases=len(prompts), compared=compared, module="lm_head", rank=0, excused=excused, extra=extra,
                        finding=f"{flips} of {total} greedy tokens differ at near-ties, the baseline turns round "
                                f"{baseline_flips} of {baseline_total}: too often for rounding")
-    sampled = context.ranks.run(jobs.generate, truth.prompts, {"temperature": 0.8, "top_p": 0.95, "seed": context.seed,
-                                                               "max_tokens": 8})
-    if finding := _disagreement(sampled, "sampled"):
+    sampled = draw(truth.prompts, {"temperature": 0.8, "top_p": 0.95, "seed": context.seed, "max_tokens": 8})
+    if finding := _malformed(sampled, "sampled", truth):
         return Outcome(cases=len(prompts), compared=compared, **finding)
     return Outcome(cases=len(prompts), compared=compared, excused=excused, extra=extra)
 
 
-def _disagreement(by_rank: list[list[list[int]]], what: str) -> dict[str, Any]:
+def _malformed(by_rank: list[list[list[int]]], what: str, truth: Truth) -> dict[str, Any]:
+    """What is wrong with ids whatever they should be: none at all, none that exist, or others on another rank."""
     for rank, drawn in enumerate(by_rank):
         for number, (own, first) in enumerate(zip(drawn, by_rank[0], strict=True)):
+            where: dict[str, Any] = {"rank": rank, "module": "lm_head"}
+            if not own:
+                return {**where, "finding": f"{what} ids: prompt {number}: rank {rank} drew none"}
             if own != first:
                 step = next((i for i, (a, b) in enumerate(zip(own, first, strict=False)) if a != b), min(len(own), len(first)))
-                return {"rank": rank, "module": "lm_head",
-                        "finding": f"{what} ids differ between ranks: prompt {number}, step {step}: rank {rank} drew "
-                                   f"{own[step : step + 1]}, rank 0 {first[step : step + 1]}"}
+                return {**where, "finding": f"{what} ids differ between ranks: prompt {number}, step {step}: rank {rank} drew "
+                                            f"{own[step : step + 1]}, rank 0 {first[step : step + 1]}"}
+            if unknown := [token_id for token_id in own if not 0 <= token_id < truth.config["vocab_size"]]:
+                return {**where, "finding": f"{what} ids: prompt {number}: token {unknown[0]} is outside the vocabulary of "
+                                            f"{truth.config['vocab_size']}"}
     return {}
 
 
