@@ -52,15 +52,16 @@ def check_layers(context: CheckContext) -> Outcome:
         cases = [LayerCase(**context.case)]
     by_rank = context.ranks.run(run_cases, cases)
     compared = sum(answer.compared for answers in by_rank for answer in answers)
-    for number, case in enumerate(cases):
-        for rank, answers in enumerate(by_rank):
-            answer = answers[number]
-            if answer.problem:
-                return Outcome(cases=len(cases), compared=compared, rank=rank, module=case.kind, case=asdict(case),
-                               tensors=answer.tensors, error_over_budget=answer.error_over_budget,
-                               finding=f"{case}: rank {rank}: {answer.problem}")
-    worst = max((answer.error_over_budget or 0.0 for answers in by_rank for answer in answers), default=None)
-    return Outcome(cases=len(cases), compared=compared, error_over_budget=worst)
+    failing = [number for number in range(len(cases)) if any(answers[number].problem for answers in by_rank)]
+    if not failing:
+        worst = max((answer.error_over_budget or 0.0 for answers in by_rank for answer in answers), default=None)
+        return Outcome(cases=len(cases), compared=compared, error_over_budget=worst)
+    smallest = min(failing, key=lambda number: sum(out * into for _, out, into in cases[number].parts))
+    case = cases[smallest]
+    rank, answer = next((rank, answers[smallest]) for rank, answers in enumerate(by_rank) if answers[smallest].problem)
+    return Outcome(cases=len(cases), compared=compared, rank=rank, module=case.kind, case=asdict(case),
+                   tensors=answer.tensors, error_over_budget=answer.error_over_budget, extra={"smallest_case": str(case)},
+                   finding=f"{len(failing)} of {len(cases)} cases fail, the smallest {case}: rank {rank}: {answer.problem}")
 
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size: int) -> list[LayerCase]:
