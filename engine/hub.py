@@ -22,5 +22,6 @@ def find_model(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise FileNotFoundError(f"model={str(model)!r} is neither a folder nor a model that can be fetched from the hub: "
-                                f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+                                f"{reason}") from error

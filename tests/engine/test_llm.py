@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Split
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from engine import LLM, CheckpointError, RequestOutput, SamplingParams, UnsupportedModelError
+from engine import LLM, CheckpointError, RequestOutput, SamplingParams, UnsupportedModelError, hub
 from engine.parallel.ranks import RankFailure
 from engine.runner import Runner
 from tests.engine.conftest import MakeCheckpoint, MakeReference
@@ -81,7 +81,9 @@ def test_ranks_as_threads_draw_what_one_rank_draws(
 @pytest.mark.multirank
 def test_ranks_as_processes_draw_what_one_rank_draws(checkpoint: MakeCheckpoint, llm: LLM, expected: list[list[int]]) -> None:
     sampled = SamplingParams(temperature=1.1, top_p=0.95, seed=11, max_tokens=12)
-    with LLM(checkpoint(), tensor_parallel_size=2, fabric="gloo", **SMALL) as several:
+    # Chunks of eight tokens: some steps draw nothing, and gather zero rows.
+    chunked = SMALL | {"max_num_batched_tokens": 8, "max_num_seqs": 4}
+    with LLM(checkpoint(), tensor_parallel_size=2, fabric="gloo", **chunked) as several:
         assert greedy(several) == expected
         ours = ids_of(several.generate(PROMPTS, sampled, use_tqdm=False))
     assert ours == ids_of(llm.generate(PROMPTS, sampled, use_tqdm=False))
@@ -303,6 +305,29 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         LLM(tmp_path)
     with pytest.raises(FileNotFoundError, match="model='/no/such/folder' is neither a folder nor"):
         LLM("/no/such/folder")
+
+
+def test_a_hub_that_fails_without_a_word_is_told_by_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wordless(*args: Any, **options: Any) -> str:
+        raise OSError
+
+    monkeypatch.setattr(hub, "snapshot_download", wordless)
+    with pytest.raises(FileNotFoundError, match=r"model='some/model' is neither .*OSError"):
+        LLM("some/model")
+
+
+def test_ranks_that_draw_different_tokens_are_a_finding_that_names_them(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = Runner.collect
+
+    def differs(runner: Runner, drawn: Any) -> list[int]:
+        return [token ^ (runner.tp.rank == 1) for token in collect(runner, drawn)]
+
+    with LLM(checkpoint(), tensor_parallel_size=3, fabric="threads", **SMALL) as llm:
+        monkeypatch.setattr(Runner, "collect", differs)
+        with pytest.raises(RuntimeError, match=r"\b1\b.*rank 0"):
+            greedy(llm)
 
 
 def test_a_model_that_the_engine_lacks_is_named(tmp_path: Path) -> None:
