@@ -1,15 +1,36 @@
 """What all kernels share: Triton where it exists, a clear refusal where not, the twins' arithmetic."""
 
+import functools
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 try:
-    import triton
+    import triton as _triton
     import triton.language as tl
 
     HAVE_TRITON = True
+
+    def _jit(fn: Any = None, **options: Any) -> Any:
+        """``triton.jit``, but threads that come to a kernel together launch it one after the other.
+
+        Ranks may be threads. Each would compile a new kernel for itself, and eight compilations take eight times as long as one.
+        """
+        if fn is None:
+            return functools.partial(_jit, **options)
+        kernel = _triton.jit(fn, **options)
+        launch, lock = kernel.run, threading.Lock()
+
+        @functools.wraps(launch)
+        def run(*args: Any, **arguments: Any) -> Any:
+            with lock:
+                return launch(*args, **arguments)
+
+        kernel.run = run
+        return kernel
+
 except ImportError:  # macOS, or a CPU-only installation: the twins still work
     HAVE_TRITON = False
 
@@ -28,8 +49,9 @@ except ImportError:  # macOS, or a CPU-only installation: the twins still work
     def _jit(fn: Any = None, **options: Any) -> Any:
         return _KernelWithoutTriton if fn is None else _KernelWithoutTriton(fn)
 
-    triton = SimpleNamespace(jit=_jit)
     tl = SimpleNamespace(constexpr=Any)
+
+triton = SimpleNamespace(jit=_jit)
 
 __all__ = [
     "HAVE_TRITON",

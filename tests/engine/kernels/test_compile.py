@@ -6,6 +6,7 @@ Triton ships the assembler too, so a kernel that asks for more registers or shar
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,3 +118,21 @@ def test_a_kernel_that_asks_for_too_much_shared_memory_is_seen(compiled: list[An
     paged_prefill.paged_prefill(q, k_cache, v_cache, table, ints, ints[:4], ints[:2], 0.1, tile_q=128, tile=128, num_warps=8)
     with pytest.raises(AssertionError, match="does not fit"):
         _check(compiled, 1)
+
+
+def test_threads_that_come_to_a_new_kernel_together_compile_it_once(compiled: list[Any]) -> None:
+    """``compiled`` only for its driver and cache. What is compiled anew is another object."""
+    x, out = torch.zeros(4, 106), torch.zeros(4, 53)
+    together, kernels = threading.Barrier(4), []
+
+    def launch() -> None:
+        together.wait(30)
+        kernels.append(silu_mul._silu_mul_kernel.kernel.warmup(x, out, 106, 53, 64, grid=(4, 1)))
+
+    threads = [threading.Thread(target=launch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(kernels) == 4
+    assert len({id(kernel) for kernel in kernels}) == 1
