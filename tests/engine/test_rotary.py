@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from engine.config import ModelConfig
 from engine.layers.rotary import rope_tables
 from harness.budgets import same_bits
 from tests.engine.support import tiny_config
@@ -62,6 +65,18 @@ def test_tables_have_the_bits_of_transformers(model_type: str, rope: str, head_d
     # transformers has every angle twice, for both halves of a head.
     assert same_bits(torch.cat([cos, cos], dim=-1), their_cos)
     assert same_bits(torch.cat([sin, sin], dim=-1), their_sin)
+
+
+@pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])
+def test_configs_that_still_say_rope_scaling_are_understood(tmp_path: Path, rope: str) -> None:
+    scaling = {name: value for name, value in ROPES[rope].items() if name != "rope_theta"}
+    old = tiny_config(head_dim=64, max_position_embeddings=300, rope_theta=ROPES[rope]["rope_theta"], rope_scaling=scaling)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    model_config = ModelConfig.from_folder(tmp_path)
+    for ours, theirs in zip(
+        rope_tables(model_config.hf_config, 64, 300), their_tables("llama", config_of("llama", rope, 64), 300), strict=True
+    ):
+        assert same_bits(torch.cat([ours, ours], dim=-1), theirs)
 
 
 @pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])

@@ -208,11 +208,14 @@ class Serving(RuleBasedStateMachine):
         """What a step was made of, held against the rules of scheduling."""
         oldest = self.scheduler.running[0] if self.scheduler.running else None
         oldest_needs_a_step = oldest is not None and oldest.num_uncomputed > 0
+        ready = [sequence for sequence in self.scheduler.running if sequence.num_uncomputed > 0]
         computed = {number: sequence.num_computed for number, sequence in self.live.items()}
         self.chunks = chunks = self.schedule()
         sequences = [chunk.sequence for chunk in chunks]
         assert len(set(map(id, sequences))) == len(sequences), "a sequence twice in one step"
         assert not oldest_needs_a_step or oldest in sequences, "the oldest sequence must get on in every step"
+        left_out = [sequence for sequence in ready if sequence.row >= 0 and sequence not in sequences]
+        assert not left_out, "who runs gets on in every step: no prompt may keep the others from decoding"
         assert sum(chunk.num_tokens for chunk in chunks) <= self.budget
         sizes = [chunk.num_tokens > 1 for chunk in chunks]
         assert sizes == sorted(sizes), "single tokens first"
