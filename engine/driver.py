@@ -17,8 +17,8 @@ from engine.parallel.ranks import Ranks, Ticket
 from engine.sequence import Request
 
 STEPS_PER_MESSAGE = 4
-"""Steps that ranks run on one message while nobody looks at the text. The driver's work on their tokens must fit into the one step
-that runs ahead on the device, so it grows with this number and the step does not."""
+"""Steps that ranks run on one message while nobody looks at the text. The driver's work on their tokens must fit into the one
+step that runs ahead on the device, so it grows with this number and the step does not."""
 STEPS_WHILE_WATCHED = 1
 """The same while somebody reads along, or a stop string may come: what ranks run beyond it is lost."""
 
@@ -60,12 +60,15 @@ class Driver:
             self._leave(requests)
 
     def abort(self, request_id: int) -> None:
-        """Ask for a request's end, from any thread. Its owner sees to it; ids of no running request are ignored."""
+        """End a request, from any thread: the ranks hear of it at once, its owner in turn. Other ids are ignored."""
         with self._changed:
             request = self._requests.get(request_id)
-            if request is not None:
-                request.inbox.append(None)
-                self._changed.notify_all()
+            if request is None:
+                return
+            request.inbox.append(None)
+            self._end(list(request.completions))
+            self._changed.notify_all()
+        self._tidy_up()
 
     def close(self) -> None:
         """End the ranks."""
@@ -86,12 +89,16 @@ class Driver:
             self._aborts.extend(number for number in numbers if self._running.pop(number, None) is not None)
 
     def _leave(self, requests: Sequence[OngoingRequest]) -> None:
-        """Forget requests: tell the ranks what to drop, and wait for them if nothing runs any more."""
         with self._changed:
             for request in requests:
                 self._requests.pop(request.output.request_id, None)
                 self._end(list(request.completions))
-            if self._is_driven or self._failure is not None:  # who drives leaves too, and does the rest
+        self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        """Tell the ranks what to drop, and wait for them if nothing runs any more. Who drives meanwhile does both in turn."""
+        with self._changed:
+            if self._is_driven or self._failure is not None:
                 return
             self._is_driven = True
         with self._released_afterwards():
@@ -151,6 +158,6 @@ class Driver:
                 request = self._running.get(news.request_id)
                 if request is not None:
                     if news.finish_reason is not None:
-                        del self._running[news.request_id]
+                        self._running.pop(news.request_id, None)
                     request.inbox.append(news)
         return reports[0].has_work

@@ -132,7 +132,10 @@ class LLM:
         return Stream(self._driver, self._admit(prompts, sampling_params, streams=True))
 
     def abort(self, request_id: int) -> None:
-        """End a request early, from any thread; its completions get ``finish_reason="abort"``. Unknown ids are ignored."""
+        """End a request early, from any thread: its completions get ``finish_reason="abort"``, its blocks are free at once.
+
+        Ids of requests that do not run are ignored.
+        """
         self._driver.abort(request_id)
 
     def get_tokenizer(self) -> Any:
