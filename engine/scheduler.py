@@ -81,7 +81,8 @@ class Scheduler:
             num_tokens = min(num_left, budget)
             if num_tokens < num_left and not self.enable_chunked_prefill:
                 break
-            if not self.blocks.can_hold(sequence, num_shared + num_tokens, shared):
+            # Room for all of it, not for this chunk alone: what does not fit in the end is given up, and computed again.
+            if not self.blocks.can_hold(sequence, sequence.num_tokens, shared):
                 break
             self.waiting.popleft()
             self.running.append(sequence)

@@ -583,6 +583,24 @@ def test_a_prompt_waits_until_its_tokens_have_room(num_blocks: int, prompt_block
     assert bool(plan.schedule()) == (prompt_blocks <= num_blocks)
 
 
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_long_prompt_is_not_begun_before_there_is_room_for_all_of_it(caching: bool) -> None:
+    # Begun chunk by chunk beside a running sequence, it would fill the cache, give way, and start over, again and again.
+    blocks = BlockManager(64, 16, enable_prefix_caching=caching)
+    plan = Scheduler(blocks, max_num_seqs=8, max_num_batched_tokens=128)
+    plan.add(make_request(0, (1,) * 200, max_tokens=300))
+    plan.add(make_request(1, (2,) * 900, max_tokens=20))
+    num_computed = [0, 0]
+    previous: list[Chunk] = []
+    while plan.has_work:
+        chunks = plan.schedule()
+        for chunk in chunks:
+            num_computed[chunk.sequence.request.request_id] += chunk.num_tokens
+        plan.commit(previous, [7] * sum(chunk.samples for chunk in previous))
+        previous = chunks
+    assert num_computed == [499, 919]
+
+
 def test_a_core_that_cannot_go_on_says_so() -> None:
     config = SimpleNamespace(
         block_size=2, max_num_seqs=2, max_num_batched_tokens=8, enable_chunked_prefill=True, enable_prefix_caching=True
