@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from engine.parallel.ranks import RankContext, RankFailure
@@ -25,32 +23,17 @@ from harness.budgets import computation
 from reference.checkpoints import random_checkpoint, resolve
 from reference.hf import Reference
 from tests.engine.support import tiny_config
+from tests.engine.talking import EOS, TOKENS, talking_checkpoint
 
 MakeLLM = Callable[[int], LLM]
 
-# A byte-level vocabulary: 漢 and 😀 in pieces, letters and words. The last one is special.
-TOKENS = ["æ", "¼¢", "¼", "¢", "ð", "Ł", "ĺĢ", "ab", "a", "b", "Ġ", "ba", "Ġc", "<end>"]
-EOS = TOKENS.index("<end>")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'nobody' %}{{ raise_exception('who is that?') }}{% endif %}"
-    "{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}ab{% endif %}{{ suffix }}"
-)
 PROMPTS = [[8, 9, 10, 8, 9, 10, 7, 11, 12, 0], [7, 10, 7], [9], [8, 9, 10, 8, 9, 10, 7, 11, 12, 0]]
 SAMPLED = SamplingParams(temperature=1.0, seed=7, max_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("served")
-    random_checkpoint(folder, tiny_config(vocab_size=len(TOKENS), eos_token_id=EOS), seed=3)
-    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(TOKENS)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    return folder
+    return talking_checkpoint(tmp_path_factory.mktemp("served"))
 
 
 def open_llm(folder: Path, tp_size: int, **options: Any) -> LLM:

@@ -1,0 +1,31 @@
+"""A small random model that talks: few tokens, among them letters, words and parts of characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from reference.checkpoints import random_checkpoint
+from tests.engine.support import tiny_config
+
+# A byte-level vocabulary: 漢 and 😀 in pieces, letters and words. The last one is special.
+TOKENS = ["æ", "¼¢", "¼", "¢", "ð", "Ł", "ĺĢ", "ab", "a", "b", "Ġ", "ba", "Ġc", "<end>"]
+EOS = TOKENS.index("<end>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'nobody' %}{{ raise_exception('who is that?') }}{% endif %}"
+    "{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}ab{% endif %}{{ suffix }}"
+)
+
+
+def talking_checkpoint(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """Write the model, with its tokenizer, into ``folder`` and return the folder."""
+    random_checkpoint(folder, tiny_config(vocab_size=len(TOKENS), eos_token_id=EOS), seed=3)
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(TOKENS)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+    return folder
