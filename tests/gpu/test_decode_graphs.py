@@ -1,0 +1,77 @@
+"""Decode steps as CUDA graphs on one GPU, against the same steps launched kernel by kernel, and against the reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.batch import StepBatch
+from engine.decode_graph import StepInputs
+from engine.parallel.group import SoloGroup
+from engine.parallel.ranks import RankContext
+from harness import jobs
+from harness.budgets import Comparison, computation
+from harness.truth import Truth
+from tests.gpu.support import DEVICE, OPTIONS, MakeModel, count_replays, num_replays, runner_of, small_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def loaded(small_model: MakeModel, dtype: str, *, eager: bool) -> RankContext:
+    """A rank that holds the engine, in this thread."""
+    rank = RankContext(tp=SoloGroup(), device=torch.device(DEVICE, 0))
+    folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), dtype)
+    jobs.load(rank, "engine", folder, dtype, OPTIONS | {"enforce_eager": eager})
+    if eager:
+        assert runner_of(rank).graphs is None
+    else:
+        count_replays(rank)
+    return rank
+
+
+def compare(rank: RankContext, truth: Truth) -> Comparison:
+    found: list[Tensor] = jobs.logits(rank, truth.script)[1]
+    return computation(torch.cat(found), torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype)
+
+
+def test_graphs_draw_the_ids_that_kernel_by_kernel_are_drawn(small_model: MakeModel) -> None:
+    """In float32, where rounding turns no margin of this model round. Other prompts each time, other numbers of them."""
+    graphs, eager = (loaded(small_model, "float32", eager=eager) for eager in (False, True))
+    draw = random.Random(0)
+    for num_prompts, params in [
+        (1, {"temperature": 0.0, "max_tokens": 30}),
+        (5, {"temperature": 0.0, "max_tokens": 30}),
+        (8, {"temperature": 0.8, "max_tokens": 12}),
+        (3, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "max_tokens": 12}),  # the graph's draw is put right behind it
+        (2, {"temperature": 0.0, "max_tokens": 30}),
+    ]:
+        prompts = [[draw.randrange(131) for _ in range(draw.randint(1, 40))] for _ in range(num_prompts)]
+        before = num_replays(graphs)
+        assert jobs.generate(graphs, prompts, params) == jobs.generate(eager, prompts, params)
+        assert num_replays(graphs) > before
+
+
+def test_graphs_give_logits_within_budget_on_every_new_input(small_model: MakeModel) -> None:
+    rank = loaded(small_model, "bfloat16", eager=False)
+    folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), "bfloat16")
+    for seed in range(3):
+        before = num_replays(rank)
+        comparison = compare(rank, Truth(folder, dtype="bfloat16", seed=seed, device=DEVICE))
+        assert comparison.ok, f"seed {seed}: {comparison.error_over_budget:.3g} of the budget"
+        assert num_replays(rank) > before
+
+
+def test_a_graph_that_reads_an_old_length_is_over_budget(small_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = loaded(small_model, "bfloat16", eager=False)
+    folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), "bfloat16")
+    fill = StepInputs.fill
+
+    def one_behind(self: StepInputs, batch: StepBatch) -> None:
+        fill(self, batch)
+        self.context_S.sub_(1).clamp_(min=0)
+
+    monkeypatch.setattr(StepInputs, "fill", one_behind)
+    assert not compare(rank, Truth(folder, dtype="bfloat16", device=DEVICE)).ok
