@@ -46,6 +46,7 @@ class Truth:
         self.device = device
         self.prompt_lengths = prompt_lengths
         self.script_lengths = script_lengths
+        self._activations: dict[tuple[str, int], Activations] = {}
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
 
     @cached_property
@@ -98,10 +99,18 @@ class Truth:
         return self.baseline.logits(self.script.sequences)
 
     def exact_activations(self, sequence: int) -> Activations:
-        return self.exact.activations(self.script.sequences[sequence])
+        """Of one sequence of the script; computed once."""
+        return self._activations_of(self.exact, sequence)
 
     def baseline_activations(self, sequence: int) -> Activations:
-        return self.baseline.activations(self.script.sequences[sequence])
+        """The same of the baseline."""
+        return self._activations_of(self.baseline, sequence)
+
+    def _activations_of(self, reference: Reference, sequence: int) -> Activations:
+        key = reference.dtype, sequence
+        if key not in self._activations:
+            self._activations[key] = reference.activations(self.script.sequences[sequence])
+        return self._activations[key]
 
     @cached_property
     def greedy(self) -> list[GreedyResult]:
