@@ -110,8 +110,8 @@ def _zeros(evidence: Evidence, wrong_W: Tensor) -> Effect | None:
 
 def _parts(evidence: Evidence, wrong_W: Tensor) -> Effect | None:
     """Fit the candidate as a weighted sum of the parts; the weights are whole numbers, 1/tp_size or 0 if a bug made them."""
-    terms: dict[str | tuple[int, int], Tensor] = {**evidence.parts, **evidence.foreign}
-    columns = {name: term[wrong_W].double().flatten() for name, term in terms.items()}
+    terms: list[tuple[str | tuple[int, int], Tensor]] = [*evidence.parts.items(), *evidence.foreign.items()]
+    columns = {name: term[wrong_W].double().flatten() for name, term in terms}
     # A part that is zero on all wrong rows tells nothing: rank 1's of tokens that are rank 0's.
     columns = {name: column for name, column in columns.items() if column.any()}
     if not columns:
