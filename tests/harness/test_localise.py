@@ -1,0 +1,125 @@
+"""A module that is made wrong is the one that is named, on the rank on which it was made wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.parallel.ranks import RankContext, Ranks
+from harness import jobs
+from harness.budgets import computation
+from harness.faults.layouts import LAYOUTS
+from harness.localise import localise, points
+from harness.plugin import RankPools
+from harness.truth import Truth
+from tests.harness.conftest import MakeModel
+
+TP_SIZE = 3
+LAYOUT = LAYOUTS["llama-cut-group"]
+FEW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_model: MakeModel) -> Truth:
+    return Truth(tiny_model(LAYOUT.config, LAYOUT.dtype), dtype=LAYOUT.dtype, script_lengths=(11, 7, 9))
+
+
+@pytest.fixture(scope="module")
+def loaded(ranks: RankPools, truth: Truth) -> Ranks:
+    """Ranks that are threads, with the model on them."""
+    pool = ranks(TP_SIZE, fabric="threads")
+    pool.run(jobs.load, "engine", truth.folder, truth.dtype, {"block_size": 16, "num_kv_blocks": 16})
+    return pool
+
+
+def scale_rows(rank: RankContext, path: str, rows: tuple[int, int] | None, factor: float, only: int | None) -> None:
+    """Job: multiply rows of a weight (all by default) of this rank, or of one rank alone."""
+    if only in (None, rank.tp.rank):
+        weight = rank.state["subject"].runner.model.get_submodule(path).weight.data
+        weight[slice(None) if rows is None else slice(*rows)] *= factor
+
+
+@contextmanager
+def wrong(ranks: Ranks, path: str, *, rows: tuple[int, int] | None = None, only: int | None = None) -> Iterator[None]:
+    """The weight at this path is twice what it should be: a power of two, so that taking it back leaves every bit."""
+    ranks.run(scale_rows, path, rows, 2.0, only)
+    try:
+        yield
+    finally:
+        ranks.run(scale_rows, path, rows, 0.5, only)
+
+
+def test_nothing_is_named_where_nothing_is_wrong(loaded: Ranks, truth: Truth) -> None:
+    assert [localise(loaded, truth, sequence) for sequence in range(3)] == [None] * 3
+
+
+@FEW
+@given(layer=st.integers(0, 1), only=st.integers(0, TP_SIZE - 1), sequence=st.integers(0, 2),
+       where=st.sampled_from(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]))
+def test_the_module_that_was_made_wrong_is_named(loaded: Ranks, truth: Truth, layer: int, only: int, sequence: int,
+                                                 where: str) -> None:
+    parent = f"model.layers.{layer}." + ("mlp" if where in ("gate_proj", "up_proj", "down_proj") else "self_attn")
+    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
+             "up_proj": "gate_up_proj"}.get(where, where)
+    path = f"{parent}.{fused}"
+    rows = loaded.run(rows_of_part, path, where)[only]
+    with wrong(loaded, path, rows=rows, only=only):
+        place = localise(loaded, truth, sequence)
+    assert place is not None
+    assert place.module == f"{parent}.{where}"
+    if where not in ("o_proj", "down_proj"):  # after the all-reduce all ranks are wrong alike
+        assert place.rank == only
+        assert place.effect is not None
+        assert place.effect.kind == "multiplied"
+
+
+def rows_of_part(rank: RankContext, path: str, part: str) -> tuple[int, int] | None:
+    """Job: the rows of one projection in this rank's fused weight; None for all of it."""
+    sizes = getattr(rank.state["subject"].runner.model.get_submodule(path), "local_sizes", ())
+    names = ("q_proj", "k_proj", "v_proj") if len(sizes) == 3 else ("gate_proj", "up_proj")
+    if part not in names or not sizes:
+        return None
+    index = names.index(part)
+    return sum(sizes[:index]), sum(sizes[: index + 1])
+
+
+@pytest.mark.parametrize("path", ["model.layers.1.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"])
+def test_a_norm_is_named(loaded: Ranks, truth: Truth, path: str) -> None:
+    with wrong(loaded, path):
+        place = localise(loaded, truth, 0)
+    assert place is not None
+    assert (place.module, place.token) == (path, 0)
+    assert "2 times" in str(place)
+
+
+def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loaded: Ranks, truth: Truth) -> None:
+    last = truth.config["vocab_size"] - 1  # in every sequence, and on the last rank
+    local_rows = -(-truth.config["vocab_size"] // TP_SIZE)
+    row = last - local_rows * (TP_SIZE - 1)
+    with wrong(loaded, "model.embed_tokens", rows=(row, row + 1), only=TP_SIZE - 1):
+        place = localise(loaded, truth, 1)
+    assert place is not None
+    assert (place.module, place.token) == ("model.embed_tokens", truth.script.sequences[1].index(last))
+
+
+def test_points_follow_the_order_of_computation(truth: Truth) -> None:
+    labels = [point.label for point in points(truth.config)]
+    assert len(labels) == len(set(labels)) == 3 + 11 * truth.config["num_hidden_layers"]
+    assert labels[:6] == ["model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj",
+                          "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj",
+                          "model.layers.0.self_attn (attention, before o_proj)"]
+    assert labels[-2:] == ["model.norm", "lm_head"]
+
+
+def test_the_reference_is_within_its_own_budget_at_every_point(truth: Truth) -> None:
+    exact, baseline = truth.exact_activations(0), truth.baseline_activations(0)
+    for point in points(truth.config):
+        verdict = computation(point.of(baseline), point.of(baseline), point.of(exact), truth.dtype)
+        assert 0 <= verdict.error_over_budget <= 1, point.label
+        assert verdict.compared == point.of(exact).numel() > 0
+        assert torch.isfinite(point.of(baseline)).all()
