@@ -1,0 +1,130 @@
+"""Ranks as processes on GPUs of their own, joined by NCCL: every check, decode graphs with their collectives, and a death."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from engine.parallel.ranks import RankFailure, Ranks
+from harness import jobs
+from harness.checks import CHECKS
+from harness.plugin import RankPools
+from harness.truth import Truth
+from harness.verify import VerifyPlan, verify
+from tests.gpu.support import (
+    DEVICE,
+    OPTIONS,
+    MakeModel,
+    Plant,
+    check,
+    count_replays,
+    exchange_keys_and_values,
+    has_graphs,
+    num_replays,
+    shift_slots,
+    skip_all_reduce,
+    small_config,
+)
+from tests.multigpu.jobs import die_before_the_all_reduce, sum_of_ranks
+
+pytestmark = pytest.mark.multigpu
+
+FABRIC = "nccl"
+GREEDY = {"temperature": 0.0, "max_tokens": 24}
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "max_tokens": 12}
+
+
+def needs(num_gpus: int) -> Any:
+    """A tp_size to test, where there are GPUs for it."""
+    found = torch.cuda.device_count()
+    return pytest.param(num_gpus, marks=pytest.mark.skipif(found < num_gpus, reason=f"tp_size={num_gpus} and {found} GPUs"))
+
+
+@pytest.fixture
+def two_ranks(ranks: RankPools) -> Ranks:
+    """Live for the whole session: a job that kills them takes ranks of its own."""
+    return ranks(2, fabric=FABRIC, device=DEVICE)
+
+
+def drawn_prompts(seed: int, count: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(131) for _ in range(draw.randint(1, 40))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("tp_size", [needs(2), needs(3), needs(4), needs(8)])
+@pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype"), [("llama", 9, 3, "bfloat16"),
+                                                                              ("qwen3", 8, 4, "float16")])
+def test_every_check_is_green(small_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int, dtype: str,
+                              tp_size: int) -> None:
+    folder = small_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
+    report = verify(VerifyPlan(model="small", folder=folder, tp_sizes=(tp_size,), fabric=FABRIC, device=DEVICE))
+    assert [row.message for row in report.checks if row.verdict != "pass"] == []
+    assert [(row.check, row.fabric, row.dtype) for row in report.checks] == [(name, FABRIC, dtype) for name in CHECKS]
+
+
+@pytest.mark.parametrize(("plant", "argument", "module"), [
+    (None, None, None),
+    (shift_slots, 1, "model.layers.0.self_attn (attention, before o_proj)"),
+    (skip_all_reduce, 1, "model.layers.1.mlp.down_proj"),
+    (exchange_keys_and_values, 1, "model.layers.1.self_attn (attention, before o_proj)"),
+])
+def test_a_planted_fault_is_found_where_it_is_and_nothing_without_one(
+    small_model: MakeModel, two_ranks: Ranks, plant: Plant | None, argument: int, module: str | None
+) -> None:
+    truth = Truth(small_model(small_config(), "bfloat16"), dtype="bfloat16", device=DEVICE)
+    outcome = check("logits", two_ranks, truth, plant, argument, enforce_eager=True)
+    assert outcome.module == module, outcome.finding
+    assert (outcome.finding is None) == (plant is None)
+
+
+def test_graphs_with_their_collectives_draw_the_ids_that_kernel_by_kernel_are_drawn(
+    small_model: MakeModel, two_ranks: Ranks
+) -> None:
+    """In float32, where rounding turns no margin of this model round. Other prompts each time, other numbers of them."""
+    folder = small_model(small_config(), "float32")
+    rounds = [(drawn_prompts(number, count), params) for number, (count, params) in enumerate(
+        [(1, GREEDY), (5, GREEDY), (8, SAMPLED), (3, SAMPLED), (2, GREEDY)])]
+    two_ranks.run(jobs.load, "engine", folder, "float32", OPTIONS | {"enforce_eager": True}, timeout_s=120.0)
+    assert two_ranks.run(has_graphs) == [False, False]
+    eager = [two_ranks.run(jobs.generate, prompts, params, timeout_s=60.0) for prompts, params in rounds]
+    two_ranks.run(jobs.load, "engine", folder, "float32", OPTIONS, timeout_s=120.0)
+    two_ranks.run(count_replays)
+    graphs = [two_ranks.run(jobs.generate, prompts, params, timeout_s=60.0) for prompts, params in rounds]
+    assert graphs == eager
+    assert all(by_rank[0] == by_rank[1] for by_rank in graphs)
+    assert min(two_ranks.run(num_replays)) > 0
+
+
+def test_two_engines_side_by_side_do_not_disturb_each_other(small_model: MakeModel, two_ranks: Ranks) -> None:
+    """Two groups on the same GPUs, both at work at once."""
+    configs = [small_config(), small_config("qwen2", num_q_heads=10, num_kv_heads=5)]
+    models = [small_model(config, "float32") for config in configs]
+    prompts = drawn_prompts(7, 6)
+    with Ranks(2, fabric=FABRIC, device=DEVICE) as others:
+        engines = [two_ranks, others]
+        for ranks, folder in zip(engines, models, strict=True):
+            ranks.run(jobs.load, "engine", folder, "float32", OPTIONS, timeout_s=120.0)
+        alone = [ranks.run(jobs.generate, prompts, GREEDY, timeout_s=60.0) for ranks in engines]
+        tickets = [ranks.submit(jobs.generate, prompts, GREEDY) for ranks in engines]
+        together = [ranks.collect(ticket, timeout_s=90.0) for ranks, ticket in zip(engines, tickets, strict=True)]
+    assert together == alone
+    assert alone[0] != alone[1]
+    assert two_ranks.run(jobs.generate, prompts, GREEDY, timeout_s=60.0) == alone[0]
+
+
+def test_a_killed_rank_is_named_and_new_ones_work() -> None:
+    with Ranks(2, fabric=FABRIC, device=DEVICE, auto_restart=True) as ranks:
+        assert ranks.run(sum_of_ranks, timeout_s=60.0) == [3.0, 3.0]
+        started = time.monotonic()
+        with pytest.raises(RankFailure) as caught:
+            ranks.run(die_before_the_all_reduce, 1, timeout_s=60.0)
+        assert time.monotonic() - started < 30
+        first, *others = caught.value.failures.values()
+        assert (first.rank, first.kind, first.phase, first.summary) == (1, "died", "summing", "killed by SIGKILL")
+        assert all(error.consequence for error in others)
+        assert not ranks.healthy
+        assert ranks.run(sum_of_ranks, timeout_s=60.0) == [3.0, 3.0]
