@@ -40,8 +40,8 @@ class LLM:
         options: those of :class:`engine.config.EngineConfig`, ``tensor_parallel_size`` among them.
 
     Raises:
-        ValueError: if options, config or checkpoint do not fit.
-        RankFailure: if a rank fails while loading.
+        ValueError: if options and the model's config do not fit.
+        RankFailure: if a rank fails while loading: its message holds the ``CheckpointError``, say, with file and tensor.
     """
 
     def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, **options: Any) -> None:

@@ -116,6 +116,7 @@ class Runner:
 
     def _free_device_bytes(self) -> int:
         """What ``gpu_memory_utilization`` leaves this rank for its cache, after the largest step that can come."""
+        torch.cuda.reset_peak_memory_stats(self.device)  # loading had its own peak
         self._run_largest_step()
         torch.cuda.synchronize(self.device)
         # Nobody may allocate its cache before all have looked: thread ranks share one device.

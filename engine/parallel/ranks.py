@@ -405,6 +405,8 @@ def _preload() -> list[str]:
     None of it may touch a GPU: CUDA does not survive a fork.
     """
     names = ["torch", "torch.distributed", "engine.parallel.rank_process"]
+    # Seconds of import for each rank that will run the engine, and no use to ranks that will not.
+    names += [name for name in ("engine.core",) if name in sys.modules]
     main_spec = getattr(sys.modules["__main__"], "__spec__", None)
     if main_spec is not None and main_spec.parent:
         names.append(main_spec.parent)  # each rank imports the main module anew: have its package ready
