@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from engine.batch import StepBatch
 from engine.decode_graph import StepInputs
+from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.group import SoloGroup
 from engine.parallel.ranks import RankContext
 from harness import jobs
@@ -20,11 +22,18 @@ from tests.gpu.support import DEVICE, OPTIONS, MakeModel, count_replays, num_rep
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def loaded(small_model: MakeModel, dtype: str, *, eager: bool) -> RankContext:
+flash_attn = pytest.param("flash_attn", marks=[
+    pytest.mark.skipif(not FlashAttnBackend.is_installed(), reason="no flash-attn package is installed"),
+    # Its own: flash-attn-4 uses names that its compiler deprecates, and its compiler warns about flash-attn-4's arguments.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::UserWarning"),
+])
+
+
+def loaded(small_model: MakeModel, dtype: str, *, eager: bool, **options: Any) -> RankContext:
     """A rank that holds the engine, in this thread."""
     rank = RankContext(tp=SoloGroup(), device=torch.device(DEVICE, 0))
     folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), dtype)
-    jobs.load(rank, "engine", folder, dtype, OPTIONS | {"enforce_eager": eager})
+    jobs.load(rank, "engine", folder, dtype, OPTIONS | {"enforce_eager": eager} | options)
     if eager:
         assert runner_of(rank).graphs is None
     else:
@@ -54,8 +63,10 @@ def test_graphs_draw_the_ids_that_kernel_by_kernel_are_drawn(small_model: MakeMo
         assert num_replays(graphs) > before
 
 
-def test_graphs_give_logits_within_budget_on_every_new_input(small_model: MakeModel) -> None:
-    rank = loaded(small_model, "bfloat16", eager=False)
+@pytest.mark.parametrize("backend", ["triton", flash_attn])
+def test_graphs_give_logits_within_budget_on_every_new_input(small_model: MakeModel, backend: str) -> None:
+    rank = loaded(small_model, "bfloat16", eager=False, attention_backend=backend)
+    assert runner_of(rank).attention_backend.name == backend
     folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), "bfloat16")
     for seed in range(3):
         before = num_replays(rank)
