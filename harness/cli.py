@@ -1,4 +1,4 @@
-"""The command line: ``shardproof verify | generate | fetch``, the same as ``python -m harness``."""
+"""The command line: ``shardproof verify | faults | generate | fetch``, the same as ``python -m harness``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from engine import LLM, SamplingParams
 from engine.config import DTYPES
 from engine.parallel.ranks import RankFailure
 from harness.checks import CHECKS
+from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
+from harness.faults.table import faults_table, gate_summary
 from harness.verify import VerifyPlan, verify
 from reference.checkpoints import resolve
 from reports.records import CheckRow
@@ -84,6 +86,43 @@ def verify_command(
             if row.replay:
                 sys.stdout.write(f"  run it again: {row.replay}\n")
     sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
+    raise typer.Exit(report.exit_code)
+
+
+@app.command("faults")
+def faults_command(
+    only: Annotated[list[str] | None, typer.Option(help="Only this fault (again for more).")] = None,
+    tp: Annotated[str | None, typer.Option(help="Numbers of ranks, as 2,4; by default the fewest that show each fault.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/faults"),
+) -> None:
+    """Plant real tensor-parallel bugs in the engine, one at a time, and see whether the checks notice.
+
+    Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if it could not run.
+    """
+    try:
+        plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else _numbers(tp), seed=seed)
+    except ValueError as error:
+        _fail(str(error), USAGE)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def on_start(name: str, tp_size: int) -> None:
+            bar.update(task, description=f"tp {tp_size}: {name}")
+
+        try:
+            report = run_gate(plan, on_start=on_start)
+        except (RankFailure, OSError, RuntimeError) as error:
+            _fail(f"could not run: {error}", COULD_NOT_RUN)
+    paths = write_all(report, out)
+    sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
+    for row in report.checks:
+        if row.verdict != "pass" or row.model == LOCALISATION:
+            what = "" if row.verdict == "skipped" else f" {row.model}:"  # a reason names what was skipped
+            sys.stdout.write(f"{row.verdict.upper()}{what} {row.message}\n")
+            if row.verdict == "finding" and row.replay:
+                sys.stdout.write(f"  run it again: {row.replay}\n")
+    sys.stdout.write(f"\n{gate_summary(report.checks)}; report: {paths['html']}\n")
     raise typer.Exit(report.exit_code)
 
 

@@ -1,0 +1,8 @@
+"""Real tensor-parallel bugs as runtime patches, each with the checks that must see it; and controls that none may mind."""
+
+from __future__ import annotations
+
+from harness.faults import cache, collectives, controls, layers, lifecycle, loading, sampling, vocabulary
+from harness.faults.base import FAULTS, Fault
+
+__all__ = ["FAULTS", "Fault", "cache", "collectives", "controls", "layers", "lifecycle", "loading", "sampling", "vocabulary"]

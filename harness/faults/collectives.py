@@ -1,0 +1,180 @@
+"""Faults in the collectives themselves, and in who enters them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.layers.matmul import linear
+from engine.parallel.group import ProcessTPGroup, TPGroup
+from engine.parallel.linear import RowParallelLinear
+from harness.faults.base import Patches, fault
+
+EMBEDDING = "model.embed_tokens"
+
+
+@fault(rows=(44,), checks=("collectives", "layers", "logits"), module="lm_head", effect="zeros")
+def gathered_into_a_scratch_tensor(patch: Patches, tp: TPGroup) -> None:
+    """The all-gather fills one tensor and returns another, of fresh memory."""
+
+    def make(original: Any) -> Any:
+        def all_gather(self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
+            gathered: Tensor = original(self, x, dim)
+            return torch.zeros_like(gathered)
+
+        return all_gather
+
+    patch.replace(ProcessTPGroup, "_all_gather", make)
+
+
+def _reorder_gathered(patch: Patches, reorder: Any) -> None:
+    """``reorder(parts, dim)`` in place of joining the gathered parts in rank order."""
+
+    def make(original: Any) -> Any:
+        def all_gather(self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
+            parts = original(self, x, dim).chunk(self.size, dim)
+            joined: Tensor = reorder(parts, dim)
+            return joined
+
+        return all_gather
+
+    patch.replace(ProcessTPGroup, "_all_gather", make)
+
+
+@fault(rows=(56,), checks=("collectives", "layers", "logits"), module="lm_head", effect="permuted")
+def gather_interleaves_the_ranks(patch: Patches, tp: TPGroup) -> None:
+    """Gathered rows come out with the ranks' columns in turn. A single row goes another way, and is right."""
+
+    def reorder(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+        if parts[0].shape[0] == 1:
+            return torch.cat(parts, dim)
+        return torch.stack(parts, dim + 1).flatten(dim, dim + 1)
+
+    _reorder_gathered(patch, reorder)
+
+
+@fault(rows=(56,), layout="small-vocabulary", tp_sizes=(4,), checks=("collectives", "layers", "logits"), module="lm_head",
+       effect="permuted")
+def gathered_in_another_order(patch: Patches, tp: TPGroup) -> None:
+    """The ranks' parts are joined from the second on, the first one last."""
+    _reorder_gathered(patch, lambda parts, dim: torch.cat((*parts[1:], parts[0]), dim))
+
+
+@fault(rows=(54,), checks=("collectives",))
+def minimum_became_a_sum(patch: Patches, tp: TPGroup) -> None:
+    """The backend sums integers where their minimum was asked for."""
+
+    def all_reduce_min(self: ProcessTPGroup, value: int) -> int:
+        total = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(total, group=self.process_group)
+        return int(total.item())
+
+    patch.replace(ProcessTPGroup, "_all_reduce_min", lambda original: all_reduce_min)
+
+
+@fault(rows=(48, 50), checks=("collectives", "logits"), module=EMBEDDING, effect="lost")
+def sum_read_too_early(patch: Patches, tp: TPGroup) -> None:
+    """Rank 1 reads every third result before the others' parts are in."""
+    calls = 0
+
+    def make(original: Any) -> Any:
+        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            own = x.clone()
+            total: Tensor = original(self, x)
+            return own if self.rank == 1 and calls % 3 == 0 else total
+
+        return all_reduce
+
+    patch.replace(ProcessTPGroup, "_all_reduce", make)
+
+
+def _result_of_the_call_before(patch: Patches, tp: TPGroup, name: str) -> None:
+    """Rank 1 gets what the last call of this collective with this shape gave."""
+    before: dict[tuple[Any, ...], Tensor] = {}
+
+    def make(original: Any) -> Any:
+        def collective(self: ProcessTPGroup, x: Tensor, *dim: int) -> Tensor:
+            result: Tensor = original(self, x, *dim)
+            old = before.get((x.dtype, x.shape, dim), result)
+            before[(x.dtype, x.shape, dim)] = result.clone()
+            return old
+
+        return collective
+
+    if tp.rank == 1:
+        patch.replace(ProcessTPGroup, name, make)
+
+
+@fault(rows=(51,), layout="qwen2", checks=("collectives", "logits"), module=EMBEDDING)
+def sum_of_the_call_before(patch: Patches, tp: TPGroup) -> None:
+    """The flag that says that the sum is there is still set from the last call of that shape: rank 1 reads the old sum."""
+    _result_of_the_call_before(patch, tp, "_all_reduce")
+
+
+@fault(rows=(51,), checks=("collectives", "logits"), module="lm_head", effect="stale")
+def logits_of_the_step_before(patch: Patches, tp: TPGroup) -> None:
+    """The same for an all-gather: rank 1 draws from the logits of the last step with as many rows."""
+    _result_of_the_call_before(patch, tp, "_all_gather")
+
+
+@fault(checks=("collectives", "layers", "logits"), module=EMBEDDING, effect="lost")
+def last_rank_left_out(patch: Patches, tp: TPGroup) -> None:
+    """A sum over the ranks ends one rank too early."""
+
+    def make(original: Any) -> Any:
+        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+            total: Tensor = original(self, x * 0 if self.rank == self.size - 1 else x)
+            return total
+
+        return all_reduce
+
+    patch.replace(ProcessTPGroup, "_all_reduce", make)
+
+
+@fault(rows=(42,), layout="llama-odd", checks=("collectives", "layers", "logits"), module=EMBEDDING, effect="multiplied")
+def mean_instead_of_sum(patch: Patches, tp: TPGroup) -> None:
+    """The all-reduce averages over the ranks, as it would for gradients."""
+
+    def make(original: Any) -> Any:
+        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+            total: Tensor = original(self, x)
+            return (total / self.size).to(x.dtype)
+
+        return all_reduce
+
+    patch.replace(ProcessTPGroup, "_all_reduce", make)
+
+
+@fault(layout="llama-odd", checks=("collectives", "logits"), module=EMBEDDING)
+def sums_in_half_precision(patch: Patches, tp: TPGroup) -> None:
+    """Float32 parts travel, and are added, as bfloat16: an error that is rounding, and far too much of it."""
+
+    def make(original: Any) -> Any:
+        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+            total: Tensor = original(self, x.bfloat16())
+            return total.to(x.dtype)
+
+        return all_reduce
+
+    patch.replace(ProcessTPGroup, "_all_reduce", make)
+
+
+@fault(rows=(79,), checks=("layers", "logits"))
+def one_rank_takes_another_way(patch: Patches, tp: TPGroup) -> None:
+    """For steps of up to four tokens rank 1 decides by itself to leave out an all-reduce, and the others wait for it."""
+
+    def make(original: Any) -> Any:
+        def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
+            if self.tp.rank == 1 and len(x_TI) <= 4:
+                return linear(x_TI, self.weight, self.bias)
+            y_TO: Tensor = original(self, x_TI)
+            return y_TO
+
+        return forward
+
+    patch.replace(RowParallelLinear, "forward", make)

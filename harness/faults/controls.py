@@ -1,0 +1,162 @@
+"""Controls: changes that are right, or mere rounding. A check that minds one of them is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import engine.kernels.attention_torch as attention_module
+import engine.layers.norm as norm_module
+import engine.parallel.embedding as embedding_module
+import engine.parallel.linear as linear_module
+from engine.kernels.rms_norm import rms_norm_torch
+from engine.kv_cache import BlockManager
+from engine.layers.matmul import linear
+from engine.models.decoder import MLP
+from engine.parallel.embedding import VocabParallelEmbedding
+from engine.parallel.group import ProcessTPGroup, TPGroup
+from engine.parallel.linear import RowParallelLinear
+from harness.faults.base import Patches, control
+
+
+@control(rows=(39,))
+def bias_on_rank_0_before_the_reduce(patch: Patches, tp: TPGroup) -> None:
+    """Rank 0 alone adds the bias to its part: reported as a bug once, and none."""
+
+    def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
+        return self.tp.all_reduce(linear(x_TI, self.weight, self.bias if self.tp.rank == 0 else None))
+
+    patch.replace(RowParallelLinear, "forward", lambda original: forward)
+
+
+@control(layout="llama-cut-group", tp_sizes=(3,))
+def ranks_summed_backwards(patch: Patches, tp: TPGroup) -> None:
+    """The parts are gathered and added from the last rank to the first, rounded at each step."""
+
+    def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x, group=self.process_group)
+        total = parts[-1]
+        for part in reversed(parts[:-1]):
+            total = total + part
+        return x.copy_(total)
+
+    patch.replace(ProcessTPGroup, "_all_reduce", lambda original: all_reduce)
+
+
+@control()
+def sums_in_two_messages(patch: Patches, tp: TPGroup) -> None:
+    """An all-reduce travels as two, one for each half of the elements."""
+
+    def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+        for half in x.view(-1).tensor_split(2):
+            dist.all_reduce(half, group=self.process_group)
+        return x
+
+    patch.replace(ProcessTPGroup, "_all_reduce", lambda original: all_reduce)
+
+
+@control(rows=(47,))
+def residual_kept_in_float32(patch: Patches, tp: TPGroup) -> None:
+    """The residual is added and handed on in float32: other rounding than the baseline's, and no bug."""
+
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x.float() + residual.float()
+        return rms_norm_torch(total, weight, eps).to(x.dtype), total
+
+    patch.replace(norm_module, "add_rms_norm_torch", lambda original: add_rms_norm)
+
+
+@control(layout="qwen3")
+def products_added_in_two_halves(patch: Patches, tp: TPGroup) -> None:
+    """A matmul adds the first half of the features up, then the second, in float32."""
+
+    def make(original: Any) -> Any:
+        def linear_in_halves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            half = x.shape[1] // 2
+            y = x[:, :half].float() @ weight[:, :half].T.float() + x[:, half:].float() @ weight[:, half:].T.float()
+            return (y if bias is None else y + bias.float()).to(x.dtype)
+
+        return linear_in_halves
+
+    patch.replace(linear_module, "linear", make)
+    patch.replace(embedding_module, "linear", make)
+
+
+@control(layout="llama-odd")
+def reduced_at_another_call_site(patch: Patches, tp: TPGroup) -> None:
+    """Row-parallel layers are reduced from another file and line than on the other ranks."""
+
+    def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
+        y_TO = self.tp.all_reduce(linear(x_TI, self.weight))
+        return y_TO if self.bias is None else y_TO + self.bias
+
+    if tp.rank == 1:
+        patch.replace(RowParallelLinear, "forward", lambda original: forward)
+
+
+@control(layout="qwen2")
+def one_barrier_more(patch: Patches, tp: TPGroup) -> None:
+    """All ranks meet once more in every layer."""
+
+    def make(original: Any) -> Any:
+        def forward(self: MLP, x_TE: Tensor) -> Tensor:
+            tp.barrier()
+            y_TE: Tensor = original(self, x_TE)
+            return y_TE
+
+        return forward
+
+    patch.replace(MLP, "forward", make)
+
+
+@control(layout="qwen2")
+def blocks_handed_out_backwards(patch: Patches, tp: TPGroup) -> None:
+    """The cache's blocks are used from the last to the first."""
+
+    def make(original: Any) -> Any:
+        def init(self: BlockManager, *arguments: Any, **options: Any) -> None:
+            original(self, *arguments, **options)
+            for block in sorted(self.free, reverse=True):
+                self.free.move_to_end(block)
+
+        return init
+
+    patch.replace(BlockManager, "__init__", make)
+
+
+@control(layout="llama-odd")
+def foreign_tokens_add_plain_zeros(patch: Patches, tp: TPGroup) -> None:
+    """Ranks add 0.0 for other ranks' tokens, not -0.0: no value changes."""
+
+    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
+        ids = self.shard.ids
+        is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
+        row_T = (token_ids_T - ids.start).where(is_mine_T, 0)
+        return self.tp.all_reduce(nn.functional.embedding(row_T, self.weight) * is_mine_T.unsqueeze(-1))
+
+    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+
+
+@control(layout="llama-cut-group")
+def keys_copied_for_every_query_head(patch: Patches, tp: TPGroup) -> None:
+    """Every query head attends to a copy of its KV head, also where a group could share one."""
+
+    def make(original: Any) -> Any:
+        def attend(q: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts: Tensor, kv_heads: list[int], scale: float) -> Any:
+            return original(q, k_ANLH[:, kv_heads], v_ANLH[:, kv_heads], contexts, list(range(len(kv_heads))), scale)
+
+        return attend
+
+    patch.replace(attention_module, "_attend", make)
+
+
+@control()
+def tensors_read_whole_then_cut(patch: Patches, tp: TPGroup) -> None:
+    """Loaders read all of a tensor and cut it in memory."""
+    patch.replace(linear_module, "rows_of", lambda original: lambda loaded, rows: loaded[:][rows.start : rows.stop])
+    patch.replace(linear_module, "columns_of",
+                  lambda original: lambda loaded, columns: loaded[:][:, columns.start : columns.stop])

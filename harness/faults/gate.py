@@ -1,0 +1,177 @@
+"""``shardproof faults``: plant each fault, run the checks, and see whether those that must see it do.
+
+The checks are held to what they are for: a fault that they miss is a finding, and so is a control that they mind, and so is a
+localisation that names the wrong module too often.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
+from harness.faults import FAULTS, Fault
+from harness.faults.base import LOAD
+from harness.faults.catalogue import BUGS, NOT_PLANTED
+from harness.faults.shrink import smallest_case
+from harness.faults.workshop import BROKE, FABRIC, WITHOUT_SUBJECT, Planted, Workshop
+from harness.machine import run_info
+from reports.records import CheckRow, Report, Verdict
+
+LEAST_NAMED = 0.9
+"""Share of the faults with a module of their own for which localisation must name it."""
+LOCALISATION = "localisation"
+"""Stands in the place of a fault's name for all faults together."""
+OF_THE_DRIVER = frozenset({"lifecycle"})
+"""Checks that start ranks of their own, again and again: run where the driver is what is patched."""
+
+OnRow = Callable[[CheckRow], None]
+OnStart = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultPlan:
+    """Which faults to plant on how many ranks. Empty: all of them, each on the fewest ranks that show it."""
+
+    only: tuple[str, ...] = ()
+    tp_sizes: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.only if name not in FAULTS]:
+            raise ValueError(f"only={unknown} are no faults; there are: {', '.join(FAULTS)}")
+        if self.tp_sizes and min(self.tp_sizes) < 2:
+            raise ValueError(f"tp_sizes={self.tp_sizes} must be 2 or more: a fault of tensor parallelism needs ranks")
+
+    def cases(self) -> tuple[list[tuple[Fault, int]], list[Fault]]:
+        """What to plant on how many ranks; and what is not visible at any of the tp_sizes asked for."""
+        chosen = [FAULTS[name] for name in self.only] or list(FAULTS.values())
+        cases = [(fault, tp_size) for fault in chosen for tp_size in self._sizes_of(fault)]
+        return cases, [fault for fault in chosen if not self._sizes_of(fault)]
+
+    def _sizes_of(self, fault: Fault) -> tuple[int, ...]:
+        if not self.tp_sizes:
+            return fault.tp_sizes[:1]
+        return tuple(tp_size for tp_size in fault.tp_sizes if tp_size in self.tp_sizes)
+
+
+def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
+             on_start: OnStart = lambda name, tp_size: None) -> Report:
+    """Run the plan. One row a fault and tp_size, one for localisation, and one for each public bug that is not planted."""
+    started_at = datetime.now(UTC)
+    rows: list[CheckRow] = []
+
+    def add(row: CheckRow) -> None:
+        rows.append(row)
+        on_row(row)
+
+    cases, invisible = plan.cases()
+    with Workshop(seed=plan.seed) as shop:
+        for fault, tp_size in cases:
+            on_start(fault.name, tp_size)
+            add(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
+    for fault in invisible:
+        add(_skipped(fault.name, f"asked for tp_sizes={plan.tp_sizes}, and it shows at tp_sizes={fault.tp_sizes} alone"))
+    if (summary := _localisation(rows)) is not None:
+        add(summary)
+    if not plan.only:
+        for number, reason in NOT_PLANTED.items():
+            add(_skipped(f"bug {number}: {BUGS[number]}", f"not planted: {reason}"))
+    return Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """What the checks said of one fault."""
+
+    outcomes: Mapping[str, Outcome]
+    smallest: str
+    seconds: float
+
+    @property
+    def red(self) -> dict[str, str]:
+        return {name: outcome.finding for name, outcome in self.outcomes.items() if outcome.finding is not None}
+
+
+def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
+    started = time.perf_counter()
+    context = shop.context(fault.layout, tp_size)
+    outcomes: dict[str, Outcome] = {}
+    smallest = ""
+    with Planted(context.ranks, fault) as planted:
+        refusal = planted.load(context)
+        if refusal is not None:
+            outcomes[LOAD] = Outcome(cases=1, compared=0, finding=refusal)
+        for name in CHECKS:
+            # Where ranks had to be replaced, or the model does not load, only what must see the fault is tried.
+            is_hard = refusal is not None or any(outcome.extra.get(BROKE) for outcome in outcomes.values())
+            is_wanted = name in fault.checks or not is_hard
+            if name in OF_THE_DRIVER:
+                is_wanted = fault.plant_in_driver is not None
+            if is_wanted and (refusal is None or name in WITHOUT_SUBJECT):
+                outcomes[name] = planted.run(name, context)
+        if not fault.is_control:
+            smallest = smallest_case(shop, planted, fault, tp_size, outcomes)
+    return Examination(outcomes=outcomes, smallest=smallest, seconds=time.perf_counter() - started)
+
+
+def _row(fault: Fault, context: CheckContext, examination: Examination) -> CheckRow:
+    red = examination.red
+    missed = [name for name in fault.checks if name not in red]
+    place = examination.outcomes.get("logits", Outcome(cases=0, compared=0))
+    module, effect = (place.module, place.extra.get("effect")) if "logits" in red else (None, None)
+    verdict: Verdict = "finding" if missed or (fault.is_control and red) else "pass"
+    return CheckRow(
+        check="faults", model=fault.name, tp_size=context.ranks.tp_size, fabric=context.ranks.fabric, dtype=context.dtype,
+        cases=len(examination.outcomes), compared=len(examination.outcomes), verdict=verdict,
+        seconds=round(examination.seconds, 3), rank=place.rank if module else None, module=module,
+        message=_message(fault, red, missed), replay=_replay(fault, context),
+        extra={
+            "what": fault.what, "bugs": {str(number): BUGS[number] for number in fault.rows}, "control": fault.is_control,
+            "patched": fault.layer, "layout": fault.layout, "expected": list(fault.checks), "red": red, "missed": missed,
+            "smallest": examination.smallest, "module_expected": fault.module, "effect_expected": fault.effect,
+            "effect": effect, "effect_text": place.extra.get("effect_text") if module else None,
+        },
+    )
+
+
+def _message(fault: Fault, red: Mapping[str, str], missed: Sequence[str]) -> str:
+    if fault.is_control:
+        return f"no check minds it: {fault.what}" if not red else "a control must stay green: " + _findings(red)
+    if missed:
+        seen = f"; seen by {', '.join(red)}: {_findings(red)}" if red else ""
+        return f"missed by {', '.join(missed)}: {fault.what}{seen}"
+    return f"seen by {', '.join(red)}: {fault.what}"
+
+
+def _findings(red: Mapping[str, str]) -> str:
+    return " | ".join(f"{name}: {finding.splitlines()[0]}" for name, finding in red.items())
+
+
+def _replay(fault: Fault, context: CheckContext) -> str:
+    return f"shardproof faults --only {fault.name} --tp {context.ranks.tp_size} --seed {context.seed}"
+
+
+def _skipped(name: str, reason: str) -> CheckRow:
+    return CheckRow(check="faults", model=name, tp_size=1, fabric=FABRIC, dtype="", cases=0, compared=0, verdict="skipped",
+                    seconds=0.0, message=f"{name}, {reason}")
+
+
+def _localisation(rows: Iterable[CheckRow]) -> CheckRow | None:
+    """One row for all: how often the module named is the one that the fault is in."""
+    placed = [row for row in rows if row.extra.get("module_expected")]
+    if not placed:
+        return None
+    wrong = [row for row in placed if row.module != row.extra["module_expected"]]
+    named = len(placed) - len(wrong)
+    classed = [row for row in placed if row.extra["effect_expected"]]
+    right_effect = sum(row.extra["effect"] == row.extra["effect_expected"] for row in classed)
+    message = (f"the right module named for {named} of {len(placed)} faults, the right effect for {right_effect} of "
+               f"{len(classed)}" + "".join(f"; {row.model}: {row.module} for {row.extra['module_expected']}" for row in wrong))
+    return CheckRow(check="faults", model=LOCALISATION, tp_size=max(row.tp_size for row in placed), fabric=FABRIC, dtype="",
+                    cases=len(placed), compared=len(placed), verdict="pass" if named >= LEAST_NAMED * len(placed) else "finding",
+                    seconds=0.0, message=message)
+

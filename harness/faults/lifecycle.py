@@ -1,0 +1,61 @@
+"""Faults in how ranks are watched and ended. They are the driver's, and are planted there."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import engine.parallel.failures as failures_module
+import engine.parallel.ranks as ranks_module
+from engine.parallel.links import Link
+from harness.faults.base import Patches, driver_fault
+
+
+@driver_fault(rows=(86,), checks=("lifecycle",))
+def killed_rank_not_seen(patch: Patches) -> None:
+    """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
+
+    def make(original: Any) -> Any:
+        def bury(self: Any, link: Link, deliver: Any) -> None:
+            self._selector.unregister(link.process.sentinel)
+
+        return bury
+
+    patch.replace(ranks_module._ProcessPool, "_bury", make)
+
+
+@driver_fault(rows=(84,), checks=("lifecycle",))
+def ranks_outlive_their_driver(patch: Patches) -> None:
+    """Ranks that are given up are neither ended nor told, so that they stay for ever."""
+    given_up: list[Link] = []
+
+    def put_off(original: Any, instead: Any) -> Any:
+        def do_it_in_the_end() -> None:
+            for link in given_up:
+                original(link)
+
+        patch.on_close(do_it_in_the_end)  # the fault itself may leave nothing behind
+        return instead
+
+    # Taken back in the other order: ended first, then closed.
+    patch.replace(Link, "close", lambda original: put_off(original, lambda self: None))
+    patch.replace(Link, "kill", lambda original: put_off(original, lambda self: given_up.append(self)))
+
+
+@driver_fault(checks=("lifecycle",))
+def consequence_taken_for_a_cause(patch: Patches) -> None:
+    """A rank whose connection broke because another one died is blamed like that one."""
+    patch.replace(failures_module, "_SAW_ANOTHER_FAIL", lambda original: re.compile("(?!)"))
+
+
+@driver_fault(checks=())
+def answers_awaited_in_short_naps(patch: Patches) -> None:
+    """The driver wakes up every 20 ms to see whether ranks have said something: wasteful, and right."""
+
+    def make(original: Any) -> Any:
+        def poll(self: Any, deliver: Any, timeout_s: float | None) -> None:
+            original(self, deliver, 0.02 if timeout_s is None else min(timeout_s, 0.02))
+
+        return poll
+
+    patch.replace(ranks_module._ProcessPool, "poll", make)

@@ -1,0 +1,60 @@
+"""Faults in drawing tokens: what the ranks draw, and what they feed back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import engine.runner as runner_module
+from engine.batch import SamplingBatch, StepBatch
+from engine.parallel.group import TPGroup
+from engine.runner import Runner
+from harness.faults.base import Patches, fault
+
+
+@fault(rows=(68,), checks=("generation",))
+def seed_of_each_rank(patch: Patches, tp: TPGroup) -> None:
+    """Every rank adds its number to the request's seed: rank 0's output looks fine, the others feed back other tokens."""
+
+    def make(original: Any) -> Any:
+        def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Any:
+            return original(logits_RV, replace(sampling, seed_R=sampling.seed_R + tp.rank))
+
+        return sample
+
+    patch.replace(runner_module, "sample", make)
+
+
+@fault(rows=(69, 71), layout="qwen2", checks=("generation",))
+def generator_of_each_rank(patch: Patches, tp: TPGroup) -> None:
+    """Tokens are drawn from a generator that each rank has for itself, in a state of its own."""
+    generator = torch.Generator().manual_seed(1 + tp.rank)
+
+    def make(original: Any) -> Any:
+        def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Any:
+            gumbel_RV = -torch.empty(logits_RV.shape).exponential_(generator=generator).log()
+            return original(logits_RV + gumbel_RV * sampling.temperature_R[:, None],
+                            replace(sampling, temperature_R=sampling.temperature_R * 0))
+
+        return sample
+
+    patch.replace(runner_module, "sample", make)
+
+
+@fault(rows=(68,), layout="qwen3", checks=("generation",))
+def token_of_another_sequence_fed_back(patch: Patches, tp: TPGroup) -> None:
+    """Rank 1 takes the token in flight from the neighbour's row of its device state."""
+
+    def make(original: Any) -> Any:
+        def launch(self: Runner, batch: StepBatch) -> Any:
+            if batch.has_in_flight:
+                batch = replace(batch, rows_S=batch.rows_S.roll(1))
+            return original(self, batch)
+
+        return launch
+
+    if tp.rank == 1:
+        patch.replace(Runner, "launch", make)

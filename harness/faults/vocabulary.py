@@ -1,0 +1,76 @@
+"""Faults at the two ends of the vocabulary's cut: embedding and LM head, borders and padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import engine.parallel.embedding as embedding_module
+import engine.runner as runner_module
+from engine.layers.matmul import linear
+from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.parallel.group import TPGroup
+from engine.parallel.sharding import VocabShard
+from harness.faults.base import Patches, fault
+from harness.faults.collectives import EMBEDDING
+
+
+@fault(rows=(3, 62), layout="llama-odd", checks=("weights", "layers", "logits"), module=EMBEDDING, effect="lost")
+def last_tokens_on_no_rank(patch: Patches, tp: TPGroup) -> None:
+    """Every rank gets vocab_size // tp_size rows, and the rest is nobody's."""
+
+    def vocab_shard(vocab_size: int, *, tp_rank: int, tp_size: int) -> VocabShard:
+        size = vocab_size // tp_size
+        return VocabShard(ids=range(tp_rank * size, (tp_rank + 1) * size), local_size=size)
+
+    patch.replace(embedding_module, "vocab_shard", lambda original: vocab_shard)
+
+
+@fault(rows=(62,), checks=("layers", "logits"), module=EMBEDDING, effect="lost")
+def border_token_on_no_rank(patch: Patches, tp: TPGroup) -> None:
+    """The lookup takes a rank's first token to be the last of the rank before, which does not have it."""
+
+    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
+        ids = self.shard.ids
+        is_mine_T = (token_ids_T > ids.start) & (token_ids_T < ids.stop) | (token_ids_T == 0) & (self.tp.rank == 0)
+        row_T = (token_ids_T - ids.start).where(is_mine_T, 0)
+        return self.tp.all_reduce(F.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), 0.0))
+
+    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+
+
+@fault(checks=("layers", "logits"), module=EMBEDDING)
+def foreign_tokens_not_masked(patch: Patches, tp: TPGroup) -> None:
+    """For tokens of other ranks every rank adds its own first row."""
+
+    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
+        ids = self.shard.ids
+        is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
+        return self.tp.all_reduce(F.embedding((token_ids_T - ids.start).where(is_mine_T, 0), self.weight))
+
+    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+
+
+@fault(rows=(59,), checks=("layers", "logits", "generation"), module="lm_head", effect="shape")
+def padding_not_cut(patch: Patches, tp: TPGroup) -> None:
+    """The logits keep the columns that pad the vocabulary to equal shards."""
+
+    def forward(self: ParallelLMHead, x_RE: Tensor) -> Tensor:
+        return self.tp.all_gather(linear(x_RE, self.weight, self.bias))
+
+    patch.replace(ParallelLMHead, "forward", lambda original: forward)
+
+
+@fault(rows=(60,), layout="small-vocabulary", tp_sizes=(4,), checks=("generation",))
+def sampler_sees_the_padding(patch: Patches, tp: TPGroup) -> None:
+    """The sampler gets the padded width: where all logits are negative, the zeros of the padding win."""
+
+    def make(original: Any) -> Any:
+        def sample(logits_RV: Tensor, *arguments: Any) -> Any:
+            return original(F.pad(logits_RV, (0, -logits_RV.shape[1] % tp.size)), *arguments)
+
+        return sample
+
+    patch.replace(runner_module, "sample", make)

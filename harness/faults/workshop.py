@@ -1,0 +1,141 @@
+"""What faults are planted on: live ranks, tiny models and the reference's answers, made once and used again."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+from engine.parallel.ranks import RankFailure, Ranks
+from harness import jobs
+from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
+from harness.faults.base import Fault, Patches, plant, uproot
+from harness.faults.layouts import LAYOUTS
+from harness.truth import PROMPT_LENGTHS, SCRIPT_LENGTHS, Truth
+from reference.checkpoints import random_checkpoint
+
+FABRIC = "gloo"
+COLLECTIVE_TIMEOUT_S = 10.0
+"""A fault that makes ranks wait for each other is seen after this at the latest."""
+BROKE = "broke_the_ranks"
+"""In an outcome's ``extra``: the ranks had to be replaced after it."""
+JOB_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large a case is: layers of the model, tokens of the script's sequences and of the prompts."""
+
+    num_layers: int
+    script_lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+
+
+FULL = Size(num_layers=2, script_lengths=SCRIPT_LENGTHS, prompt_lengths=PROMPT_LENGTHS)
+
+
+class Workshop:
+    """A context manager; its end ends all ranks and removes all models."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
+        self._scratch = tempfile.TemporaryDirectory(prefix="shardproof-faults-")
+        self._ranks: dict[int, Ranks] = {}
+        self.context = cache(self._make_context)
+
+    def ranks(self, tp_size: int) -> Ranks:
+        """Processes: a patch of one rank must not reach another."""
+        if tp_size not in self._ranks:
+            self._ranks[tp_size] = Ranks(tp_size, fabric=FABRIC, collective_timeout_s=COLLECTIVE_TIMEOUT_S)
+        return self._ranks[tp_size]
+
+    def _make_context(self, layout_name: str, tp_size: int, size: Size = FULL) -> CheckContext:
+        """What the checks get for a model of this layout, on these ranks."""
+        return CheckContext(truth=self._truth(layout_name, size), ranks=self.ranks(tp_size), subject="engine",
+                            options={"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8},
+                            seed=self.seed)
+
+    def _truth(self, layout_name: str, size: Size) -> Truth:
+        layout = LAYOUTS[layout_name]
+        folder = Path(self._scratch.name) / f"{layout_name}-{size.num_layers}"
+        if not folder.is_dir():
+            random_checkpoint(folder, layout.config | {"num_hidden_layers": size.num_layers}, dtype=layout.dtype, seed=self.seed)
+        return Truth(folder, dtype=layout.dtype, seed=self.seed, prompt_lengths=size.prompt_lengths,
+                     script_lengths=size.script_lengths)
+
+    def close(self) -> None:
+        """End the ranks and remove the models."""
+        while self._ranks:
+            self._ranks.popitem()[1].close()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Planted:
+    """Ranks with a fault in them. A context manager; its end takes the fault out, whatever became of the ranks."""
+
+    def __init__(self, ranks: Ranks, fault: Fault) -> None:
+        self._ranks = ranks
+        self._fault = fault
+        self._driver_patches = Patches()
+        self._is_planted = False
+        self._loaded: tuple[Path, str] | None = None
+
+    def load(self, context: CheckContext) -> str | None:
+        """Plant the fault, and load the context's model under it. What went wrong, if it did."""
+        try:
+            self._plant()
+            self._load(context)
+        except RankFailure as failure:
+            return str(failure)
+        return None
+
+    def run(self, name: str, context: CheckContext) -> Outcome:
+        """One check under the fault. A failing rank is a finding, as in ``verify``."""
+        try:
+            self._plant()
+            if name not in WITHOUT_SUBJECT:
+                self._load(context)
+            return CHECKS[name](context)
+        except RankFailure as failure:
+            return Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None),
+                           extra={BROKE: not self._ranks.healthy})
+
+    def _plant(self) -> None:
+        if not self._ranks.healthy:
+            self._ranks.restart()
+            self._is_planted, self._loaded = False, None
+        if not self._is_planted:
+            self._ranks.run(plant, self._fault.name)
+            self._is_planted = True
+
+    def _load(self, context: CheckContext) -> None:
+        truth = context.truth
+        if self._loaded != (truth.folder, truth.dtype):
+            self._loaded = None
+            self._ranks.run(jobs.load, context.subject, truth.folder, truth.dtype, context.options, timeout_s=JOB_TIMEOUT_S)
+            self._loaded = truth.folder, truth.dtype
+
+    def __enter__(self) -> Planted:
+        if self._fault.plant_in_driver is not None:
+            self._fault.plant_in_driver(self._driver_patches)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._driver_patches.close()
+        if self._ranks.healthy:
+            self._ranks.run(uproot)
+        else:  # new processes have no patches
+            self._ranks.restart()
+
+
+WITHOUT_SUBJECT = frozenset({"collectives", "layers", "attention", "lifecycle"})
+"""Checks that build what they test by themselves: they run also where the model does not load."""
