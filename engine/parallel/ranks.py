@@ -62,6 +62,8 @@ class Ranks:
     start_timeout_s       how long all ranks together may take to start
     collective_timeout_s  how long one collective may wait for a rank before it fails
     auto_restart          whether ``run`` on ranks that broke starts new ones instead of raising
+    preload               modules that jobs need and that take long to import: loaded once for all ranks that are forked from
+                          one server, if this is the process's first start of such ranks. They may not touch a GPU.
 
     Process ranks take arguments and give results by value (pickled; tensors arrive on the CPU). Thread ranks
     get copies of the arguments too; a solo rank gets the arguments themselves. One thread drives all ranks.
@@ -80,12 +82,14 @@ class Ranks:
         start_timeout_s: float = 120.0,
         collective_timeout_s: float = 600.0,
         auto_restart: bool = False,
+        preload: Sequence[str] = (),
     ) -> None:
         self.tp_size = tp_size
         self.fabric, self.device = choose_fabric(tp_size, fabric, torch.device(device))
         self.auto_restart = auto_restart
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
+        self._preload = tuple(preload)
         self._numbers = itertools.count(1)
         self._running: dict[int, PendingJob] = {}
         self._closed = False
@@ -199,6 +203,7 @@ class Ranks:
             self.fabric,
             start_timeout_s=self._start_timeout_s,
             collective_timeout_s=self._collective_timeout_s,
+            preload=self._preload,
         )
 
     def _break(self, reason: str) -> None:
@@ -258,7 +263,9 @@ class Ranks:
 class _ProcessPool:
     """One process a rank, forked from a server that has torch loaded."""
 
-    def __init__(self, tp_size: int, backend: str, *, start_timeout_s: float, collective_timeout_s: float) -> None:
+    def __init__(self, tp_size: int, backend: str, *, start_timeout_s: float, collective_timeout_s: float,
+                 preload: Sequence[str] = ()) -> None:
+        self._preload = preload
         self._tp_size = tp_size
         self._backend = backend
         self._start_timeout_s = start_timeout_s
@@ -277,7 +284,7 @@ class _ProcessPool:
         self._store = make_store()
         # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_preload())
+        context.set_forkserver_preload([*_preload(), *self._preload])
         for rank in range(self._tp_size):
             setup = RankSetup(
                 rank=rank,
