@@ -1,6 +1,7 @@
 """``python -m harness`` is ``shardproof``."""
 
-from harness.cli import main
-
 if __name__ == "__main__":
+    # Here, because each rank imports the main module anew, and needs none of the command line.
+    from harness.cli import main
+
     main()

@@ -11,6 +11,9 @@ from torch import Tensor
 from engine.parallel.ranks import Ranks
 from harness.truth import Truth
 
+PRELOAD = ("harness.checks",)
+"""For ``Ranks``: what every rank needs, and what takes seconds to import."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckContext:
@@ -38,6 +41,8 @@ class Outcome:
     compared: int
     finding: str | None = None
     """What is wrong; None if nothing is."""
+    skipped: str | None = None
+    """Why nothing was compared; None if something was."""
     error_over_budget: float | None = None
     rank: int | None = None
     module: str | None = None

@@ -1,0 +1,257 @@
+"""Is the KV cache's bookkeeping right, and the same on every rank?
+
+Every rank runs the engine's own scheduler and block manager, over a device that is made up (``harness.tape``), through drawn
+schedules: requests that come and are aborted, shared prefixes, a cache so small that sequences give way. And every rank
+generates with the loaded model in a cache that is too small. Two ranks whose steps differ in anything are the finding,
+whatever the output says; so are ranks that hold caches of different sizes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from engine.batch import StepBatch
+from engine.core import EngineCore
+from engine.parallel.ranks import RankContext
+from engine.runner import Runner
+from engine.sampling import SamplingParams
+from engine.sequence import Request
+from engine.sequence import Sequence as EngineSequence
+from harness.checks.base import CheckContext, Outcome
+from harness.tape import VOCAB_SIZE, DisagreementError, TapeConfig, TapeRunner, continuation, digest_of
+
+NUM_CASES = 25
+SMALL_CACHE = 5
+"""Blocks for four prompts of one block and a bit that grow into their second and third."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCase:
+    """A schedule: when requests come, and when they are given up."""
+
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+    prefix_caching: bool
+    requests: tuple[tuple[int, tuple[int, ...], int], ...]
+    """(step at which it comes, prompt, tokens to generate)"""
+    aborts: tuple[tuple[int, int], ...]
+    """(step, number of the request)"""
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> KVCase:
+        """From JSON values."""
+        requests = tuple((step, tuple(prompt), num_tokens) for step, prompt, num_tokens in values["requests"])
+        return cls(**{**values, "requests": requests, "aborts": tuple((step, number) for step, number in values["aborts"])})
+
+    def __str__(self) -> str:
+        return (f"{len(self.requests)} requests in {self.num_blocks} blocks of {self.block_size}, {self.max_num_seqs} at a time, "
+                f"{self.max_num_batched_tokens} tokens a step, {'' if self.chunked_prefill else 'no '}chunked prefill, "
+                f"{'' if self.prefix_caching else 'no '}prefix caching, {len(self.aborts)} aborts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVAnswer:
+    """What one rank saw."""
+
+    digests: list[bytes]
+    """Of each step's inputs, in order."""
+    compared: int = 0
+    problem: str | None = None
+
+
+def check_kv(context: CheckContext) -> Outcome:
+    if context.case is None:
+        cases = draw_cases(random.Random(context.seed))
+    else:
+        cases = [KVCase.from_plain(context.case)]
+    by_rank: list[list[KVAnswer]] = context.ranks.run(run_cases, cases)
+    compared = sum(answer.compared for answers in by_rank for answer in answers)
+    for number, case in enumerate(cases):
+        problem = _problem([answers[number] for answers in by_rank])
+        if problem is not None:
+            rank, what = problem
+            return Outcome(cases=len(cases), compared=compared, rank=rank, module="scheduler and block manager",
+                           case=asdict(case), finding=f"{case}: rank {rank}: {what}")
+    sizes: list[tuple[int, int]] = context.ranks.run(cache_sizes)
+    if sizes != [sizes[0]] * len(sizes) or sizes[0][0] != sizes[0][1]:
+        rank = next((rank for rank, size in enumerate(sizes) if size != sizes[0] or size[0] != size[1]))
+        return Outcome(cases=len(cases), compared=compared, rank=rank, module="cache",
+                       finding=f"rank {rank} counts {sizes[rank][0]} blocks and holds {sizes[rank][1]}, rank 0 {sizes[0][0]} and "
+                               f"{sizes[0][1]}: all must have the same")
+    prompts = small_prompts(random.Random(context.seed), context.truth.config["vocab_size"], context.options["block_size"])
+    steps: list[KVAnswer] = context.ranks.run(generate_in_a_small_cache, prompts)
+    problem = _problem(steps)
+    if problem is not None:
+        rank, what = problem
+        return Outcome(cases=len(cases) + 1, compared=compared, rank=rank, module="scheduler and block manager",
+                       finding=f"generating in a cache of {SMALL_CACHE} blocks: rank {rank}: {what}")
+    return Outcome(cases=len(cases) + 1, compared=compared + sum(answer.compared for answer in steps))
+
+
+def _problem(answers: Sequence[KVAnswer]) -> tuple[int, str] | None:
+    """The first rank with something wrong, and what. Ranks that differ come last: the one that is wrong by itself is to blame."""
+    for rank, answer in enumerate(answers):
+        if answer.problem is not None:
+            return rank, answer.problem
+    for rank, answer in enumerate(answers):
+        if answer.digests != answers[0].digests:
+            step = next((step for step, (own, first) in enumerate(zip(answer.digests, answers[0].digests, strict=False))
+                         if own != first), min(len(answer.digests), len(answers[0].digests)))
+            return rank, f"other inputs in step {step} than on rank 0"
+    return None
+
+
+def draw_cases(draw: random.Random, num_cases: int = NUM_CASES) -> list[KVCase]:
+    """Schedules in caches that are small enough for sequences to give way."""
+    return [_draw_case(draw) for _ in range(num_cases)]
+
+
+def _draw_case(draw: random.Random) -> KVCase:
+    block_size, num_blocks, max_num_seqs = draw.randint(1, 4), draw.randint(2, 10), draw.randint(1, 5)
+    longest = block_size * num_blocks
+    chunked = draw.random() < 0.7
+    beginnings = [[draw.randrange(VOCAB_SIZE) for _ in range(longest)] for _ in range(2)]
+    requests = []
+    for _ in range(draw.randint(1, 10)):
+        length = draw.randint(1, longest - 1)
+        # Prompts that share a beginning, of any length, so that the prefix cache has work.
+        shared = draw.randint(0, length)
+        prompt = draw.choice(beginnings)[:shared] + [draw.randrange(VOCAB_SIZE) for _ in range(length - shared)]
+        requests.append((draw.randint(0, 20), tuple(prompt), draw.randint(1, longest - length)))
+    return KVCase(
+        block_size=block_size, num_blocks=num_blocks, max_num_seqs=max_num_seqs, chunked_prefill=chunked,
+        max_num_batched_tokens=max(max_num_seqs + draw.randint(0, 8), 0 if chunked else longest),
+        prefix_caching=draw.random() < 0.8, requests=tuple(requests),
+        aborts=tuple((draw.randint(0, 30), draw.randrange(len(requests))) for _ in range(draw.randint(0, 2))),
+    )
+
+
+def run_cases(rank: RankContext, cases: Sequence[KVCase]) -> list[KVAnswer]:
+    """Job: every schedule through this rank's scheduler, block manager and loop."""
+    return [_run_case(case) for case in cases]
+
+
+def _run_case(case: KVCase) -> KVAnswer:
+    config = TapeConfig(block_size=case.block_size, max_num_seqs=case.max_num_seqs,
+                        max_num_batched_tokens=case.max_num_batched_tokens, enable_chunked_prefill=case.chunked_prefill,
+                        enable_prefix_caching=case.prefix_caching)
+    tape = TapeRunner(config, case.num_blocks)
+    play = _Play(case, EngineCore(cast(Runner, tape), case.num_blocks))
+    problem = None
+    try:
+        play.run()
+    except Exception as failure:  # whatever the engine's bookkeeping trips over is the finding
+        problem = f"step {len(tape.digests)}: {failure if isinstance(failure, DisagreementError) else repr(failure)}"
+    return KVAnswer(digests=tape.digests, compared=play.num_tokens, problem=problem)
+
+
+class _Play:
+    """One schedule on one rank, held against what each request must bring."""
+
+    def __init__(self, case: KVCase, core: EngineCore) -> None:
+        self.case = case
+        self.core = core
+        self.expected = {number: continuation(prompt, count) for number, (_, prompt, count) in enumerate(case.requests)}
+        self.brought: dict[int, list[int]] = {number: [] for number in self.expected}
+        self.aborted: set[int] = set()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.brought.values()))
+
+    def run(self) -> None:
+        last_event = max([step for step, _, _ in self.case.requests] + [step for step, _ in self.case.aborts])
+        # One after the other and one token at a time, starting over for each token: nothing takes longer.
+        most = last_event + 10 + sum((len(prompt) + count) * (count + 1) for _, prompt, count in self.case.requests)
+        step = 0
+        while step <= last_event or self.core.has_work:
+            if step > most:
+                raise DisagreementError(f"no end after {most} steps: {self.num_tokens} tokens of "
+                                   f"{sum(map(len, self.expected.values()))} have come")
+            self._arrive(step)
+            if self.core.has_work:
+                self._take(self.core.step())
+                self._check_blocks()
+            step += 1
+        for number, expected in self.expected.items():
+            if number not in self.aborted and self.brought[number] != expected:
+                raise DisagreementError(f"request {number} brought {self.brought[number]}, it must bring {expected}")
+        blocks = self.core.scheduler.blocks
+        if blocks.num_free != blocks.num_blocks:
+            raise DisagreementError(f"{blocks.num_blocks - blocks.num_free} blocks are still held when all requests are done")
+
+    def _arrive(self, step: int) -> None:
+        for number, (at, prompt, count) in enumerate(self.case.requests):
+            if at == step:
+                self.core.scheduler.add(EngineSequence.from_request(Request(
+                    request_id=number, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0), seed=0, max_tokens=count,
+                    stop_token_ids=frozenset())))
+        for at, number in self.case.aborts:
+            if at == step:
+                self.core.scheduler.abort(number)
+                self.aborted.add(number)  # one that comes later runs to its end; nobody counts its tokens
+
+    def _take(self, news: list[tuple[EngineSequence, int]]) -> None:
+        for sequence, token_id in news:
+            number = sequence.request.request_id
+            self.brought[number].append(token_id)
+            if self.brought[number] != self.expected[number][: len(self.brought[number])]:
+                raise DisagreementError(f"request {number} brought {self.brought[number]}, it must bring {self.expected[number]}")
+
+    def _check_blocks(self) -> None:
+        """Who holds what, counted again."""
+        blocks, running = self.core.scheduler.blocks, self.core.scheduler.running
+        held = [block for sequence in running for block in sequence.blocks]
+        counts = [held.count(block) for block in range(blocks.num_blocks)]
+        if counts != blocks.ref_counts:
+            raise DisagreementError(f"blocks are held {counts} times, ref_counts says {blocks.ref_counts}")
+        if blocks.num_free != counts.count(0):
+            raise DisagreementError(f"{counts.count(0)} blocks are held by nobody, {blocks.num_free} count as free")
+
+
+def cache_sizes(rank: RankContext) -> tuple[int, int]:
+    """Job: blocks that the loaded subject's bookkeeping counts on, and blocks that its cache tensors have."""
+    subject = rank.state["subject"]
+    held = {tensor.shape[0] for cache in subject.runner.caches for tensor in (cache.k_PNBH, cache.v_PNBH)}
+    return subject.num_blocks, min(held)
+
+
+def small_prompts(draw: random.Random, vocab_size: int, block_size: int) -> list[list[int]]:
+    """Four prompts of a bit more than a block; two of them begin alike."""
+    prompts = [[draw.randrange(vocab_size) for _ in range(block_size + 3)] for _ in range(4)]
+    return [*prompts[:3], prompts[0][:block_size] + prompts[3][:2]]
+
+
+def generate_in_a_small_cache(rank: RankContext, prompts: Sequence[Sequence[int]]) -> KVAnswer:
+    """Job: generate with the loaded subject's own runner in a cache that does not hold all prompts, noting every step."""
+    runner: Runner = rank.state["subject"].runner
+    core = EngineCore(cast(Runner, _Noting(runner)), SMALL_CACHE)
+    for number, prompt in enumerate(prompts):
+        core.scheduler.add(EngineSequence.from_request(Request(
+            request_id=number, prompt_token_ids=tuple(prompt), params=SamplingParams(temperature=0.0), seed=0,
+            max_tokens=core.block_size, stop_token_ids=frozenset())))
+    num_tokens = 0
+    while core.has_work:
+        num_tokens += len(core.step())
+    return KVAnswer(digests=cast(_Noting, core.runner).digests, compared=num_tokens)
+
+
+class _Noting:
+    """A runner that notes a digest of every step's inputs before it runs the step."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.digests: list[bytes] = []
+
+    def launch(self, batch: StepBatch) -> Any:
+        self.digests.append(digest_of(batch))
+        return self._runner.launch(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)

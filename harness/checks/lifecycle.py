@@ -1,0 +1,251 @@
+"""Is every way in which a rank can fail reported for what it is, with nothing left behind and a next job that works?
+
+A rank raises, leaves, is killed or hangs, while it loads, in prefill or in decode. Each time the report must name the rank,
+the phase and what happened, a hang also the collective that the others wait in; processes, listening ports and shared memory
+must be gone; and restarted ranks must generate what ranks did before. On a tiny model of its own, two ranks, processes for all
+of it and threads for what threads can do: raise.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
+
+import psutil
+
+from engine.batch import StepBatch
+from engine.core import EngineCore
+from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from engine.runner import Runner
+from engine.sampling import SamplingParams
+from engine.sequence import Request
+from engine.sequence import Sequence as EngineSequence
+from harness import jobs
+from harness.checks.base import PRELOAD, CheckContext, Outcome
+from reference.checkpoints import random_checkpoint
+
+TP_SIZE = 2
+VICTIM = 1
+HANG_S = 2.0
+"""Deadline of a job in which a rank hangs."""
+SLACK_S = 15.0
+"""How much later than it could a report may come, on a machine that does other things too."""
+GONE_S = 5.0
+"""How long what is left of a rank may take to go away."""
+
+How = Literal["raise", "exit", "kill", "hang"]
+Phase = Literal["load", "prefill", "decode"]
+REPORTED: dict[How, tuple[str, str]] = {
+    "raise": ("raised", "RuntimeError: planted"), "exit": ("died", "exited with code 7"),
+    "kill": ("died", "killed by SIGKILL"), "hang": ("stuck", "stuck outside any collective"),
+}
+"""What the report must call it, and say."""
+
+OPTIONS = {"block_size": 4, "num_kv_blocks": 16, "max_num_batched_tokens": 16, "max_num_seqs": 4}
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleCase:
+    """How a rank fails, where, and among which ranks."""
+
+    fabric: str
+    how: How
+    phase: Phase
+
+    def __str__(self) -> str:
+        return f"rank {VICTIM} of {TP_SIZE} ({self.fabric}) {self.how}s in {self.phase}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traces:
+    """What a live rank has of the machine."""
+
+    pid: int
+    started: float
+    ports: tuple[int, ...]
+    shared_memory: tuple[str, ...]
+
+
+def all_cases(fabric: str) -> list[LifecycleCase]:
+    """Every failure in every phase on processes; on threads an exception."""
+    hows: tuple[How, ...] = ("raise", "exit", "kill", "hang") if fabric != "threads" else ("raise",)
+    phases: tuple[Phase, ...] = ("load", "prefill", "decode")
+    return [LifecycleCase(fabric=fabric, how=how, phase=phase) for phase in phases for how in hows]
+
+
+def check_lifecycle(context: CheckContext) -> Outcome:
+    if context.ranks.tp_size != TP_SIZE:
+        return Outcome(cases=0, compared=0, skipped=f"it runs at tp_size={TP_SIZE}: how a rank fails does not depend on how many "
+                                                    "there are")
+    processes = "nccl" if context.ranks.fabric == "nccl" else "gloo"
+    cases = [*all_cases("threads"), *all_cases(processes)] if context.case is None else [LifecycleCase(**context.case)]
+    device = "cuda" if processes == "nccl" else "cpu"
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        folder = random_checkpoint(Path(scratch) / "model", CONFIG, seed=context.seed)
+        for fabric in dict.fromkeys(case.fabric for case in cases):
+            problem = run_cases([case for case in cases if case.fabric == fabric], folder, device=device)
+            if problem is not None:
+                case, what = problem
+                return Outcome(cases=len(cases), compared=0, rank=VICTIM, module=f"ranks ({case.fabric})", case=asdict(case),
+                               finding=f"{case}: {what}")
+    return Outcome(cases=len(cases), compared=len(cases))
+
+
+def run_cases(cases: Sequence[LifecycleCase], folder: Path, *, device: str = "cpu") -> tuple[LifecycleCase, str] | None:
+    """The first case that goes wrong, and how. All of one fabric."""
+    ports_before = _listening(os.getpid())
+    with Ranks(TP_SIZE, fabric=cases[0].fabric, device=device, preload=PRELOAD) as ranks:
+        expected = ranks.run(load_and_generate, folder)
+        for case in cases:
+            traces = ranks.run(traces_of)
+            started = time.monotonic()
+            try:
+                ranks.run(load_and_generate, folder, case, timeout_s=HANG_S if case.how == "hang" else None)
+            except RankFailure as failure:
+                problem = wrong_with(failure, case, time.monotonic() - started)
+            else:
+                problem = "the job succeeded, and nobody noticed"
+            if not ranks.healthy:
+                # Threads are this process: they leave what it has.
+                problem = problem or (left_behind(traces) if case.fabric != "threads" else None)
+                ranks.restart()
+            if problem is None and ranks.run(load_and_generate, folder) != expected:
+                problem = "the next job gave other token ids than the one before"
+            if problem is not None:
+                return case, problem
+        traces = ranks.run(traces_of)
+    problem = left_behind(traces) if cases[-1].fabric != "threads" else None
+    if problem is None and (ports := _listening(os.getpid()) - ports_before):
+        problem = f"this process still listens on ports {sorted(ports)}"
+    return None if problem is None else (cases[-1], f"after the ranks were closed, {problem}")
+
+
+def wrong_with(failure: RankFailure, case: LifecycleCase, seconds: float) -> str | None:
+    """What the report leaves out or gets wrong."""
+    kind, summary = REPORTED[case.how]
+    late = SLACK_S + (HANG_S if case.how == "hang" else 0)
+    error = failure.failures.get(VICTIM)
+    if error is None:
+        return f"the report does not name rank {VICTIM}: {_first_line(failure)}"
+    if error.consequence:
+        return f"the report takes rank {VICTIM} for a consequence of another: {_first_line(failure)}"
+    if (blamed := [rank for rank, other in failure.failures.items() if rank != VICTIM and not other.consequence]):
+        return f"the report blames ranks {blamed} too: {_first_line(failure)}"
+    if error.kind != kind or summary not in error.summary:
+        return f"reported as {error.kind}, {error.summary!r}; it is {kind}, {summary!r}"
+    if error.phase != case.phase:
+        return f"reported in phase {error.phase!r}, it was in {case.phase!r}"
+    if seconds > late:
+        return f"reported after {seconds:.1f} s, later than {late:g} s"
+    if case.how == "hang":
+        named = " ".join(failure.divergence)
+        if f"rank {VICTIM} never entered" not in named:
+            return f"the report does not say which collective rank {VICTIM} never entered: {named or 'nothing'}"
+    return None
+
+
+def _first_line(failure: RankFailure) -> str:
+    return str(failure).split("\n\n", 1)[0]
+
+
+def load_and_generate(rank: RankContext, folder: Path, case: LifecycleCase | None = None) -> list[list[int]]:
+    """Job: load the model and generate; the victim fails on the way if there is a case."""
+    is_victim = case is not None and rank.tp.rank == VICTIM
+    rank.phase = "load"
+    if is_victim and case is not None and case.phase == "load":
+        fail(case.how)
+    jobs.load(rank, "engine", folder, "float32", OPTIONS)
+    subject = rank.state["subject"]
+    runner = _Failing(subject.runner, rank, case if is_victim else None)
+    core = EngineCore(cast(Runner, runner), subject.num_blocks)
+    prompts = ((1, 2, 3, 4, 5), (7, 8, 9))
+    for number, prompt in enumerate(prompts):
+        core.scheduler.add(EngineSequence.from_request(Request(
+            request_id=number, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0), seed=0, max_tokens=6,
+            stop_token_ids=frozenset())))
+    outputs: list[list[int]] = [[] for _ in prompts]
+    while core.has_work:
+        for sequence, token_id in core.step():
+            outputs[sequence.request.request_id].append(token_id)
+    return outputs
+
+
+class _Failing:
+    """A runner that says which phase each step is, and fails in the case's."""
+
+    def __init__(self, runner: Runner, rank: RankContext, case: LifecycleCase | None) -> None:
+        self._runner = runner
+        self._rank = rank
+        self._case = case
+
+    def launch(self, batch: StepBatch) -> Any:
+        self._rank.phase = "decode" if batch.num_decodes == batch.num_seqs else "prefill"
+        if self._case is not None and self._case.phase == self._rank.phase:
+            fail(self._case.how)
+        return self._runner.launch(batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+
+def fail(how: How) -> NoReturn:
+    """Fail in that way."""
+    if how == "exit":
+        os._exit(7)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hang":
+        time.sleep(3600)
+    raise RuntimeError(f"planted: rank {VICTIM} was told to {how}")
+
+
+def traces_of(rank: RankContext) -> Traces:
+    """Job: what this rank has of the machine. Of a thread: of its process."""
+    process = psutil.Process()
+    maps = {mapped.path.removesuffix(" (deleted)") for mapped in process.memory_maps()}
+    return Traces(pid=process.pid, started=process.create_time(), ports=tuple(sorted(_listening(process.pid))),
+                  shared_memory=tuple(sorted(path for path in maps if path.startswith("/dev/shm/"))))
+
+
+def left_behind(traces: Sequence[Traces]) -> str | None:
+    """What is still there of ranks that are gone, after a moment."""
+    deadline = time.monotonic() + GONE_S
+    while True:
+        left = [f"process {trace.pid}" for trace in traces if _is_alive(trace)]
+        left += [f"shared memory {path}" for trace in traces for path in trace.shared_memory if os.path.exists(path)]
+        left += [f"port {port}" for trace in traces for port in trace.ports if _answers(port)]
+        if not left:
+            return None
+        if time.monotonic() > deadline:
+            return f"left behind: {', '.join(left)}"
+        time.sleep(0.02)
+
+
+def _is_alive(trace: Traces) -> bool:
+    try:
+        return psutil.Process(trace.pid).create_time() == trace.started  # a number may have been given to another process
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _listening(pid: int) -> set[int]:
+    connections = psutil.Process(pid).net_connections(kind="tcp")
+    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.2)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
