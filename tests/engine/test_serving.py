@@ -110,9 +110,9 @@ STREAMED = {
     "greedy": SamplingParams(temperature=0, max_tokens=30),
     "sampled": SAMPLED,
     "several": SamplingParams(n=3, seed=5, max_tokens=30, logprobs=2),
-    "stop strings": SamplingParams(n=2, seed=5, max_tokens=40, stop=["a漢", "ba b", "aaa"], ignore_eos=True),
-    "stop strings kept": SamplingParams(seed=7, max_tokens=40, stop=["b", "bb"], min_tokens=9, include_stop_str_in_output=True),
-    "stop tokens": SamplingParams(seed=8, max_tokens=40, stop_token_ids=[12], logprobs=0),
+    "stop strings": SamplingParams(n=2, seed=5, max_tokens=40, stop=["a b", "cab", " c" * 8], ignore_eos=True),
+    "stop strings kept": SamplingParams(seed=7, max_tokens=40, stop=["漢", "b\ufffd"], min_tokens=9, include_stop_str_in_output=True),
+    "stop tokens": SamplingParams(seed=8, max_tokens=40, stop_token_ids=[12], logprobs=0, ignore_eos=True),
     "special tokens": SamplingParams(seed=9, max_tokens=20, skip_special_tokens=False, ignore_eos=True),
 }
 
@@ -123,6 +123,8 @@ def test_a_stream_makes_up_what_generate_gives(served: MakeLLM, tp_size: int, pa
     llm = served(tp_size)
     expected = plain(llm.generate(PROMPTS, params))
     assert joined(list(llm.stream(PROMPTS, params))) == expected
+    met = {completion.stop_reason for completions in expected for completion in completions} - {None}
+    assert bool(met) == bool(params.stop_strings or params.stop_token_ids), "no stop was met"
 
 
 @BOTH
@@ -144,7 +146,7 @@ def test_results_do_not_depend_on_the_steps_per_message(
     llm = served(tp_size)
     params = [replace(STREAMED[name], n=1) for name in ("sampled", "stop strings", "stop strings kept", "stop tokens")]
     expected = plain(llm.generate(PROMPTS, params))
-    assert {completion.finish_reason for (completion,) in expected} == {"length", "stop"}
+    assert {type(completion.stop_reason) for (completion,) in expected} == {type(None), str, int}
     monkeypatch.setattr("engine.driver.STEPS_PER_MESSAGE", steps[0])
     monkeypatch.setattr("engine.driver.STEPS_WHILE_WATCHED", steps[1])
     assert plain(llm.generate(PROMPTS, params)) == expected
@@ -255,8 +257,10 @@ def test_the_end_of_sequence_token_is_no_stop_reason(served: MakeLLM) -> None:
         assert (completion.finish_reason, completion.stop_reason) == ("stop", None)
         assert completion.token_ids[-1] == EOS
         assert "<end>" not in completion.text
-    ((kept,),) = plain(llm.generate(PROMPTS[0], SamplingParams(seed=0, max_tokens=100, ignore_eos=True, stop_token_ids=[EOS])))
-    assert kept.stop_reason == EOS
+    for ignored, reason in ((False, None), (True, EOS)):
+        asked_for = SamplingParams(seed=0, max_tokens=100, ignore_eos=ignored, stop_token_ids=[EOS])
+        ((completion,),) = plain(llm.generate(PROMPTS[0], asked_for))
+        assert (completion.finish_reason, completion.stop_reason) == ("stop", reason)
 
 
 def test_min_tokens_holds_off_stop_tokens_and_stop_strings(served: MakeLLM) -> None:
@@ -268,10 +272,11 @@ def test_min_tokens_holds_off_stop_tokens_and_stop_strings(served: MakeLLM) -> N
 
 def test_a_prompt_gets_no_more_tokens_than_the_model_has_room_for(served: MakeLLM) -> None:
     llm = served(1)
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    ((completion,),) = plain(llm.generate(PROMPTS[0], params))
-    assert len(PROMPTS[0]) + len(completion.token_ids) == llm.max_model_len
-    assert completion.finish_reason == "length"
+    for max_tokens in (None, 10_000):
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        ((completion,),) = plain(llm.generate(PROMPTS[0], params))
+        assert len(PROMPTS[0]) + len(completion.token_ids) == llm.max_model_len
+        assert completion.finish_reason == "length"
 
 
 # --- aborts ---
