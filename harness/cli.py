@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from engine import LLM, SamplingParams
 from engine.config import DTYPES
 from engine.parallel.ranks import RankFailure
+from harness.bench.cli import register as register_bench
 from harness.checks import CHECKS
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.table import faults_table, gate_summary
@@ -30,6 +31,7 @@ DEFAULT_MODEL = "smollm2"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Proves tensor-parallel LLM inference correct: is it a bug, or is it rounding?")
+register_bench(app)
 errors = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder, or a hub id.")]
