@@ -1,0 +1,51 @@
+"""What a benchmark asks of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from harness.bench.figures import TokenTimes
+from harness.bench.workloads import Limits, Requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """How an engine is started. Prefix caching is off everywhere, since rounds repeat their prompts.
+
+    sequence_lens   lengths that must fit into the cache at once; engines that size it themselves get ``memory_share``
+    memory_share    of a GPU's memory, where several engines take turns on it
+    """
+
+    folder: Path
+    tp_size: int
+    fabric: str
+    device: str
+    dtype: str
+    vocab_size: int
+    limits: Limits
+    sequence_lens: tuple[int, ...]
+    memory_share: float = 0.9
+
+
+class Engine(Protocol):
+    """An engine that is ready. Its class takes (spec, folder of the weights, without a tokenizer).
+
+    Every request gets exactly the tokens that it asks for: end-of-sequence tokens don't end it.
+    """
+
+    fabric: str
+    """What joins its ranks, for the record; ``own`` for a peer's."""
+
+    def generate(self, requests: Requests, temperature: float) -> float:
+        """Seconds until every request is done, nobody watching."""
+
+    def stream(self, requests: Requests, temperature: float) -> TokenTimes:
+        """When each token of each request came, as somebody sees it who reads along."""
+
+    def peak_device_bytes(self) -> int | None:
+        """Most memory held on all GPUs together; None if it can't tell."""
+
+    def close(self) -> None:
+        """Free everything."""

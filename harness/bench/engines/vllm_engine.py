@@ -1,0 +1,59 @@
+"""vLLM, through its offline interface."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from harness.bench.engines.base import EngineSpec
+from harness.bench.figures import TokenTimes
+from harness.bench.workloads import Requests
+
+
+class VllmEngine:
+    fabric = "own"
+
+    def __init__(self, spec: EngineSpec, folder: Path) -> None:
+        self._vllm: Any = importlib.import_module("vllm")
+        self._names = itertools.count()
+        self._llm = self._vllm.LLM(
+            str(folder), skip_tokenizer_init=True, tensor_parallel_size=spec.tp_size, dtype=spec.dtype,
+            max_model_len=spec.limits.max_model_len, max_num_seqs=spec.limits.max_num_seqs,
+            max_num_batched_tokens=spec.limits.max_num_batched_tokens, enable_prefix_caching=False,
+            gpu_memory_utilization=spec.memory_share,
+        )
+
+    def generate(self, requests: Requests, temperature: float) -> float:
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        params = [self._params(num_tokens, temperature) for _, num_tokens in requests]
+        started = time.perf_counter()
+        self._llm.generate(prompts, params, use_tqdm=False)
+        return time.perf_counter() - started
+
+    def stream(self, requests: Requests, temperature: float) -> TokenTimes:
+        engine = self._llm.llm_engine
+        times: dict[str, list[float]] = {}
+        started = time.perf_counter()
+        for prompt, num_tokens in requests:
+            name = f"stream-{next(self._names)}"
+            times[name] = []
+            engine.add_request(name, {"prompt_token_ids": prompt}, self._params(num_tokens, temperature))
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter() - started
+            for output in outputs:
+                stamps = times[output.request_id]
+                stamps.extend([now] * (len(output.outputs[0].token_ids) - len(stamps)))
+        return list(times.values())
+
+    def _params(self, num_tokens: int, temperature: float) -> Any:
+        return self._vllm.SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+
+    def peak_device_bytes(self) -> int | None:
+        return None  # it lives in processes of its own
+
+    def close(self) -> None:
+        del self._llm

@@ -1,0 +1,62 @@
+"""From times of tokens to figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+Figures = dict[str, float]
+"""metric -> value of one round; the metric's name ends in its unit"""
+TokenTimes = Sequence[Sequence[float]]
+"""For each request, the seconds after the start at which each of its tokens arrived."""
+
+
+def throughput(num_tokens: int, seconds: float) -> Figures:
+    return {"output_tokens_per_s": num_tokens / seconds}
+
+
+def prompt_figures(times: TokenTimes, num_prompt_tokens: int) -> Figures:
+    """Of prompts that arrive together: all of them done, and the median time to a first token."""
+    first_s = [request[0] for request in times]
+    return {"prompt_tokens_per_s": num_prompt_tokens / max(first_s), "ttft_ms": 1e3 * float(np.median(first_s))}
+
+
+def inter_token_figures(times: TokenTimes) -> Figures:
+    """Median and 99th percentile of the time between two tokens of a request, while all requests decode.
+
+    From the moment in which the last request has its first token to the one in which the first has its last: before and
+    after it, prompts are computed and fewer requests run.
+
+    Raises:
+        ValueError: if there is no such time.
+    """
+    start, stop = max(request[0] for request in times), min(request[-1] for request in times)
+    gaps_s = [later - earlier for request in times for earlier, later in itertools.pairwise(request)
+              if earlier >= start and later <= stop]
+    if not gaps_s:
+        raise ValueError("no two tokens came while all requests were decoding: generate more tokens")
+    return {"itl_ms": 1e3 * float(np.median(gaps_s)), "itl_ms_p99": 1e3 * float(np.percentile(gaps_s, 99))}
+
+
+def first_token_figures(times: TokenTimes) -> Figures:
+    first_ms = [1e3 * request[0] for request in times]
+    return {"ttft_ms": float(np.median(first_ms)), "ttft_ms_p99": float(np.percentile(first_ms, 99))}
+
+
+def per_token_figures(times: TokenTimes) -> Figures:
+    """Mean time a token after the first, over requests."""
+    per_token_ms = [1e3 * (request[-1] - request[0]) / (len(request) - 1) for request in times]
+    return {"tpot_ms": float(np.median(per_token_ms)), "tpot_ms_p99": float(np.percentile(per_token_ms, 99))}
+
+
+def decode_figures(short_s: float, long_s: float, num_steps: int) -> Figures:
+    """Time a token from two runs that nobody watches, one of a single token and one of ``num_steps`` more.
+
+    Raises:
+        ValueError: if the longer run was no slower.
+    """
+    if long_s <= short_s:
+        raise ValueError(f"{num_steps} more tokens took no longer ({long_s:.4g} s against {short_s:.4g} s): generate more tokens")
+    return {"ms_per_token": 1e3 * (long_s - short_s) / num_steps}

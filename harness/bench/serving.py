@@ -1,0 +1,124 @@
+"""What a worker does for a serving workload: start an engine, run cases on it, say what it took."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+from harness.bench.engines import ENGINES
+from harness.bench.engines.base import Engine, EngineSpec
+from harness.bench.figures import (
+    Figures,
+    decode_figures,
+    first_token_figures,
+    inter_token_figures,
+    per_token_figures,
+    prompt_figures,
+    throughput,
+)
+from harness.bench.workloads import Requests
+
+State = dict[str, Any]
+_OF_TIMES = {"itl": inter_token_figures, "ttft": first_token_figures, "tpot": per_token_figures}
+
+
+class _Started:
+    """An engine with the folder it was given."""
+
+    def __init__(self, name: str, spec: EngineSpec) -> None:
+        self.spec = spec
+        self._runs = itertools.count()
+        self._folder = TemporaryDirectory()
+        try:
+            self.engine: Engine = ENGINES[name].load()(spec, _weights_alone(spec.folder, Path(self._folder.name)))
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def fresh(self, requests: Requests) -> Requests:
+        """Requests whose prompts nobody has seen yet, in their first token: one engine can't switch prefix caching off."""
+        number = next(self._runs)
+        return [([(prompt[0] + number) % self.spec.vocab_size, *prompt[1:]], num_tokens) for prompt, num_tokens in requests]
+
+    def close(self) -> None:
+        try:
+            self.engine.close()
+        finally:
+            self._folder.cleanup()
+
+
+def start(state: State, name: str, spec: EngineSpec) -> str:
+    """Have an engine with this ``spec`` running; the fabric that joins its ranks."""
+    started: _Started | None = state.get("engine")
+    if started is None or started.spec != spec:
+        stop(state)
+        started = state["engine"] = _Started(name, spec)
+    return started.engine.fabric
+
+
+def stop(state: State) -> None:
+    """End the engine if one runs."""
+    if (started := state.pop("engine", None)) is not None:
+        started.close()
+
+
+def run_case(state: State, requests: Requests, figures: tuple[str, ...], temperature: float) -> Figures:
+    """One round: run the requests as the figures need it, and compute these."""
+    started: _Started = state["engine"]
+    engine, fresh = started.engine, started.fresh
+    num_tokens = sum(count for _, count in requests)
+    found: Figures = {}
+    if figures == ("throughput",):
+        return throughput(num_tokens, engine.generate(fresh(requests), temperature))
+    if "decode" in figures:
+        short_s = engine.generate(fresh([(prompt, 1) for prompt, _ in requests]), temperature)
+        found |= decode_figures(short_s, engine.generate(fresh(requests), temperature), requests[0][1] - 1)
+    times = engine.stream(fresh(requests), temperature)
+    for name, compute in _OF_TIMES.items():
+        if name in figures:
+            found |= compute(times)
+    if "throughput" in figures:
+        found |= throughput(num_tokens, max(request[-1] for request in times))
+    if "prompt" in figures:
+        found |= prompt_figures(times, sum(len(prompt) for prompt, _ in requests))
+    return found
+
+
+def first_token(state: State, name: str, spec: EngineSpec, prompt: list[int]) -> str:
+    """Start an engine and have it give one token; the fabric that joins its ranks."""
+    fabric = start(state, name, spec)
+    state["engine"].engine.generate([(prompt, 1)], 0.6)
+    return fabric
+
+
+def peak_bytes(state: State) -> int | None:
+    """Most memory that the engine's processes have held together: of the GPUs, or resident in RAM. None: unknown."""
+    started: _Started = state["engine"]
+    if started.spec.device == "cuda":
+        return started.engine.peak_device_bytes()
+    return _peak_resident_bytes()
+
+
+def _peak_resident_bytes() -> int | None:
+    total = 0
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:  # not Linux, or the process has just ended
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return total or None
+
+
+def _weights_alone(folder: Path, scratch: Path) -> Path:
+    """``folder`` without its tokenizer: prompts and answers are token ids, and no engine spends time on text."""
+    for path in folder.iterdir():
+        if path.name in ("config.json", "generation_config.json") or ".safetensors" in path.name:
+            (scratch / path.name).symlink_to(path.resolve())
+    return scratch
+

@@ -1,0 +1,80 @@
+"""Models to measure: named shapes as random checkpoints, kept in a cache folder, or any checkpoint there is."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reference.checkpoints import random_checkpoint, resolve
+
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960,
+          "rope_theta": 1e6, "num_key_value_heads": 8}
+_LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072,
+            "rope_theta": 5e5, "num_key_value_heads": 8}
+_LLAMA_31_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                  "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                            "tie_word_embeddings": True},
+    "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+                            "tie_word_embeddings": True},
+    "qwen3-4b": _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+                          "tie_word_embeddings": True},
+    "qwen3-8b": _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+                          "tie_word_embeddings": False},
+    "qwen3-14b": _QWEN3 | {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
+                           "tie_word_embeddings": False},
+    "qwen3-32b": _QWEN3 | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
+                           "tie_word_embeddings": False},
+    "llama-3.1-8b": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                                "num_attention_heads": 32, "head_dim": 128, "tie_word_embeddings": False,
+                                "rope_scaling": _LLAMA_31_ROPE | {"factor": 8.0}},
+    "llama-3.2-1b": _LLAMA_3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                                "num_attention_heads": 32, "head_dim": 64, "tie_word_embeddings": True,
+                                "rope_scaling": _LLAMA_31_ROPE | {"factor": 32.0}},
+    "smollm2-135m": {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
+                     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+                     "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True},
+}
+"""Names and sizes of public models; their weights are random."""
+
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+_LARGEST_FILE = "4GB"
+
+
+def model_folder(model: str, *, dtype: str = "auto", cache: Path | None = None) -> Path:
+    """The checkpoint of ``model``: random weights for a name of ``SHAPES``, else what ``reference.checkpoints`` finds.
+
+    Random weights are written once, in ``dtype`` (bfloat16 for ``auto``), into the cache folder: ``$SHARDPROOF_CACHE``, or
+    ``~/.cache/shardproof``.
+
+    Raises:
+        CheckpointError: if there is no such model.
+    """
+    if model not in SHAPES:
+        return resolve(model).absolute()
+    root = cache or Path(os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    folder = (root / "shapes" / f"{model}-{dtype}").absolute()
+    if not folder.is_dir():
+        # Whole or not at all: another run may look for it, and this one may be interrupted.
+        scratch = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        try:
+            random_checkpoint(scratch, dict(SHAPES[model]) | NO_SPECIAL_TOKENS, dtype=dtype, max_shard_size=_LARGEST_FILE)
+            _rename(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _rename(scratch: Path, folder: Path) -> None:
+    try:
+        scratch.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same weights
+            raise
