@@ -31,43 +31,18 @@ def _tokens_per_split(context, split_len, num_splits, TILE: tl.constexpr):
     return tl.where(split_len > 0, split_len, tl.maximum(even, TILE))
 
 
-# What changes from step to step must not compile a new kernel: each variant would stall a step for a second.
-@triton.jit(do_not_specialize=["lse_stride_s", "lse_stride_h", "table_stride"],
-            do_not_specialize_on_alignment=["block_tables", "context_lens"])  # fmt: skip
-def _decode_kernel(
-    q, k_cache, v_cache, block_tables, context_lens, q_start, q_count, out, lse, scale_log2, split_len,
-    q_stride_s, q_stride_h, out_stride_s, out_stride_h, out_stride_x,
-    lse_stride_s, lse_stride_h, table_stride,
-    STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def attend_keys(
+    q_rows, k_head, v_head, table, begin, end, scale_log2,
+    STRIDE_P: tl.constexpr, STRIDE_B: tl.constexpr, BLOCK_SIZE: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out`` is the result; with SPLIT, float32 partial results and ``lse`` (log2) their weights."""
-    kv_head = tl.program_id(0)
-    seq = tl.program_id(1)
-    split = tl.program_id(2)
-    context = tl.load(context_lens + seq)
-    begin = 0
-    end = context
-    if SPLIT:
-        tokens = _tokens_per_split(context, split_len, tl.num_programs(2), TILE)
-        begin = split * tokens
-        end = tl.minimum(begin + tokens, context)
-        if begin >= end:
-            return
+    """Query rows to the keys ``begin : end`` of one sequence and KV head, ``begin`` a multiple of TILE.
 
-    rows = tl.arange(0, ROWS)
+    Returns the sums of values, not yet divided by the sums of weights, these, and the largest scores in units of log2.
+    """
     dims = tl.arange(0, H_PAD)
     tile = tl.arange(0, TILE)
-    keep_rows = rows < tl.load(q_count + kv_head)
-    heads = tl.load(q_start + kv_head) + rows
-    keep_q = keep_rows[:, None] & (dims < H)[None, :]
-    q_at = q + seq.to(tl.int64) * q_stride_s + heads[:, None] * q_stride_h + dims[None, :]
-    q_rows = tl.load(q_at, mask=keep_q, other=0.0)
-
-    table = block_tables + seq.to(tl.int64) * table_stride
-    k_head = k_cache + kv_head.to(tl.int64) * STRIDE_N
-    v_head = v_cache + kv_head.to(tl.int64) * STRIDE_N
     top = tl.full([ROWS], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, H_PAD], tl.float32)
@@ -98,7 +73,46 @@ def _decode_kernel(
         total = total * decay + tl.sum(weights, axis=1)
         acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
+    return acc, total, top
 
+
+# What changes from step to step must not compile a new kernel: each variant would stall a step for a second.
+@triton.jit(do_not_specialize=["lse_stride_s", "lse_stride_h", "table_stride"],
+            do_not_specialize_on_alignment=["block_tables", "context_lens"])  # fmt: skip
+def _decode_kernel(
+    q, k_cache, v_cache, block_tables, context_lens, q_start, q_count, out, lse, scale_log2, split_len,
+    q_stride_s, q_stride_h, out_stride_s, out_stride_h, out_stride_x,
+    lse_stride_s, lse_stride_h, table_stride,
+    STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out`` is the result; with SPLIT, float32 partial results and ``lse`` (log2) their weights."""
+    kv_head = tl.program_id(0)
+    seq = tl.program_id(1)
+    split = tl.program_id(2)
+    context = tl.load(context_lens + seq)
+    begin = 0
+    end = context
+    if SPLIT:
+        tokens = _tokens_per_split(context, split_len, tl.num_programs(2), TILE)
+        begin = split * tokens
+        end = tl.minimum(begin + tokens, context)
+        if begin >= end:
+            return
+
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, H_PAD)
+    keep_rows = rows < tl.load(q_count + kv_head)
+    heads = tl.load(q_start + kv_head) + rows
+    keep_q = keep_rows[:, None] & (dims < H)[None, :]
+    q_at = q + seq.to(tl.int64) * q_stride_s + heads[:, None] * q_stride_h + dims[None, :]
+    q_rows = tl.load(q_at, mask=keep_q, other=0.0)
+    acc, total, top = attend_keys(
+        q_rows, k_cache + kv_head.to(tl.int64) * STRIDE_N, v_cache + kv_head.to(tl.int64) * STRIDE_N,
+        block_tables + seq.to(tl.int64) * table_stride, begin, end, scale_log2,
+        STRIDE_P, STRIDE_B, BLOCK_SIZE, H, H_PAD, ROWS, TILE, PRECISION,
+    )  # fmt: skip
     # A padding sequence has no keys: its rows are zeros.
     safe_total = tl.where(total > 0, total, 1.0)
     acc = acc / safe_total[:, None]
@@ -222,7 +236,7 @@ def paged_decode(
     if tile is None:
         # With pinned splits the tile is part of what is pinned: it must not depend on the number of splits.
         whole = num_splits == 1 and split_len is None
-        tile = _default_tile(whole, head_dim_padded, q_SQH.element_size())
+        tile = default_tile(whole, head_dim_padded, q_SQH.element_size())
     if split_len is not None and (split_len <= 0 or split_len % tile):
         raise ValueError(f"split_len={split_len} must be a positive multiple of tile={tile}: change either")
     # Every other KV head serves at least one query head.
@@ -256,7 +270,7 @@ def paged_decode(
     return out_SQH
 
 
-def _default_tile(whole: bool, head_dim_padded: int, element_size: int) -> int:
+def default_tile(whole: bool, head_dim_padded: int, element_size: int) -> int:
     """Measured best on an H200: 128 keys for whole sequences, 64 for splits, within 32 KiB of keys."""
     if element_size == 4:  # exact float32 products run on the ordinary cores: registers are the limit
         return max(16, min(64, 2048 // head_dim_padded))

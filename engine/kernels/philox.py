@@ -5,9 +5,12 @@ draw is a pure function of (seed, position, column): it does not depend on the b
 the vocabulary is sharded, and there is no generator state that ranks could disagree on.
 """
 
+import os
+
 import torch
 
 from engine.kernels.common import cdiv, check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
+from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 
 # Shape suffixes: R = rows (requests), V = columns (this rank's part of the vocabulary), C = counters
 
@@ -64,21 +67,59 @@ def philox_uniform(seed_R: torch.Tensor, position_R: torch.Tensor, num: int, sta
 
 
 @triton.jit
-def _uniform_tile(seed, position, counters, STREAM: tl.constexpr, COUNTERS: tl.constexpr):
-    """Uniform numbers ``[COUNTERS, 4]``: those of the columns ``4 * counter + (0, 1, 2, 3)``."""
+def _wide_product(a, b: tl.constexpr):
+    """High and low word of a 32 x 32-bit product, by the one instruction that gives both."""
+    product = a.to(tl.uint64) * b
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _words(seed, position, counters, STREAM: tl.constexpr, COUNTERS: tl.constexpr):
+    """Random words ``[4 * COUNTERS]``: those of the columns from ``4 * counters[0]`` on."""
     zeros = tl.zeros([COUNTERS], tl.uint32)
-    word0, word1, word2, word3 = tl.philox(
-        seed,
-        counters.to(tl.uint32),
-        zeros + (position & 0xFFFFFFFF).to(tl.uint32),
-        zeros + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32),
-        zeros + STREAM,
-    )
-    lane = tl.arange(0, 4)[None, :]
-    words = tl.where(lane == 0, word0[:, None], word1[:, None])
-    words = tl.where(lane == 2, word2[:, None], words)
-    words = tl.where(lane == 3, word3[:, None], words)
-    return ((words >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+    c0 = counters.to(tl.uint32)
+    c1 = zeros + (position & 0xFFFFFFFF).to(tl.uint32)
+    c2 = zeros + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c3 = zeros + STREAM
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = _wide_product(c0, 0xD2511F53)
+        high1, low1 = _wide_product(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+
+
+@triton.jit
+def _uniform(words):
+    """Each word's upper 23 bits ``n`` as ``(2 n + 1) / 2^24``, exactly: ``n`` is the fraction of a number from 1 to 2."""
+    one_to_two = ((words >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return (one_to_two - 1.0) + 1.0 / 16777216.0
+
+
+@triton.jit
+def _log2(x, HARDWARE: tl.constexpr):
+    """With HARDWARE the instruction itself: its error is 2^-22, absolute from 0.5 to 2 and relative elsewhere (PTX ISA)."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
+
+
+@triton.jit
+def _gumbel(uniform, HARDWARE_LOG: tl.constexpr):
+    """``-log(-log(uniform))``, off by less than 1e-5.
+
+    What wins is close to 1, where the absolute error of a logarithm would be all of it: a series takes over there.
+    """
+    ln2: tl.constexpr = 0.6931471805599453
+    rest = 1.0 - uniform  # exact
+    series = rest * (1.0 + rest * (1 / 2 + rest * (1 / 3 + rest * (1 / 4 + rest * (1 / 5)))))
+    exponential = tl.where(rest < 1 / 16, series, _log2(uniform, HARDWARE_LOG) * -ln2)
+    return _log2(exponential, HARDWARE_LOG) * -ln2
 
 
 @triton.jit
@@ -86,9 +127,9 @@ def _uniform_kernel(seed, position, out, start, num, STREAM: tl.constexpr, COUNT
     """One program per row and COUNTERS counters."""
     row = tl.program_id(0).to(tl.int64)
     counters = start // 4 + tl.program_id(1) * COUNTERS + tl.arange(0, COUNTERS)
-    uniform = _uniform_tile(tl.load(seed + row), tl.load(position + row), counters, STREAM, COUNTERS)
-    at = counters[:, None] * 4 + tl.arange(0, 4)[None, :] - start
-    tl.store(out + row * num + at, uniform, mask=(at >= 0) & (at < num))
+    words = _words(tl.load(seed + row), tl.load(position + row), counters, STREAM, COUNTERS)
+    at = (start // 4 + tl.program_id(1) * COUNTERS) * 4 - start + tl.arange(0, 4 * COUNTERS)
+    tl.store(out + row * num + at, _uniform(words), mask=(at >= 0) & (at < num))
 
 
 def philox_uniform_triton(
@@ -104,33 +145,61 @@ def philox_uniform_triton(
 
 
 @triton.jit
+def _best_of_chunk(
+    logits_row, columns, counters, num_columns, heat, seed, position,
+    COUNTERS: tl.constexpr, EDGE: tl.constexpr, HARDWARE_LOG: tl.constexpr,
+):  # fmt: skip
+    """The largest score of these columns and the lowest column that has it; with EDGE, some are outside the row."""
+    if EDGE:
+        keep = (columns >= 0) & (columns < num_columns)
+        scores = tl.load(logits_row + columns, mask=keep, other=float("-inf")).to(tl.float32)
+    else:
+        scores = tl.load(logits_row + columns).to(tl.float32)
+    if heat > 0:
+        noise = _gumbel(_uniform(_words(seed, position, counters, 0, COUNTERS)), HARDWARE_LOG)
+        scores = scores * (1.0 / heat) + noise
+    scores = tl.minimum(scores, float("inf"))  # the smaller of a NaN and a number is the number
+    best = tl.max(scores, axis=0)
+    is_best = scores == best
+    if EDGE:
+        is_best = is_best & keep
+    return best, tl.min(tl.where(is_best, columns, 2147483647), axis=0)
+
+
+@triton.jit
 def _gumbel_chunk_kernel(
     logits, temperature, seed, position, values, indices, row_stride, num_columns, vocab_start,
-    COUNTERS: tl.constexpr,
+    COUNTERS: tl.constexpr, HARDWARE_LOG: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row and chunk of 4 * COUNTERS columns, aligned to the full vocabulary's counters."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    counters = vocab_start // 4 + chunk * COUNTERS + tl.arange(0, COUNTERS)
-    columns = counters[:, None] * 4 + tl.arange(0, 4)[None, :] - vocab_start
-    keep = (columns >= 0) & (columns < num_columns)
-    scores = tl.load(logits + row * row_stride + columns, mask=keep, other=float("-inf")).to(tl.float32)
-    heat = tl.load(temperature + row)
-    if heat > 0:
-        uniform = _uniform_tile(tl.load(seed + row), tl.load(position + row), counters, 0, COUNTERS)
-        scores = scores / heat - tl.log(-tl.log(uniform))
-    scores = tl.where(scores == scores, scores, float("inf"))
-    best = tl.max(tl.max(scores, axis=1), axis=0)
-    # The lowest column that holds the maximum, never one outside the row.
-    index = tl.min(tl.min(tl.where(keep & (scores == best), columns, num_columns), axis=1), axis=0)
+    first = vocab_start // 4 + chunk * COUNTERS
+    counters = first + tl.arange(0, COUNTERS)
+    begin = first * 4 - vocab_start
+    columns = begin + tl.arange(0, 4 * COUNTERS)
+    logits_row = logits + row * row_stride
+    heat, row_seed, row_position = tl.load(temperature + row), tl.load(seed + row), tl.load(position + row)
+    if (begin >= 0) & (begin + 4 * COUNTERS <= num_columns):
+        best, index = _best_of_chunk(
+            logits_row, columns, counters, num_columns, heat, row_seed, row_position, COUNTERS, False, HARDWARE_LOG
+        )
+    else:
+        best, index = _best_of_chunk(
+            logits_row, columns, counters, num_columns, heat, row_seed, row_position, COUNTERS, True, HARDWARE_LOG
+        )
     at = row * tl.num_programs(1) + chunk
     tl.store(values + at, best)
     tl.store(indices + at, index)
 
 
 @triton.jit
-def _gumbel_row_kernel(chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, CHUNKS_PAD: tl.constexpr):
+def _gumbel_row_kernel(
+    chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, CHUNKS_PAD: tl.constexpr, OVERLAP: tl.constexpr
+):
     """One program per row: the best of its chunks."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, CHUNKS_PAD)
     keep = chunks < num_chunks
@@ -148,18 +217,25 @@ def gumbel_argmax(
     seed_R: torch.Tensor,
     position_R: torch.Tensor,
     vocab_start: int = 0,
+    *,
+    counters: int = _COUNTERS,
+    num_warps: int = 4,
+    overlap: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sample of ``softmax(logits / temperature)`` per row, by the Gumbel-max trick; 0 is greedy.
 
     logits_RV       ``[R, V]``: this rank's part of the vocabulary, from ``vocab_start``; -inf masks padding
     temperature_R   ``[R]`` float32; 0 takes the largest logit itself
     seed_R, position_R   ``[R]`` int64: the request's seed and the sampled token's position
+    counters, num_warps, overlap   a quarter of a program's columns, and Triton's launch parameters (as in
+                    :mod:`engine.kernels.overlap`, by default where the device can)
 
     Returns ``(value [R] float32, index [R] int64)``: the largest ``logit / temperature + noise`` (the largest
     logit in greedy rows) and its index in the whole vocabulary; of equal values, the lowest index. The noise
     of a column depends on seed, position and its index in the whole vocabulary alone, hence the best of all
     ranks' pairs is what one rank would have found. A NaN counts as +inf, so that it is seen and its index is
-    a valid one.
+    a valid one. The uniform numbers are the twin's bit for bit; the noise made of them is within 1e-5 of exact, so that
+    only scores as close as that may be ranked otherwise than the twin does.
 
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for rows without columns.
     """
@@ -172,17 +248,22 @@ def gumbel_argmax(
     indices = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return values, indices
-    num_chunks = cdiv(vocab_start % 4 + num_columns, 4 * _COUNTERS)
+    overlap = may_overlap(logits_RV, overlap)
+    # Interpreted, and on other makers' devices, there is no such instruction.
+    hardware_log = os.environ.get("TRITON_INTERPRET") != "1" and torch.version.hip is None
+    num_chunks = cdiv(vocab_start % 4 + num_columns, 4 * counters)
     chunk_values = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
     chunk_indices = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
     _gumbel_chunk_kernel[(num_rows, num_chunks)](
         logits_RV, temperature_R.contiguous(), seed_R.contiguous(), position_R.contiguous(),
         chunk_values, chunk_indices,
-        logits_RV.stride(0), num_columns, vocab_start, _COUNTERS,
+        logits_RV.stride(0), num_columns, vocab_start, counters, hardware_log, overlap,
+        num_warps=num_warps, **early_launch(overlap),
     )  # fmt: skip
     _gumbel_row_kernel[(num_rows,)](
-        chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, next_power_of_2(num_chunks)
-    )
+        chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, next_power_of_2(num_chunks), overlap,
+        **early_launch(overlap),
+    )  # fmt: skip
     return values, indices
 
 

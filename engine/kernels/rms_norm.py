@@ -7,14 +7,16 @@ Both compute ``x / rms(x) * weight`` in float32 and round once, at the end. The 
 import torch
 
 from engine.kernels.common import check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
+from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 
 
 @triton.jit
 def _rms_norm_kernel(
     x, residual, weight, out, new_residual, x_stride, residual_stride, eps,
-    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per row. Outputs are contiguous; ``residual`` and ``new_residual`` are read only if ADD."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, D_PAD)
     keep = dims < D
@@ -30,7 +32,7 @@ def _rms_norm_kernel(
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, overlap: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     new_residual = out if residual is None else torch.empty_like(out)
@@ -41,32 +43,36 @@ def _launch(
     residual_rows = x_rows if residual is None else residual.reshape(-1, dim)
     check_kernel_inputs(x=x_rows, residual=residual_rows, weight=weight)
     dim_padded = next_power_of_2(dim)
+    overlap = may_overlap(x, overlap)
     _rms_norm_kernel[(x_rows.shape[0],)](
         x_rows, residual_rows, weight, out, new_residual, x_rows.stride(0), residual_rows.stride(0), eps,
-        dim, dim_padded, residual is not None,
-        num_warps=min(16, max(1, dim_padded // 512)),
+        dim, dim_padded, residual is not None, overlap,
+        num_warps=min(16, max(1, dim_padded // 512)), **early_launch(overlap),
     )  # fmt: skip
     return out, new_residual
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, overlap: bool | None = None) -> torch.Tensor:
     """``x / sqrt(mean(x², last dim) + eps) * weight`` in float32, rounded once to ``x``'s dtype.
 
-    x        ``[..., D]``, rows may be strided
-    weight   ``[D]``, any of the kernels' dtypes
+    x         ``[..., D]``, rows may be strided
+    weight    ``[D]``, any of the kernels' dtypes
+    overlap   whether to launch as :mod:`engine.kernels.overlap` describes; by default, where the device can
 
     Every row is computed alike, whatever the others: the result is batch-invariant.
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32.
     """
-    return _launch(x, None, weight, eps)[0]
+    return _launch(x, None, weight, eps, overlap)[0]
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, overlap: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``(rms_norm(s), s)`` for the new residual ``s = x + residual``: a float32 sum rounded to the dtype.
 
     Shapes as in :func:`rms_norm`; neither input is changed.
     """
-    return _launch(x, residual, weight, eps)
+    return _launch(x, residual, weight, eps, overlap)
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ Rotation is by halves, as Hugging Face's ``rotate_half`` does it: element ``i`` 
 import torch
 
 from engine.kernels.common import cdiv, check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
+from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 from engine.kernels.rms_norm import rms_norm_torch
 from engine.kernels.store_kv import check_caches, store_kv_torch
 
@@ -64,12 +65,13 @@ def _rope_kernel(
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr,
-    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, STORE: tl.constexpr,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, STORE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per token and group of HEADS heads: the query heads' groups first, then the KV heads'.
 
     With STORE, ``k_out`` and ``v_out`` are the caches; else ``k_out`` is ``[T, N, H]``, and no values.
     """
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     q_groups: tl.constexpr = (NUM_Q + HEADS - 1) // HEADS
@@ -116,6 +118,7 @@ def _launch(
     q_norm_weight_H: torch.Tensor | None,
     k_norm_weight_H: torch.Tensor | None,
     eps: float,
+    overlap: bool | None,
 ) -> torch.Tensor:
     positions_T = positions_T.contiguous()
     weights = {"q_norm_weight": q_norm_weight_H, "k_norm_weight": k_norm_weight_H}
@@ -136,6 +139,7 @@ def _launch(
     block_size = k_out.shape[2] if store else 1
     rest = head_dim - 2 * half
     heads = min(_HEADS_PER_PROGRAM, next_power_of_2(max(num_q_heads, num_kv_heads)))
+    overlap = may_overlap(q, overlap)
     # Arguments that a variant never reads still need a tensor in their place.
     v = k if v is None else v
     _rope_kernel[(num_tokens, cdiv(num_q_heads, heads) + cdiv(num_kv_heads, heads))](
@@ -148,8 +152,8 @@ def _launch(
         stride_p, stride_n, stride_b, block_size,
         num_q_heads, num_kv_heads, head_dim, next_power_of_2(head_dim),
         half, next_power_of_2(half), next_power_of_2(rest) if rest else 0, heads,
-        q_norm_weight_H is not None, k_norm_weight_H is not None, store,
-        num_warps=max(1, heads * next_power_of_2(half) // 256),
+        q_norm_weight_H is not None, k_norm_weight_H is not None, store, overlap,
+        num_warps=max(1, heads * next_power_of_2(half) // 256), **early_launch(overlap),
     )  # fmt: skip
     return q_out
 
@@ -163,19 +167,22 @@ def apply_rope(
     q_norm_weight_H: torch.Tensor | None = None,
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    overlap: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys, each RMS-normed per head where a weight is given, then rotated; new tensors.
 
     q_TNH, k_TNH   ``[T, heads, H]``, strided views allowed
     positions_T    ``[T]`` int32 or int64, each within ``[0, M)`` (padding tokens: 0)
     tables         ``[M, rotary_dim / 2]`` float32, contiguous
+    overlap        whether to launch as :mod:`engine.kernels.overlap` describes; by default, where the device can
 
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for wider tables.
     """
     k_out = torch.empty(k_TNH.shape, dtype=k_TNH.dtype, device=k_TNH.device)
     q_out = _launch(
         q_TNH, k_TNH, None, k_out, None, None,
-        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps,
+        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, overlap,
     )  # fmt: skip
     return q_out, k_out
 
@@ -191,6 +198,8 @@ def rope_store_kv(
     q_norm_weight_H: torch.Tensor | None = None,
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    overlap: bool | None = None,
 ) -> torch.Tensor:
     """Norm, rotation and cache write in one pass over the fused projection; returns queries ``[T, N, H]``.
 
@@ -205,7 +214,7 @@ def rope_store_kv(
     q, k, v = _split_heads(qkv_TC, k_cache_PNBH)
     return _launch(
         q, k, v, k_cache_PNBH, v_cache_PNBH, slot_mapping_T,
-        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps,
+        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, overlap,
     )  # fmt: skip
 
 

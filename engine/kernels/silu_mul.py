@@ -3,6 +3,7 @@
 import torch
 
 from engine.kernels.common import cdiv, check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
+from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 
 # Shape suffixes: T = tokens, I = intermediate features on this rank, G = 2 * I
 
@@ -24,8 +25,9 @@ def _one_plus_exp(x):
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, row_stride, INTERMEDIATE: tl.constexpr, TILE: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, row_stride, INTERMEDIATE: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr):
     """One program per row and tile of columns."""
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     keep = cols < INTERMEDIATE
@@ -38,8 +40,10 @@ def _silu_mul_kernel(gate_up, out, row_stride, INTERMEDIATE: tl.constexpr, TILE:
     tl.store(out + row * INTERMEDIATE + cols, values.to(out.dtype.element_ty), mask=keep)
 
 
-def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up_TG: torch.Tensor, *, overlap: bool | None = None) -> torch.Tensor:
     """``silu(gate) * up`` in float32, rounded once: ``[T, 2 * I]`` (gate first, then up) to ``[T, I]``.
+
+    overlap   whether to launch as :mod:`engine.kernels.overlap` describes; by default, where the device can
 
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32.
     """
@@ -47,10 +51,12 @@ def silu_mul(gate_up_TG: torch.Tensor) -> torch.Tensor:
     num_tokens, intermediate = gate_up_TG.shape[0], gate_up_TG.shape[1] // 2
     out_TI = torch.empty((num_tokens, intermediate), dtype=gate_up_TG.dtype, device=gate_up_TG.device)
     if out_TI.numel():
+        overlap = may_overlap(gate_up_TG, overlap)
         tile = min(_MAX_TILE, next_power_of_2(intermediate))
         _silu_mul_kernel[(num_tokens, cdiv(intermediate, tile))](
-            gate_up_TG, out_TI, gate_up_TG.stride(0), intermediate, tile, num_warps=max(1, tile // 256)
-        )
+            gate_up_TG, out_TI, gate_up_TG.stride(0), intermediate, tile, overlap,
+            num_warps=max(1, tile // 256), **early_launch(overlap),
+        )  # fmt: skip
     return out_TI
 
 

@@ -22,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.kernels.balanced_decode import balanced_decode
 from engine.kernels.paged_decode import choose_splits, paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.kernels.philox import gumbel_argmax
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope_store_kv
 from engine.kernels.silu_mul import silu_mul
+from engine.kernels.skinny_matmul import skinny_matmul
 
 _ROTATED_BYTES = 256 * 2**20  # well above an H200's 60 MB of L2 cache
 _COPY_BYTES_PER_S = 4.30e12  # device copy measured on an H200
@@ -35,16 +37,56 @@ _DTYPE = torch.bfloat16
 _BLOCK_SIZE = 256
 _HEAD_DIM = 128
 
-_DECODE_CASES = [
-    # name, sequences, mean context, query heads, KV heads
-    ("256x1.1k-16/8", 256, 1100, 16, 8),
-    ("256x1.1k-32/8", 256, 1100, 32, 8),
-    ("256x1.1k-8/4", 256, 1100, 8, 4),
-    ("64x1.1k-16/8", 64, 1100, 16, 8),
-    ("8x8k-16/8", 8, 8192, 16, 8),
-    ("1x32k-16/8", 1, 32768, 16, 8),
-    ("1x1k-16/8", 1, 1024, 16, 8),
+_MATMUL_CASES = [
+    # name, output features, input features
+    ("0.6B qkv", 4096, 1024),
+    ("0.6B o", 1024, 2048),
+    ("0.6B gate_up", 6144, 1024),
+    ("0.6B down", 1024, 3072),
+    ("0.6B lm_head", 151_936, 1024),
+    ("8B qkv", 6144, 4096),
+    ("8B o", 4096, 4096),
+    ("8B gate_up", 24_576, 4096),
+    ("8B down", 4096, 12_288),
 ]
+_ONE_ROW_CONFIGS = [
+    # rows, parts, num_warps
+    (2, 4, 4),
+    (4, 1, 4),
+    (4, 2, 4),
+    (4, 4, 4),
+    (8, 1, 4),
+    (8, 2, 4),
+    (8, 4, 1),
+    (4, 4, 2),
+    (4, 2, 8),
+]
+_FEW_ROWS_CONFIGS = [
+    # rows, num_warps, num_stages
+    (8, 4, 4),
+    (16, 4, 3),
+    (16, 4, 6),
+    (16, 8, 3),
+    (32, 4, 4),
+    (32, 8, 3),
+    (64, 4, 3),
+]
+_DECODE_CASES = [
+    # name, sequences, shortest and longest context (uniform between), query heads, KV heads
+    ("1x1k-16/8", 1, 1024, 1024, 16, 8),
+    ("8x1k-16/8", 8, 100, 2000, 16, 8),
+    ("32xW1-16/8", 32, 100, 2000, 16, 8),
+    ("64xW1-16/8", 64, 100, 2000, 16, 8),
+    ("128xW1-16/8", 128, 100, 2000, 16, 8),
+    ("192xW1-16/8", 192, 100, 2000, 16, 8),
+    ("256xW1-16/8", 256, 100, 2000, 16, 8),
+    ("128xW1-32/8", 128, 100, 2000, 32, 8),
+    ("128xW1-8/4", 128, 100, 2000, 8, 4),
+    ("8x8k-16/8", 8, 1600, 14_800, 16, 8),
+    ("1x32k-16/8", 1, 32_768, 32_768, 16, 8),
+]
+_SWEPT_DECODE_CASES = ["1x1k-16/8", "32xW1-16/8", "128xW1-16/8", "256xW1-16/8", "8x8k-16/8"]
+_DECODE_MAX_CONTEXT = 4096  # what a captured graph is planned for, where contexts are below it
 _PREFILL_CASES = [
     # name, queries of each sequence, keys of each sequence
     ("16x1024", [1024] * 16, [1024] * 16),
@@ -52,18 +94,23 @@ _PREFILL_CASES = [
     ("4x2048-after-6144", [2048] * 4, [8192] * 4),
     ("64-ragged", [100 + 29 * i for i in range(16)], [100 + 29 * i for i in range(16)]),
 ]
-_DECODE_CONFIGS = [
-    # tile, num_warps, num_stages
-    (128, 4, 2),
-    (128, 4, 3),
-    (128, 8, 2),
-    (64, 4, 2),
-    (64, 4, 3),
-    (64, 4, 5),
-    (64, 2, 2),
-    (32, 4, 5),
+_BALANCED_CONFIGS = [
+    # tile, num_warps, num_stages, max_registers
+    (64, 4, 2, 128),
+    (64, 4, 2, 0),
+    (64, 4, 3, 128),
+    (128, 4, 2, 168),
+    (128, 8, 2, 128),
 ]
 # The block lookup and the keys behind it share Triton's stages: 3 and 4 give the same code, 5 looks further ahead.
+_GUMBEL_CONFIGS = [
+    # counters (a quarter of a program's columns), num_warps
+    (256, 2),
+    (512, 2),
+    (1024, 4),
+    (1024, 8),
+    (2048, 8),
+]
 _PREFILL_CONFIGS = [
     # tile_q, tile, num_warps, num_stages
     (128, 64, 8, 2),
@@ -151,40 +198,162 @@ def _paged(contexts: list[int], num_kv_heads: int) -> tuple[torch.Tensor, torch.
     return _normal(*shape), _normal(*shape), table.cuda()
 
 
+def matmul_rows(*, sweep: bool) -> Iterator[Row]:
+    for name, num_outputs, num_inputs in _MATMUL_CASES:
+        moved = 2.0 * num_outputs * num_inputs
+        weights = [_normal(num_outputs, num_inputs) for _ in range(_num_copies(moved))]
+        for num_rows in (1, 2, 4, 8, 16):
+            x = _normal(num_rows, num_inputs)
+            row = partial(Row, case=f"{num_rows} x {name}", bytes_moved=moved, flop=moved * num_rows)
+            ours = [partial(skinny_matmul, x, weight, settled=True) for weight in weights]
+            us = time_us([partial(F.linear, x, weight) for weight in weights])
+            yield row(kernel="torch linear", config="default", us=us)
+            yield row(kernel="skinny_matmul", config="default", us=time_us(ours))
+            alone = [partial(call, overlap=False) for call in ours]
+            yield row(kernel="skinny_matmul", config="default, not launched early", us=time_us(alone))
+            if sweep and num_rows == 1:
+                for rows, parts, warps in _ONE_ROW_CONFIGS:
+                    options = {"rows": rows, "parts": parts, "num_warps": warps}
+                    us = time_us([partial(call, **options) for call in alone], rounds=3)
+                    yield row(kernel="skinny_matmul", config=_describe(options), us=us)
+            if sweep and num_rows == 8:
+                for rows, warps, stages in _FEW_ROWS_CONFIGS:
+                    options = {"rows": rows, "num_warps": warps, "num_stages": stages}
+                    us = time_us([partial(call, **options) for call in alone], rounds=3)
+                    yield row(kernel="skinny_matmul", config=_describe(options), us=us)
+
+
 def decode_rows(*, sweep: bool) -> Iterator[Row]:
-    for case, num_seqs, mean, num_q_heads, num_kv_heads in _DECODE_CASES:
+    for case, num_seqs, shortest, longest, num_q_heads, num_kv_heads in _DECODE_CASES:
         generator = torch.Generator().manual_seed(0)
-        # Ragged around the mean, as in serving; a single sequence has the mean itself.
-        spread = torch.rand(num_seqs, generator=generator) * 1.6 + 0.2 if num_seqs > 1 else torch.ones(1)
-        contexts = (spread * mean / spread.mean()).int().clamp(min=1).tolist()
+        contexts = torch.randint(shortest, longest + 1, (num_seqs,), generator=generator).tolist()
         bytes_moved = sum(contexts) * num_kv_heads * _HEAD_DIM * 2 * 2 + num_seqs * num_q_heads * _HEAD_DIM * 4
         group = num_q_heads // num_kv_heads
         starts = torch.arange(0, num_q_heads, group, dtype=torch.int32, device="cuda")
         counts = torch.full_like(starts, group)
         lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+        tickets = torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device="cuda")
         flop = 4.0 * sum(contexts) * num_q_heads * _HEAD_DIM
-        row = partial(Row, kernel="paged_decode", case=case, bytes_moved=bytes_moved, flop=flop)
-        calls = []
+        row = partial(Row, case=case, bytes_moved=bytes_moved, flop=flop)
+        max_context = max(_DECODE_MAX_CONTEXT, -(-max(contexts) // _BLOCK_SIZE) * _BLOCK_SIZE)
+        bounds = {"max_group": group, "max_context": max_context}
+        two, one = [], []
         for _ in range(_num_copies(bytes_moved)):
-            q = _normal(num_seqs, num_q_heads, _HEAD_DIM)
-            k_cache, v_cache, table = _paged(contexts, num_kv_heads)
-            calls.append(
-                partial(
-                    paged_decode,
-                    *(q, k_cache, v_cache, table, lengths, starts, counts, _HEAD_DIM**-0.5),
-                    max_group=group,
-                )
-            )
-        planned = choose_splits(num_seqs, num_kv_heads, -(-max(contexts) // _BLOCK_SIZE) * _BLOCK_SIZE)
-        yield row(config=f"default (splits {planned})", us=time_us(calls))
-        yield row(config="pinned 256", us=time_us([partial(call, split_len=256) for call in calls]))
-        if sweep:
-            programs = num_seqs * num_kv_heads
-            candidates = [n for n in (1, 2, 4, 8, 16, 32, 64) if 128 <= programs * n <= 8192]
-            for (tile, warps, stages), splits in product(_DECODE_CONFIGS, candidates):
-                options = {"tile": tile, "num_warps": warps, "num_stages": stages, "num_splits": splits}
-                us = time_us([partial(call, **options) for call in calls], rounds=3)
-                yield row(config=_describe(options), us=us)
+            inputs = (_normal(num_seqs, num_q_heads, _HEAD_DIM), *_paged(contexts, num_kv_heads), lengths, starts, counts)
+            two.append(partial(paged_decode, *inputs, _HEAD_DIM**-0.5, **bounds))
+            one.append(partial(balanced_decode, *inputs, _HEAD_DIM**-0.5, tickets, **bounds))
+        planned = choose_splits(num_seqs, num_kv_heads, max_context)
+        yield row(kernel="paged_decode", config=f"default (splits {planned})", us=time_us(two))
+        yield row(kernel="balanced_decode", config="default", us=time_us(one))
+        alone = [partial(call, overlap=False) for call in one]
+        yield row(kernel="balanced_decode", config="default, not launched early", us=time_us(alone))
+        yield row(kernel="balanced_decode", config="pinned 256", us=time_us([partial(call, split_len=256) for call in alone]))
+        if sweep and case in _SWEPT_DECODE_CASES:
+            for (tile, warps, stages, registers), per_sm, items in product(_BALANCED_CONFIGS, (4, 8), (1, 2, 4)):
+                options = {
+                    "tile": tile, "num_warps": warps, "num_stages": stages, "max_registers": registers,
+                    "num_programs": -(-per_sm * 132 // num_kv_heads), "items_per_program": items,
+                }  # fmt: skip
+                us = time_us([partial(call, **options) for call in alone], rounds=3)
+                shown = f"tile {tile} warps {warps} stages {stages} regs {registers} programs/SM {per_sm} items {items}"
+                yield row(kernel="balanced_decode", config=shown, us=us)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """One layer of a decoder, and how many of them are enough to not fit the L2 cache."""
+
+    name: str
+    hidden: int
+    num_q_heads: int
+    num_kv_heads: int
+    intermediate: int
+    num_layers: int
+
+
+def layer_rows() -> Iterator[Row]:
+    """Whole layers in a row, as a captured decode step runs them: what launches and gaps cost shows only here."""
+    shapes = [
+        _Shape(name="0.6B", hidden=1024, num_q_heads=16, num_kv_heads=8, intermediate=3072, num_layers=8),
+        _Shape(name="8B", hidden=4096, num_q_heads=32, num_kv_heads=8, intermediate=12_288, num_layers=2),
+    ]
+    for shape, num_seqs in product(shapes, (1, 8, 64, 128, 256)):
+        generator = torch.Generator().manual_seed(0)
+        low, high = (1024, 1024) if num_seqs == 1 else (100, 2000)
+        contexts = torch.randint(low, high + 1, (num_seqs,), generator=generator).tolist()
+        heads = shape.num_q_heads + 2 * shape.num_kv_heads
+        weight_bytes = 2.0 * shape.hidden * ((heads + shape.num_q_heads) * _HEAD_DIM + 3 * shape.intermediate)
+        moved = weight_bytes + sum(contexts) * shape.num_kv_heads * _HEAD_DIM * 4.0
+        layers = [_layer(shape, contexts) for _ in range(shape.num_layers)]
+        x, norm = _normal(num_seqs, shape.hidden), _normal(shape.hidden)
+        for matmul, decode, overlap in _LAYER_VARIANTS:
+            if matmul == "ours" and num_seqs > 16:
+                continue
+
+            def step(
+                layers: list[Any] = layers, x: torch.Tensor = x, norm: torch.Tensor = norm,
+                matmul: str = matmul, decode: str = decode, overlap: bool = overlap,
+            ) -> torch.Tensor:  # fmt: skip
+                residual = x
+                for layer in layers:
+                    x, residual = layer(x, residual, norm, matmul, decode, overlap)
+                return x
+
+            us = time_us([step], min_calls=1) / shape.num_layers
+            launched = "launched early" if overlap else "in turn"
+            yield Row(
+                kernel="layer", case=f"{shape.name} batch {num_seqs}", config=f"{matmul} matmul, {decode}, {launched}",
+                us=us, bytes_moved=moved,
+            )  # fmt: skip
+
+
+_LAYER_VARIANTS = [
+    # matmul, decode attention, launched early
+    ("torch", "two kernels", False),
+    ("torch", "one kernel", False),
+    ("torch", "one kernel", True),
+    ("ours", "one kernel", False),
+    ("ours", "one kernel", True),
+]
+
+
+def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """One layer's decode step, on weights and a cache of its own."""
+    heads, group = shape.num_q_heads + 2 * shape.num_kv_heads, shape.num_q_heads // shape.num_kv_heads
+    qkv_proj, o_proj, gate_up_proj, down_proj = (
+        _normal(outputs, inputs) / inputs**0.5
+        for outputs, inputs in (
+            (heads * _HEAD_DIM, shape.hidden), (shape.hidden, shape.num_q_heads * _HEAD_DIM),
+            (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate),
+        )
+    )  # fmt: skip
+    k_cache, v_cache, table = _paged(contexts, shape.num_kv_heads)
+    lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
+    positions = lengths.long() - 1
+    slots = table[torch.arange(len(contexts)), positions // _BLOCK_SIZE] * _BLOCK_SIZE + positions % _BLOCK_SIZE
+    starts = torch.arange(0, shape.num_q_heads, group, dtype=torch.int32, device="cuda")
+    served = (lengths, starts, torch.full_like(starts, group), _HEAD_DIM**-0.5)
+    tickets = torch.zeros(len(contexts) * shape.num_kv_heads, dtype=torch.int32, device="cuda")
+    angles = torch.rand(4096, _HEAD_DIM // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    head_norm = _normal(_HEAD_DIM)
+    bounds: dict[str, Any] = {"max_group": group, "max_context": _DECODE_MAX_CONTEXT}
+
+    def layer(
+        x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, matmul: str, decode: str, overlap: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        linear = partial(skinny_matmul, settled=True, overlap=overlap) if matmul == "ours" else F.linear
+        x, residual = add_rms_norm(x, residual, norm, 1e-6, overlap=overlap)
+        q = rope_store_kv(linear(x, qkv_proj), positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm,
+                          overlap=overlap)  # fmt: skip
+        if decode == "one kernel":
+            x = balanced_decode(q, k_cache, v_cache, table, *served, tickets, overlap=overlap, **bounds)
+        else:
+            x = paged_decode(q, k_cache, v_cache, table, *served, **bounds)
+        x, residual = add_rms_norm(linear(x.flatten(1), o_proj), residual, norm, 1e-6, overlap=overlap)
+        return linear(silu_mul(linear(x, gate_up_proj), overlap=overlap), down_proj), residual
+
+    return layer
 
 
 def prefill_rows(*, sweep: bool) -> Iterator[Row]:
@@ -216,7 +385,7 @@ def prefill_rows(*, sweep: bool) -> Iterator[Row]:
                 yield row(config=_describe(options), us=us)
 
 
-def elementwise_rows() -> Iterator[Row]:
+def elementwise_rows(*, sweep: bool) -> Iterator[Row]:
     size = 2
     for tokens, dim in ((1, 1024), (256, 1024), (256, 4096), (16384, 4096)):
         weight = _normal(dim)
@@ -257,8 +426,12 @@ def elementwise_rows() -> Iterator[Row]:
         for temperature in (0.0, 0.6):
             heat = torch.full((rows,), temperature, device="cuda")
             us = time_us([partial(gumbel_argmax, each, heat, ids, ids) for each in logits])
-            name = f"{rows}x{vocab} T={temperature}"
-            yield Row(kernel="gumbel_argmax", case=name, config="default", us=us, bytes_moved=moved)
+            row = partial(Row, kernel="gumbel_argmax", case=f"{rows}x{vocab} T={temperature}", bytes_moved=moved)
+            yield row(config="default", us=us)
+            for counters, warps in _GUMBEL_CONFIGS if sweep else ():
+                options: dict[str, Any] = {"counters": counters, "num_warps": warps}
+                us = time_us([partial(gumbel_argmax, each, heat, ids, ids, **options) for each in logits], rounds=3)
+                yield row(config=_describe(options), us=us)
 
 
 def copy_rows() -> Iterator[Row]:
@@ -272,16 +445,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where to write the rows, as JSON")
     parser.add_argument("--sweep", action="store_true", help="also time many launch configurations")
-    parser.add_argument("--only", default="", help="comma-separated: copy,decode,prefill,elementwise")
+    parser.add_argument("--only", default="", help="comma-separated: copy,layer,matmul,decode,prefill,elementwise")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.stderr.write("no CUDA device: kernels cannot be timed here\n")
         return 3
     parts: dict[str, Callable[[], Iterable[Row]]] = {
         "copy": copy_rows,
+        "layer": layer_rows,
+        "matmul": partial(matmul_rows, sweep=options.sweep),
         "decode": partial(decode_rows, sweep=options.sweep),
         "prefill": partial(prefill_rows, sweep=options.sweep),
-        "elementwise": elementwise_rows,
+        "elementwise": partial(elementwise_rows, sweep=options.sweep),
     }
     wanted = options.only.split(",") if options.only else list(parts)
     if unknown := set(wanted) - set(parts):
@@ -295,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
             figures = row.as_dict()
             rows.append(figures)
             sys.stdout.write(
-                f"{figures['kernel']:14} {figures['case']:20} {figures['config']:44} {figures['us']:10.2f} us "
+                f"{figures['kernel']:14} {figures['case']:20} {figures['config']:60} {figures['us']:10.2f} us "
                 f"{figures['tb_per_s']:7.3f} TB/s {figures['percent_of_copy']:6.1f} % "
                 f"{figures['tflop_per_s']:7.1f} TFLOP/s\n"
             )

@@ -6,6 +6,7 @@ Triton ships the assembler too, so a kernel that asks for more registers or shar
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, store_kv
-from engine.kernels.common import HAVE_TRITON
+from engine.kernels import balanced_decode, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, skinny_matmul, store_kv
+from engine.kernels.common import HAVE_TRITON, tl, triton
+from engine.kernels.overlap import early_launch, wait_for_inputs
 
 if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
@@ -54,7 +56,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[An
     results: list[Any] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # silences triton 3.9's note that a default will change
-    for module in (paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, store_kv):
+    for module in (balanced_decode, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, skinny_matmul, store_kv):
         for name, kernel in vars(module).copy().items():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _CompileOnly(kernel, results))
@@ -86,7 +88,9 @@ def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: i
     for num_splits in (1, 8):
         paged_decode.paged_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1, num_splits=num_splits)
     paged_prefill.paged_prefill(q, k_cache, v_cache, table, ints[:5], ints[:4], ints, 0.1)
-    _check(compiled, 4)
+    tickets = torch.zeros(8, dtype=torch.int32)
+    balanced_decode.balanced_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1, tickets)
+    _check(compiled, 5)
     if head_dim == 128:
         assert "mma.sync" in compiled[0].asm["ptx"], "decode should use the tensor cores"
         assert "wgmma" in compiled[3].asm["ptx"], "prefill should use Hopper's tensor core instructions"
@@ -109,6 +113,80 @@ def test_elementwise_kernels_compile(compiled: list[Any], dtype: torch.dtype) ->
     philox.gumbel_argmax(x, torch.ones(4), ids, ids)
     philox.philox_uniform_triton(ids, ids, 100)
     _check(compiled, 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_skinny_matmuls_compile(compiled: list[Any], dtype: torch.dtype) -> None:
+    weight = torch.zeros(4096, 1024, dtype=dtype)
+    for num_rows, bias in ((1, None), (8, weight[0])):
+        skinny_matmul.skinny_matmul(weight[:num_rows], weight[:1024], bias)
+    _check(compiled, 2)
+    assert "ld.global.v4" in compiled[0].asm["ptx"], "weights should be read in the widest loads"
+    assert "cp.async" in compiled[1].asm["ptx"], "weights should be copied ahead of their use"
+    if dtype is torch.bfloat16:
+        assert "mma.sync" in compiled[1].asm["ptx"], "a few rows should use the tensor cores"
+
+
+def _launch_all(overlap: bool) -> int:
+    """Launch every kernel of a decode step. Returns how many there are."""
+    x, ids = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.zeros(4).long()
+    k_cache, v_cache = torch.zeros(2, 3, 2, 16, 128, dtype=torch.bfloat16)
+    angles, ints = torch.zeros(9, 64), torch.zeros(4, dtype=torch.int32)
+    rms_norm.rms_norm(x, x[0], 1e-6, overlap=overlap)
+    rms_norm.add_rms_norm(x, x, x[0], 1e-6, overlap=overlap)
+    silu_mul.silu_mul(x, overlap=overlap)
+    rope.rope_store_kv(x, ids, angles, angles, k_cache, v_cache, ids, overlap=overlap)
+    q, table, tickets = x.view(4, 8, 128)[:, :4], torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    balanced_decode.balanced_decode(q, k_cache, v_cache, table, ints, ints[:2], ints[:2], 0.1, tickets, overlap=overlap)
+    skinny_matmul.skinny_matmul(x[:1], x, overlap=overlap)
+    skinny_matmul.skinny_matmul(x[:1], x, settled=True, overlap=overlap)
+    skinny_matmul.skinny_matmul(x, x, overlap=overlap)
+    philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
+    return 10
+
+
+def _assert_waits_first(name: str, ptx: str) -> None:
+    lines = ptx.splitlines()
+    waits = [number for number, line in enumerate(lines) if "griddepcontrol.wait" in line]
+    writes = [number for number, line in enumerate(lines) if re.search(r"\b(st|atom|red)\.global", line)]
+    assert len(waits) == 1, f"{name} waits {len(waits)} times"
+    assert waits[0] < min(writes), f"{name} writes before it waits"
+    # A branch around the wait would let a program end, and what comes next begin, before its turn.
+    assert not any(re.search(r"\b(bra|ret)\b", line) for line in lines[: waits[0]]), f"{name} may miss its wait"
+
+
+def test_kernels_that_are_launched_early_wait_for_their_inputs(compiled: list[Any]) -> None:
+    _check(compiled, _launch_all(overlap=True))
+    for kernel in compiled:
+        assert kernel.metadata.launch_pdl, f"{kernel.name} is launched in turn"
+        _assert_waits_first(kernel.name, kernel.asm["ptx"])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _hasty(out: Any, FAULT: tl.constexpr) -> None:
+    if FAULT == "writes":
+        tl.store(out, 1)
+    if FAULT == "leaves" and tl.program_id(0) > 3:
+        return
+    if FAULT != "forgets":
+        wait_for_inputs(True)
+    tl.store(out + 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("writes", "writes before it waits"), ("leaves", "may miss its wait"), ("forgets", "waits 0 times")]
+)
+def test_a_kernel_that_does_not_wait_is_seen(compiled: list[Any], fault: str, message: str) -> None:
+    _CompileOnly(_hasty, compiled)[(8,)](torch.zeros(2, dtype=torch.int32), fault, **early_launch(True))
+    with pytest.raises(AssertionError, match=message):
+        _assert_waits_first("_hasty", compiled[0].asm["ptx"])
+
+
+def test_kernels_that_are_launched_in_turn_do_not_wait(compiled: list[Any]) -> None:
+    _check(compiled, _launch_all(overlap=False))
+    for kernel in compiled:
+        assert not kernel.metadata.launch_pdl
+        assert "griddepcontrol" not in kernel.asm["ptx"]
 
 
 def test_a_kernel_that_asks_for_too_much_shared_memory_is_seen(compiled: list[Any]) -> None:

@@ -1,0 +1,43 @@
+"""Launching a kernel before the one ahead of it is done: *programmatic dependent launch* of NVIDIA's Hopper and later.
+
+A decode step is a chain of kernels of a few microseconds each, and about one of these is the launch itself. Launched early,
+a kernel is ready on its multiprocessors when its inputs are (CUDA C++ Programming Guide, "Programmatic Dependent Launch and
+Synchronization"); CUDA graphs record such launches as they are.
+
+The rules, for a kernel that gets :func:`early_launch`:
+
+* Its first line is :func:`wait_for_inputs`, in every program, whatever the program does after. What waits for this kernel
+  then also waits for those ahead of it, however long the chain is.
+* Before that line it touches nothing that a kernel ahead may write: what it reads there must have been written before the
+  launch ahead of it.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from engine.kernels.common import tl, triton
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """Let the next kernel be launched, then wait until all kernels ahead are done and what they wrote can be read."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def may_overlap(x: torch.Tensor, overlap: bool | None = None) -> bool:
+    """``overlap`` itself, or where it is None whether kernels on ``x``'s device can be launched early."""
+    return x.is_cuda and _device_can(x.device) if overlap is None else overlap
+
+
+@cache
+def _device_can(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early_launch(overlap: bool) -> dict[str, Any]:
+    """Launch options of a kernel that keeps the rules above."""
+    return {"launch_pdl": True} if overlap else {}
