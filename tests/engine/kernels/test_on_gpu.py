@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.kernels.balanced_decode import balanced_decode
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
@@ -14,7 +15,9 @@ from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch, philox_uni
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
 from engine.kernels.rope import apply_rope_torch, rope_store_kv
 from engine.kernels.silu_mul import silu_mul, silu_mul_torch
+from engine.kernels.skinny_matmul import MAX_ROWS, skinny_matmul, skinny_matmul_torch
 from engine.kernels.store_kv import store_kv, store_kv_torch
+from engine.layers.matmul import is_skinny, linear
 from tests.engine.kernels.problems import (
     AttentionProblem,
     attention_budget,
@@ -58,6 +61,30 @@ def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
         out_SQH=out,
         **options,
     )
+
+
+def _tickets(problem: AttentionProblem) -> torch.Tensor:
+    return torch.zeros(problem.context_lens.numel() * problem.q_start.numel(), dtype=torch.int32, device="cuda")
+
+
+def _balanced(problem: AttentionProblem, tickets: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype, device="cuda")
+    tickets = _tickets(problem) if tickets is None else tickets
+    balanced_decode(
+        problem.q,
+        problem.k_cache,
+        problem.v_cache,
+        problem.block_tables,
+        problem.context_lens,
+        problem.q_start,
+        problem.q_count,
+        problem.scale,
+        tickets,
+        out_SQH=out,
+        **options,
+    )
+    assert not tickets.any(), "tickets must be zeros again"
+    return out
 
 
 def _prefill(problem: AttentionProblem, **options: Any) -> torch.Tensor:
@@ -107,6 +134,48 @@ def test_decode_stays_within_its_budget(
         device="cuda",
     )
     assert _share_of_budget(problem, _decode(problem, **splits)) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("q_counts", "head_dim", "block_size"),
+    [((2,) * 8, 128, 256), ((4,) * 8, 128, 16), ((3, 2), 64, 256), ((1, 3, 3), 80, 48), ((5,), 40, 1), ((18,), 256, 64)],
+)
+@pytest.mark.parametrize("pieces", [{}, {"num_programs": 3}, {"items_per_program": 1}, {"split_len": 256}])
+def test_balanced_decode_stays_within_its_budget(
+    dtype: torch.dtype, q_counts: tuple[int, ...], head_dim: int, block_size: int, pieces: dict[str, Any]
+) -> None:
+    problem = attention_problem(
+        query_lens=[1] * 9,
+        context_lens=[0, 1, 2, 63, 64, 255, 256, 257, 1500],
+        q_counts=q_counts,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device="cuda",
+    )
+    assert _share_of_budget(problem, _balanced(problem, **pieces)) <= 1
+
+
+def test_balanced_decode_gives_the_same_bits_whoever_finishes_last() -> None:
+    generator = torch.Generator().manual_seed(0)
+    problem = attention_problem(
+        query_lens=[1] * 100,
+        context_lens=torch.randint(0, 2000, (100,), generator=generator).tolist(),
+        q_counts=(2,) * 8,
+        head_dim=128,
+        block_size=256,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    tickets = _tickets(problem)
+    first = _balanced(problem, tickets)
+    assert _share_of_budget(problem, first) <= 1
+    for _ in range(200):
+        assert torch.equal(_balanced(problem, tickets), first)
+    pinned = _balanced(problem, tickets, split_len=256)
+    assert torch.equal(_balanced(problem, tickets, split_len=256, num_programs=5, max_context=4096), pinned)
+    assert not torch.equal(first, pinned), "must be able to fail"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,6 +253,129 @@ def test_a_captured_decode_follows_lengths_that_change_on_the_device() -> None:
     problem.context_lens.copy_(full)
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("pieces", [{}, {"split_len": 64}])
+def test_a_captured_balanced_decode_follows_lengths_that_change_on_the_device(pieces: dict[str, Any]) -> None:
+    problem = attention_problem(
+        query_lens=[1] * 4,
+        context_lens=[900, 300, 1024, 77],
+        q_counts=(4, 4),
+        head_dim=128,
+        block_size=256,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    lengths = [problem.context_lens.clone(), torch.tensor([1, 300, 0, 65], dtype=torch.int32, device="cuda")]
+    expected = []
+    for length in lengths:
+        problem.context_lens.copy_(length)
+        expected.append(_balanced(problem, **pieces))
+    out, tickets = torch.empty_like(problem.q), _tickets(problem)
+    inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        balanced_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **pieces)
+    for turn in range(6):
+        problem.context_lens.copy_(lengths[turn % 2])
+        graph.replay()
+        assert torch.equal(out, expected[turn % 2])
+
+
+def _matmul_share_of_budget(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
+    exact = skinny_matmul_torch(x.double(), weight.double(), None if bias is None else bias.double())
+    scale = skinny_matmul_torch(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    return over_budget(actual, exact, rounding_budget(exact, scale, x.dtype, steps=16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("shape", [(960, 576), (4096, 1024), (1024, 2048), (1024, 3072), (4096, 12_288), (37, 1500)])
+def test_skinny_matmuls_stay_within_their_budget(dtype: torch.dtype, num_rows: int, shape: tuple[int, int]) -> None:
+    x, weight = _normal(num_rows, shape[1], dtype=dtype), _normal(*shape, dtype=dtype, seed=1)
+    bias = 50 * _normal(shape[0], dtype=dtype, seed=2)
+    torch.cuda.synchronize()  # the weight is settled
+    for settled, b in ((True, None), (False, bias)):
+        y = skinny_matmul(x, weight, b, settled=settled)
+        assert _matmul_share_of_budget(y, x, weight, b) <= 1
+        assert torch.equal(y, skinny_matmul(x, weight, b, overlap=False)), "the launch must not change a bit"
+    assert _matmul_share_of_budget(skinny_matmul(x, weight), x, weight, bias) > 2, "a missing bias must be seen"
+
+
+def test_linear_takes_our_kernel_for_few_rows_and_torchs_for_what_it_does_not_serve() -> None:
+    weight = torch.nn.Parameter(_normal(1024, 576, dtype=torch.bfloat16), requires_grad=False)
+    x = _normal(MAX_ROWS + 1, 576, dtype=torch.bfloat16, seed=1)
+    torch.cuda.synchronize()
+    assert torch.equal(linear(x[:3], weight), skinny_matmul(x[:3], weight))
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert is_skinny(x[1:], weight)
+    refused = {
+        "too many rows": (x, weight),
+        "no rows": (x[:0], weight),
+        "unaligned columns": (x[:3, :570], weight[:, :570]),
+        "unaligned start": (x[:3, 8:568][:, 4:532], weight[:, :528].contiguous()),
+        "float32": (x[:3].float(), weight.float()),
+        "float64": (x[:3].double(), weight.double()),
+        "CPU": (x[:3].cpu(), weight.cpu()),
+    }
+    assert [name for name, operands in refused.items() if is_skinny(*operands)] == []
+
+
+@pytest.mark.parametrize("num_seqs", [1, 5, 40])
+def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_seqs: int) -> None:
+    """Sixteen small layers, each kernel of which reads what the one before wrote, and buffers that are used again."""
+    dtype, hidden, heads = torch.bfloat16, 512, 8
+    weights = [
+        [_normal(out, width, dtype=dtype, seed=4 * i + j) / width**0.5
+         for j, (out, width) in enumerate(((heads * 128, hidden), (hidden, 4 * 128), (2 * 768, hidden), (hidden, 768)))]
+        for i in range(16)
+    ]  # fmt: skip
+    norm, head_norm = _normal(hidden, dtype=dtype, seed=99), _normal(128, dtype=dtype, seed=98)
+    lengths = (torch.arange(num_seqs, device="cuda", dtype=torch.int32) * 61) % 700 + 1
+    table = torch.arange(num_seqs * 3, device="cuda", dtype=torch.int32).view(num_seqs, 3)
+    caches = _normal(2, num_seqs * 3, 2, 256, 128, dtype=dtype, seed=97)
+    k_cache, v_cache = caches
+    positions = lengths.long() - 1
+    slots = table.gather(1, (positions // 256)[:, None])[:, 0] * 256 + positions % 256
+    angles = torch.rand(700, 64, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
+    starts, counts = torch.tensor([[0, 2], [2, 2]], dtype=torch.int32, device="cuda")
+    tickets = torch.zeros(num_seqs * 2, dtype=torch.int32, device="cuda")
+    ids = torch.arange(num_seqs, device="cuda")
+    heat = torch.full((num_seqs,), 0.7, device="cuda")
+    x_in = _normal(num_seqs, hidden, dtype=dtype, seed=96)
+    kept = caches.clone()
+
+    def run(overlap: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            if num_seqs > MAX_ROWS:
+                return torch.nn.functional.linear(x, weight)
+            return skinny_matmul(x, weight, settled=True, overlap=overlap)
+
+        x, residual = x_in, x_in
+        for qkv_proj, o_proj, gate_up_proj, down_proj in weights:
+            x, residual = add_rms_norm(x, residual, norm, EPS, overlap=overlap)
+            qkv = matmul(x, qkv_proj)
+            q = rope_store_kv(qkv, positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm, EPS, overlap=overlap)
+            x = balanced_decode(q, k_cache, v_cache, table, lengths, starts, counts, 0.09, tickets, max_group=2, overlap=overlap)
+            x, residual = add_rms_norm(matmul(x.flatten(1), o_proj), residual, norm, EPS, overlap=overlap)
+            x = matmul(silu_mul(matmul(x, gate_up_proj), overlap=overlap), down_proj)
+        return x, gumbel_argmax(x, heat, ids, ids, overlap=overlap)[1]
+
+    expected = run(overlap=False)
+    assert expected[0].isfinite().all()
+    run(overlap=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(overlap=True)
+    for _ in range(50):
+        caches.copy_(kept)
+        for part in captured:
+            part.zero_()
+        graph.replay()
+        for part, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(part, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
