@@ -86,6 +86,11 @@ class StepBatch:
     def num_seqs(self) -> int:
         return self.context_lens_S.shape[0]
 
+    @property
+    def draws_after_every_token(self) -> bool:
+        """Whether every sequence runs one token and draws the next."""
+        return self.num_decodes == self.num_seqs == self.sample_S.shape[0]
+
     def to(self, device: torch.device) -> StepBatch:
         """The same batch with its tensors on ``device``."""
         if device.type == "cpu":

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import SamplingBatch, StepBatch
+from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
+from engine.layers.dispatch import pick
 
 Step = Callable[[StepBatch], tuple[Tensor, Tensor]]
 """Runs a batch: (logits ``[S, V]``, tokens ``[S]``). Everything stays on the device."""
@@ -73,11 +75,12 @@ class DecodeStep:
     """One bucket: its inputs on the device, and the graph that reads them."""
 
     def __init__(self, num_seqs: int, *, max_blocks: int, block_size: int, padding_row: int, device: torch.device,
-                 step: Step) -> None:
+                 step: Step, last_token_M: Tensor) -> None:
         self.num_seqs = num_seqs
         self.block_size = block_size
         self.max_context_len = max_blocks * block_size
         self.step = step
+        self.last_token_M = last_token_M
         self.device = device
         self.inputs = StepInputs(num_seqs, max_blocks, padding_row=padding_row, device=device)
         self.cu_seqlens_S1 = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
@@ -106,20 +109,19 @@ class DecodeStep:
     def _batch(self) -> StepBatch:
         """The inputs as a batch, by operations on the device that the graph records too."""
         inputs = self.inputs
-        has_context_S = inputs.context_S > 0
-        position_S = (inputs.context_S.long() - 1).clamp(min=0)
-        block_S = inputs.tables_SB[self.index_S, position_S // self.block_size].long()
-        slot_S = torch.where(has_context_S, block_S * self.block_size + position_S % self.block_size, -1)
+        token_S, position_S, slot_S, length_S = pick(inputs.token_S, decode_inputs, decode_inputs_torch)(
+            inputs.token_S, inputs.row_S, inputs.context_S, inputs.tables_SB, self.last_token_M, self.block_size,
+        )
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         return StepBatch(
-            token_ids_T=inputs.token_S, positions_T=position_S, slots_T=slot_S, cu_seqlens_S1=self.cu_seqlens_S1,
+            token_ids_T=token_S, positions_T=position_S, slots_T=slot_S, cu_seqlens_S1=self.cu_seqlens_S1,
             context_lens_S=inputs.context_S, block_tables_SB=inputs.tables_SB, rows_S=inputs.row_S, sample_S=self.index_S,
             sampling=SamplingBatch(
                 temperature_R=inputs.temperature_S, top_k_R=nothing, top_p_R=nothing, seed_R=inputs.seed_S,
-                position_R=inputs.context_S.long(), banned_row_X=nothing, banned_token_X=nothing, all_greedy=False, filters=False,
+                position_R=length_S, banned_row_X=nothing, banned_token_X=nothing, all_greedy=False, filters=False,
             ),
             num_decodes=self.num_seqs, prefill_cu_seqlens_S1=self.cu_seqlens_S1[:1],
-            max_decode_context_len=self.max_context_len, max_prefill_len=0, has_in_flight=True,
+            max_decode_context_len=self.max_context_len, max_prefill_len=0, has_in_flight=False,
         )
 
 
@@ -129,13 +131,15 @@ class DecodeGraphs:
     Args:
         step: runs a batch on the device without asking the host for anything.
         padding_row: a row of the device's state that no sequence has.
+        last_token_M: that state: the last token drawn in each row. The step writes it, and the next one reads it.
     """
 
     def __init__(self, step: Step, *, max_num_seqs: int, max_blocks: int, block_size: int, padding_row: int,
-                 device: torch.device) -> None:
+                 last_token_M: Tensor, device: torch.device) -> None:
         self.device = device
         self.steps = [
-            DecodeStep(size, max_blocks=max_blocks, block_size=block_size, padding_row=padding_row, device=device, step=step)
+            DecodeStep(size, max_blocks=max_blocks, block_size=block_size, padding_row=padding_row, device=device, step=step,
+                       last_token_M=last_token_M)
             for size in buckets(max_num_seqs)
         ]
         on_gpu = device.type == "cuda"
@@ -170,7 +174,7 @@ class DecodeGraphs:
     @staticmethod
     def can_run(batch: StepBatch) -> bool:
         """Whether every sequence of the batch runs one token and draws the next."""
-        return batch.num_decodes == batch.num_seqs == batch.sample_S.shape[0]
+        return batch.draws_after_every_token
 
 
 class TokenReadback:

@@ -91,7 +91,7 @@ class Runner:
         longest = self.config.max_model_len or self.model_config.max_position_embeddings
         return DecodeGraphs(self._step, max_num_seqs=self.config.max_num_seqs, block_size=self.config.block_size,
                             max_blocks=min(num_blocks, -(-longest // self.config.block_size)),
-                            padding_row=self.config.max_num_seqs, device=self.device)
+                            padding_row=self.config.max_num_seqs, last_token_M=self.last_token_M, device=self.device)
 
     def _allocate(self, num_blocks: int) -> list[LayerCache]:
         assert self.config.block_size is not None, "config must be resolved"
@@ -190,14 +190,16 @@ class Runner:
 
     def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """Logits ``[R, V]`` and drawn tokens ``[R]`` of a batch on the device. Asks the host nothing: graphs capture it."""
-        hidden_TE = self.forward(batch)
-        last_R = batch.cu_seqlens_S1[batch.sample_S + 1].long() - 1
-        logits_RV = self.model.logits(hidden_TE[last_R])
+        hidden_RE = self.forward(batch)
+        if not batch.draws_after_every_token:
+            hidden_RE = hidden_RE[batch.cu_seqlens_S1[batch.sample_S + 1].long() - 1]
+        logits_RV = self.model.logits(hidden_RE)
         return logits_RV, self._draw(logits_RV, batch)
 
     def _draw(self, logits_RV: Tensor, batch: StepBatch) -> Tensor:
         token_R = sample(logits_RV, batch.sampling)
-        self.last_token_M[batch.rows_S[batch.sample_S]] = token_R
+        rows_R = batch.rows_S if batch.draws_after_every_token else batch.rows_S[batch.sample_S]
+        self.last_token_M[rows_R] = token_R
         return token_R
 
     @torch.inference_mode()

@@ -103,9 +103,7 @@ def _uniform(words):
 def _log2(x, HARDWARE: tl.constexpr):
     """With HARDWARE the instruction itself: its error is 2^-22, absolute from 0.5 to 2 and relative elsewhere (PTX ISA)."""
     if HARDWARE:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return tl.log2(x)
 
 

@@ -74,7 +74,7 @@ def test_a_bucket_with_padding_gives_what_the_plain_step_gives(tiny_runner: Runn
         tiny_runner.last_token_M.fill_(-7)
         graphs = DecodeGraphs(tiny_runner._step, max_num_seqs=tiny_runner.config.max_num_seqs, max_blocks=8,
                               block_size=tiny_runner.config.block_size or 0, padding_row=tiny_runner.config.max_num_seqs,
-                              device=torch.device("cpu"))
+                              last_token_M=tiny_runner.last_token_M, device=torch.device("cpu"))
         assert graphs.can_run(batch)
         logits, tokens = graphs.run(batch)
     assert tokens.tolist() == plain_tokens.tolist()

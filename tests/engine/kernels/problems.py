@@ -158,3 +158,19 @@ def attention_budget(exact: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
     if rounded_weights and dtype in (torch.bfloat16, torch.float16):
         budget = budget + 2 * UNIT_ROUNDOFF[dtype] * scale
     return budget
+
+
+def decode_inputs_problem(
+    *, num_seqs: int, block_size: int, device: str = "cpu", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Arguments of ``decode_inputs``: some tokens known, some in flight, some sequences padding."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    token = torch.where(integers(0, 2, num_seqs) > 0, integers(0, 1000, num_seqs), -1)
+    context = integers(0, 7 * block_size + 1, num_seqs) * (integers(0, 4, num_seqs) > 0)
+    state = integers(0, 1000, num_seqs + 3)
+    rows, tables = integers(0, num_seqs + 3, num_seqs), integers(0, 10_000, num_seqs, 7).int()
+    return token.to(device), rows.to(device), context.int().to(device), tables.to(device), state.to(device), block_size

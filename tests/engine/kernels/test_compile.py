@@ -14,13 +14,27 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import balanced_decode, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, skinny_matmul, store_kv
+from engine.kernels import (
+    balanced_decode,
+    decode_inputs,
+    paged_decode,
+    paged_prefill,
+    philox,
+    rms_norm,
+    rope,
+    silu_mul,
+    skinny_matmul,
+    store_kv,
+)
 from engine.kernels.common import HAVE_TRITON, tl, triton
 from engine.kernels.overlap import early_launch, wait_for_inputs
 
 if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
 
+_MODULES = (
+    balanced_decode, decode_inputs, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, skinny_matmul, store_kv,
+)  # fmt: skip
 _SHARED_MEMORY_BYTES = 227 * 1024  # of one block on compute capability 9.0
 
 
@@ -56,7 +70,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[An
     results: list[Any] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # silences triton 3.9's note that a default will change
-    for module in (balanced_decode, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, skinny_matmul, store_kv):
+    for module in _MODULES:
         for name, kernel in vars(module).copy().items():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _CompileOnly(kernel, results))
@@ -142,7 +156,8 @@ def _launch_all(overlap: bool) -> int:
     skinny_matmul.skinny_matmul(x[:1], x, settled=True, overlap=overlap)
     skinny_matmul.skinny_matmul(x, x, overlap=overlap)
     philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
-    return 10
+    decode_inputs.decode_inputs(ids, ids, ints, table, ids, 16, overlap=overlap)
+    return 11
 
 
 def _assert_waits_first(name: str, ptx: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from engine.kernels.balanced_decode import balanced_decode
 from engine.kernels.common import HAVE_TRITON
+from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch, philox_uniform, philox_uniform_triton
@@ -22,6 +23,7 @@ from tests.engine.kernels.problems import (
     AttentionProblem,
     attention_budget,
     attention_problem,
+    decode_inputs_problem,
     exact_attention,
     over_budget,
     rounding_budget,
@@ -445,6 +447,13 @@ def test_rotation_and_cache_write_stay_within_their_budget(
     store_kv(k, v, ours[0], ours[1], slots)
     store_kv_torch(k, v, twins[0], twins[1], slots)
     assert torch.equal(ours.nan_to_num(7.0), twins.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("num_seqs", [1, 7, 128, 300])
+def test_inputs_of_a_decode_step_are_the_twins(num_seqs: int) -> None:
+    inputs = decode_inputs_problem(num_seqs=num_seqs, block_size=256, device="cuda")
+    for ours, twins in zip(decode_inputs(*inputs), decode_inputs_torch(*inputs), strict=True):
+        assert torch.equal(ours, twins)
 
 
 def test_random_bits_are_the_twins() -> None:

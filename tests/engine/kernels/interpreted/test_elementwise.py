@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
 from engine.kernels.rope import apply_rope, apply_rope_torch, rope_store_kv, rope_store_kv_torch
 from engine.kernels.silu_mul import silu_mul, silu_mul_torch
 from engine.kernels.store_kv import store_kv, store_kv_torch
-from tests.engine.kernels.problems import over_budget, rounding_budget
+from tests.engine.kernels.problems import decode_inputs_problem, over_budget, rounding_budget
 
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 SEEDS = st.integers(0, 2**16)
@@ -142,3 +143,12 @@ def test_tables_wider_than_half_a_head_are_refused() -> None:
     q = torch.zeros(1, 1, 16)
     with pytest.raises(ValueError, match="head_dim=16"):
         apply_rope(q, q, torch.zeros(1).long(), torch.zeros(4, 9), torch.zeros(4, 9))
+
+
+@few
+@given(num_seqs=st.sampled_from([0, 1, 5, 130]), block_size=st.sampled_from([1, 16, 48]), seed=SEEDS)
+def test_inputs_of_a_decode_step_are_the_twins(num_seqs: int, block_size: int, seed: int) -> None:
+    inputs = decode_inputs_problem(num_seqs=num_seqs, block_size=block_size, seed=seed)
+    for ours, twins in zip(decode_inputs(*inputs), decode_inputs_torch(*inputs), strict=True):
+        assert ours.dtype == twins.dtype == torch.int64
+        assert torch.equal(ours, twins)
