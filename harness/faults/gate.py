@@ -6,6 +6,7 @@ localisation that names the wrong module too often.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from harness.faults.shrink import smallest_case
 from harness.faults.workshop import BROKE, FABRIC, WITHOUT_SUBJECT, Planted, Workshop
 from harness.machine import run_info
 from reports.records import CheckRow, Report, Verdict
+
+logger = logging.getLogger(__name__)
 
 LEAST_NAMED = 0.9
 """Share of the faults with a module of their own for which localisation must name it."""
@@ -88,6 +91,8 @@ class Examination:
     """What the checks said of one fault."""
 
     outcomes: Mapping[str, Outcome]
+    crashed: Mapping[str, str]
+    """Checks that raised instead of answering: a fault must make them red, not break them."""
     smallest: str
     seconds: float
 
@@ -100,6 +105,7 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
     started = time.perf_counter()
     context = shop.context(fault.layout, tp_size)
     outcomes: dict[str, Outcome] = {}
+    crashed: dict[str, str] = {}
     smallest = ""
     with Planted(context.ranks, fault) as planted:
         refusal = planted.load(context)
@@ -112,10 +118,14 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
             if name in OF_THE_DRIVER:
                 is_wanted = fault.plant_in_driver is not None
             if is_wanted and (refusal is None or name in WITHOUT_SUBJECT):
-                outcomes[name] = planted.run(name, context)
+                try:
+                    outcomes[name] = planted.run(name, context)
+                except Exception as failure:
+                    logger.exception("check %s raised under fault %s", name, fault.name)
+                    crashed[name] = repr(failure)
         if not fault.is_control:
             smallest = smallest_case(shop, planted, fault, tp_size, outcomes)
-    return Examination(outcomes=outcomes, smallest=smallest, seconds=time.perf_counter() - started)
+    return Examination(outcomes=outcomes, crashed=crashed, smallest=smallest, seconds=time.perf_counter() - started)
 
 
 def _row(fault: Fault, context: CheckContext, examination: Examination) -> CheckRow:
@@ -123,12 +133,12 @@ def _row(fault: Fault, context: CheckContext, examination: Examination) -> Check
     missed = [name for name in fault.checks if name not in red]
     place = examination.outcomes.get("logits", Outcome(cases=0, compared=0))
     module, effect = (place.module, place.extra.get("effect")) if "logits" in red else (None, None)
-    verdict: Verdict = "finding" if missed or (fault.is_control and red) else "pass"
+    verdict: Verdict = "finding" if missed or examination.crashed or (fault.is_control and red) else "pass"
     return CheckRow(
         check="faults", model=fault.name, tp_size=context.ranks.tp_size, fabric=context.ranks.fabric, dtype=context.dtype,
-        cases=len(examination.outcomes), compared=len(examination.outcomes), verdict=verdict,
+        cases=len(examination.outcomes) + len(examination.crashed), compared=len(examination.outcomes), verdict=verdict,
         seconds=round(examination.seconds, 3), rank=place.rank if module else None, module=module,
-        message=_message(fault, red, missed), replay=_replay(fault, context),
+        message=_message(fault, red, missed, examination.crashed), replay=_replay(fault, context),
         extra={
             "what": fault.what, "bugs": {str(number): BUGS[number] for number in fault.rows}, "control": fault.is_control,
             "patched": fault.layer, "layout": fault.layout, "expected": list(fault.checks), "red": red, "missed": missed,
@@ -138,7 +148,9 @@ def _row(fault: Fault, context: CheckContext, examination: Examination) -> Check
     )
 
 
-def _message(fault: Fault, red: Mapping[str, str], missed: Sequence[str]) -> str:
+def _message(fault: Fault, red: Mapping[str, str], missed: Sequence[str], crashed: Mapping[str, str]) -> str:
+    if crashed:
+        return "checks raised instead of answering: " + " | ".join(f"{name}: {failure}" for name, failure in crashed.items())
     if fault.is_control:
         return f"no check minds it: {fault.what}" if not red else "a control must stay green: " + _findings(red)
     if missed:

@@ -1,0 +1,249 @@
+"""Faults declare what they must, leave nothing behind, and the gate says what the checks make of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from engine.config import ModelConfig
+from engine.parallel.group import ThreadGroup, TPGroup
+from engine.parallel.ranks import RankContext
+from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
+from harness.classify import Kind
+from harness.cli import app
+from harness.faults import FAULTS, base
+from harness.faults.base import LOAD, Fault, Patches
+from harness.faults.catalogue import BUGS, NOT_PLANTED
+from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
+from harness.faults.layouts import LAYOUTS
+from harness.faults.shrink import LADDER, describe
+from harness.localise import points
+from reference.checkpoints import as_config
+from reports.records import CheckRow, Report, read_report
+
+everyone = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+
+
+def alone(rank: int, size: int) -> RankContext:
+    """A rank whose others are not there: for patches, which need no collective."""
+    return RankContext(tp=TPGroup(rank, size, "alone"), device=torch.device("cpu"))
+
+
+def the_engine() -> dict[tuple[str, str], int]:
+    """What every class and module of the engine consists of, by (owner, attribute)."""
+    found: dict[tuple[str, str], int] = {}
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "engine"]:
+        owners = [module, *(each for each in vars(module).values() if isinstance(each, type))]
+        for owner in owners:
+            if owner is module or owner.__module__ == module.__name__:
+                found |= {(f"{module.__name__}:{owner.__name__}", name): id(value) for name, value in vars(owner).items()}
+    return found
+
+
+def patches(fault: Fault, rank: int) -> Patches:
+    """The fault, planted in this process as in that rank."""
+    planted = Patches()
+    if fault.plant is not None:
+        fault.plant(planted, TPGroup(rank, fault.tp_sizes[0], "alone"))
+    if fault.plant_in_driver is not None:
+        fault.plant_in_driver(planted)
+    return planted
+
+
+def test_there_are_faults_enough_and_controls_enough() -> None:
+    controls = [fault for fault in FAULTS.values() if fault.is_control]
+    assert len(FAULTS) - len(controls) >= 30
+    assert len(controls) >= 6
+
+
+@everyone
+def test_a_fault_declares_what_it_must(fault: Fault) -> None:
+    assert fault.what[0].isupper()
+    assert fault.what.endswith(".")
+    assert set(fault.rows) <= BUGS.keys()
+    assert set(fault.checks) <= {LOAD, *CHECKS}
+    assert fault.layout in LAYOUTS
+    assert (fault.plant is None) != (fault.plant_in_driver is None)
+    model = ModelConfig.from_hf(as_config(LAYOUTS[fault.layout].config))
+    assert fault.tp_sizes
+    assert all(2 <= tp_size <= model.num_q_heads for tp_size in fault.tp_sizes)
+    assert fault.module is None or fault.module in {point.label for point in points(LAYOUTS[fault.layout].config)}
+    assert fault.effect is None or (fault.effect in get_args(Kind) and fault.module is not None)
+    assert (fault.module is not None) <= ("logits" in fault.checks), "localisation begins with the logits"
+
+
+def test_every_public_bug_is_planted_or_there_is_a_reason() -> None:
+    planted = {number for fault in FAULTS.values() for number in fault.rows}
+    assert planted | NOT_PLANTED.keys() == BUGS.keys()
+    assert not planted & NOT_PLANTED.keys()
+
+
+def test_every_kind_of_effect_is_made_by_some_fault() -> None:
+    assert {fault.effect for fault in FAULTS.values()} - {None} == set(get_args(Kind))
+
+
+@everyone
+def test_a_fault_changes_the_engine_and_taking_it_out_restores_it(fault: Fault) -> None:
+    before = the_engine()
+    was_changed = False
+    for rank in range(fault.tp_sizes[0]):
+        planted = patches(fault, rank)
+        was_changed |= the_engine() != before
+        planted.close()
+        assert the_engine() == before
+    assert was_changed
+
+
+def test_no_two_faults_patch_the_same_thing_in_the_same_way() -> None:
+    assert len({fault.plant or fault.plant_in_driver for fault in FAULTS.values()}) == len(FAULTS)
+    assert len({fault.what for fault in FAULTS.values()}) == len(FAULTS)
+
+
+def test_threads_are_refused_for_they_share_what_is_patched() -> None:
+    rank = RankContext(tp=ThreadGroup.create(2)[0], device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="fabric=threads"):
+        base.plant(rank, "reduced-twice")
+
+
+def test_a_fault_that_fails_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(patch: Patches, tp: TPGroup) -> None:
+        patch.replace(TPGroup, "barrier", lambda original: None)
+        raise RuntimeError("no further")
+
+    monkeypatch.setitem(FAULTS, "half", replace(FAULTS["reduced-twice"], name="half", plant=half))
+    before = TPGroup.barrier
+    rank = alone(0, 2)
+    with pytest.raises(RuntimeError, match="no further"):
+        base.plant(rank, "half")
+    assert TPGroup.barrier is before
+    assert rank.state == {}
+
+
+def test_what_a_class_only_inherits_is_not_patched() -> None:
+    with pytest.raises(KeyError):
+        Patches().replace(ThreadGroup, "barrier", lambda original: None)
+
+
+def test_uprooting_takes_the_subject_along() -> None:
+    rank = alone(1, 2)
+    before = the_engine()
+    base.plant(rank, "row-bias-on-every-rank")
+    assert the_engine() != before
+    rank.state["subject"] = "built under the fault"
+    base.uproot(rank)
+    assert the_engine() == before
+    assert rank.state == {}
+
+
+@pytest.mark.parametrize(("plan", "message"), [
+    ({"only": ("no-such",)}, "no-such"), ({"tp_sizes": (1, 2)}, "2 or more"), ({"tp_sizes": (0,)}, "2 or more"),
+])
+def test_a_plan_that_makes_no_sense_is_refused(plan: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FaultPlan(**plan)
+
+
+def test_each_fault_runs_on_the_fewest_ranks_that_show_it_unless_told() -> None:
+    cases, invisible = FaultPlan().cases()
+    assert [(fault.name, tp_size) for fault, tp_size in cases] == [(name, fault.tp_sizes[0]) for name, fault in FAULTS.items()]
+    assert not invisible
+    cases, invisible = FaultPlan(only=("reduced-twice", "kv-heads-dealt-in-turn"), tp_sizes=(4,)).cases()
+    assert [(fault.name, tp_size) for fault, tp_size in cases] == [("kv-heads-dealt-in-turn", 4)]
+    assert [fault.name for fault in invisible] == ["reduced-twice"]
+
+
+def test_what_is_not_visible_at_the_sizes_asked_for_is_skipped_and_told() -> None:
+    report = run_gate(FaultPlan(only=("reduced-twice",), tp_sizes=(7,)))
+    (row,) = report.checks
+    assert (row.verdict, "tp_sizes=(2,) alone" in row.message) == ("skipped", True)
+    assert report.exit_code == 3
+
+
+def test_sizes_are_told_in_words() -> None:
+    assert describe(LADDER[0], "logits") == "1 layer, one sequence of 1 token"
+    assert describe(LADDER[-1], "generation") == "2 layers, 4 prompts of 5, 17, 9, 12 tokens"
+
+
+# One of each layer of the engine, caught by different checks.
+REPRESENTATIVE = ("same-rows-on-every-rank", "row-bias-on-every-rank", "reduced-twice", "logits-of-the-step-before",
+                  "last-slot-of-a-block-missed", "seed-of-each-rank", "row-bias-through-the-weights-loader")
+CONTROLS = ("residual-kept-in-float32", "sums-in-two-messages")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Of a run on the command line."""
+    out = tmp_path_factory.mktemp("faults")
+    only = [word for name in (*REPRESENTATIVE, *CONTROLS) for word in ("--only", name)]
+    result = CliRunner().invoke(app, ["faults", *only, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"{len(REPRESENTATIVE)} of {len(REPRESENTATIVE)} faults seen" in result.output
+    assert f"{len(CONTROLS)} of {len(CONTROLS)} controls left alone" in result.output
+    return read_report(out)
+
+
+def row_of(report: Report, name: str) -> CheckRow:
+    (row,) = [row for row in report.checks if row.model == name]
+    return row
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_planted_fault_is_seen_by_its_checks_and_placed(report: Report, name: str) -> None:
+    fault, row = FAULTS[name], row_of(report, name)
+    assert row.verdict == "pass"
+    assert set(fault.checks) <= set(row.extra["red"])
+    assert (row.module, row.extra["effect"]) == (fault.module, fault.effect)
+    assert row.extra["smallest"]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_turns_nothing_red(report: Report, name: str) -> None:
+    row = row_of(report, name)
+    assert (row.verdict, row.extra["red"]) == ("pass", {})
+    assert row.compared >= 5
+
+
+@pytest.mark.multirank
+def test_the_smallest_case_is_the_smallest(report: Report) -> None:
+    assert row_of(report, "reduced-twice").extra["smallest"] == "logits: 1 layer, one sequence of 1 token"
+    assert row_of(report, "last-slot-of-a-block-missed").extra["smallest"] == "logits: 1 layer, one sequence of 17 tokens"
+
+
+@pytest.mark.multirank
+def test_a_fault_that_is_missed_a_control_that_is_minded_and_a_wrong_module_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The ranks plant by name, so they plant the same as ever: only what is expected of it changes, here.
+    monkeypatch.setitem(FAULTS, "one-barrier-more", replace(FAULTS["one-barrier-more"], checks=("logits",)))
+    monkeypatch.setitem(FAULTS, "last-rank-left-out", replace(FAULTS["last-rank-left-out"], checks=(), module=None, effect=None))
+    monkeypatch.setitem(FAULTS, "reduced-twice", replace(FAULTS["reduced-twice"], module="lm_head"))
+    report = run_gate(FaultPlan(only=("one-barrier-more", "last-rank-left-out", "reduced-twice")))
+    assert {row.model: row.verdict for row in report.checks} == {
+        "one-barrier-more": "finding", "last-rank-left-out": "finding", "reduced-twice": "pass", LOCALISATION: "finding"}
+    assert row_of(report, "one-barrier-more").message.startswith("missed by logits")
+    assert row_of(report, "last-rank-left-out").message.startswith("a control must stay green: collectives")
+    assert "model.layers.0.mlp.down_proj for lm_head" in row_of(report, LOCALISATION).message
+    assert report.exit_code == 1
+
+
+@pytest.mark.multirank
+def test_a_check_that_raises_under_a_fault_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(context: CheckContext) -> Outcome:
+        raise IndexError("no such row")
+
+    monkeypatch.setitem(CHECKS, "weights", broken)
+    (row,) = run_gate(FaultPlan(only=("minimum-became-a-sum",))).checks
+    assert (row.verdict, "weights: IndexError('no such row')" in row.message) == ("finding", True)
+    assert "collectives" in row.extra["red"]
+
+
+def test_an_unknown_fault_is_wrong_usage(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["faults", "--only", "no-such", "--out", str(tmp_path)])
+    assert result.exit_code == 2
