@@ -9,18 +9,21 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine import LLM, SamplingParams
-from engine.config import DTYPES
+from engine.config import DTYPES, ModelConfig
 from engine.parallel.ranks import RankFailure
 from harness.bench.cli import register as register_bench
+from harness.cases import load_case
 from harness.checks import CHECKS
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.table import faults_table, gate_summary
-from harness.verify import VerifyPlan, verify
-from reference.checkpoints import resolve
-from reports.records import CheckRow
+from harness.preflight import check_checkpoint
+from harness.verify import VerifyPlan, replay, verify
+from reference.checkpoints import CheckpointError, resolve
+from reports.records import CheckRow, Report
 from reports.render import write_all
 from reports.tables import checks_pivot
 from reports.text_tables import to_text
@@ -28,6 +31,8 @@ from reports.text_tables import to_text
 USAGE = 2
 COULD_NOT_RUN = 3
 DEFAULT_MODEL = "smollm2"
+REFUSALS = ("CheckpointError: ", "ValueError: ", "UnsupportedModelError: ")
+"""How the report of a rank begins that was asked for what can't be, and said so."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Proves tensor-parallel LLM inference correct: is it a bug, or is it rounding?")
@@ -46,19 +51,23 @@ def verify_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     check: Annotated[list[str] | None, typer.Option(help=f"Only this check (again for more): {', '.join(CHECKS)}.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/verify"),
+    case: Annotated[Path | None, typer.Option(help="Run one saved finding again; all else comes from the file.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv; findings are saved in its "
+                                           "folder cases.")] = Path("reports/out/verify"),
 ) -> None:
     """Hold a model on several ranks against its single-device reference.
 
     Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if it could not run.
     """
+    if case is not None:
+        _replay(case, out)
     if dtype != "auto" and dtype not in DTYPES:
         _fail(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}", USAGE)
     if fabric not in ("auto", "gloo", "threads", "nccl"):
         _fail(f"fabric={fabric!r} is unknown; supported: auto, gloo, threads, nccl", USAGE)
     try:
         plan = VerifyPlan(model=model, folder=_folder(model), tp_sizes=_numbers(tp), fabric=fabric, device=device, dtype=dtype,
-                          checks=tuple(check or CHECKS), seed=seed)
+                          checks=tuple(check or CHECKS), seed=seed, cases_folder=out / "cases")
     except ValueError as error:
         _fail(str(error), USAGE)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
@@ -68,26 +77,49 @@ def verify_command(
             bar.update(task, description=f"tp {tp_size}: {name}")
 
         def on_row(row: CheckRow) -> None:
-            style = "green" if row.verdict == "pass" else "red"
+            style = {"pass": "green", "skipped": "yellow"}.get(row.verdict, "red")
             bar.console.print(f"tp {row.tp_size}  {row.check:<12} [{style}]{row.verdict}[/{style}]  {row.seconds:.1f} s",
                               highlight=False)
 
         try:
             report = verify(plan, on_row=on_row, on_start=on_start)
+        except CheckpointError as error:
+            _fail(str(error), COULD_NOT_RUN)
         except ValueError as error:
             _fail(str(error), USAGE)
         except (RankFailure, OSError, RuntimeError) as error:
-            _fail(f"could not run: {error}", COULD_NOT_RUN)
+            _fail(_why_not(error), COULD_NOT_RUN)
     paths = write_all(report, out)
     layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
-    sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{model}, {report.checks[0].dtype}; {layouts}; numbers are the worst "
-                     f"error as a fraction of its budget; {report.run.seconds:.0f} s\n")
+    sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{model}, {report.checks[0].dtype}; {layouts}; numbers are the "
+                     f"worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
+    _show_findings(report)
+    sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
+    raise typer.Exit(report.exit_code)
+
+
+def _show_findings(report: Report) -> None:
     for row in report.checks:
         if row.verdict != "pass":
             sys.stdout.write(f"\n{row.verdict.upper()} in {row.check} at tp_size={row.tp_size}: {row.message}\n")
             if row.replay:
                 sys.stdout.write(f"  run it again: {row.replay}\n")
-    sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
+
+
+def _replay(case: Path, out: Path) -> NoReturn:
+    """Run a saved finding again, and say how it compares."""
+    try:
+        saved = load_case(case)
+        report, comparison = replay(saved, _folder(saved.model))
+    except CheckpointError as error:
+        _fail(str(error), COULD_NOT_RUN)
+    except ValueError as error:
+        _fail(str(error), USAGE)
+    except (RankFailure, OSError, RuntimeError) as error:
+        _fail(_why_not(error), COULD_NOT_RUN)
+    sys.stdout.write(f"{saved.check} at tp_size={saved.tp_size}, found then: {saved.finding}\n")
+    _show_findings(report)
+    sys.stdout.write(f"\n{comparison}; report: {write_all(report, out)['html']}\n")
     raise typer.Exit(report.exit_code)
 
 
@@ -115,7 +147,7 @@ def faults_command(
         try:
             report = run_gate(plan, on_start=on_start)
         except (RankFailure, OSError, RuntimeError) as error:
-            _fail(f"could not run: {error}", COULD_NOT_RUN)
+            _fail(_why_not(error), COULD_NOT_RUN)
     paths = write_all(report, out)
     sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
     for row in report.checks:
@@ -144,15 +176,20 @@ def generate_command(
     """Generate text. Standard output holds the text alone, as it comes."""
     try:
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-        with LLM(_folder(model), tensor_parallel_size=tp, fabric=fabric, dtype=dtype, device=device) as llm:
+        folder = _folder(model)
+        ModelConfig.from_folder(folder)  # what can't run at all is refused before the checkpoint is looked at
+        check_checkpoint(folder)
+        with LLM(folder, tensor_parallel_size=tp, fabric=fabric, dtype=dtype, device=device) as llm:
             for item in llm.stream(_as_chat(llm, prompt), params):
                 for completion in item.outputs:
                     sys.stdout.write(completion.text)
                 sys.stdout.flush()
+    except CheckpointError as error:
+        _fail(str(error), COULD_NOT_RUN)
     except ValueError as error:
         _fail(str(error), USAGE)
     except (RankFailure, OSError, RuntimeError) as error:
-        _fail(f"could not run: {error}", COULD_NOT_RUN)
+        _fail(_why_not(error), COULD_NOT_RUN)
     sys.stdout.write("\n")
 
 
@@ -183,8 +220,18 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise ValueError(f"tp={text!r} must be numbers with commas between them, as 1,2,4") from None
 
 
+def _why_not(error: Exception) -> str:
+    """Why it could not run; without tracebacks where ranks refused something rather than broke."""
+    if isinstance(error, RankFailure):
+        refusals = {cause.summary.partition(": ")[2] for cause in error.failures.values()
+                    if cause.summary.startswith(REFUSALS) and not cause.consequence}
+        if len(refusals) == 1:
+            return f"could not run: {refusals.pop()} (ranks {', '.join(map(str, error.failures))})"
+    return f"could not run: {error}"
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    errors.print(f"[red]error:[/red] {message}", highlight=False, markup=True, soft_wrap=True)
+    errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, markup=True, soft_wrap=True)
     raise typer.Exit(code)
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from engine.parallel.ranks import Ranks
+from harness.checks.base import PRELOAD
 from reference.checkpoints import random_checkpoint
 
 MakeModel = Callable[..., Path]
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         return written[key]
 
     return make
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the ranks' fork server with all that the checks import, before a test starts it with less.
+
+    Ranks of a server without it import it one by one, which takes seconds at every restart.
+    """
+    if any(item.get_closest_marker("multirank") and item.path.is_relative_to(HERE) for item in session.items) \
+            and not session.config.option.collectonly:
+        Ranks(2, fabric="gloo", preload=PRELOAD).close()
