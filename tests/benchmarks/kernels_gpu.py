@@ -299,7 +299,7 @@ def layer_rows() -> Iterator[Row]:
                     x, residual = layer(x, residual, norm, matmul, decode, overlap)
                 return x
 
-            us = time_us([step], min_calls=1) / shape.num_layers
+            us = time_us([step], min_calls=4) / shape.num_layers
             launched = "launched early" if overlap else "in turn"
             yield Row(
                 kernel="layer", case=f"{shape.name} batch {num_seqs}", config=f"{matmul} matmul, {decode}, {launched}",
