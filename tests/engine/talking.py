@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from reference.checkpoints import random_checkpoint
@@ -20,11 +20,15 @@ CHAT_TEMPLATE = (
 
 
 def talking_checkpoint(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """Write the model, with its tokenizer, into ``folder`` and return the folder."""
+    """Write the model, with its tokenizer, into ``folder`` and return the folder.
+
+    The tokenizer puts its special token before a text, as others put a beginning of sequence; the template does not.
+    """
     random_checkpoint(folder, tiny_config(vocab_size=len(TOKENS), eos_token_id=EOS), seed=3)
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(TOKENS)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", EOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
     fast.chat_template = chat_template
     fast.save_pretrained(folder)

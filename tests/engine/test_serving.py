@@ -53,6 +53,7 @@ def served(checkpoint: Path) -> Iterator[MakeLLM]:
 
     yield get
     for llm in running.values():
+        assert not llm._ranks._running, "a message is left under way"
         assert blocks_in_use(llm) == [0] * llm.config.tensor_parallel_size
         llm.close()
 
@@ -111,7 +112,8 @@ STREAMED = {
     "sampled": SAMPLED,
     "several": SamplingParams(n=3, seed=5, max_tokens=30, logprobs=2),
     "stop strings": SamplingParams(n=2, seed=5, max_tokens=40, stop=["a b", "cab", " c" * 8], ignore_eos=True),
-    "stop strings kept": SamplingParams(seed=7, max_tokens=40, stop=["漢", "b\ufffd"], min_tokens=9, include_stop_str_in_output=True),
+    "stop strings kept": SamplingParams(seed=7, max_tokens=40, min_tokens=9, stop=["漢", "b\ufffd"],
+                                        include_stop_str_in_output=True),
     "stop tokens": SamplingParams(seed=8, max_tokens=40, stop_token_ids=[12], logprobs=0, ignore_eos=True),
     "special tokens": SamplingParams(seed=9, max_tokens=20, skip_special_tokens=False, ignore_eos=True),
 }
@@ -491,6 +493,19 @@ def test_each_request_gets_the_logprobs_that_it_asked_for(served: MakeLLM, tp_si
         assert zero.keys() <= three.keys() <= everything.keys()
 
 
+def test_logprobs_come_with_prompts_that_run_in_chunks(checkpoint: Path, served: MakeLLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
+    prompts = [[token for token in range(start, 13) for _ in range(4)] for start in range(3)]
+    with open_llm(checkpoint, 1, max_num_batched_tokens=16) as llm:
+        outputs = llm.generate(prompts, params)
+    for output, whole in zip(outputs, served(1).generate(prompts, params), strict=True):
+        assert output.outputs[0].token_ids == whole.outputs[0].token_ids
+        exact = reference_logprobs(checkpoint, "exact", output)
+        ids, logprobs = best(output, 3)
+        assert computation(logprobs, reference_logprobs(checkpoint, "float32", output).gather(1, ids), exact.gather(1, ids),
+                           "float32").ok
+
+
 # --- counts ---
 
 
@@ -526,6 +541,7 @@ def test_chat_writes_the_conversation_by_the_template(served: MakeLLM) -> None:
     messages = [{"role": "user", "content": "ab a"}, {"role": "assistant", "content": "ba"}]
     (output,) = llm.chat(messages, SAMPLED)
     assert output.prompt == "ab a ba ab"
+    assert llm.generate("ab a ba ab", SAMPLED)[0].prompt_token_ids == [EOS, *output.prompt_token_ids]
     assert llm.get_tokenizer().decode(output.prompt_token_ids) == output.prompt
     assert plain([output]) == plain(llm.generate({"prompt_token_ids": output.prompt_token_ids}, SAMPLED))
     two = llm.chat([messages, messages[:1]], SAMPLED, add_generation_prompt=False, chat_template_kwargs={"suffix": "aa"})
@@ -606,7 +622,6 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
     ([[1]], [None], "sampling_params=None must be SamplingParams"),
     (5, None, "prompts=5 must be text"),
     ([None], None, "prompt=None must be text"),
-    ("", None, "an empty prompt"),
     ([[]], None, "an empty prompt"),
     ([1, 14], None, "token_id=14 is outside the vocabulary of vocab_size=14"),
     ([[1, "a"]], None, "token_id='a' is outside"),

@@ -22,7 +22,8 @@ def test_the_text_comes_out_alone(tmp_path: Path, template: str | None, tp_size:
     fabric = ["--tp", str(tp_size), "--fabric", "threads" if tp_size > 1 else "solo"]
     result = CliRunner().invoke(app, ["generate", str(folder), "ba", *OPTIONS, *fabric])
     with LLM(folder, device="cpu") as llm:
-        (expected,) = llm.generate("ba" if template is None else "ab ba a", PARAMS)
+        chat = [{"role": "user", "content": "ba"}]
+        (expected,) = llm.generate("ba", PARAMS) if template is None else llm.chat(chat, PARAMS)
     assert expected.outputs[0].text
     assert result.stdout == expected.outputs[0].text + "\n"
     assert result.exit_code == 0
@@ -30,8 +31,8 @@ def test_the_text_comes_out_alone(tmp_path: Path, template: str | None, tp_size:
 
 @pytest.mark.parametrize(
     ("prompt", "options", "said"),
-    [("", [], "an empty prompt can't be completed"), ("a", ["--max-tokens", "0"], "max_tokens=0 must be")],
-    ids=["no prompt", "no tokens"],
+    [("ba" * 200, [], "leaves no room to generate in max_model_len=192"), ("ba", ["--max-tokens", "0"], "max_tokens=0 must be")],
+    ids=["long prompt", "no tokens"],
 )
 def test_wrong_usage_is_told_on_standard_error(tmp_path: Path, prompt: str, options: list[str], said: str) -> None:
     folder = talking_checkpoint(tmp_path, chat_template=None)
