@@ -58,9 +58,9 @@ def test_logprobs_are_those_of_the_raw_logits(small_model: MakeModel, enforce_ea
 
 
 def test_a_stream_makes_up_what_generate_gives(small_model: MakeModel) -> None:
-    """One prompt at a time: in another batch other kernels may run, and round otherwise."""
+    """One prompt at a time and none from the prefix cache: on other numbers of rows other kernels run, and round otherwise."""
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=30, logprobs=2)
-    with served(small_model(small_config(), "float32")) as llm:
+    with served(small_model(small_config(), "float32"), enable_prefix_caching=False) as llm:
         for prompt in prompts_of(3):
             (expected,) = llm.generate(prompt, params)
             deltas = [item.outputs[0] for item in llm.stream(prompt, params)]

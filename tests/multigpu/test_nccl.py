@@ -62,7 +62,7 @@ def test_every_check_is_green(small_model: MakeModel, family: str, num_q_heads: 
                               tp_size: int) -> None:
     folder = small_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
     report = verify(VerifyPlan(model="small", folder=folder, tp_sizes=(tp_size,), fabric=FABRIC, device=DEVICE))
-    assert [row.message for row in report.checks if row.verdict != "pass"] == []
+    assert [row.message for row in report.checks if row.verdict in ("finding", "error")] == []
     assert [(row.check, row.fabric, row.dtype) for row in report.checks] == [(name, FABRIC, dtype) for name in CHECKS]
 
 
