@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_buckets_rise_to_the_most_sequences(most: int) -> None:
     sizes = buckets(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most
-    assert all(later <= 2 * earlier + 8 for earlier, later in zip(sizes, sizes[1:], strict=False))
+    assert all(later <= 2 * earlier + 8 for earlier, later in pairwise(sizes))
 
 
 def sequence(number: int, token_ids: list[int], blocks: list[int], *, temperature: float = 0.0) -> Sequence:
