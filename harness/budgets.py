@@ -81,48 +81,61 @@ def reduction(candidate: Tensor, parts: list[Tensor], dtype: str) -> Comparison:
     return _worst((candidate.double() - exact).abs().reshape(1, -1), budget.reshape(1, -1))
 
 
-def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> Comparison:
+def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
+                float32: Tensor | None = None) -> Comparison:
     """Computation: a candidate ``[T, F]`` against ``max(k * baseline error, c * u * scale)``, by all three statistics.
 
     Args:
         scale: ``[T, F]``, of what was summed, ``|x| @ |W|.T + |b|`` for a layer: errors are measured in units of it. By default
             the exact values' root mean square, times the reach of a maximum over F values for the largest element.
+        float32: ``[T, F]``, the unsharded baseline once more, in float32. A row on which it is far off, in units of its own
+            roundoff, magnifies rounding; on one draw of the baseline's rounding alone that may not show.
     """
-    ratio_T = row_errors(candidate, baseline, exact, dtype, scale)
+    sizes = measure(candidate, baseline, exact, dtype, scale, float32)
+    ratios = {statistic: _over_budget(*sizes[statistic], statistic) for statistic in sizes}
+    ratio_T = torch.maximum(ratios["row"], ratios["element"])
     if not ratio_T.numel():
         return Comparison(error_over_budget=0.0, compared=0)
     row = int(ratio_T.argmax())
-    worst, typical = ratio_T[row].item(), typical_error(candidate, baseline, exact, dtype, scale)
+    worst, typical = ratio_T[row].item(), ratios["typical"].item()
     if typical > max(1.0, worst):
         return Comparison(error_over_budget=typical, compared=candidate.numel())
     return Comparison(error_over_budget=max(worst, typical), compared=candidate.numel(), row=row)
 
 
-def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> Tensor:
-    """``[T]``: how far each row is off, by root mean square and by largest element, as a fraction of its budget.
+def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
+               float32: Tensor | None = None) -> Tensor:
+    """``[T]``: how far each row is off, by root mean square and by largest element, as a fraction of its budget."""
+    sizes = measure(candidate, baseline, exact, dtype, scale, float32)
+    return torch.maximum(_over_budget(*sizes["row"], "row"), _over_budget(*sizes["element"], "element"))
 
-    The baseline's error is its worst row's.
+
+def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
+            float32: Tensor | None = None) -> dict[Statistic, tuple[Tensor, Tensor]]:
+    """(the candidate's errors, what the baseline makes of it) by statistic, in units of roundoff times scale.
+
+    ``[T]`` each for rows and their largest elements, a scalar for the median row, which is 0 where there are too few values.
+    A row's own error is the baseline's worst row's; with ``float32`` it is that row's, by the baseline or by float32, scaled
+    up, whichever is larger. The arguments are those of ``computation``.
     """
     if not exact.numel():
-        return exact.new_zeros(len(exact), dtype=torch.float64)
-    error, own = row_sizes(candidate, exact, dtype, scale), row_sizes(baseline, exact, dtype, scale)
-    return torch.maximum(_over_budget(error["row"], own["row"].max(), "row"),
-                         _over_budget(error["element"], own["element"].max(), "element"))
-
-
-def typical_error(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> float:
-    """How far the median row is off, by root mean square, as a fraction of its budget; 0 for a tensor too small for that.
-
-    A few ill-conditioned rows make the worst row's error heavy-tailed, and its budget wide. The median has a narrow one: it
-    sees what is off by a little in most rows.
-    """
+        nothing = exact.new_zeros(len(exact), dtype=torch.float64), exact.new_zeros(len(exact), dtype=torch.float64)
+        return {"row": nothing, "element": nothing, "typical": (torch.tensor(0.0), torch.tensor(0.0))}
+    error, own = _row_sizes(candidate, exact, dtype, scale), _row_sizes(baseline, exact, dtype, scale)
+    sizes: dict[Statistic, tuple[Tensor, Tensor]] = {"typical": (error["row"].median(), own["row"].median())}
     if exact.numel() < FEWEST_FOR_TYPICAL:
-        return 0.0
-    error, own = row_sizes(candidate, exact, dtype, scale)["row"], row_sizes(baseline, exact, dtype, scale)["row"]
-    return _over_budget(error.median(), own.median(), "typical").item()  # NaN where a row has NaN
+        sizes["typical"] = torch.zeros_like(sizes["typical"][0]), sizes["typical"][1]
+    wide = None if float32 is None else _row_sizes(float32, exact, "float32", scale)
+    for statistic in _BY_ROW:
+        expected = own[statistic].max().expand_as(own[statistic]) if wide is None else own[statistic].maximum(wide[statistic])
+        sizes[statistic] = error[statistic], expected
+    return sizes
 
 
-def row_sizes(values: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None) -> dict[Literal["row", "element"], Tensor]:
+_BY_ROW: tuple[Literal["row", "element"], ...] = ("row", "element")
+
+
+def _row_sizes(values: Tensor, exact: Tensor, dtype: str, scale: Tensor | None) -> dict[Literal["row", "element"], Tensor]:
     """``[T]`` each: the error of every row, root mean square and largest element, in units of roundoff times scale."""
     exact = exact.double()
     error = (values.double() - exact).abs()
@@ -134,13 +147,16 @@ def row_sizes(values: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = 
     return {"row": _rms(error), "element": error.amax(-1)}
 
 
+def near_tie_margins(baseline: Tensor, exact: Tensor, dtype: str, float32: Tensor | None = None) -> Tensor:
+    """``[T]``: the largest top-2 margin of each row of exact logits that rounding may turn round: twice the row's budget."""
+    _, own_T = measure(baseline, baseline, exact, dtype, None, float32)["element"]
+    unit = UNIT_ROUNDOFF[dtype] * _rms(exact.double().reshape(1, -1)) * math.sqrt(2 * math.log(max(2, exact.shape[-1])))
+    return 2 * torch.clamp(BASELINE_FACTOR["element"] * own_T, min=ROUNDOFF_FACTOR["element"]) * unit
+
+
 def near_tie_margin(baseline: Tensor, exact: Tensor, dtype: str) -> float:
-    """The largest top-2 margin of the exact logits ``[T, V]`` that rounding may turn round: twice the logits' budget."""
-    exact = exact.double()
-    own = (baseline.double() - exact).abs().max().item()
-    reach = math.sqrt(2 * math.log(max(2, exact.shape[-1])))
-    floor = ROUNDOFF_FACTOR["element"] * UNIT_ROUNDOFF[dtype] * _rms(exact.reshape(1, -1)).item() * reach
-    return 2 * max(BASELINE_FACTOR["element"] * own, floor)
+    """The largest of ``near_tie_margins``."""
+    return near_tie_margins(baseline, exact, dtype).max().item()
 
 
 def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: int, baseline_total: int) -> bool:
@@ -152,6 +168,27 @@ def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: i
     rate = min(1.0, 2 * (baseline_flips + 1) / (baseline_total + 1))
     fewer = sum(math.comb(candidate_total, i) * rate**i * (1 - rate) ** (candidate_total - i) for i in range(candidate_flips))
     return 1 - fewer < 1e-3
+
+
+IMPROBABLE = 1e-9
+"""Chance with which tokens that were drawn as they should be are called improbable."""
+
+
+def improbability(baseline: Tensor, exact: Tensor, token_ids: list[int], *, temperature: float, top_p: float = 1.0) -> float:
+    """How hard it is to believe that these tokens were drawn from logits ``[T, V]``, as a fraction of what can't be believed.
+
+    A draw from p has ``E[p(x)**-0.5] = sum(p**0.5)``. So ``prod(p(x)**-0.5 / sum(p**0.5))`` over the tokens drawn so far is a
+    martingale of mean 1, whatever the context of each, and ever reaches ``1 / IMPROBABLE`` with that chance at most (Ville
+    1939). Of the nucleus ``top_p`` each token is up to ``1 / top_p`` more probable; and the logits that were drawn from are off
+    by rounding, which changes a log probability by twice the baseline's worst error over the temperature.
+    """
+    if not token_ids:
+        return 0.0
+    log_p_TV = (exact.double() / temperature).log_softmax(-1)
+    drawn_T = log_p_TV.gather(1, torch.tensor(token_ids, device=exact.device)[:, None]).squeeze(1)
+    rounding = 2 * (baseline.double() - exact.double()).abs().max().item() / temperature
+    growth_T = -0.5 * drawn_T - torch.logsumexp(0.5 * log_p_TV, -1) + math.log(top_p) - rounding
+    return max(0.0, growth_T.cumsum(0).max().item()) / -math.log(IMPROBABLE)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Are greedy ids those of the exact reference, but for near-ties that rounding may turn round?
 
 After a difference that is excused the comparison goes on, with the reference's id put in. Every rank must draw the same ids,
-greedy and sampled, and all of them must be in the vocabulary. Twice: with the model's own checkpoint, and with a small one of
+greedy and sampled, all of them must be in the vocabulary, and sampled ones must be such as the exact reference would draw, in
+probability. Twice: with the model's own checkpoint, and with a small one of
 the same layout whose logits are all negative and whose vocabulary is padded, so that padding would win if it were let in.
 """
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.parallel.ranks import RankContext
 from harness import jobs
-from harness.budgets import near_tie_margin, too_many_flips
+from harness.budgets import improbability, near_tie_margin, too_many_flips
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.weights import small_twin
 from harness.subjects import SUBJECTS
@@ -28,6 +29,8 @@ Draw = Callable[[Sequence[Sequence[int]], Mapping[str, Any]], list[list[list[int
 """Prompts and sampling parameters -> by rank, the token ids after each prompt."""
 
 TWIN_PROMPT_LENGTHS = (3, 5)
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+NUM_SAMPLED = 16
 
 
 @dataclass(slots=True)
@@ -129,9 +132,18 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
         return Outcome(cases=len(prompts), compared=compared, module="lm_head", rank=0, excused=excused, extra=extra,
                        finding=f"{flips} of {total} greedy tokens differ at near-ties, the baseline turns round "
                                f"{baseline_flips} of {baseline_total}: too often for rounding")
-    sampled = draw(truth.prompts, {"temperature": 0.8, "top_p": 0.95, "seed": context.seed, "max_tokens": 8})
+    sampled = draw(truth.prompts, {**SAMPLING, "seed": context.seed, "max_tokens": NUM_SAMPLED})
     if finding := _malformed(sampled, "sampled", truth):
         return Outcome(cases=len(prompts), compared=compared, **finding)
+    compared += sum(map(len, sampled[0]))
+    for number, (prompt_ids, token_ids) in enumerate(zip(truth.prompts, sampled[0], strict=True)):
+        rows = slice(len(prompt_ids) - 1, -1)
+        (exact,), (baseline,) = (reference.logits([[*prompt_ids, *token_ids]]) for reference in (truth.exact, truth.baseline))
+        unlikely = improbability(baseline[rows], exact[rows], token_ids, **SAMPLING)
+        if unlikely > 1:
+            return Outcome(cases=len(prompts), compared=compared, rank=0, module="lm_head", error_over_budget=unlikely,
+                           finding=f"sampled ids of prompt {number}, {token_ids}, are not what the reference would draw at "
+                                   f"{SAMPLING}: {unlikely:.3g} of what can be believed")
     return Outcome(cases=len(prompts), compared=compared, excused=excused, extra=extra)
 
 
