@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import engine.parallel.failures as failures_module
+import engine.parallel.pending_job as pending_job_module
 import engine.parallel.ranks as ranks_module
+from engine.parallel.failures import RankError, RankFailure
 from engine.parallel.links import Link
 from harness.faults.base import Patches, driver_fault
 
@@ -45,7 +47,16 @@ def ranks_outlive_their_driver(patch: Patches) -> None:
 @driver_fault(checks=("lifecycle",))
 def consequence_taken_for_a_cause(patch: Patches) -> None:
     """A rank whose connection broke because another one died is blamed like that one."""
-    patch.replace(failures_module, "_SAW_ANOTHER_FAIL", lambda original: re.compile("(?!)"))
+
+    def make(original: Any) -> Any:
+        def make_failure(job: str, errors: Mapping[int, RankError], *arguments: Any, **options: Any) -> RankFailure:
+            failure: RankFailure = original(
+                job, {rank: replace(error, consequence=False) for rank, error in errors.items()}, *arguments, **options)
+            return failure
+
+        return make_failure
+
+    patch.replace(pending_job_module, "make_failure", make)
 
 
 @driver_fault(checks=())

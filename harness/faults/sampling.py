@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import engine.layers.sampler as sampler_module
 import engine.runner as runner_module
 from engine.batch import SamplingBatch, StepBatch
 from engine.parallel.group import TPGroup
@@ -50,11 +51,26 @@ def token_of_another_sequence_fed_back(patch: Patches, tp: TPGroup) -> None:
 
     def make(original: Any) -> Any:
         def launch(self: Runner, batch: StepBatch) -> Any:
-            if batch.has_in_flight:
-                batch = replace(batch, rows_S=batch.rows_S.roll(1))
+            self.last_token_M.copy_(self.last_token_M.roll(1))  # this step's own draws go to the right rows again
             return original(self, batch)
 
         return launch
 
     if tp.rank == 1:
         patch.replace(Runner, "launch", make)
+
+
+@fault(layout="qwen2", checks=("generation",))
+def nucleus_turned_inside_out(patch: Patches, tp: TPGroup) -> None:
+    """The filter keeps the tokens outside the nucleus, on every rank alike: the ranks agree, and talk nonsense."""
+
+    def make(original: Any) -> Any:
+        def filter_top_k_top_p(logits_RV: Tensor, *arguments: Any) -> Tensor:
+            kept_RV: Tensor = original(logits_RV, *arguments)
+            is_out_RV = kept_RV == -torch.inf
+            is_filtered_R1 = is_out_RV.any(dim=1, keepdim=True)
+            return logits_RV.masked_fill(~is_out_RV & is_filtered_R1, -torch.inf)
+
+        return filter_top_k_top_p
+
+    patch.replace(sampler_module, "filter_top_k_top_p", make)
