@@ -238,6 +238,18 @@ def test_a_stop_string_across_tokens_ends_text_and_tokens(served: MakeLLM) -> No
         assert stop not in decode(cut.token_ids[:-1])
 
 
+@BOTH
+def test_the_ranks_soon_drop_what_a_stop_string_has_ended(served: MakeLLM, tp_size: int) -> None:
+    llm = served(tp_size)
+    stopped, running = replace(STREAMED["stop strings"], n=1), replace(SAMPLED, max_tokens=100)
+    with llm.stream([PROMPTS[1], PROMPTS[0]], [stopped, running]) as stream:
+        while next(stream).outputs[0].stop_reason is None:
+            pass
+        next(stream)  # what came with the end, perhaps
+        next(stream)
+        assert llm._ranks.run(count_sequences) == [1] * tp_size
+
+
 def test_a_stop_token_is_counted_but_not_shown(served: MakeLLM) -> None:
     llm = served(1)
     ((whole,),) = plain(llm.generate(PROMPTS[0], SAMPLED))
