@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,17 @@ class Truth:
     def baseline_logits(self) -> list[Tensor]:
         return self.baseline.logits(self.script.sequences)
 
+    @cached_property
+    def float32_logits(self) -> list[Tensor] | None:
+        """For 16-bit dtypes the baseline once more in float32: it tells which tokens magnify rounding."""
+        return self._in_float32(self.script.sequences)
+
+    def _in_float32(self, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:
+        """Logits of a model that is loaded for this alone: a third one would be in memory for good."""
+        if self.dtype not in ("bfloat16", "float16"):
+            return None
+        return Reference.load(self.folder, "float32", device=self.device).logits(sequences)
+
     def exact_activations(self, sequence: int) -> Activations:
         """Of one sequence of the script; computed once."""
         return self._activations_of(self.exact, sequence)
@@ -131,8 +143,15 @@ class Truth:
     def greedy_baseline_logits(self) -> list[Tensor]:
         return self._drawing_rows(self.baseline)
 
+    @cached_property
+    def greedy_float32_logits(self) -> list[Tensor] | None:
+        whole = self._in_float32(self.greedy_sequences)
+        return None if whole is None else self._of_drawn(whole)
+
     def _drawing_rows(self, reference: Reference) -> list[Tensor]:
-        whole = reference.logits(self.greedy_sequences)
+        return self._of_drawn(reference.logits(self.greedy_sequences))
+
+    def _of_drawn(self, whole: list[Tensor]) -> list[Tensor]:
         return [logits[len(prompt) - 1 : -1] for prompt, logits in zip(self.prompts, whole, strict=True)]
 
 

@@ -78,7 +78,9 @@ def sample_logits(pools: Pools, truth: Truth, layouts: Sequence[tuple[int, str]]
 
 
 def logits_sample(truth: Truth, found: Tensor, tp_size: int, order: str, kind: str = "logits") -> Sample:
-    return measured(kind, truth.dtype, tp_size, order, found, torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits))
+    float32 = None if truth.float32_logits is None else torch.cat(truth.float32_logits)
+    return measured(kind, truth.dtype, tp_size, order, found, torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits),
+                    float32=float32)
 
 
 def all_layouts() -> list[tuple[int, str]]:

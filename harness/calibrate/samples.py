@@ -12,7 +12,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +20,7 @@ from torch import Tensor
 from engine.parallel.group import TPGroup
 from engine.parallel.ranks import RankContext
 from harness import jobs
-from harness.budgets import FEWEST_FOR_TYPICAL, Statistic, row_sizes
+from harness.budgets import FEWEST_FOR_TYPICAL, Statistic, measure
 from harness.calibrate.groups import RingGroup, SpoilingGroup
 from harness.checks.layers import run_layer
 from harness.layer_cases import LayerCase
@@ -37,7 +36,10 @@ OPTIONS = {"block_size": 16, "num_kv_blocks": 24, "max_num_batched_tokens": 64, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One case: the candidate's and the baseline's error by statistic, in units of roundoff times scale."""
+    """One case: by statistic the candidate's error and the baseline's, in units of roundoff times scale.
+
+    Of the statistics by row, those of the row on which the candidate is the most times as far off as the baseline.
+    """
 
     kind: str
     dtype: str
@@ -46,6 +48,11 @@ class Sample:
     numel: int
     candidate: Mapping[Statistic, float]
     baseline: Mapping[Statistic, float]
+
+    def ratio(self, statistic: Statistic) -> float:
+        """How many times the baseline's error the candidate's is; 0 if both are none."""
+        candidate, baseline = self.candidate[statistic], self.baseline[statistic]
+        return candidate / baseline if baseline else 0.0 if not candidate else float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +64,16 @@ class Spoiled:
 
 
 def measured(kind: str, dtype: str, tp_size: int, order: str, candidate: Tensor, baseline: Tensor, exact: Tensor,
-             scale: Tensor | None = None) -> Sample:
+             scale: Tensor | None = None, float32: Tensor | None = None) -> Sample:
     """The errors of ``[T, F]`` tensors."""
-    found, own = row_sizes(candidate, exact, dtype, scale), row_sizes(baseline, exact, dtype, scale)
-
-    def sizes(errors: Mapping[Any, Tensor]) -> dict[Statistic, float]:
-        named: dict[Statistic, float] = {"row": errors["row"].max().item(), "element": errors["element"].max().item()}
-        return named | ({"typical": errors["row"].median().item()} if exact.numel() >= FEWEST_FOR_TYPICAL else {})
-
-    return Sample(kind=kind, dtype=dtype, tp_size=tp_size, order=order, numel=exact.numel(), candidate=sizes(found),
-                  baseline=sizes(own))
+    found: dict[Statistic, float] = {}
+    own: dict[Statistic, float] = {}
+    for statistic, (errors, expected) in measure(candidate, baseline, exact, dtype, scale, float32).items():
+        if statistic == "typical" and exact.numel() < FEWEST_FOR_TYPICAL:
+            continue
+        worst = int((errors / expected).nan_to_num(0.0).argmax())
+        found[statistic], own[statistic] = errors.flatten()[worst].item(), expected.flatten()[worst].item()
+    return Sample(kind=kind, dtype=dtype, tp_size=tp_size, order=order, numel=exact.numel(), candidate=found, baseline=own)
 
 
 def grouped(rank: RankContext, order: str, spoiled: Spoiled | None = None) -> RankContext:
@@ -93,7 +100,7 @@ def random_layer(draw: random.Random, tp_size: int, dtype: str) -> LayerCase:
 
 def size_up_to(draw: random.Random, most: int) -> int:
     """Evenly spread over the powers of two: small sizes are where luck is."""
-    return max(1, round(float(most) ** draw.random()))
+    return max(1, int(most ** draw.random() + 0.5))
 
 
 def run_layers(rank: RankContext, cases: Sequence[LayerCase], order: str, spoiled: Spoiled | None = None) -> list[Sample]:
