@@ -49,14 +49,15 @@ class Plot:
 def bench_plots(rows: Sequence[BenchRow]) -> list[Plot]:
     """Every plot that the rows can fill: rates over tp_size, and times and rates over each of ``axes``.
 
-    An axis needs two different values within one workload, model and dtype.
+    An axis needs two different values within one workload, model and dtype. Where the cases of a workload would
+    make more lines than there are colours, as the layers of a model do, each kind of case has a plot of its own.
     """
     axes = ["tp_size", *dict.fromkeys(axis for row in rows for axis in row.axes)]
     return [plot for axis in axes for plot in _plots_over(axis, rows)]
 
 
 def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
-    groups: dict[tuple[str, str, str, str, str], list[BenchRow]] = {}
+    groups: _Groups = {}
     for row in rows:
         for metric in row.samples:
             wanted = metric.endswith("_per_s") if axis == "tp_size" else axis in row.axes
@@ -64,11 +65,12 @@ def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
                 case = row.case if axis == "tp_size" else ""
                 groups.setdefault((row.workload, case, row.model, row.dtype, metric), []).append(row)
     plots = []
-    for (workload, case, model, dtype, metric), members in groups.items():
+    for (workload, case, model, dtype, metric), members in _few_lines(axis, groups).items():
         if len({_x(axis, row) for row in members}) < 2:
             continue
         series = _series(axis, metric, members)
-        what = metrics.label(metric).split(",")[0]
+        what, *rest = metrics.label(metric).split(", ")
+        what += " p99" if "p99" in rest else ""  # the unit stands at the axis
         title = f"{workload}: {what} over {_AXIS_LABELS.get(axis, axis.replace('_', ' '))}"
         subtitle = " · ".join(part for part in (case, model, dtype) if part)
         plots.append(
@@ -81,6 +83,30 @@ def _plots_over(axis: str, rows: Sequence[BenchRow]) -> list[Plot]:
             )
         )
     return plots
+
+
+_Groups = dict[tuple[str, str, str, str, str], list[BenchRow]]
+
+
+def _few_lines(axis: str, groups: _Groups) -> _Groups:
+    """The groups, those with too many lines split by what their cases say beside the axis."""
+    split: _Groups = {}
+    for (workload, case, model, dtype, metric), rows in groups.items():
+        is_crowded = len(set(_line_names(axis, rows))) > NUM_COLOURS
+        for row in rows:
+            kind = _kind_of_case(axis, row) if is_crowded else case
+            split.setdefault((workload, kind, model, dtype, metric), []).append(row)
+    return split
+
+
+def _kind_of_case(axis: str, row: BenchRow) -> str:
+    """The case without the part that spells out the axis: ``qkv_proj, batch 16`` is ``qkv_proj`` over the batch size."""
+    if axis == "tp_size":
+        return row.case
+    value = row.axes[axis]
+    spelt = {format_number(value).replace(",", ""), _size(value)}
+    parts = [part for part in row.case.split(", ") if not any(re.search(rf"\b{re.escape(text)}\b", part) for text in spelt)]
+    return ", ".join(parts)
 
 
 def _series(axis: str, metric: str, rows: Sequence[BenchRow]) -> list[Series]:
@@ -96,8 +122,8 @@ def _series(axis: str, metric: str, rows: Sequence[BenchRow]) -> list[Series]:
 def _line_names(axis: str, rows: Sequence[BenchRow]) -> list[str]:
     """The line that each row is on: its engine, and what else differs between the rows of one engine.
 
-    Fabric and case come in only if two points would otherwise share an x: one rank alone is always ``solo``,
-    and a case often just spells out the axis.
+    The kind of case and the fabric come in only if two points would otherwise share an x: one rank alone is always
+    ``solo``, and a case often just spells out the axis.
     """
 
     def parts(row: BenchRow) -> list[str]:
@@ -106,12 +132,14 @@ def _line_names(axis: str, rows: Sequence[BenchRow]) -> list[str]:
         return [row.engine, *size, *others]
 
     keys = [parts(row) for row in rows]
-    for extra in ("fabric", "case"):
+    extras: tuple[Callable[[BenchRow], str], ...] = (
+        lambda row: _kind_of_case(axis, row), lambda row: row.fabric, lambda row: row.case)  # fmt: skip
+    for extra in extras:
         if len({(*key, _x(axis, row)) for key, row in zip(keys, rows, strict=True)}) == len(rows):
             break
-        keys = [[*key, getattr(row, extra)] for key, row in zip(keys, rows, strict=True)]
+        keys = [[*key, extra(row)] for key, row in zip(keys, rows, strict=True)]
     common = set.intersection(*map(set, keys)) - {row.engine for row in rows}
-    return [" · ".join(part for part in key if part not in common) for key in keys]
+    return [" · ".join(part for part in key if part and part not in common) for key in keys]
 
 
 def _draw(axis: str, metric: str, series: Sequence[Series], *, salt: str) -> str:

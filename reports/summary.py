@@ -11,7 +11,7 @@ import pandas as pd
 
 from reports.compare import Comparison
 from reports.records import Report, RunInfo
-from reports.text_tables import format_cell, format_number
+from reports.text_tables import MISSING, format_cell, format_number
 
 Tone = Literal["good", "bad", "warn", "quiet"]
 
@@ -125,4 +125,5 @@ def without_constants(table: pd.DataFrame, names: tuple[str, ...]) -> tuple[pd.D
     if len(table) < 2:
         return table, {}
     constant = [name for name in names if name in table and table[name].nunique(dropna=False) == 1]
-    return table.drop(columns=constant), {name: format_cell(table[name].iloc[0]) for name in constant}
+    told = {name: format_cell(table[name].iloc[0]) for name in constant}
+    return table.drop(columns=constant), {name: text for name, text in told.items() if text != MISSING}

@@ -183,7 +183,7 @@ def _report_text(report: Report) -> str:
     parts = []
     for name, table in bench_tables(report.benches, peers=_peers_in(report)).items():
         short, constants = without_constants(table, _CONSTANTS)
-        shared = ", ".join(f"{key} {value}" for key, value in constants.items() if key != "workload" and value != "–")
+        shared = ", ".join(f"{key} {value}" for key, value in constants.items() if key != "workload")
         parts.append(f"\n{name}{f' ({shared})' if shared else ''}\n{to_text(short)}")
     if report.not_measured:
         parts.append(f"\nnot measured\n{to_text(without_constants(not_measured_table(report.not_measured), ())[0])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ Block = GenerateCase | LayersPart | CollectivesPart | StartPart | str
 NVLINK_ALL_REDUCE_S = 5e-6
 """The least that an all-reduce of a few KiB is taken to cost between GPUs; one-shot over NVLink takes 6 µs in a graph."""
 CALL_TIMEOUT_S = 1800.0
+ALL_ROUNDS = sys.maxsize
 
 
 ENGINE_CASE, ONE_THREAD_CASE = "as the engine runs", "one thread"
@@ -71,7 +73,8 @@ class Contender:
     worker: Callable[[], Worker]
     """Starts it if it does not run."""
     fabric: str = ""
-    rounds: int = 1
+    rounds: int = ALL_ROUNDS
+    """At most, where it is too slow for all of them."""
 
     def open(self) -> None:
         """Make ready. What this costs is no part of any round."""
@@ -237,11 +240,12 @@ class LoadContender(Contender):
         return measured
 
     def bounds(self, block: str, case: str, hardware: Hardware) -> Figures:
-        if self.setting.device == "cuda" and (rate := hardware.get(ENGINE_CASE, "host_to_device_gb_per_s")):
-            return {"read_gb_per_s": rate}
+        if self.setting.device == "cuda":
+            rate = hardware.get(ENGINE_CASE, "host_to_device_gb_per_s")
+            return {"read_gb_per_s": rate * self.tp_size} if rate else {}
         # Every byte that is read is written once more: half of what a copy moves.
-        copy = hardware.get(ENGINE_CASE, "copy_gb_per_s") if self.setting.device == "cpu" else None
-        return {"read_gb_per_s": copy / 2 / self.tp_size} if copy else {}
+        copy = hardware.get(ENGINE_CASE, "copy_gb_per_s")
+        return {"read_gb_per_s": copy / 2} if copy else {}
 
     def close(self) -> None:
         self.worker().call(micro.close_ranks, timeout_s=60.0)

@@ -5,9 +5,12 @@ Shape suffixes: T = tokens, I = input features of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,9 @@ class LayerWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
-    group: Group
+    """One group for each placement of the weights; a round times ``num_groups`` runs of one of them."""
+
+    groups: list[Group]
     num_groups: int
 
 
@@ -61,29 +66,50 @@ def build(rank: RankContext, folder: Path, dtype: str, part: LayersPart, slower:
     works: dict[str, LayerWork] = {}
     with torch.inference_mode():
         for name in part.layers:
-            layers = _copies(name, config, tp, DTYPES[dtype], rank.device, part.rotate_bytes)
-            for layer in layers:
+            placements = [_copies(name, config, tp, DTYPES[dtype], rank.device, part.rotate_bytes)
+                          for _ in range(part.placements)]
+            for layer in chain(*placements):
                 if name in slower:
                     slow_down(layer, slower[name])
             for batch_size in part.batch_sizes:
                 case = case_name(name, batch_size, part.most_vocab if name in ("embed_tokens", "lm_head") else None)
-                x = _input(layers[0], config, batch_size, DTYPES[dtype], rank.device)
-                works[case] = _work(layers[0], x)
-                timed[case] = _time_case(rank, layers, x, part)
+                x = _input(placements[0][0], config, batch_size, DTYPES[dtype], rank.device)
+                works[case] = _work(placements[0][0], x)
+                timed[case] = _time_case(rank, placements, x, part)
     rank.state["layers"] = timed
     return works
 
 
 def measure(rank: RankContext) -> dict[str, float]:
-    """Job: seconds of one call, for every case."""
+    """Job: one round, seconds of one call for every case."""
     rank.phase = "time layers"
     timed: Mapping[str, _Timed] = rank.state["layers"]
+    number = rank.state["layers_round"] = rank.state.get("layers_round", -1) + 1
     figures = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), _on_one_core(rank, number):
         for case, item in timed.items():
             rank.tp.barrier()
-            figures[case] = fastest(item.group, item.num_groups)
+            figures[case] = fastest(item.groups[number % len(item.groups)], item.num_groups)
     return figures
+
+
+@contextmanager
+def _on_one_core(rank: RankContext, number: int) -> Iterator[None]:
+    """On a CPU, one rank alone stays on one core for a round, and takes them in turns.
+
+    Left to the scheduler, two processes that are compared would each keep a core of its own, and cores differ: in what else
+    runs on them, and in what they share.
+    """
+    if rank.device.type != "cpu" or rank.tp.size > 1 or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    # Another order than that of the placements, which rounds take in turns as well.
+    os.sched_setaffinity(0, {sorted(cores)[(number + number // len(cores)) % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def make_layer(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> Any:
@@ -126,14 +152,14 @@ def _input(layer: Any, config: ModelConfig, batch_size: int, dtype: torch.dtype,
     return torch.randn(batch_size, layer.weight.shape[1], generator=generator).to(dtype).to(device)
 
 
-def _time_case(rank: RankContext, layers: list[nn.Module], x: Tensor, part: LayersPart) -> _Timed:
-    calls = [partial(layer, x) for layer in layers]
+def _time_case(rank: RankContext, placements: Sequence[Sequence[nn.Module]], x: Tensor, part: LayersPart) -> _Timed:
+    calls = [[partial(layer, x) for layer in layers] for layers in placements]
     rank.tp.barrier()
     # Every rank must enter a layer's collective equally often.
-    num_calls = rank.tp.all_reduce_min(max(1, round(part.group_s / _seconds(rank, calls[0]))))
-    group = group_of(calls, num_calls, rank.device)
-    num_groups = rank.tp.all_reduce_min(max(2, int(part.slice_s / group.run())))
-    return _Timed(group=group, num_groups=num_groups)
+    num_calls = rank.tp.all_reduce_min(max(1, round(part.group_s / _seconds(rank, calls[0][0]))))
+    groups = [group_of(each, num_calls, rank.device) for each in calls]
+    num_groups = rank.tp.all_reduce_min(max(2, int(part.slice_s / groups[0].run())))
+    return _Timed(groups=groups, num_groups=num_groups)
 
 
 def _seconds(rank: RankContext, call: Any) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.bench.contenders import (
+    ALL_ROUNDS,
     ENGINE_CASE,
     ONE_THREAD_CASE,
     CollectivesContender,
@@ -118,7 +118,7 @@ class Lineup:
         return [
             ServingContender(setting=self.setting, side=side, engine=name, tp_size=tp_size,
                              worker=partial(self.workers.get, side, name, str(tp_size)), spec=self._serving_spec(part, tp_size),
-                             rounds=REFERENCE_ROUNDS if name == REFERENCE else sys.maxsize)
+                             rounds=REFERENCE_ROUNDS if name == REFERENCE else ALL_ROUNDS)
             for side, name, tp_size in self._engines(part.workload, self.setting.peers_of(case))
         ]
 

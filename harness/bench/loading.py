@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,12 +13,20 @@ import torch
 from engine.config import EngineConfig, ModelConfig
 from engine.parallel.ranks import RankContext
 from engine.runner import Runner
-from harness.bench.figures import Figures
 
 COLD, WARM = "files not in memory", "files in memory"
 
 
-def load(rank: RankContext, folder: Path, dtype: str, case: str) -> Figures:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What one rank did."""
+
+    seconds: float
+    read_bytes: int
+    parameter_bytes: int
+
+
+def load(rank: RankContext, folder: Path, dtype: str, case: str) -> Loaded:
     """Job: build the model and load this rank's shards, all ranks at once.
 
     ``files not in memory`` asks the system to drop the checkpoint's files from its page cache first, which it may refuse.
@@ -34,13 +43,10 @@ def load(rank: RankContext, folder: Path, dtype: str, case: str) -> Figures:
     runner = Runner(folder, model, config, rank.tp, rank.device)
     if rank.device.type == "cuda":
         torch.cuda.synchronize(rank.device)
-    rank.tp.barrier()
     seconds = time.perf_counter() - started
     rank.state["loaded"] = runner
     report = runner.load_report
-    read_bytes = sum(report.bytes_read.values())
-    return {"load_s": seconds, "read_gb_per_s": read_bytes / seconds / 1e9, "rank_read_gib": read_bytes / 2**30,
-            "rank_parameters_gib": report.parameter_bytes / 2**30}
+    return Loaded(seconds=seconds, read_bytes=sum(report.bytes_read.values()), parameter_bytes=report.parameter_bytes)
 
 
 def _drop_from_page_cache(folder: Path) -> None:

@@ -11,6 +11,7 @@ from engine.parallel.ranks import Ranks
 from harness.bench import ceilings, collectives, layers, loading
 from harness.bench.figures import Figures
 from harness.bench.layers import LayerWork
+from harness.bench.loading import Loaded
 from harness.bench.workloads import CollectivesPart, LayersPart
 from harness.machine import run_info
 from reports.records import RunInfo
@@ -71,10 +72,15 @@ def free_collectives(state: State) -> None:
 
 
 def measure_load(state: State, folder: Path, dtype: str, case: str, engine: str) -> Measured:
-    """One round of one case: the slowest rank's seconds, the largest rank's bytes."""
-    found: list[Figures] = _run(state, loading.load, folder, dtype, case)
-    worst = {name: (min if name.endswith("_per_s") else max)(figures[name] for figures in found) for name in found[0]}
-    return {(case, engine): worst}
+    """One round of one case: the slowest rank's seconds, what all read together, the bytes of the rank that has most."""
+    ranks: list[Loaded] = _run(state, loading.load, folder, dtype, case)
+    seconds = max(rank.seconds for rank in ranks)
+    return {(case, engine): {
+        "load_s": seconds,
+        "read_gb_per_s": sum(rank.read_bytes for rank in ranks) / seconds / 1e9,
+        "rank_read_gib": max(rank.read_bytes for rank in ranks) / 2**30,
+        "rank_parameters_gib": max(rank.parameter_bytes for rank in ranks) / 2**30,
+    }}
 
 
 def measure_hardware(state: State, dtype: str, num_threads: int | None, case: str, engine: str) -> Measured:

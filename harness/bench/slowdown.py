@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def slow_down(layer: Any, share: float) -> None:
-    """Let a linear layer compute ``share`` more output features than it has, and drop them.
+    """Let a linear layer compute ``share`` more output features than it has. Nothing drops them: that would cost time too.
 
     Raises:
         ValueError: for shares out of (0, 1], and for layers whose weight is no matrix of output features.
@@ -18,10 +17,5 @@ def slow_down(layer: Any, share: float) -> None:
         raise ValueError(f"share={share} must lie in (0, 1]: the part of the work that is done on top")
     if not hasattr(layer, "weight") or layer.weight.ndim != 2:
         raise ValueError(f"layer={type(layer).__name__} has no matrix of output features to make longer")
-    num_outputs = layer.weight.shape[0]
-    layer.weight.data = torch.cat((layer.weight.data, layer.weight.data[: max(1, round(share * num_outputs))]))
-
-    def drop_extra(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output[:, :num_outputs]
-
-    layer.register_forward_hook(drop_extra)
+    extra = max(1, round(share * layer.weight.shape[0]))
+    layer.weight.data = torch.cat((layer.weight.data, layer.weight.data[:extra]))
