@@ -173,7 +173,7 @@ def _mixed_case(prompt_len: int, output_len: int, concurrency: int, rounds: int,
 _GPU_LIMITS = Limits(max_model_len=16_896, max_num_seqs=256, max_num_batched_tokens=16_384)
 _QUICK_LIMITS = Limits(max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512)
 
-QUICK_LAYERS = LayersPart(batch_sizes=(1, 16), rounds=30, slice_s=0.007, rotate_bytes=0, placements=8, most_vocab=4096)
+QUICK_LAYERS = LayersPart(batch_sizes=(1, 16), rounds=30, slice_s=0.005, rotate_bytes=0, placements=8, most_vocab=4096)
 """Also what the A/A script measures: with one rank a run takes less than 5 s. Weights stay in the cache, because a shared
 machine's memory is as fast as its neighbours let it be: 2 % of spread become 10 %."""
 
