@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import time
 from collections import Counter
@@ -118,8 +119,9 @@ def run(model: str, folder: Path, *, comparisons: int, layer: str, share: float,
         name = f"{100 * share:g} % more work in {layer}" if slower else "the same code"
 
         def say(tally: Tally, name: str = name) -> None:
-            on_progress(f"{name}: {tally.hits} of {tally.comparisons} comparisons with a slower row, "
-                        f"{tally.seconds[-1]:.1f} s a run")
+            rows = ", ".join(f"{case} × {count}" for case, count in tally.by_row.items())
+            on_progress(f"{name}: {tally.hits} of {tally.comparisons} comparisons with a slower row"
+                        f"{f' ({rows})' if rows else ''}, {tally.seconds[-1]:.1f} s a run")
 
         tally = ask(plan, comparisons, (lambda case: case.startswith(f"{layer},")) if slower else lambda case: True, say)
         if not tally.comparisons:
@@ -143,6 +145,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.1, help="of the layer's work that is done on top")
     parser.add_argument("--save-baseline", action="store_true", help="also write reports/baselines/<machine type>/aa.json")
     parser.add_argument("--out", type=Path, default=Path("reports/out/aa"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = parser.parse_args()
     if options.comparisons < 1:
         parser.error(f"--comparisons={options.comparisons} must be at least 1")
