@@ -135,7 +135,7 @@ def test_ctrl_c_keeps_what_is_done_and_names_what_is_not(setting: Setting) -> No
 
 def test_a_step_that_never_began_is_named(setting: Setting) -> None:
     outcome = Outcome(rows={"candidate": []}, watcher=Watcher())
-    Step(setting, "decode", CASE, lambda: [], 3).say_interrupted(outcome)
+    Step(setting, "decode", CASE, list, 3).say_interrupted(outcome)
     assert [(item.workload, item.case, item.reason) for item in outcome.missing] == [
         ("decode", "a case", "interrupted before it began")]
 

@@ -32,7 +32,7 @@ def test_calls_share_a_state_that_lives_as_long_as_the_worker(worker: Worker) ->
 
 
 def test_what_a_call_raises_comes_home_and_the_worker_goes_on(worker: Worker) -> None:
-    with pytest.raises(WorkerError, match="line that failed|ValueError: too bad") as caught:
+    with pytest.raises(WorkerError, match=r"line that failed|ValueError: too bad") as caught:
         worker.call(calls.fail, "too bad")
     assert caught.value.summary == "the worker: ValueError: too bad"
     assert "bench_calls.py" in str(caught.value)
@@ -76,6 +76,7 @@ def test_a_worker_runs_the_code_of_the_checkout_that_it_is_given(tmp_path: Path)
         package.mkdir(exist_ok=True)
         (package / "__init__.py").touch()
     (bench / "worker.py").write_text(original.read_text())
-    (tmp_path / "tests" / "harness" / "bench_calls.py").write_text("def add(state, number):\n    return 'of the other checkout'\n")
+    other_add = "def add(state, number):\n    return 'of the other checkout'\n"
+    (tmp_path / "tests" / "harness" / "bench_calls.py").write_text(other_add)
     with Worker("other", checkout=tmp_path) as worker:
         assert worker.call(calls.add, 1) == "of the other checkout"
