@@ -16,13 +16,14 @@ from engine import LLM, SamplingParams
 from engine.config import DTYPES, ModelConfig
 from engine.parallel.ranks import RankFailure
 from harness.bench.cli import register as register_bench
+from harness.bench.shapes import SHAPES, model_folder
 from harness.cases import load_case
 from harness.checks import CHECKS
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.table import faults_table, gate_summary
 from harness.preflight import check_checkpoint
 from harness.verify import VerifyPlan, replay, verify
-from reference.checkpoints import CheckpointError, resolve
+from reference.checkpoints import CheckpointError
 from reports.records import CheckRow, Report
 from reports.render import write_all
 from reports.tables import checks_pivot
@@ -39,7 +40,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 register_bench(app)
 errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder, or a hub id.")]
+Model = Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder, or a hub id; or a shape with random weights: "
+                                           f"{', '.join(SHAPES)}.")]
 
 
 @app.command("verify")
@@ -66,8 +68,9 @@ def verify_command(
     if fabric not in ("auto", "gloo", "threads", "nccl"):
         _fail(f"fabric={fabric!r} is unknown; supported: auto, gloo, threads, nccl", USAGE)
     try:
-        plan = VerifyPlan(model=model, folder=_folder(model), tp_sizes=_numbers(tp), fabric=fabric, device=device, dtype=dtype,
-                          checks=tuple(check or CHECKS), seed=seed, cases_folder=out / "cases")
+        tp_sizes = _numbers(tp)
+        plan = VerifyPlan(model=model, folder=_folder(model, dtype), tp_sizes=tp_sizes, fabric=fabric, device=device,
+                          dtype=dtype, checks=tuple(check or CHECKS), seed=seed, cases_folder=out / "cases")
     except ValueError as error:
         _fail(str(error), USAGE)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
@@ -110,7 +113,7 @@ def _replay(case: Path, out: Path) -> NoReturn:
     """Run a saved finding again, and say how it compares."""
     try:
         saved = load_case(case)
-        report, comparison = replay(saved, _folder(saved.model))
+        report, comparison = replay(saved, _folder(saved.model, saved.dtype))
     except CheckpointError as error:
         _fail(str(error), COULD_NOT_RUN)
     except ValueError as error:
@@ -176,7 +179,7 @@ def generate_command(
     """Generate text. Standard output holds the text alone, as it comes."""
     try:
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-        folder = _folder(model)
+        folder = _folder(model, dtype)
         ModelConfig.from_folder(folder)  # what can't run at all is refused before the checkpoint is looked at
         check_checkpoint(folder)
         with LLM(folder, tensor_parallel_size=tp, fabric=fabric, dtype=dtype, device=device) as llm:
@@ -206,9 +209,9 @@ def _as_chat(llm: LLM, prompt: str) -> Any:
     return llm.preprocess_chat([{"role": "user", "content": prompt}])
 
 
-def _folder(model: str) -> Path:
+def _folder(model: str, dtype: str = "auto") -> Path:
     try:
-        return resolve(model)
+        return model_folder(model, dtype=dtype)
     except (ValueError, OSError) as error:
         _fail(str(error), COULD_NOT_RUN)
 

@@ -1,4 +1,4 @@
-"""Models to measure: named shapes as random checkpoints, kept in a cache folder, or any checkpoint there is."""
+"""Models to measure and to verify: named shapes as random checkpoints, kept in a cache folder, or any checkpoint there is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config import DTYPES
 from reference.checkpoints import random_checkpoint, resolve
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960,
@@ -17,6 +18,9 @@ _LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "rms_norm_eps": 1e-5, 
             "rope_theta": 5e5, "num_key_value_heads": 8}
 _LLAMA_31_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                   "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+
+_LLAMA_32_1B = _LLAMA_3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+                           "head_dim": 64, "tie_word_embeddings": True, "rope_scaling": _LLAMA_31_ROPE | {"factor": 32.0}}
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -34,14 +38,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "llama-3.1-8b": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                                 "num_attention_heads": 32, "head_dim": 128, "tie_word_embeddings": False,
                                 "rope_scaling": _LLAMA_31_ROPE | {"factor": 8.0}},
-    "llama-3.2-1b": _LLAMA_3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                                "num_attention_heads": 32, "head_dim": 64, "tie_word_embeddings": True,
-                                "rope_scaling": _LLAMA_31_ROPE | {"factor": 32.0}},
+    "llama-3.2-1b": _LLAMA_32_1B,
+    "llama-3.2-1b-biased": _LLAMA_32_1B | {"attention_bias": True, "mlp_bias": True},
     "smollm2-135m": {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
                      "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
                      "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True},
 }
-"""Names and sizes of public models; their weights are random."""
+"""Names and sizes of public models; their weights are random. ``-biased``: with biases in every linear layer, which few public
+models have and which tensor parallelism gets wrong most easily."""
 
 NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 _LARGEST_FILE = "4GB"
@@ -55,9 +59,12 @@ def model_folder(model: str, *, dtype: str = "auto", cache: Path | None = None) 
 
     Raises:
         CheckpointError: if there is no such model.
+        ValueError: if random weights can't be of this ``dtype``.
     """
     if model not in SHAPES:
         return resolve(model).absolute()
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
     root = cache or Path(os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
     dtype = "bfloat16" if dtype == "auto" else dtype
     folder = (root / "shapes" / f"{model}-{dtype}").absolute()
