@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -119,14 +119,14 @@ def run_cases(cases: Sequence[LifecycleCase], folder: Path, *, device: str = "cp
                 problem = "the job succeeded, and nobody noticed"
             if not ranks.healthy:
                 # Threads are this process: they leave what it has.
-                problem = problem or (left_behind(traces) if case.fabric != "threads" else None)
+                problem = problem or (left_behind(traces, ports_before) if case.fabric != "threads" else None)
                 ranks.restart()
             if problem is None and ranks.run(load_and_generate, folder) != expected:
                 problem = "the next job gave other token ids than the one before"
             if problem is not None:
                 return case, problem
         traces = ranks.run(traces_of)
-    problem = left_behind(traces) if cases[-1].fabric != "threads" else None
+    problem = left_behind(traces, ports_before) if cases[-1].fabric != "threads" else None
     if problem is None and (ports := _listening(os.getpid()) - ports_before):
         problem = f"this process still listens on ports {sorted(ports)}"
     return None if problem is None else (cases[-1], f"after the ranks were closed, {problem}")
@@ -219,13 +219,13 @@ def traces_of(rank: RankContext) -> Traces:
                   shared_memory=tuple(sorted(path for path in maps if path.startswith("/dev/shm/"))))
 
 
-def left_behind(traces: Sequence[Traces]) -> str | None:
-    """What is still there of ranks that are gone, after a moment."""
+def left_behind(traces: Sequence[Traces], inherited: Collection[int] = ()) -> str | None:
+    """What is still there of ranks that are gone, after a moment. ``inherited`` ports were open before there were ranks."""
     deadline = time.monotonic() + GONE_S
     while True:
         left = [f"process {trace.pid}" for trace in traces if _is_alive(trace)]
         left += [f"shared memory {path}" for trace in traces for path in trace.shared_memory if os.path.exists(path)]
-        left += [f"port {port}" for trace in traces for port in trace.ports if _answers(port)]
+        left += [f"port {port}" for trace in traces for port in trace.ports if port not in inherited and _answers(port)]
         if not left:
             return None
         if time.monotonic() > deadline:

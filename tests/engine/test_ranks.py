@@ -569,6 +569,15 @@ def test_a_result_that_the_driver_cannot_read_is_the_ranks_failure() -> None:
         assert ranks.run(echo, 1) == [1, 1]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts a process in the background has it ignore Ctrl-C: here it must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", SHARED)
 def test_ctrl_c_ends_the_ranks_at_once(kind: tuple[str, int]) -> None:
     with Ranks(kind[1], fabric=kind[0]) as ranks:

@@ -12,8 +12,9 @@ from engine.parallel.ranks import RankContext
 
 def sum_of_ranks(rank: RankContext) -> float:
     """1 + 2 + ... over the ranks, by one all-reduce, on every rank."""
-    total: float = rank.tp.all_reduce(torch.full((1000,), rank.tp.rank + 1.0, device=rank.device)).mean().item()
-    return total
+    total = rank.tp.all_reduce(torch.full((1000,), rank.tp.rank + 1.0, device=rank.device))
+    assert total.unique().numel() == 1
+    return total[0].item()
 
 
 def die_before_the_all_reduce(rank: RankContext, victim: int) -> float:
