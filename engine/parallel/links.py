@@ -1,4 +1,4 @@
-"""The driver's hold on one rank that is a process."""
+"""The driver's hold on one rank that is fed over sockets."""
 
 from __future__ import annotations
 
@@ -12,25 +12,45 @@ from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.failures import RankReport, error_from_exception
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Link:
-    """The driver's hold on one rank."""
+    """The driver's hold on one rank, wherever it lives.
+
+    jobs     jobs out, events and answers in
+    control  questions and answers on where the rank is, also while a job hangs
+    phase    what the rank said last that it is doing; empty: what its job is called
+    report   its answer to the last question
+    """
 
     rank: int
-    process: Any
     jobs: Channel
     control: Channel
-    dump: socket.socket
     phase: str = ""
     report: RankReport | None = None
 
     @property
-    def pid(self) -> int:
-        return self.process.pid or 0
-
-    @property
     def waits_for_report(self) -> bool:
         return self.report is None and not self.control.closed
+
+    def close(self) -> None:
+        """Give back the sockets."""
+        self.jobs.close()
+        self.control.close()
+
+
+@dataclass(slots=True, kw_only=True)
+class ProcessLink(Link):
+    """The hold on a rank that is a process of the driver's own.
+
+    dump  where faulthandler writes when the rank's Python no longer answers, or dies
+    """
+
+    process: Any
+    dump: socket.socket
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
 
     def read_dump(self) -> str:
         """What faulthandler wrote since the last time."""
@@ -51,8 +71,7 @@ class Link:
             self.process.join(5.0)
             if self.process.exitcode is not None:
                 self.process.close()
-        self.jobs.close()
-        self.control.close()
+        Link.close(self)  # slots=True makes the class anew, and super() would look for the old one
         self.dump.close()
 
 

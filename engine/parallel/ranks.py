@@ -9,12 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
-import os
-import selectors
-import signal
-import socket
-import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -22,25 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
-from engine.parallel import rank_process
-from engine.parallel.channel import Channel, Kind, loads
+from engine.parallel.channel import Kind
 from engine.parallel.fabric import Fabric, choose_fabric
-from engine.parallel.failures import RankError, RankFailure, RankReport, describe_exit
-from engine.parallel.links import Link, open_frame
+from engine.parallel.failures import RankError, RankFailure
 from engine.parallel.pending_job import OnEvent, PendingJob
-from engine.parallel.pool import Deliver, Pool
-from engine.parallel.rank_job import Job, RankContext, job_name, pack_job
-from engine.parallel.rank_process import RankSetup
+from engine.parallel.pool import Pool
+from engine.parallel.process_pool import ProcessPool
+from engine.parallel.rank_job import Job, RankContext, job_name
 from engine.parallel.rank_threads import SoloPool, ThreadPool
-from engine.parallel.rendezvous import make_store
 
 __all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "Ticket"]
 
 _GRACE_S = 2.0  # after the first failure: how long the other ranks get to finish or fail by themselves
 _FIRST_CHECK_S = 0.25  # after the first answer: when to look whether others wait for that rank in vain
-_DUMP_S = 0.3  # how long faulthandler gets to write the stacks of a rank that does not answer
 _INSPECT_S = 1.5  # how long ranks get to say where they are, before they are killed
 
 
@@ -198,7 +187,7 @@ class Ranks:
             return SoloPool(self.device)
         if self.fabric == "threads":
             return ThreadPool(self.tp_size, self.device, self._collective_timeout_s)
-        return _ProcessPool(
+        return ProcessPool(
             self.tp_size,
             self.fabric,
             start_timeout_s=self._start_timeout_s,
@@ -258,163 +247,3 @@ class Ranks:
         failure = job.failure(reports, fabric=self.fabric, reason=reason)
         self._break(str(failure).split("\n\n", 1)[0])
         return failure
-
-
-class _ProcessPool:
-    """One process a rank, forked from a server that has torch loaded."""
-
-    def __init__(self, tp_size: int, backend: str, *, start_timeout_s: float, collective_timeout_s: float,
-                 preload: Sequence[str] = ()) -> None:
-        self._preload = preload
-        self._tp_size = tp_size
-        self._backend = backend
-        self._start_timeout_s = start_timeout_s
-        self._collective_timeout_s = collective_timeout_s
-        self._owner_pid = os.getpid()
-        self._links: list[Link] = []
-        self._selector = selectors.DefaultSelector()
-        self._store: TCPStore | None = None
-
-    def start(self) -> None:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise RuntimeError(
-                "this script starts ranks while it is imported by a rank that it started: "
-                'put what it runs under `if __name__ == "__main__":`'
-            )
-        self._store = make_store()
-        # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_preload(), *self._preload])
-        for rank in range(self._tp_size):
-            setup = RankSetup(
-                rank=rank,
-                tp_size=self._tp_size,
-                backend=self._backend,
-                device=f"cuda:{rank}" if self._backend == "nccl" else "cpu",
-                store_port=self._store.port,
-                driver_pid=self._owner_pid,
-                start_timeout_s=self._start_timeout_s,
-                collective_timeout_s=self._collective_timeout_s,
-                num_threads=max(1, torch.get_num_threads() // self._tp_size),
-                environ=dict(os.environ),
-            )
-            jobs, control, dump = (socket.socketpair() for _ in range(3))
-            theirs = (jobs[1], control[1], dump[1])
-            process = context.Process(target=rank_process.main, args=(setup, *theirs), name=f"rank-{rank}", daemon=True)
-            link = Link(rank, process, Channel(jobs[0]), Channel(control[0]), dump[0])
-            self._links.append(link)
-            try:
-                process.start()
-            finally:
-                for sock in theirs:
-                    sock.close()
-            self._selector.register(link.jobs, selectors.EVENT_READ, (link, link.jobs))
-            self._selector.register(link.control, selectors.EVENT_READ, (link, link.control))
-            self._selector.register(process.sentinel, selectors.EVENT_READ, (link, None))
-
-    def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
-        body = pack_job(job, args)
-        for link in self._links:
-            link.jobs.send(Kind.JOB, number, body)
-            self._watch_unsent(link)
-
-    def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
-        for key, mask in self._selector.select(timeout_s):
-            link, channel = key.data
-            if channel is None:
-                self._bury(link, deliver)
-                continue
-            if channel.closed:
-                continue  # its rank was buried in this very round
-            if mask & selectors.EVENT_WRITE:
-                channel.flush()
-                self._watch_unsent(link)
-            if mask & selectors.EVENT_READ:
-                self._read(link, channel, deliver)
-
-    def _watch_unsent(self, link: Link) -> None:
-        if not link.jobs.closed:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.jobs.has_unsent else 0)
-            self._selector.modify(link.jobs, wanted, (link, link.jobs))
-
-    def _read(self, link: Link, channel: Channel, deliver: Deliver) -> None:
-        for frame in channel.receive():
-            if frame.kind is Kind.REPORT:
-                link.report = loads(frame.body) if frame.body else None
-            elif frame.kind is Kind.PHASE:
-                link.phase = frame.body.decode()
-            else:
-                if frame.kind is not Kind.EVENT:
-                    link.phase = ""
-                deliver(link.rank, *open_frame(link.rank, frame))
-        if channel.closed:
-            self._selector.unregister(channel)
-
-    def _bury(self, link: Link, deliver: Deliver) -> None:
-        """Read what the dead rank still said, then tell how it ended."""
-        self._selector.unregister(link.process.sentinel)
-        if not link.jobs.closed:
-            self._read(link, link.jobs, deliver)
-        link.process.join(1.0)  # at once: the sentinel has fired
-        error = RankError(
-            rank=link.rank,
-            kind="died",
-            phase=link.phase,
-            summary=describe_exit(link.process.exitcode),
-            traceback=link.read_dump(),
-        )
-        deliver(link.rank, Kind.DIED, 0, error)
-
-    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
-        asked = [self._links[rank] for rank in ranks]
-        for link in asked:
-            link.report = None
-            link.control.send(Kind.INSPECT)
-        deadline = time.monotonic() + timeout_s
-        while any(link.waits_for_report for link in asked) and (left := deadline - time.monotonic()) > 0:
-            self.poll(deliver, left)
-        # Where the control thread can't run, something holds the interpreter, or the process is stopped.
-        silent = [link for link in asked if insist and link.waits_for_report]
-        for link in silent:
-            os.kill(link.pid, signal.SIGUSR1)
-        if silent:
-            time.sleep(_DUMP_S)
-        for link in silent:
-            link.report = RankReport(phase=link.phase, stacks=link.read_dump(), log=None)
-        return {link.rank: link.report for link in asked if link.report is not None}
-
-    def forgive(self) -> None:
-        """Process ranks need nothing: they answered and are in step."""
-
-    def stop(self) -> None:
-        for link in self._links:
-            link.jobs.send(Kind.STOP)
-        deadline = time.monotonic() + 5.0
-        for link in self._links:
-            link.process.join(max(0.0, deadline - time.monotonic()))
-
-    def kill(self, reason: str) -> None:
-        """End all ranks at once and give back every socket and the port."""
-        if os.getpid() != self._owner_pid:
-            return  # a fork of the driver exits: the ranks are not its own
-        for link in self._links:
-            link.kill()
-        for link in self._links:
-            link.close()
-        self._links = []
-        self._selector.close()
-        self._store = None
-
-
-def _preload() -> list[str]:
-    """What the fork server loads once for all ranks, unless someone started it before.
-
-    None of it may touch a GPU: CUDA does not survive a fork.
-    """
-    names = ["torch", "torch.distributed", "engine.parallel.rank_process"]
-    # Seconds of import for each rank that will run the engine, and no use to ranks that will not.
-    names += [name for name in ("engine.core",) if name in sys.modules]
-    main_spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if main_spec is not None and main_spec.parent:
-        names.append(main_spec.parent)  # each rank imports the main module anew: have its package ready
-    return names

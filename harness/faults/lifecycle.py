@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import engine.parallel.pending_job as pending_job_module
-import engine.parallel.ranks as ranks_module
 from engine.parallel.failures import RankError, RankFailure
-from engine.parallel.links import Link
+from engine.parallel.link_pool import LinkPool
+from engine.parallel.links import ProcessLink
+from engine.parallel.process_pool import ProcessPool
 from harness.faults.base import Patches, driver_fault
 
 
@@ -18,18 +19,18 @@ def killed_rank_not_seen(patch: Patches) -> None:
     """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
 
     def make(original: Any) -> Any:
-        def bury(self: Any, link: Link, deliver: Any) -> None:
+        def bury(self: Any, link: ProcessLink, deliver: Any) -> None:
             self._selector.unregister(link.process.sentinel)
 
         return bury
 
-    patch.replace(ranks_module._ProcessPool, "_bury", make)
+    patch.replace(ProcessPool, "_bury", make)
 
 
 @driver_fault(rows=(84,), checks=("lifecycle",))
 def ranks_outlive_their_driver(patch: Patches) -> None:
     """Ranks that are given up are neither ended nor told, so that they stay for ever."""
-    given_up: list[Link] = []
+    given_up: list[ProcessLink] = []
 
     def put_off(original: Any, instead: Any) -> Any:
         def do_it_in_the_end() -> None:
@@ -40,8 +41,8 @@ def ranks_outlive_their_driver(patch: Patches) -> None:
         return instead
 
     # Taken back in the other order: ended first, then closed.
-    patch.replace(Link, "close", lambda original: put_off(original, lambda self: None))
-    patch.replace(Link, "kill", lambda original: put_off(original, lambda self: given_up.append(self)))
+    patch.replace(ProcessLink, "close", lambda original: put_off(original, lambda self: None))
+    patch.replace(ProcessLink, "kill", lambda original: put_off(original, lambda self: given_up.append(self)))
 
 
 @driver_fault(checks=("lifecycle",))
@@ -69,4 +70,4 @@ def answers_awaited_in_short_naps(patch: Patches) -> None:
 
         return poll
 
-    patch.replace(ranks_module._ProcessPool, "poll", make)
+    patch.replace(LinkPool, "poll", make)
