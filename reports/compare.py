@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from reports import metrics
-from reports.bootstrap import can_be_sure, interval_of_gain
+from reports.bootstrap import can_be_sure, interval_of_gain, interval_of_paired_gain
 from reports.records import BenchRow, CheckRow, Report, RunInfo
 
 SpeedVerdict = Literal["slower", "too noisy", "faster", "same", "only in baseline", "only in candidate"]
@@ -38,8 +38,9 @@ class UnlikeMachinesError(ValueError):
 class SpeedChange:
     """One benchmark case and metric, before and after.
 
-    gain             how many times better the candidate's median is; above 1 is better, whatever the metric
-    low, high        bootstrap interval of ``gain``, widened for the number of rows compared
+    gain             how many times better the candidate's median is; above 1 is better, whatever the metric. Where both
+                     took turns, the median over rounds of how many times better the candidate's round is
+    low, high        interval of ``gain``, widened for the number of rows compared
     baseline_median, candidate_median  in the metric's unit, over so many rounds
     """
 
@@ -83,7 +84,8 @@ class CheckChange:
 class Comparison:
     """Everything that `compare` found. ``differences`` of machines, ``switches``: field -> (before, after).
 
-    ``confidence`` is for all rows together; ``gate`` says whether a slower row fails.
+    ``confidence`` is for all rows together; ``gate`` says whether a slower row fails; ``in_turns`` whether rounds were held
+    against each other in pairs.
     """
 
     baseline: RunInfo
@@ -95,6 +97,7 @@ class Comparison:
     gate: bool
     smallest_effect: float
     confidence: float
+    in_turns: bool = False
 
     @property
     def counts(self) -> Counter[str]:
@@ -136,6 +139,7 @@ def compare(
     *,
     allow_unlike: bool = False,
     gate: bool | None = None,
+    in_turns: bool = False,
     smallest_effect: float = 0.05,
     confidence: float = 0.99,
     error_spread: float = 0.25,
@@ -145,13 +149,16 @@ def compare(
 
     allow_unlike     compare speeds although the machines' fingerprints differ
     gate             whether a slower row fails; None means: on like machines with a GPU, where speeds repeat
+    in_turns         both sides were measured in one run, taking turns: their rounds are held against each other in pairs,
+                     where there are enough of them
     smallest_effect  relative change of a median below which it does not matter
     confidence       that no row is called slower or faster by chance, over all rows together (Bonferroni)
     error_spread     growth of error_over_budget, in budgets, that counts as worse
 
     How many rounds it takes to be sure of a slow-down of 10 % among twelve rows, in 95 comparisons of a hundred:
     30 a side with 5 % of noise and outliers, 7 with 1 % of noise. The samples stand for one run each: what differs
-    between runs but not within one (clocks, neighbours, memory layout) no interval can show.
+    between runs but not within one (clocks, neighbours, memory layout) no interval can show. In turns, what slows the machine
+    down for a while slows both sides of a pair: see harness/bench/aa.py.
 
     Raises UnlikeMachinesError if there are speeds to compare and the machines differ; ValueError for settings
     out of range.
@@ -167,18 +174,19 @@ def compare(
     return Comparison(
         baseline=baseline.run,
         candidate=candidate.run,
-        speeds=_compare_speeds(baseline.benches, candidate.benches, smallest_effect, 1 - confidence, seed),
+        speeds=_compare_speeds(baseline.benches, candidate.benches, smallest_effect, 1 - confidence, seed, in_turns),
         checks=_compare_checks(baseline.checks, candidate.checks, error_spread),
         differences=differences,
         switches=_differences(_texts(baseline.run.switches), _texts(candidate.run.switches)),
         gate=gate,
         smallest_effect=smallest_effect,
         confidence=confidence,
+        in_turns=in_turns,
     )
 
 
 def _compare_speeds(
-    old_rows: Sequence[BenchRow], new_rows: Sequence[BenchRow], effect: float, error_rate: float, seed: int
+    old_rows: Sequence[BenchRow], new_rows: Sequence[BenchRow], effect: float, error_rate: float, seed: int, in_turns: bool
 ) -> list[SpeedChange]:
     old = {(row.key, metric): (row, values) for row in old_rows for metric, values in row.samples.items()}
     new = {(row.key, metric): (row, values) for row in new_rows for metric, values in row.samples.items()}
@@ -191,11 +199,16 @@ def _compare_speeds(
         gain = low = high = None
         if before and after:
             better, worse = (after, before) if metrics.direction(metric) == "higher" else (before, after)
-            gain = float(np.median(better) / np.median(worse))
             # Half of the error rate for either end, shared among all rows.
             tail = error_rate / 2 / num_compared
-            low, high = interval_of_gain(better, worse, tail=tail, seed=seed)
-            sure = can_be_sure(len(before), len(after), tail=tail)
+            pairs = min(len(before), len(after)) if in_turns else 0
+            paired = interval_of_paired_gain(better[:pairs], worse[:pairs], tail=tail)
+            if paired is not None:
+                low, gain, high = paired
+            else:
+                gain = float(np.median(better) / np.median(worse))
+                low, high = interval_of_gain(better, worse, tail=tail, seed=seed)
+            sure = paired is not None or can_be_sure(len(before), len(after), tail=tail)
             verdict = _speed_verdict(gain, low, high, effect) if sure else "too noisy"
         changes.append(
             SpeedChange(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from reports.calibration import calibration_tables
 from reports.compare import CheckChange, Comparison
 from reports.records import CheckRow, Report, RunInfo
 from reports.summary import (
@@ -45,6 +46,8 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
     if skipped := [row for row in report.checks if row.verdict == "skipped"]:
         table = pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in skipped])
         parts += ["## Skipped\n", to_markdown(table)]
+    for heading, (text, table) in calibration_tables(report).items():
+        parts += [f"## {heading}\n", f"{escape_markdown(text)}\n", to_markdown(table)]
     if report.benches:
         parts.append("## Benchmarks\n")
         for name, table in bench_tables(report.benches, peers=peers).items():
@@ -76,11 +79,12 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def speed_note(comparison: Comparison) -> str:
-    """How the speed verdicts came about, in two sentences."""
+    """How the speed verdicts came about, in a few words."""
     effect, sure = f"{100 * comparison.smallest_effect:g} %", f"{100 * comparison.confidence:g} %"
     gate = "fails the comparison" if comparison.gate else "is reported and does not fail the comparison"
+    what = "the median ratio of rounds that took turns" if comparison.in_turns else "the ratio of medians"
     return (
-        f"Times better is the ratio of medians, above 1 is better; slower or faster needs a change of "
+        f"Times better is {what}, above 1 is better; slower or faster needs a change of "
         f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. A slower row {gate}."
     )
 

@@ -130,7 +130,7 @@ def ask(plan: BenchPlan, question: Question, comparisons: int, is_over: Callable
                 return False
             if result.failed:
                 raise RuntimeError("; ".join(item.reason for item in result.reports[CANDIDATE].not_measured))
-            comparison = compare(result.reports[BASELINE], result.reports[CANDIDATE], gate=True)
+            comparison = compare(result.reports[BASELINE], result.reports[CANDIDATE], gate=True, in_turns=True)
             question.judged.append(Judged.of(comparison, (time.perf_counter() - started) / 2))
             on_progress(question)
     finally:

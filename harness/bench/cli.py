@@ -118,7 +118,7 @@ def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_
     if BASELINE not in result.reports:
         return 0
     # Both sides took turns on one machine, so a slower row is no accident of the day.
-    return _write_comparison(compare(result.reports[BASELINE], report, gate=True), out / "compare")
+    return _write_comparison(compare(result.reports[BASELINE], report, gate=True, in_turns=True), out / "compare")
 
 
 def compare_command(

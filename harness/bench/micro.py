@@ -20,6 +20,8 @@ State = dict[str, Any]
 Measured = dict[tuple[str, str], Figures]
 """(case, engine) -> figures"""
 JOB_TIMEOUT_S = 300.0
+_PRELOAD = tuple(module.__name__ for module in (ceilings, collectives, layers, loading))
+"""What ranks run, imported once for all that are forked from one server."""
 
 
 def describe(state: State, command: str, started_at: datetime, seed: int | None, argv: list[str]) -> RunInfo:
@@ -30,7 +32,7 @@ def describe(state: State, command: str, started_at: datetime, seed: int | None,
 def open_ranks(state: State, tp_size: int, fabric: str, device: str) -> str:
     """Start fresh ranks in place of those that there are; the fabric that joins them."""
     close_ranks(state)
-    state["ranks"] = Ranks(tp_size, fabric=fabric, device=device)
+    state["ranks"] = Ranks(tp_size, fabric=fabric, device=device, preload=_PRELOAD)
     return str(state["ranks"].fabric)
 
 

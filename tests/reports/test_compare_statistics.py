@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from reports.bootstrap import can_be_sure, interval_of_gain
+from reports.bootstrap import can_be_sure, interval_of_gain, interval_of_paired_gain
 from reports.compare import compare
 from reports.records import BenchRow, Report
 from tests.reports.builders import a_bench, a_report
@@ -80,3 +80,55 @@ def test_how_many_rounds_could_ever_be_sure() -> None:
     assert not can_be_sure(3, 1000, tail=0.05)
     assert can_be_sure(4, 4, tail=1 / 70)
     assert not can_be_sure(4, 4, tail=1 / 71)
+
+
+def in_turns(seed: int, rounds: int, *, slow_down: float = 1.0) -> tuple[Report, Report]:
+    """Both sides on a machine that now and then is slow for a while: half of the pairs take up to three times as long."""
+    rng = np.random.default_rng(seed)
+    machine = np.exp(rng.uniform(0, 1.1, (NUM_ROWS, rounds)) * (rng.random((NUM_ROWS, rounds)) < 0.5))
+    sides = []
+    for factor in (1.0, slow_down):
+        noisy = 10 * machine * np.exp(rng.normal(0, 0.03, machine.shape))
+        noisy[rng.random(noisy.shape) < 0.05] *= 2
+        noisy[SLOWED] *= factor
+        sides.append(a_report(*(a_bench(str(i), samples={"step_ms": row.tolist()}) for i, row in enumerate(noisy))))
+    return sides[0], sides[1]
+
+
+def test_rounds_that_took_turns_show_a_slow_down_on_a_machine_that_is_slow_for_a_while() -> None:
+    seen = {True: 0, False: 0}
+    for seed in range(NUM_COMPARISONS):
+        sides = in_turns(seed, 30, slow_down=1.1)
+        for pairs in seen:
+            changes = compare(*sides, in_turns=pairs).speeds
+            seen[pairs] += changes[SLOWED].verdict == "slower"
+            assert all(change.verdict != "slower" for change in changes if change.case != str(SLOWED))
+    assert seen[True] >= 95
+    assert seen[False] < 20  # the control: each side's own spread hides it
+
+
+def test_rounds_that_took_turns_raise_no_false_alarms() -> None:
+    verdicts = [compare(*in_turns(seed, 30), in_turns=True).counts for seed in range(NUM_COMPARISONS)]
+    assert sum(counts["slower"] > 0 for counts in verdicts) <= 2
+    assert sum(counts["faster"] > 0 for counts in verdicts) <= 2
+
+
+def test_an_interval_of_pairs_covers_the_true_ratio_at_least_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        better, worse = rng.lognormal(0.2, 0.3, 15), rng.lognormal(0, 0.3, 15)
+        interval = interval_of_paired_gain(better.tolist(), worse.tolist(), tail=0.05)
+        assert interval is not None
+        covered += interval[0] <= math.exp(0.2) <= interval[2]
+    assert 0.9 <= covered / 400 <= 0.99
+
+
+def test_pairs_need_to_be_many_before_they_tell_anything() -> None:
+    # Five of five on one side: once in 32 times by chance.
+    assert interval_of_paired_gain([2.0] * 5, [1.0] * 5, tail=1 / 33) is None
+    assert interval_of_paired_gain([2.0] * 5, [1.0] * 5, tail=1 / 32) == (2.0, 2.0, 2.0)
+    assert interval_of_paired_gain([], [], tail=0.05) is None
+    # Then the spread of each side decides, as without pairs.
+    few = [a_report(a_bench(samples={"step_ms": [level] * 6})) for level in (1.0, 2.0)]
+    assert compare(*few, in_turns=True).speeds[0].verdict == "slower"
