@@ -40,8 +40,8 @@ class Pool(Protocol):
     def forgive(self) -> None:
         """A job failed, but all ranks answered and are in step: the next one can run."""
 
-    def stop(self) -> None:
-        """End idle ranks in good order. ``kill`` must follow."""
+    def stop(self, exit_code: int = 0) -> None:
+        """End idle ranks in good order. ``kill`` must follow. ``exit_code``: of processes that are not our own."""
 
     def kill(self, reason: str) -> None:
         """End the ranks at once, whatever they do, and give back everything. Twice does no harm."""

@@ -99,7 +99,7 @@ class ProcessPool(LinkPool[ProcessLink]):
         for link in silent:
             link.report = RankReport(phase=link.phase, stacks=link.read_dump(), log=None)
 
-    def stop(self) -> None:
+    def stop(self, exit_code: int = 0) -> None:
         for link in self._links.values():
             link.jobs.send(Kind.STOP)
         deadline = time.monotonic() + 5.0

@@ -14,8 +14,8 @@ from engine.parallel.channel import Kind, dumps, loads, receive_frame, send_fram
 from engine.parallel.rank_job import RankContext, rank_error, report, run_job
 
 
-def serve_jobs(context: RankContext, jobs: socket.socket) -> None:
-    """Say that the rank is there, and run jobs until the driver says stop.
+def serve_jobs(context: RankContext, jobs: socket.socket) -> int:
+    """Say that the rank is there, and run jobs until the driver says stop. Returns the exit code that it asks for.
 
     Raises EOFError or OSError when the driver is gone, and SystemExit when a job did.
     """
@@ -40,6 +40,7 @@ def serve_jobs(context: RankContext, jobs: socket.socket) -> None:
         send(kind, number, body)
         context.enter_phase("idle")
     context.state.clear()
+    return frame.number
 
 
 def _answer(context: RankContext, body: bytes | bytearray) -> tuple[Kind, bytes]:

@@ -47,7 +47,7 @@ class SoloPool:
     def forgive(self) -> None:
         """Nobody waits for a solo rank."""
 
-    def stop(self) -> None:
+    def stop(self, exit_code: int = 0) -> None:
         self.kill("")
 
     def kill(self, reason: str) -> None:
@@ -118,7 +118,7 @@ class ThreadPool:
         """All ranks are in step: those that left after an exception are back."""
         self._groups[0].rejoin()
 
-    def stop(self) -> None:
+    def stop(self, exit_code: int = 0) -> None:
         self.kill("the ranks were closed")
 
     def kill(self, reason: str) -> None:

@@ -1,7 +1,8 @@
 """Start, feed, watch and stop live ranks: the one place of the engine that owns processes.
 
 ``Ranks`` keeps tp_size ranks alive and runs jobs on them. What a rank is depends on the fabric: the calling
-thread (``solo``), threads (``threads``), or processes joined by gloo on the CPU or NCCL on GPUs. Every wait
+thread (``solo``), threads (``threads``), or processes joined by gloo on the CPU or NCCL on GPUs: of our own, or
+torchrun's. Every wait
 covers all ranks at once, has a deadline where one was given, and sees a rank's death at once.
 """
 
@@ -25,6 +26,8 @@ from engine.parallel.pool import Pool
 from engine.parallel.process_pool import ProcessPool
 from engine.parallel.rank_job import Job, RankContext, job_name
 from engine.parallel.rank_threads import SoloPool, ThreadPool
+from engine.parallel.torchrun import Launch, check_launch
+from engine.parallel.torchrun_pool import TorchrunPool
 
 __all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "Ticket"]
 
@@ -51,6 +54,8 @@ class Ranks:
     start_timeout_s       how long all ranks together may take to start
     collective_timeout_s  how long one collective may wait for a rank before it fails
     auto_restart          whether ``run`` on ranks that broke starts new ones instead of raising
+    launch                what torchrun told rank 0's process, where this is (``torchrun.launched``): the ranks are torchrun's,
+                          ``solo`` and ``threads`` are refused, nothing can be restarted
     preload               modules that jobs need and that take long to import: loaded once for all ranks that are forked from
                           one server, if this is the process's first start of such ranks. They may not touch a GPU.
 
@@ -71,10 +76,15 @@ class Ranks:
         start_timeout_s: float = 120.0,
         collective_timeout_s: float = 600.0,
         auto_restart: bool = False,
+        launch: Launch | None = None,
         preload: Sequence[str] = (),
     ) -> None:
         self.tp_size = tp_size
-        self.fabric, self.device = choose_fabric(tp_size, fabric, torch.device(device))
+        if launch is None:
+            self.fabric, self.device = choose_fabric(tp_size, fabric, torch.device(device))
+        else:
+            self.fabric, self.device = check_launch(launch, tp_size, fabric, torch.device(device))
+        self._launch = launch
         self.auto_restart = auto_restart
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
@@ -89,8 +99,8 @@ class Ranks:
     def __enter__(self) -> Ranks:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc_info: object) -> None:
+        self.close(exit_code=0 if kind is None else 1)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken_by else "live"
@@ -100,6 +110,11 @@ class Ranks:
     def healthy(self) -> bool:
         """Whether the next job can run on the ranks that are there."""
         return not self._closed and self._broken_by is None
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether ranks that broke can be replaced: not where torchrun started them."""
+        return self._launch is None
 
     def run(self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None) -> list[Any]:
         """``job(context, *args)`` on every rank; the results in rank order.
@@ -116,7 +131,7 @@ class Ranks:
         if self._closed:
             raise RuntimeError(f"these ranks (tp_size={self.tp_size}, fabric={self.fabric!r}) are closed")
         if self._broken_by is not None:
-            if not self.auto_restart:
+            if not self.auto_restart and self.can_restart:
                 raise RuntimeError(f"these ranks broke and need restart(): {self._broken_by}")
             self.restart()
         number = next(self._numbers)
@@ -153,17 +168,22 @@ class Ranks:
         """Replace all ranks by new ones, with empty state. Jobs under way are lost."""
         if self._closed:
             raise RuntimeError(f"these ranks (tp_size={self.tp_size}, fabric={self.fabric!r}) are closed")
+        if not self.can_restart:
+            raise RuntimeError(f"ranks that torchrun started can't be replaced: {self._broken_by or 'start anew'}")
         self._break("restarted")
         self._start()
         self._broken_by = None
 
-    def close(self) -> None:
-        """End the ranks: in good order if they are idle, at once if not. Closing twice does nothing."""
+    def close(self, *, exit_code: int = 0) -> None:
+        """End the ranks: in good order if they are idle, at once if not. Closing twice does nothing.
+
+        ``exit_code``: what ``serve`` returns in torchrun's other processes, for each host to know how it went.
+        """
         if self._closed:
             return
         self._closed = True
         if self._broken_by is None and not self._running:
-            self._pool.stop()
+            self._pool.stop(exit_code)
         self._pool.kill("the ranks were closed")
         self._finalizer.detach()
         self._running.clear()
@@ -187,6 +207,13 @@ class Ranks:
             return SoloPool(self.device)
         if self.fabric == "threads":
             return ThreadPool(self.tp_size, self.device, self._collective_timeout_s)
+        if self._launch is not None:
+            return TorchrunPool(
+                self._launch,
+                self.device.type,
+                start_timeout_s=self._start_timeout_s,
+                collective_timeout_s=self._collective_timeout_s,
+            )
         return ProcessPool(
             self.tp_size,
             self.fabric,
