@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ import jinja2
 import pandas as pd
 
 from reports import metrics
+from reports.calibration import calibration_tables
+from reports.calibration_plots import calibration_plots
 from reports.compare import CheckChange, Comparison
 from reports.markdown import speed_note
 from reports.plots import GLYPHS, NUM_COLOURS, bench_plots
@@ -113,6 +116,8 @@ def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
         pivot=_pivot(report.checks) if report.checks else None,
         checks=_table(rows) if report.checks else None,
         skipped=_table(_skipped(skipped)) if skipped else None,
+        calibration=[(name, text, _table(table)) for name, (text, table) in calibration_tables(report).items()],
+        calibration_plots=_as_images(calibration_plots(report.calibration)) if report.calibration else {},
         benches=[(name, _table(table)) for name, table in bench_tables(report.benches, peers=peers).items()],
         not_measured=_table(not_measured_table(report.not_measured)) if report.not_measured else None,
         plots=bench_plots(report.benches),
@@ -136,6 +141,11 @@ def comparison_html(comparison: Comparison) -> str:
         speed_note=speed_note(comparison),
         checks=_changed_and_same(check_changes_table(comparison.checks)),
     )
+
+
+def _as_images(plots: Mapping[str, str]) -> dict[str, str]:
+    """As addresses that hold the whole image: ids inside it stay apart from the page's."""
+    return {name: f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" for name, svg in plots.items()}
 
 
 def _with_interval(speeds: pd.DataFrame) -> pd.DataFrame:

@@ -1,9 +1,10 @@
 """The file format between harness and reports: the only place that knows it.
 
 A report is one JSON file: what ran (`RunInfo`), one row a check and layout (`CheckRow`), one row a benchmark
-case (`BenchRow`), one row for each that was asked for and has no figures (`NotMeasured`). Rows are written one
-a line, so that a diff of two reports reads row by row. Everything is checked when it is made, by the same
-rules in Python and from a file.
+case (`BenchRow`), one row for each that was asked for and has no figures (`NotMeasured`), and of a calibration
+how far correct code is off and what is seen of planted errors (`Calibration`). Rows are written one a line, so
+that a diff of two reports reads row by row. Everything is checked when it is made, by the same rules in Python
+and from a file.
 """
 
 from __future__ import annotations
@@ -233,6 +234,106 @@ class NotMeasured(_Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance(_Record):
+    """The budget of one statistic, ``max(k * the baseline's error, c)``; errors in roundoffs of their scale.
+
+    k, c                what the checks use
+    fitted_k, fitted_c  what the samples of correct code ask for, with ``margin`` to spare
+    worst               the largest of the samples' errors, as a fraction of its budget
+    """
+
+    statistic: str
+    k: float
+    c: float
+    fitted_k: float
+    fitted_c: float
+    margin: float
+    samples: int
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorRow(_Record):
+    """How far correct code is off: the samples of one kind, statistic, dtype and tp_size; in roundoffs of their scale.
+
+    candidate, baseline  quantiles of their errors: ``{"0.5": the median, …, "1": the worst}``
+    ratio                the same of candidate over baseline, but for the ``lucky`` samples, whose baseline has no error at all
+    needs_k, needs_c     what these samples ask of either constant, the other one being as the checks have it
+    cloud                [b, e, samples] with a baseline's error of about ``2 ** (b / 4)`` and a candidate's of ``2 ** (e / 4)``
+    """
+
+    kind: str
+    statistic: str
+    dtype: str
+    tp_size: int
+    samples: int
+    lucky: int
+    candidate: dict[str, float]
+    baseline: dict[str, float]
+    ratio: dict[str, float]
+    needs_k: float
+    needs_c: float
+    cloud: list[list[int]]
+
+    def _check(self) -> None:
+        self._require(self.samples > 0, "samples", "a distribution has samples")
+        self._require(all(len(bin_) == 3 for bin_ in self.cloud), "cloud", "each bin is [baseline, candidate, samples]")
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What makes two rows the same row."""
+        return (self.kind, self.statistic, self.dtype, self.tp_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerRow(_Record):
+    """Which relative error in one rank's part of a sum a check sees.
+
+    values     ``reals`` or ``integers``: what is summed
+    cases      drawn cases in which it was planted
+    per_run    how many such cases a run of the check draws
+    seen       [error, share of the cases in which it is seen], by error
+    half, most, run  the smallest error seen in half of the cases, in 99 % of them, and in 99 % of the runs of the check, by one
+               of its cases at least; None if no error that was tried is
+    """
+
+    check: str
+    values: str
+    dtype: str
+    tp_size: int
+    cases: int
+    per_run: int
+    seen: list[list[float]]
+    half: float | None
+    most: float | None
+    run: float | None
+
+    def _check(self) -> None:
+        self._require(self.cases > 0, "cases", "a share is one of cases")
+        self._require(self.per_run > 0, "per_run", "a run has a case")
+        self._require(all(len(point) == 2 for point in self.seen), "seen", "each point is [error, share]")
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What makes two rows the same row."""
+        return (self.check, self.values, self.dtype, self.tp_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration(_Record):
+    """What the tolerances follow from, and what they can see."""
+
+    tolerances: list[Tolerance] = field(default_factory=list)
+    errors: list[ErrorRow] = field(default_factory=list)
+    powers: list[PowerRow] = field(default_factory=list)
+
+    def _check(self) -> None:
+        _refuse_twins("tolerances", ((row.statistic,) for row in self.tolerances))
+        _refuse_twins("errors", (row.key for row in self.errors))
+        _refuse_twins("powers", (row.key for row in self.powers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report(_Record):
     """A run and its rows. Two rows of one kind with one ``key`` are refused: nobody could tell them apart."""
 
@@ -240,6 +341,7 @@ class Report(_Record):
     checks: list[CheckRow] = field(default_factory=list)
     benches: list[BenchRow] = field(default_factory=list)
     not_measured: list[NotMeasured] = field(default_factory=list)
+    calibration: Calibration | None = None
 
     def _check(self) -> None:
         _refuse_twins("checks", (row.key for row in self.checks))
@@ -332,9 +434,9 @@ def _file_of(folder_or_path: str | os.PathLike[str]) -> Path:
 
 
 def _encode(report: Report) -> str:
-    def rows(items: Iterable[_Record]) -> str:
-        lines = ",\n".join("    " + _dump(_plain(item)) for item in items)
-        return f"[\n{lines}\n  ]" if lines else "[]"
+    def rows(items: Iterable[_Record], indent: str = "  ") -> str:
+        lines = ",\n".join(f"{indent}  {_dump(_plain(item))}" for item in items)
+        return f"[\n{lines}\n{indent}]" if lines else "[]"
 
     run = ",\n".join(f"    {_dump(name)}: {_dump(value)}" for name, value in _plain(report.run).items())
     parts = {
@@ -345,6 +447,9 @@ def _encode(report: Report) -> str:
         "benches": rows(report.benches),
         "not_measured": rows(report.not_measured),
     }
+    if (calibration := report.calibration) is not None:
+        lists = {item.name: rows(getattr(calibration, item.name), "    ") for item in fields(calibration)}
+        parts["calibration"] = "{\n" + ",\n".join(f"    {_dump(name)}: {text}" for name, text in lists.items()) + "\n  }"
     return "{\n" + ",\n".join(f"  {_dump(name)}: {text}" for name, text in parts.items()) + "\n}\n"
 
 

@@ -1,0 +1,101 @@
+"""A calibration as tables, from its records alone: tolerances, false alarms, errors of correct code, power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from reports.records import Calibration, CheckRow, Report
+
+CONFIDENCE = 0.95
+
+
+def calibration_tables(report: Report) -> dict[str, tuple[str, pd.DataFrame]]:
+    """Heading -> (a sentence or two, table), in the order in which to read them; nothing for other reports."""
+    calibration = report.calibration
+    if calibration is None:
+        return {}
+    tables = {
+        "Tolerances": (
+            "An error is within its budget up to max(k × the unsharded baseline's error, c); errors are in roundoffs of their "
+            "scale. Fitted: what the samples of correct code ask for, with the margin to spare. Worst: of all samples, as a "
+            "fraction of its budget.", tolerances_table(calibration)),
+        "False alarms": (
+            "Clean cases of other seeds and shapes than those fitted on, each judged as verify does. Rate at most: with "
+            f"{100 * CONFIDENCE:g} % confidence (one-sided, Clopper and Pearson).", alarms_table(report.checks)),
+        "Power": (
+            "The smallest relative error in one rank's part of a sum that is seen in half of the cases, in 99 % of them, and in "
+            "99 % of the runs of the check, which draw several such cases.", power_table(calibration)),
+        "Errors of correct code": (
+            "Quantiles over the samples. Needs k, needs c: what these samples ask of one constant, with the margin, the other "
+            "one being as it is.", errors_table(calibration)),
+    }
+    return {heading: (text, table) for heading, (text, table) in tables.items() if len(table)}
+
+
+def tolerances_table(calibration: Calibration) -> pd.DataFrame:
+    """One row a statistic."""
+    return _frame([{
+        "statistic": row.statistic, "k": row.k, "c": row.c, "fitted k": row.fitted_k, "fitted c": row.fitted_c,
+        "margin": row.margin, "samples": row.samples, "worst": row.worst} for row in calibration.tolerances])
+
+
+def alarms_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
+    """One row a check: all dtypes and tp_sizes together."""
+    lines = []
+    for check in dict.fromkeys(row.check for row in rows if "false_alarms" in row.extra):
+        own = [row for row in rows if row.check == check]
+        cases, alarms = sum(row.cases for row in own), sum(row.extra["false_alarms"] for row in own)
+        errors = [row.error_over_budget for row in own if row.error_over_budget is not None]
+        lines.append({"check": check, "clean cases": cases, "false alarms": alarms, "rate at most": rate_at_most(alarms, cases),
+                      "worst error / budget": max(errors, default=None), "values compared": sum(row.compared for row in own)})
+    return _frame(lines)
+
+
+def power_table(calibration: Calibration) -> pd.DataFrame:
+    """One row a check, kind of values, dtype and tp_size."""
+    return _frame([{
+        "check": row.check, "values": row.values, "dtype": row.dtype, "tp": row.tp_size, "cases": row.cases,
+        "in half": row.half, "in 99 %": row.most, "cases a run": row.per_run, "in 99 % of runs": row.run}
+        for row in calibration.powers])
+
+
+def errors_table(calibration: Calibration) -> pd.DataFrame:
+    """One row a kind, statistic, dtype and tp_size."""
+    return _frame([{
+        "kind": row.kind, "statistic": row.statistic, "dtype": row.dtype, "tp": row.tp_size, "samples": row.samples,
+        **_quantiles("error", row.candidate), **_quantiles("ratio", row.ratio), "lucky": row.lucky,
+        "needs k": row.needs_k, "needs c": row.needs_c} for row in calibration.errors])
+
+
+def rate_at_most(events: int, cases: int, confidence: float = CONFIDENCE) -> float:
+    """The upper end of the one-sided exact interval of a rate (Clopper and Pearson 1934).
+
+    >>> round(rate_at_most(0, 300), 4)  # the rule of three: 3 / 300
+    0.0099
+    """
+    if events >= cases:
+        return 1.0
+    low, high = events / cases, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _at_most(events, cases, middle) > 1 - confidence else (low, middle)
+    return high
+
+
+def _at_most(events: int, cases: int, rate: float) -> float:
+    """The chance of no more than so many events."""
+    logs = (math.lgamma(cases + 1) - math.lgamma(k + 1) - math.lgamma(cases - k + 1) + k * math.log(rate)
+            + (cases - k) * math.log1p(-rate) for k in range(events + 1))
+    return sum(map(math.exp, logs)) if 0 < rate < 1 else float(rate <= 0)
+
+
+def _quantiles(name: str, values: Mapping[str, float]) -> dict[str, object]:
+    shown = {"0.5": "median", "0.99": "99 %", "1": "worst"}
+    return {f"{name} {label}": values.get(share) for share, label in shown.items()}
+
+
+def _frame(lines: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    return pd.DataFrame(list(lines), dtype=object)

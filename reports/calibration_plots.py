@@ -1,0 +1,151 @@
+"""A calibration as two plots: what correct code gets wrong and the budgets above it; which planted errors are seen.
+
+Files of their own, on white, so that any page can show them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from reports.files import write_whole
+from reports.records import Calibration, PowerRow, Tolerance
+from reports.text_tables import format_number
+
+_COLOURS = ("#0b62c4", "#b54708", "#147a3c", "#7a3fc9", "#b4236a", "#5b6570")
+_INK, _SOFT, _RULE = "#1b1f24", "#59636e", "#dde1e6"
+_MARKERS = "o^sDvp"
+_TITLES = {"typical": "typical: the median row", "row": "row: the worst row", "element": "element: the worst element"}
+_BINS_PER_DOUBLING = 4
+_SURE = 0.99
+
+
+def calibration_plots(calibration: Calibration) -> dict[str, str]:
+    """File name -> SVG, of the plots for which there are rows."""
+    figures = {}
+    if calibration.errors:
+        figures["errors.svg"] = errors_figure(calibration)
+    if calibration.powers:
+        figures["power.svg"] = power_figure(calibration.powers)
+    return {name: _as_svg(figure, salt=name) for name, figure in figures.items()}
+
+
+def write_calibration_plots(calibration: Calibration, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the plots beside a report; return their paths."""
+    paths = []
+    for name, svg in calibration_plots(calibration).items():
+        write_whole(path := Path(folder) / name, svg)
+        paths.append(path)
+    return paths
+
+
+def errors_figure(calibration: Calibration) -> Figure:
+    """The candidate's error over the baseline's, a panel for each statistic, with its budget."""
+    with mpl.rc_context({"font.size": 9.5}):
+        figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+        kinds = sorted({row.kind for row in calibration.errors})
+        panels = figure.subplots(1, max(1, len(calibration.tolerances)), sharey=True, squeeze=False)[0]
+        for ax, tolerance in zip(panels, calibration.tolerances, strict=False):
+            clouds = {kind: _cloud(calibration, kind, tolerance.statistic) for kind in kinds}
+            _draw_clouds(ax, clouds)
+            _draw_budget(ax, tolerance)
+            ax.set_title(_TITLES.get(tolerance.statistic, tolerance.statistic), color=_INK, loc="left", fontsize=10)
+            ax.set_xlabel("error of the unsharded baseline, roundoffs of its scale", color=_SOFT)
+            _style(ax, both_log=True)
+        panels[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale", color=_SOFT)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=_INK)
+    return figure
+
+
+def power_figure(rows: Sequence[PowerRow]) -> Figure:
+    """The share of cases in which a planted error is seen over its size, a panel for each check; sums of reals."""
+    reals = [row for row in rows if row.values == "reals"]
+    checks = list(dict.fromkeys(row.check for row in reals))
+    dtypes, sizes = sorted({row.dtype for row in reals}), sorted({row.tp_size for row in reals})
+    with mpl.rc_context({"font.size": 9.5}):
+        figure = Figure(figsize=(10.5, 3.7), layout="constrained")
+        panels = figure.subplots(1, max(1, len(checks)), sharey=True, squeeze=False)[0]
+        for ax, check in zip(panels, checks, strict=False):
+            for row in (row for row in reals if row.check == check):
+                colour, marker = _COLOURS[dtypes.index(row.dtype)], _MARKERS[sizes.index(row.tp_size) % len(_MARKERS)]
+                ax.plot(*zip(*row.seen, strict=True), color=colour, marker=marker, markersize=3.5, linewidth=1.2,
+                        label=f"{row.dtype}, tp {row.tp_size}")
+            ax.axhline(_SURE, color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+            ax.set_xscale("log", base=2)
+            ax.set_title(f"{check}: one case", color=_INK, loc="left", fontsize=10)
+            ax.set_xlabel("relative error in one rank's part", color=_SOFT)
+            _style(ax, both_log=False)
+        panels[0].set_ylabel("share of the cases in which it is seen", color=_SOFT)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(sizes)), frameon=False, labelcolor=_INK)
+    return figure
+
+
+def _cloud(calibration: Calibration, kind: str, statistic: str) -> Counter[tuple[int, int]]:
+    total: Counter[tuple[int, int]] = Counter()
+    for row in calibration.errors:
+        if (row.kind, row.statistic) == (kind, statistic):
+            total.update({(b, e): count for b, e, count in row.cloud})
+    return total
+
+
+def _draw_clouds(ax: Axes, clouds: dict[str, Counter[tuple[int, int]]]) -> None:
+    for i, (kind, cloud) in enumerate(clouds.items()):
+        if not cloud:
+            continue
+        places = np.array(list(cloud), dtype=float)
+        sizes = 4 + 5 * np.log2(np.array(list(cloud.values()), dtype=float) + 1)
+        baseline, candidate = 2.0 ** (places.T / _BINS_PER_DOUBLING)
+        ax.scatter(baseline, candidate, s=sizes, color=_COLOURS[i], marker=_MARKERS[i], alpha=0.55,
+                   linewidths=0, label=f"{kind}: {cloud.total():,} points")
+
+
+def _draw_budget(ax: Axes, tolerance: Tolerance) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    low, high = ax.get_xlim()
+    corner = tolerance.c / tolerance.k
+    xs = sorted({low, min(max(corner, low), high), high})
+    ax.plot(xs, [max(tolerance.k * x, tolerance.c) for x in xs], color=_INK, linewidth=1.6,
+            label="budget: max(k × baseline, c)")
+    ax.plot([low, high], [low, high], color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)), label="as far off as the baseline")
+    ax.set_xlim(low, high)
+    ax.annotate(f"k = {tolerance.k:g}, c = {tolerance.c:g}", (0.03, 0.96), xycoords="axes fraction", va="top", color=_INK)
+
+
+def _style(ax: Axes, *, both_log: bool) -> None:
+    for axis in (ax.xaxis, ax.yaxis) if both_log else (ax.xaxis,):
+        axis.set_major_locator(LogLocator(base=2, numticks=9))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_two(float(value))))
+    ax.tick_params(colors=_SOFT, which="both")
+    ax.grid(color=_RULE, linewidth=0.7)
+    ax.set_axisbelow(True)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(_RULE)
+
+
+def _power_of_two(value: float) -> str:
+    """``1/64`` and ``8``, and ``2⁻²⁴`` where that would be long."""
+    exponent = round(np.log2(value))
+    if abs(exponent) > 10:
+        return f"2{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+    return format_number(2.0**exponent) if exponent >= 0 else f"1/{2**-exponent}"
+
+
+def _as_svg(figure: Figure, *, salt: str) -> str:
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        out = io.StringIO()
+        figure.savefig(out, format="svg", facecolor="white", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return out.getvalue()
