@@ -6,6 +6,7 @@ Whole results come from rank 0 alone; every rank sends a digest, and ranks that 
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from engine.parallel.ranks import RankContext
 from harness.budgets import bits
 from harness.subjects import SUBJECTS, Script, Subject, Taps
+from reference.checkpoints import CheckpointError
 
 
 def load(rank: RankContext, subject: str, folder: Path, dtype: str, options: Mapping[str, Any]) -> None:
@@ -24,6 +26,13 @@ def load(rank: RankContext, subject: str, folder: Path, dtype: str, options: Map
     candidate = SUBJECTS[subject]()
     candidate.load(rank, folder, dtype=dtype, options=options)
     rank.state["subject"] = candidate
+
+
+def find_checkpoint(rank: RankContext, folder: Path) -> None:
+    """Raise CheckpointError where the folder is not: ranks may be on hosts of their own."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"rank {rank.tp.rank} on host {socket.gethostname()} finds no checkpoint at {folder}: it must be "
+                              "readable at the same path on every host")
 
 
 def logits(rank: RankContext, script: Script) -> tuple[bytes, list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from reports.records import CheckRow, Report, Verdict
 LARGEST_GLOO = 4
 """More ranks than this run as threads on a CPU: gloo with many more processes than cores is slow."""
 JOB_TIMEOUT_S = 600.0
+GONE = "ranks broke in an earlier check, and those that torchrun started can't be replaced"
 
 OnRow = Callable[[CheckRow], None]
 OnStart = Callable[[str, int], None]
@@ -72,11 +74,16 @@ class VerifyPlan:
         return "gloo" if tp_size <= LARGEST_GLOO else "threads"
 
 
-def verify(plan: VerifyPlan, *, on_row: OnRow = lambda row: None, on_start: OnStart = lambda check, tp_size: None,
-           on_outcome: OnOutcome = lambda outcome: None) -> Report:
+def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lambda row: None,
+           on_start: OnStart = lambda check, tp_size: None, on_outcome: OnOutcome = lambda outcome: None) -> Report:
     """Run the plan. Findings are rows of the report; what is wrong with the plan itself is raised.
 
+    Args:
+        ranks: those to run on, which live elsewhere (torchrun's); None: start some for each of the plan's tp_sizes. The caller
+            closes them.
+
     Raises:
+        RankFailure: if given ranks can't read the checkpoint on their hosts.
         UnsupportedModelError: if the engine can't run such a model.
         CheckpointError: if the checkpoint is damaged, or not whole.
         ValueError: if the plan does not fit the model.
@@ -87,24 +94,31 @@ def verify(plan: VerifyPlan, *, on_row: OnRow = lambda row: None, on_start: OnSt
         raise ValueError(f"tp_sizes={too_many} are above num_q_heads={model_config.num_q_heads} of the model: every rank needs "
                          "at least one query head")
     check_checkpoint(plan.folder)
+    if ranks is not None:
+        if plan.tp_sizes != (ranks.tp_size,):
+            raise ValueError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
+        ranks.run(jobs.find_checkpoint, plan.folder, timeout_s=JOB_TIMEOUT_S)
     dtype = str(model_config.dtype).removeprefix("torch.") if plan.dtype == "auto" else plan.dtype
     truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
     rows: list[CheckRow] = []
     for tp_size in plan.tp_sizes:
-        for row in _verify_one(plan, truth, tp_size, on_start, on_outcome):
+        for row in _verify_one(plan, truth, tp_size, ranks, on_start, on_outcome):
             rows.append(row)
             on_row(row)
     return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
 
 
-def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, on_start: OnStart,
+def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | None, on_start: OnStart,
                 on_outcome: OnOutcome) -> Iterable[CheckRow]:
-    with Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device, auto_restart=True,
-               preload=PRELOAD) as ranks:
+    with nullcontext(given) if given is not None else Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device,
+                                                            auto_restart=True, preload=PRELOAD) as ranks:
         options = _options(truth)
         context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed, case=plan.case)
         loaded = False
         for name in plan.checks:
+            if not (ranks.healthy or ranks.can_restart):
+                yield _row(name, plan, truth, ranks, Outcome(cases=0, compared=0, skipped=GONE), 0.0)
+                continue
             on_start(name, tp_size)
             started = time.perf_counter()
             try:
