@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,7 +16,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine import LLM, SamplingParams
 from engine.config import DTYPES, ModelConfig
-from engine.parallel.ranks import RankFailure
+from engine.parallel.ranks import RankFailure, Ranks
+from engine.parallel.torchrun import launched, serve
 from harness.bench.cli import register as register_bench
 from harness.bench.shapes import SHAPES, model_folder
 from harness.cases import load_case
@@ -32,6 +35,7 @@ from reports.text_tables import to_text
 USAGE = 2
 COULD_NOT_RUN = 3
 DEFAULT_MODEL = "smollm2"
+DEFAULT_TP_SIZES = (1, 2, 3, 4)
 REFUSALS = ("CheckpointError: ", "ValueError: ", "UnsupportedModelError: ")
 """How the report of a rank begins that was asked for what can't be, and said so."""
 
@@ -47,7 +51,8 @@ Model = Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder, or a
 @app.command("verify")
 def verify_command(
     model: Model = DEFAULT_MODEL,
-    tp: Annotated[str, typer.Option(help="Numbers of ranks, as 1,2,4.")] = "1,2,3,4",
+    tp: Annotated[str | None, typer.Option(help="Numbers of ranks, as 1,2,4; by default 1,2,3,4, and under torchrun as many "
+                                                "as it started.")] = None,
     fabric: Annotated[str, typer.Option(help="auto, gloo, threads or nccl.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -59,20 +64,65 @@ def verify_command(
 ) -> None:
     """Hold a model on several ranks against its single-device reference.
 
+    Under torchrun, on one host or several, the ranks are torchrun's, and the model must be at the same path on every host.
+
     Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if it could not run.
     """
     if case is not None:
+        if launched() is not None:
+            _fail("a saved finding runs again on ranks of its own: start --case without torchrun", USAGE)
         _replay(case, out)
     if dtype != "auto" and dtype not in DTYPES:
         _fail(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}", USAGE)
     if fabric not in ("auto", "gloo", "threads", "nccl"):
         _fail(f"fabric={fabric!r} is unknown; supported: auto, gloo, threads, nccl", USAGE)
+    with _torchrun_ranks(fabric, device) as ranks:
+        try:
+            tp_sizes = _tp_sizes(tp, ranks)
+            plan = VerifyPlan(model=model, folder=_folder(model, dtype), tp_sizes=tp_sizes, fabric=fabric, device=device,
+                              dtype=dtype, checks=tuple(check or CHECKS), seed=seed, cases_folder=out / "cases")
+        except ValueError as error:
+            _fail(str(error), USAGE)
+        _verify(plan, out, ranks)
+
+
+def _tp_sizes(tp: str | None, ranks: Ranks | None) -> tuple[int, ...]:
+    """What was asked for; by default torchrun's ranks, or else what tells most."""
+    if ranks is None:
+        return DEFAULT_TP_SIZES if tp is None else _numbers(tp)
+    if tp is not None and _numbers(tp) != (ranks.tp_size,):
+        raise ValueError(f"tp={tp!r}, but torchrun started {ranks.tp_size} ranks: leave --tp out")
+    return (ranks.tp_size,)
+
+
+@contextmanager
+def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
+    """torchrun's ranks, or None if it did not start this process. In its processes of other ranks than 0 all ends here."""
+    launch = launched()
+    if launch is None:
+        yield None
+        return
     try:
-        tp_sizes = _numbers(tp)
-        plan = VerifyPlan(model=model, folder=_folder(model, dtype), tp_sizes=tp_sizes, fabric=fabric, device=device,
-                          dtype=dtype, checks=tuple(check or CHECKS), seed=seed, cases_folder=out / "cases")
+        served = serve(launch) if launch.rank > 0 else None
+        ranks = Ranks(launch.tp_size, fabric=fabric, device=device, launch=launch) if served is None else None
     except ValueError as error:
         _fail(str(error), USAGE)
+    except (RankFailure, OSError, RuntimeError) as error:
+        _fail(_why_not(error), COULD_NOT_RUN)
+    if ranks is None:
+        raise typer.Exit(served or 0)
+    exit_code = 1
+    try:
+        yield ranks
+    except typer.Exit as leave:
+        exit_code = leave.exit_code
+        raise
+    finally:
+        ranks.close(exit_code=exit_code)
+
+
+def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None) -> NoReturn:
+    """Run the plan and show how it goes and what came of it."""
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
@@ -85,7 +135,7 @@ def verify_command(
                               highlight=False)
 
         try:
-            report = verify(plan, on_row=on_row, on_start=on_start)
+            report = verify(plan, ranks=ranks, on_row=on_row, on_start=on_start)
         except CheckpointError as error:
             _fail(str(error), COULD_NOT_RUN)
         except ValueError as error:
@@ -94,8 +144,8 @@ def verify_command(
             _fail(_why_not(error), COULD_NOT_RUN)
     paths = write_all(report, out)
     layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
-    sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{model}, {report.checks[0].dtype}; {layouts}; numbers are the "
-                     f"worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
+    sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers are "
+                     f"the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
     _show_findings(report)
     sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
     raise typer.Exit(report.exit_code)
