@@ -1,0 +1,107 @@
+"""Layers and models that are drawn for calibration: on one set of seeds and shapes it is fitted, on another one judged.
+
+Seeds of values are even where constants are fitted and odd where they are judged. A shape that was fitted on is not judged.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+
+from harness.layer_cases import LayerCase
+from harness.strategies import random_config
+from harness.truth import Truth
+from reference.checkpoints import random_checkpoint
+
+Purpose = Literal["fit", "judge"]
+Shape = tuple[Any, ...]
+
+SAMPLED_LAYERS = ("row", "attention_output", "column", "qkv")
+LARGEST_TP = 8
+"""Ranks that can share any drawn model."""
+SHARP, OUTLIER = 4, 32
+"""Of ill-conditioned models: how much sharper attention is; how much larger a feature of the residual stream."""
+
+
+def value_seed(draw: random.Random, purpose: Purpose) -> int:
+    """Of tensors: even or odd."""
+    return 2 * draw.randrange(2**30) + (purpose == "judge")
+
+
+def random_layer(draw: random.Random, tp_size: int, dtype: str) -> LayerCase:
+    """A layer to fit on, of up to 512 features; real numbers, half of them with outliers."""
+    num_kv_heads = draw.randint(1, 4)
+    num_q_heads = num_kv_heads * draw.randint(-(-tp_size // num_kv_heads), max(4, tp_size))
+    return LayerCase(
+        kind=draw.choice(SAMPLED_LAYERS), hidden_size=size_up_to(draw, 256), intermediate_size=tp_size * size_up_to(draw, 64),
+        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=draw.choice((2, 8, 16)), vocab_size=tp_size,
+        bias=draw.random() < 0.5, dtype=dtype, integers=False, num_tokens=size_up_to(draw, 32), outliers=draw.random() < 0.5,
+        seed=value_seed(draw, "fit"),
+    )
+
+
+def layer_shape(case: LayerCase, tp_size: int) -> Shape:
+    """What makes two layers of one shape, whatever their values."""
+    return case.kind, tp_size, case.num_tokens, *((out, into) for _, out, into in case.parts)
+
+
+def size_up_to(draw: random.Random, most: int) -> int:
+    """Evenly spread over the powers of two: small sizes are where luck is."""
+    return max(1, int(most ** draw.random() + 0.5))
+
+
+def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes: tuple[str, ...],
+                 seen: set[Shape]) -> Iterator[Truth]:
+    """Tiny models that up to ``LARGEST_TP`` ranks can share, with scripts to run on them, each there until the next one.
+
+    None has a shape of ``seen``, to which the shapes of those that are fitted on are added.
+    """
+    for number in range(num_models):
+        dtype = dtypes[number % len(dtypes)]
+        config, lengths = _unseen(draw, purpose, seen)
+        with _written(draw, config, dtype, value_seed(draw, purpose)) as folder:
+            yield Truth(folder, dtype=dtype, seed=value_seed(draw, purpose), script_lengths=lengths)
+
+
+def _unseen(draw: random.Random, purpose: Purpose, seen: set[Shape]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    while True:
+        config = random_config(draw, LARGEST_TP, max_width=draw.choice((32, 128)), max_layers=draw.choice((2, 8)))
+        lengths = tuple(draw.randint(3, 24) for _ in range(draw.randint(1, 3)))
+        sizes = [(name, value) for name, value in config.items() if name.endswith(("_size", "_dim", "_heads", "_layers"))]
+        shape = lengths, *sorted(sizes)
+        if shape not in seen:
+            if purpose == "fit":
+                seen.add(shape)
+            return config, lengths
+
+
+@contextmanager
+def _written(draw: random.Random, config: dict[str, Any], dtype: str, seed: int) -> Iterator[Path]:
+    """Half of the models are ill-conditioned, as real ones are: attention is sharp, a feature dwarfs the others."""
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        folder = random_checkpoint(Path(scratch) / "model", config, dtype=dtype, seed=seed)
+        if draw.random() < 0.5:
+            path = folder / "model.safetensors"
+            tensors = load_file(path)
+            for name, tensor in tensors.items():
+                if name.endswith("q_proj.weight"):
+                    tensor *= SHARP
+                if name.endswith("embed_tokens.weight"):
+                    tensor[:, draw.randrange(tensor.shape[1])] *= OUTLIER
+            save_file(tensors, path, metadata={"format": "pt"})
+        yield folder
+
+
+@contextmanager
+def sizes_alone(config: dict[str, Any], dtype: str, seed: int) -> Iterator[Truth]:
+    """For checks that draw what they need by themselves: a model's config without its weights."""
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(config))
+        yield Truth(Path(scratch), dtype=dtype, seed=seed)

@@ -1,0 +1,96 @@
+"""From samples of correct code to k and c.
+
+An error is within its budget ``max(k * the baseline's error, c)``. For any k there is a smallest c with which the budgets of
+all samples leave ``MARGIN`` to spare. The pair to take is the one with the narrowest budgets over all samples, by their
+geometric mean, each kind of sample counting the same: what a budget is wider than it need be, a fault may hide in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.budgets import Statistic
+from harness.calibrate.samples import Point, Sample
+
+MARGIN = 1.5
+"""The worst sample's budget is so many times its error."""
+STEPS = 4
+"""Constants are whole numbers of this part of 1."""
+LARGEST_K = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constants:
+    """k and c of one statistic."""
+
+    k: float
+    c: float
+
+    def over_budget(self, point: Point) -> float:
+        """The candidate's error as a fraction of its budget."""
+        if not point.candidate:
+            return 0.0
+        budget = max(self.k * point.baseline, self.c)
+        return point.candidate / budget if budget else math.inf
+
+
+Needs = tuple[float, float]
+
+
+def points_of(samples: Iterable[Sample], statistic: Statistic) -> list[Point]:
+    """All points of the samples that have this statistic."""
+    return [point for sample in samples for point in sample.points.get(statistic, ())]
+
+
+def fit(samples: Sequence[Sample], statistic: Statistic) -> Constants:
+    """The pair with the narrowest budgets. ValueError without a sample."""
+    by_kind: Mapping[str, list[Point]] = defaultdict(list)
+    for sample in samples:
+        by_kind[sample.kind] += sample.points.get(statistic, ())
+    groups = [_as_arrays(points) for points in by_kind.values() if points]
+    if not groups:
+        raise ValueError(f"statistic={statistic!r} has no samples to be fitted on")
+    choices = [1 + step / STEPS for step in range(int((LARGEST_K - 1) * STEPS) + 1)]
+    pairs = [Constants(k=k, c=_upwards(max(_floor(group, k) for group in groups))) for k in choices]
+    return min(pairs, key=lambda pair: (sum(_width(group, pair) for group in groups), pair.k))
+
+
+def needs(points: Sequence[Point], constants: Constants) -> Needs:
+    """(k, c): what these points ask of either constant, to leave the margin, the other one being as it is."""
+    k = max((MARGIN * point.ratio for point in points if MARGIN * point.candidate > constants.c), default=0.0)
+    return k, _floor(_as_arrays(points), constants.k)
+
+
+def worst(points: Iterable[Point], constants: Constants) -> float:
+    """The largest fraction of its budget that a point takes."""
+    return max(map(constants.over_budget, points), default=0.0)
+
+
+_Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def _as_arrays(points: Sequence[Point]) -> _Arrays:
+    return np.array([point.candidate for point in points]), np.array([point.baseline for point in points])
+
+
+def _floor(group: _Arrays, k: float) -> float:
+    """The smallest c with which k leaves the margin: the largest error for which the baseline alone does not."""
+    candidate, baseline = group
+    short = MARGIN * candidate > k * baseline
+    return float(MARGIN * candidate[short].max()) if short.any() else 0.0
+
+
+def _width(group: _Arrays, pair: Constants) -> float:
+    """Logarithm of the geometric mean of the budgets."""
+    budgets = np.maximum(pair.k * group[1], pair.c)
+    return float(np.log(np.maximum(budgets, np.finfo(np.float64).tiny)).mean())
+
+
+def _upwards(value: float) -> float:
+    return math.ceil(value * STEPS) / STEPS

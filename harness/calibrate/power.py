@@ -1,0 +1,154 @@
+"""What is the smallest relative error in one rank's part of a sum that a check sees?
+
+The error is planted in the group that sums, before the sum, and the check is run as on clean code. Errors are powers of two
+from the dtype's roundoff, below which hardly a value changes, to ``LARGEST``. What is seen is taken to be seen if it is larger.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from engine.parallel.ranks import Ranks
+from harness.budgets import UNIT_ROUNDOFF, computation
+from harness.calibrate.collect import Pools, orders_of
+from harness.calibrate.draws import sizes_alone, value_seed
+from harness.calibrate.jobs import Spoiled, arrange, run_logits
+from harness.calibrate.judge import Case, context_of, draw_cases, judged
+from harness.checks.base import CheckContext
+from harness.checks.collectives import CollectiveCase
+from harness.layer_cases import LayerCase
+from harness.strategies import random_config
+from harness.subjects import Script
+from harness.truth import Truth
+from reports.records import PowerRow
+
+TP_SIZES = (2, 4, 8)
+POWER_CHECKS = ("collectives", "layers")
+LARGEST = 4.0
+SURE = 0.99
+SUMMING_LAYERS = ("row", "attention_output")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Threshold:
+    """The smallest error that was seen in one case; infinite if none was."""
+
+    check: str
+    values: str
+    dtype: str
+    tp_size: int
+    error: float
+    per_run: int
+    """How many such cases a run of the check draws."""
+
+
+def ladder(dtype: str) -> list[float]:
+    """The errors that are tried, ascending."""
+    first = round(math.log2(UNIT_ROUNDOFF[dtype]))
+    return [2.0**exponent for exponent in range(first, round(math.log2(LARGEST)) + 1)]
+
+
+def smallest_seen(sees: Callable[[float], bool], errors: Sequence[float]) -> float:
+    """The first of the ascending errors that is seen, by bisection; infinite if the last one is not."""
+    low, high = 0, len(errors)
+    while low < high:
+        middle = (low + high) // 2
+        if sees(errors[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return errors[low] if low < len(errors) else math.inf
+
+
+def power_of_drawn(check: str, pools: Pools, draw: random.Random, dtype: str, tp_size: int,
+                   num_cases: int) -> Iterator[Threshold]:
+    """One of ``POWER_CHECKS`` on the sums among the cases that it draws, ``num_cases`` of integers and of reals each."""
+    left = {"integers": num_cases, "reals": num_cases}
+    while any(left.values()):
+        order = draw.choice(orders_of(tp_size))
+        ranks = pools(tp_size, order)
+        with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge")) as truth:
+            sums = [case for case in draw_cases(check, draw, truth, tp_size) if is_sum(case)]
+            for case in sums:
+                values = values_of(case)
+                if not left[values]:
+                    continue
+                left[values] -= 1
+                sees = partial(_check_sees, check, context_of(ranks, truth, case), order, draw.randrange(tp_size))
+                yield Threshold(check=check, values=values, dtype=dtype, tp_size=tp_size,
+                                error=smallest_seen(sees, ladder(dtype)), per_run=max(1, len(sums) // 2))
+
+
+def _check_sees(check: str, context: CheckContext, order: str, tp_rank: int, error: float) -> bool:
+    context.ranks.run(arrange, order, Spoiled(tp_rank=tp_rank, error=error))
+    return judged(check, context).alarm is not None
+
+
+def is_sum(case: Case) -> bool:
+    """Whether ranks add anything up in it."""
+    if isinstance(case, CollectiveCase):
+        return case.op == "all_reduce" and math.prod(case.shape) > 0
+    return isinstance(case, LayerCase) and case.kind in SUMMING_LAYERS
+
+
+def values_of(case: Case) -> str:
+    return "integers" if getattr(case, "integers", False) else "reals"
+
+
+def power_of_logits(ranks: Ranks, truth: Truth, draw: random.Random, num_cases: int) -> Iterator[Threshold]:
+    """The check of logits on a loaded model, one rank's part in the sum of one module being off."""
+    paths = sum_paths(truth)
+    for _ in range(num_cases):
+        sees = partial(_logits_show, ranks, truth, draw.choice(paths), draw.randrange(ranks.tp_size))
+        yield Threshold(check="logits", values="reals", dtype=truth.dtype, tp_size=ranks.tp_size, per_run=1,
+                        error=smallest_seen(sees, ladder(truth.dtype)))
+
+
+def _logits_show(ranks: Ranks, truth: Truth, path: str, tp_rank: int, error: float) -> bool:
+    """What ``check_logits`` sees; all tokens in one step, and no search for the module: both take many times as long."""
+    sequences = truth.script.sequences
+    script = Script(sequences=sequences, steps=(tuple((number, len(ids)) for number, ids in enumerate(sequences)),))
+    found = ranks.run(run_logits, script, path, Spoiled(tp_rank=tp_rank, error=error))[0][0]
+    float32 = None if truth.float32_logits is None else torch.cat(truth.float32_logits)
+    return not computation(found, torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype,
+                           float32=float32).ok
+
+
+def sum_paths(truth: Truth) -> list[str]:
+    """Modules of a decoder whose output is a sum over the ranks."""
+    layers = range(truth.config["num_hidden_layers"])
+    return [f"model.layers.{number}.{name}" for number in layers for name in ("self_attn.o_proj", "mlp.down_proj")]
+
+
+def power_rows(thresholds: Iterable[Threshold]) -> list[PowerRow]:
+    """One row a check, kind of values, dtype and tp_size."""
+    groups: dict[tuple[str, str, str, int], list[Threshold]] = defaultdict(list)
+    for threshold in thresholds:
+        groups[threshold.check, threshold.values, threshold.dtype, threshold.tp_size].append(threshold)
+    return [_row(group) for _, group in sorted(groups.items())]
+
+
+def _row(group: Sequence[Threshold]) -> PowerRow:
+    errors = sorted(threshold.error for threshold in group)
+    first, per_run = group[0], min(threshold.per_run for threshold in group)
+    tried = [error for error in ladder(first.dtype) if error >= errors[0]]
+    return PowerRow(
+        check=first.check, values=first.values, dtype=first.dtype, tp_size=first.tp_size, cases=len(errors), per_run=per_run,
+        seen=[[error, sum(each <= error for each in errors) / len(errors)] for error in tried],
+        half=seen_in(errors, 0.5), most=seen_in(errors, SURE),
+        # A run misses an error if all of its cases do.
+        run=seen_in(errors, 1 - (1 - SURE) ** (1 / per_run)),
+    )
+
+
+def seen_in(errors: Sequence[float], share: float) -> float | None:
+    """The smallest error that is seen in this share of the cases at least; ``errors`` are ascending."""
+    error = errors[max(0, math.ceil(share * len(errors) - 1e-9) - 1)]
+    return error if math.isfinite(error) else None
