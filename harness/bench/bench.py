@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from harness.bench import micro
-from harness.bench.lineup import MICRO, Lineup, Workers
+from harness.bench.lineup import Lineup, Workers
 from harness.bench.plan import BenchPlan, Setting
 from harness.bench.step import Outcome, Watcher
 from reports.records import Report, RunInfo
@@ -47,7 +47,7 @@ def run_bench(plan: BenchPlan, watcher: Watcher | None = None, *, argv: list[str
     try:
         for side in lineup.sides:
             watcher.on_status(f"starting {side.name}")
-            heads[side.name] = pool.get(side, MICRO).call(
+            heads[side.name] = pool.first_micro(side, setting).call(
                 micro.describe, "bench", started_at, plan.seed, argv if argv is not None else ["shardproof", *sys.argv[1:]],
                 timeout_s=300.0)
         steps = list(lineup.steps(with_hardware=with_hardware))

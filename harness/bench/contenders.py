@@ -159,6 +159,7 @@ class LayersContender(Contender):
     part: LayersPart
     slower: dict[str, float] = field(default_factory=dict)
     works: dict[str, LayerWork] = field(default_factory=dict)
+    turns: int = 0
 
     def open(self) -> None:
         # On a CPU one rank is a process of its own too, so that it is as fresh as several are.
@@ -170,6 +171,10 @@ class LayersContender(Contender):
                                         timeout_s=CALL_TIMEOUT_S)
 
     def measure(self, block: LayersPart) -> Measured:
+        # The first run belongs to the first ranks' rounds.
+        if self.part.fresh_every and self.turns > 1 and (self.turns - 1) % self.part.fresh_every == 0:
+            self.open()
+        self.turns += 1
         measured: Measured = self.worker().call(micro.measure_layers, self.engine, timeout_s=CALL_TIMEOUT_S)
         return measured
 

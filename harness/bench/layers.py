@@ -66,8 +66,7 @@ def build(rank: RankContext, folder: Path, dtype: str, part: LayersPart, slower:
     works: dict[str, LayerWork] = {}
     with torch.inference_mode():
         for name in part.layers:
-            placements = [_copies(name, config, tp, DTYPES[dtype], rank.device, part.rotate_bytes)
-                          for _ in range(part.placements)]
+            placements = _placements(name, config, tp, DTYPES[dtype], rank.device, part)
             for layer in chain(*placements):
                 if name in slower:
                     slow_down(layer, slower[name])
@@ -133,16 +132,17 @@ def make_layer(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, 
     raise ValueError(f"layer={name!r} is unknown")
 
 
-def _copies(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-            rotate_bytes: int) -> list[Any]:
-    """The layer as often as its weights fill ``rotate_bytes``, at least once; the weights are equal."""
+def _placements(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device,
+                part: LayersPart) -> list[list[Any]]:
+    """The layer, as many times as there are placements, each as often as its weights fill ``rotate_bytes``, at least once."""
     first = make_layer(name, config, tp, dtype, device)
     first.weight.data.copy_(torch.randn(first.weight.shape, device=device).mul_(first.weight.shape[1] ** -0.5))
-    copies = [first]
-    while len(copies) * first.weight.numel() * first.weight.element_size() < rotate_bytes:
-        copies.append(make_layer(name, config, tp, dtype, device))
-        copies[-1].weight.data.copy_(first.weight.data)
-    return copies
+    num_copies = max(1, -(-part.rotate_bytes // (first.weight.numel() * first.weight.element_size())))
+    layers = [first]
+    while len(layers) < part.placements * num_copies:
+        layers.append(make_layer(name, config, tp, dtype, device))
+        layers[-1].weight.data.copy_(first.weight.data)
+    return [layers[start : start + num_copies] for start in range(0, len(layers), num_copies)]
 
 
 def _input(layer: Any, config: ModelConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

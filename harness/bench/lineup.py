@@ -57,15 +57,23 @@ class Workers:
             self._workers[key] = Worker(" ".join(key), checkout=side.checkout)
         return self._workers[key]
 
+    def first_micro(self, side: Side, setting: Setting) -> Worker:
+        """The side's first worker for what needs no engine, which also speaks for its machine."""
+        return self.get(side, MICRO, str(setting.plan.tp_sizes[0]))
+
     def close_engines(self) -> None:
         """End the workers of all engines: their memory and threads are no part of what comes next."""
-        for key in [key for key in self._workers if key[1] != MICRO]:
-            self._workers.pop(key).close()
+        self._close([key for key in self._workers if key[1] != MICRO])
 
     def close(self, *, at_once: bool = False) -> None:
         """End them all, in good order or at once."""
-        while self._workers:
-            _, worker = self._workers.popitem()
+        self._close(list(self._workers), at_once=at_once)
+
+    def _close(self, keys: list[tuple[str, ...]], *, at_once: bool = False) -> None:
+        leaving = [self._workers.pop(key) for key in keys]
+        for worker in leaving:
+            worker.hang_up()  # so that they go all at the same time
+        for worker in leaving:
             if at_once:
                 worker.close(grace_s=0)
             else:
@@ -112,7 +120,7 @@ class Lineup:
     def _hardware(self) -> list[Contender]:
         side = self.sides[0]
         return [HardwareContender(setting=self.setting, side=side, engine="torch", tp_size=1,
-                                  worker=partial(self.workers.get, side, MICRO))]
+                                  worker=partial(self.workers.first_micro, side, self.setting))]
 
     def _serving(self, part: GeneratePart, case: GenerateCase) -> list[Contender]:
         return [

@@ -20,8 +20,9 @@ State = dict[str, Any]
 Measured = dict[tuple[str, str], Figures]
 """(case, engine) -> figures"""
 JOB_TIMEOUT_S = 300.0
-_PRELOAD = tuple(module.__name__ for module in (ceilings, collectives, layers, loading))
-"""What ranks run, imported once for all that are forked from one server."""
+_PRELOAD = (*(module.__name__ for module in (ceilings, collectives, layers, loading)),
+            "transformers.models.llama.configuration_llama")
+"""What ranks run, imported once for all that are forked from one server; and what opening a model's config imports."""
 
 
 def describe(state: State, command: str, started_at: datetime, seed: int | None, argv: list[str]) -> RunInfo:

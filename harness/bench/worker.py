@@ -92,11 +92,16 @@ class Worker:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
+    def hang_up(self) -> None:
+        """Tell the worker to go, and wait for nothing. It must still be closed."""
+        if not self._log.closed:
+            self._connection.close()
+
     def close(self, *, grace_s: float = _CLOSE_S) -> None:
         """End the worker and every process that it started. Closing twice does nothing."""
         if self._log.closed:
             return
-        self._connection.close()  # tells it to go
+        self._connection.close()
         try:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:

@@ -29,7 +29,7 @@ from tests.harness.conftest import MakeModel
 from tests.reference.tiny import tiny_config
 
 LIMITS = Limits(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64)
-TINY_LAYERS = LayersPart(batch_sizes=(1, 4), rounds=2, slice_s=0.001, rotate_bytes=0, placements=2, most_vocab=50)
+TINY_LAYERS = LayersPart(batch_sizes=(1, 4), rounds=2, slice_s=0.001, rotate_bytes=0, placements=2, fresh_every=1, most_vocab=50)
 TINY = (
     GeneratePart(workload="serve", limits=LIMITS, cases=(
         GenerateCase(case="all", draw=equal_requests(2, 8, 6), rounds=2, axes={"batch_size": 2},
