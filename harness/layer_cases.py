@@ -119,7 +119,9 @@ class LayerProblem:
         case = self.case
         if case.kind == "embedding":
             ids_T = torch.randint(0, case.vocab_size, (NUM_TOKEN_IDS,), generator=self._generator)
-            ids_T[:2] = torch.tensor([0, case.vocab_size - 1])
+            # Every rank's first and last row.
+            by_rank = owners(case.config, "model.embed_tokens.weight", (case.vocab_size, case.hidden_size), tp_size).indices
+            ids_T = torch.cat([torch.tensor([int(ids[end]) for ids in by_rank if len(ids) for end in (0, -1)]), ids_T])
             rows = self.weights[0][ids_T]
             return RankPart(given=ids_T, exact=rows.double(), baseline=rows, scale=rows.double().abs())
         x_TI = self._sparse_integers() if case.integers else self._real_inputs()

@@ -63,13 +63,16 @@ class TapeRunner:
         """Run a step: write its tokens, read every sequence's context, draw.
 
         Raises:
-            DisagreementError: if a context is not the one that its own tokens make, or a slot is outside the cache or used twice.
+            DisagreementError: if a context is not the one that its own tokens make, a slot is outside the cache or used twice, or
+                a sequence runs no token.
         """
         self.digests.append(digest_of(batch))
         starts, lengths, tables = batch.cu_seqlens_S1.tolist(), batch.context_lens_S.tolist(), batch.block_tables_SB.tolist()
         slots, ids, positions, rows = (x.tolist() for x in (batch.slots_T, batch.token_ids_T, batch.positions_T, batch.rows_S))
         if len(set(slots)) < len(slots) or not all(0 <= slot < self.num_slots for slot in slots):
             raise DisagreementError(f"the step writes to slots {slots} of {self.num_slots}: each must be there, and be used once")
+        if idle := [number for number in range(len(rows)) if starts[number] == starts[number + 1]]:
+            raise DisagreementError(f"sequences {idle} of the step run no token: there is nothing to draw the next one from")
         fresh: dict[int, tuple[int, int]] = {}
         for number, row in enumerate(rows):
             for at in range(starts[number], starts[number + 1]):

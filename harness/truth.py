@@ -156,8 +156,11 @@ class Truth:
 
 
 def mixed_steps(lengths: tuple[int, ...], draw: random.Random) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Steps over sequences of these lengths: chunks of different sizes, single tokens, sequences that join late."""
-    left = list(lengths)
+    """Steps over sequences of these lengths: chunks of different sizes, single tokens, sequences that join late.
+
+    The first sequence's last token comes in the end, alone: for one row engines take other paths than for several.
+    """
+    left = [lengths[0] - 1, *lengths[1:]]
     steps: list[tuple[tuple[int, int], ...]] = []
     while any(left):
         step = []
@@ -168,4 +171,4 @@ def mixed_steps(lengths: tuple[int, ...], draw: random.Random) -> tuple[tuple[tu
             step.append((sequence, size))
             left[sequence] -= size
         steps.append(tuple(step))
-    return tuple(steps)
+    return (*steps, ((0, 1),))

@@ -2,7 +2,8 @@
 
 Ragged prefill chunks and decode rows in one step, contexts that end on either side of a block's border, blocks in any order,
 prefixes shared between sequences, and the GQA maps that uneven heads make. Slots that nobody wrote hold NaN: one that is read
-shows in the result.
+shows in the result. One prompt is so long that a backend takes it in parts. Before all that, what precedes attention: the
+rotation of queries and keys, and their way into the cache (``harness.checks.rotary``).
 
 Shape suffixes: T = tokens of the step, Q / N = query / KV heads, H = head dim, L = tokens of one sequence, I = its queries.
 """
@@ -29,9 +30,13 @@ from engine.sequence import Request
 from engine.sequence import Sequence as EngineSequence
 from harness.budgets import computation
 from harness.checks.base import CheckContext, Outcome
+from harness.checks.rotary import check_rotary
 from reference.hf import DTYPES
 
 NUM_CASES = 12
+LONG_CHUNKS = ((100, 1500), (1200, 1))
+"""For 8 query heads 19 million scores: more than a backend holds at once, and several tiles of any kernel."""
+NUM_LONG_ROWS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,10 @@ class AttentionCase:
     sharpness: float
     """Queries are so many times larger: of a sharp softmax most keys do not count."""
     seed: int
+    only_rank: int | None = None
+    """Runs on this rank alone; None: on all."""
+    num_rows: int | None = None
+    """So many queries of a sequence are compared, the last one among them; None: all."""
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> AttentionCase:
@@ -74,13 +83,18 @@ class AttentionAnswer:
 
 
 def check_attention(context: CheckContext) -> Outcome:
+    before = Outcome(cases=0, compared=0)
+    if context.case is None or "positions" in context.case:
+        before = check_rotary(context)
+        if before.finding is not None or context.case is not None:
+            return before
     if context.case is None:
         cases = draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.ranks.tp_size)
     else:
         cases = [AttentionCase.from_plain(context.case)]
     by_rank: list[list[list[AttentionAnswer]]] = context.ranks.run(run_cases, cases)
     everything = [answer for answers in by_rank for backends in answers for answer in backends]
-    compared = sum(answer.compared for answer in everything)
+    compared = before.compared + sum(answer.compared for answer in everything)
     extra = {"backends": sorted({answer.backend for answer in everything})}
     for number, case in enumerate(cases):
         for rank, answers in enumerate(by_rank):
@@ -89,13 +103,16 @@ def check_attention(context: CheckContext) -> Outcome:
                     return Outcome(cases=len(cases), compared=compared, rank=rank, module=f"attention ({answer.backend})",
                                    error_over_budget=answer.error_over_budget, case=asdict(case), tensors=answer.tensors,
                                    extra=extra, finding=f"{case}: backend {answer.backend} on rank {rank}: {answer.problem}")
-    return Outcome(cases=len(cases), compared=compared, extra=extra,
+    return Outcome(cases=before.cases + len(cases), compared=compared, extra=extra,
                    error_over_budget=max(answer.error_over_budget for answer in everything))
 
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size: int,
                num_cases: int = NUM_CASES) -> list[AttentionCase]:
-    """The model's own heads, one KV head for all, one for each, and drawn ones."""
+    """The model's own heads, one KV head for all, one for each, and drawn ones; in the end the long prompt.
+
+    That one runs on one rank: whether a backend puts its parts together is no matter of which heads they are.
+    """
     num_q_heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // num_q_heads
     maps = [(num_q_heads, config.get("num_key_value_heads") or num_q_heads), (tp_size + 1, 1), (tp_size + 1, tp_size + 1)]
@@ -110,6 +127,9 @@ def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size:
             block_size=block_size, dtype=dtype, chunks=_draw_chunks(draw, block_size), sharpness=draw.choice((1.0, 1.0, 8.0)),
             shared=draw.choice((0, block_size, 2 * block_size + 1)), seed=draw.randrange(2**31),
         ))
+    cases.append(AttentionCase(num_q_heads=8 * tp_size, num_kv_heads=2 * tp_size, head_dim=8, block_size=16, dtype=dtype,
+                               chunks=LONG_CHUNKS, sharpness=1.0, shared=100, seed=draw.randrange(2**31),
+                               only_rank=draw.randrange(tp_size), num_rows=NUM_LONG_ROWS))
     return cases
 
 
@@ -130,6 +150,8 @@ def run_cases(rank: RankContext, cases: Sequence[AttentionCase]) -> list[list[At
 
 
 def _run_case(rank: RankContext, case: AttentionCase) -> list[AttentionAnswer]:
+    if case.only_rank not in (None, rank.tp.rank):
+        return []
     heads = head_shard(case.num_q_heads, case.num_kv_heads, tp_rank=rank.tp.rank, tp_size=rank.tp.size)
     layout = AttentionLayout(heads=heads, head_dim=case.head_dim, block_size=case.block_size, dtype=DTYPES[case.dtype],
                              device=rank.device)
@@ -137,14 +159,16 @@ def _run_case(rank: RankContext, case: AttentionCase) -> list[AttentionAnswer]:
     chunks, num_blocks = problem.chunks()
     cache = problem.cache(heads, chunks, num_blocks, rank.device)
     batch = build_batch(chunks, case.block_size).to(rank.device)
-    given, exact, baseline, scale = problem.dense(heads, chunks)
+    given = problem.given(heads, chunks)
+    row_R, exact, baseline, scale = problem.dense(heads, chunks)
     answers = []
     for name, backend in BACKENDS.items():
         if backend.refusal(layout) is not None:
             continue
-        found = backend(layout)(given.to(rank.device), cache, batch).cpu()
+        whole = backend(layout)(given.to(rank.device), cache, batch).cpu()
+        found = whole[row_R]
         comparison = computation(found.flatten(1), baseline.flatten(1), exact.flatten(1), case.dtype, scale.flatten(1))
-        ok = comparison.ok and found.shape == exact.shape and found.dtype == given.dtype
+        ok = comparison.ok and whole.shape == given.shape and found.dtype == given.dtype
         answers.append(AttentionAnswer(
             backend=name, compared=found.numel(), error_over_budget=comparison.error_over_budget,
             problem=None if ok else f"{comparison.where} is off by {comparison.error_over_budget:.3g} of its budget",
@@ -209,24 +233,38 @@ class _Problem:
                     cache[chunk.sequence.blocks[block], :, slot] = row
         return LayerCache(*caches.to(device))
 
+    def given(self, heads: HeadShard, chunks: Sequence[Chunk]) -> Tensor:
+        """This rank's queries in the step's order, ``[T, Q, H]``."""
+        local = slice(heads.q_heads.start, heads.q_heads.stop)
+        return torch.cat([self.queries[chunk.sequence.request.request_id][:, local] for chunk in chunks])
+
     def dense(self, heads: HeadShard, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the step's order, of this rank's heads, ``[T, Q, H]``: queries, exact result, baseline, scale."""
+        """Rows of the step that are compared, ``[R]``; of this rank's heads their exact result, baseline and scale."""
         parts: list[tuple[Tensor, ...]] = []
         group = self.case.num_q_heads // self.case.num_kv_heads
-        local = slice(heads.q_heads.start, heads.q_heads.stop)
+        kv_heads = torch.tensor([head // group for head in heads.q_heads])
+        first = 0
         for chunk in chunks:
             number = chunk.sequence.request.request_id
-            q_QIH = self.queries[number].transpose(0, 1)
-            k_QLH, v_QLH = (x.transpose(0, 1).repeat_interleave(group, dim=0) for x in self.keys_values[number])
-            positions_I = torch.arange(chunk.start, chunk.start + chunk.num_tokens)
-            visible_IL = torch.arange(k_QLH.shape[1]) <= positions_I[:, None]
+            row_I = self._rows(chunk.num_tokens)
+            q_QIH = self.queries[number][row_I, heads.q_heads.start : heads.q_heads.stop].transpose(0, 1)
+            k_QLH, v_QLH = (x.transpose(0, 1)[kv_heads] for x in self.keys_values[number])
+            visible_IL = torch.arange(k_QLH.shape[1]) <= (chunk.start + row_I)[:, None]
             scores = (q_QIH.double() @ k_QLH.double().transpose(1, 2)) * self.case.head_dim**-0.5
             probability = scores.masked_fill(~visible_IL, -torch.inf).softmax(-1)
             baseline = F.scaled_dot_product_attention(q_QIH[None], k_QLH[None], v_QLH[None], attn_mask=visible_IL)[0]
-            whole = (q_QIH, probability @ v_QLH.double(), baseline, probability @ v_QLH.double().abs())
-            parts.append(tuple(tensor.transpose(0, 1)[:, local] for tensor in whole))
-        given, exact, baseline, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return given, exact, baseline, scale
+            whole = (probability @ v_QLH.double(), baseline, probability @ v_QLH.double().abs())
+            parts.append((first + row_I, *(tensor.transpose(0, 1) for tensor in whole)))
+            first += chunk.num_tokens
+        row_R, exact, baseline, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return row_R, exact, baseline, scale
+
+    def _rows(self, num_tokens: int) -> Tensor:
+        """Which of a sequence's queries are compared."""
+        if self.case.num_rows is None or self.case.num_rows >= num_tokens:
+            return torch.arange(num_tokens)
+        drawn = random.Random(self.case.seed).sample(range(num_tokens - 1), self.case.num_rows - 1)
+        return torch.tensor(sorted([*drawn, num_tokens - 1]))
 
 
 def _sequence(number: int, token_ids: list[int]) -> EngineSequence:

@@ -1,8 +1,9 @@
 """Does each collective that the engine uses give the right numbers, and the same bits on every rank, every time?
 
-Integers exactly, reals within the bound of rounding; odd sizes, zero rows, views that are not contiguous, and several
-collectives back to back. Each case runs on some values, on others of the same shape, and on the first again: what is left
-over from the call before would be right if the values were the same.
+Integers exactly, reals within the bound of rounding; odd sizes, zero rows and views that are not contiguous. Each case runs
+several times back to back on one buffer, which gets new values between the calls and is not waited for: some values, others,
+the first again (what is left over from the call before would be right if the values were the same). All results are kept and
+looked at in the end, when no later call may have changed them. A sum of integers is then summed once more as it is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from harness.jobs import digest
 from reference.hf import DTYPES
 
 NUM_CASES = 40
+ORDER = (0, 1, 0, 1)
+"""Which of a case's two draws each call gets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +115,35 @@ def _run_case(rank: RankContext, case: CollectiveCase) -> CollectiveAnswer:
     own = [parts[rank.tp.rank].to(rank.device) for parts in draws]
     if case.op == "all_reduce_min":
         values = [[int(part.double().sum()) for part in parts] for parts in draws]
-        found = [rank.tp.all_reduce_min(values[number][rank.tp.rank]) for number in (0, 1, 0)]
-        wrong = 0.0 if found[:2] == [min(each) for each in values] else float("inf")
-        return CollectiveAnswer(error_over_budget=wrong, compared=2, digest=repr(found).encode(), repeats=found[0] == found[2])
-    first, other, again = (_collect(rank, case, own[number]).cpu() for number in (0, 1, 0))
-    error = max(_error(case, result, parts) for result, parts in zip((first, other), draws, strict=True))
-    return CollectiveAnswer(error_over_budget=error, compared=first.numel() + other.numel(), digest=digest([first, other]),
-                            repeats=same_bits(first, again))
+        smallest = [rank.tp.all_reduce_min(values[number][rank.tp.rank]) for number in ORDER]
+        wrong = 0.0 if smallest == [min(values[number]) for number in ORDER] else float("inf")
+        return CollectiveAnswer(error_over_budget=wrong, compared=len(ORDER), digest=repr(smallest).encode(),
+                                repeats=smallest[:2] == smallest[2:])
+    found = _back_to_back(rank, case, own)
+    error = max(_error(case, result, draws[number]) for result, number in zip(found, ORDER, strict=False))
+    if case.op == "all_reduce" and case.integers:
+        right = torch.stack([part.double() for part in draws[ORDER[-1]]]).sum(0) * rank.tp.size
+        error = max(error, 0.0 if same_bits(found[-1], right.to(found[-1].dtype)) else float("inf"))
+    return CollectiveAnswer(error_over_budget=error, compared=sum(map(torch.numel, found)), digest=digest(found),
+                            repeats=same_bits(found[0], found[2]) and same_bits(found[1], found[3]))
+
+
+def _back_to_back(rank: RankContext, case: CollectiveCase, own: Sequence[Tensor]) -> list[Tensor]:
+    """The results of the calls in ``ORDER``, and of a sum of integers its sum, all of them copied to the host in the end."""
+    shape = case.shape if case.contiguous else (*case.shape, 2)
+    memory = torch.empty(shape, dtype=own[0].dtype, device=rank.device)
+    buffer = memory if case.contiguous else memory[..., 0]
+    found = []
+    for number in ORDER:
+        buffer.copy_(own[number])
+        if case.op == "all_gather":
+            found.append(rank.tp.all_gather(buffer, dim=case.dim))
+        else:
+            total = rank.tp.all_reduce(buffer)
+            found.append(total.clone())  # it may be the buffer itself
+    if case.op == "all_reduce" and case.integers:
+        found.append(rank.tp.all_reduce(total))
+    return [result.cpu() for result in found]
 
 
 def _error(case: CollectiveCase, result: Tensor, parts: list[Tensor]) -> float:
@@ -133,18 +158,10 @@ def _error(case: CollectiveCase, result: Tensor, parts: list[Tensor]) -> float:
     return reduction(result, parts, case.dtype).error_over_budget
 
 
-def _collect(rank: RankContext, case: CollectiveCase, part: Tensor) -> Tensor:
-    if not case.contiguous:
-        part = torch.stack((part, part), dim=-1)[..., 0]
-    elif case.op == "all_reduce":
-        part = part.clone()  # it may be overwritten, and the next run needs it
-    return rank.tp.all_reduce(part) if case.op == "all_reduce" else rank.tp.all_gather(part, dim=case.dim)
-
-
 def _draw_part(case: CollectiveCase, tp_rank: int, tp_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(case.seed + 1_000_003 * tp_rank)
     if case.integers:
-        # The sum over all ranks stays where the dtype counts exactly.
-        limit = min(EXACT_INTEGER_LIMIT[case.dtype], 2**24) // tp_size
+        # The sum over all ranks, and its sum, stay where the dtype counts exactly.
+        limit = min(EXACT_INTEGER_LIMIT[case.dtype], 2**24) // tp_size**2
         return torch.randint(-limit, limit + 1, case.shape, generator=generator).to(DTYPES[case.dtype])
     return torch.randn(case.shape, generator=generator, dtype=torch.float64).to(DTYPES[case.dtype])

@@ -2,8 +2,9 @@
 
 After a difference that is excused the comparison goes on, with the reference's id put in. Every rank must draw the same ids,
 greedy and sampled, all of them must be in the vocabulary, and sampled ones must be such as the exact reference would draw, in
-probability. Twice: with the model's own checkpoint, and with a small one of
-the same layout whose logits are all negative and whose vocabulary is padded, so that padding would win if it were let in.
+probability. Twice: with the model's own checkpoint, and with a small one of the same layout whose logits are all negative and
+whose vocabulary is padded, so that padding would win if it were let in. Before that the sampler by itself
+(``harness.checks.draws``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.parallel.ranks import RankContext
 from harness import jobs
-from harness.budgets import improbability, near_tie_margin, too_many_flips
+from harness.budgets import improbability, near_tie_margins, too_many_flips
 from harness.checks.base import CheckContext, Outcome
+from harness.checks.draws import check_draws
 from harness.checks.weights import small_twin
 from harness.subjects import SUBJECTS
 from harness.truth import NUM_NEW_TOKENS, Truth
@@ -41,6 +44,8 @@ class _Prompt:
     token_ids: list[int]
     expected: list[int]
     margins: list[float]
+    ties: list[float]
+    """The largest margin that rounding may turn round, of each token."""
     done: int = 0
     flips: int = 0
 
@@ -50,6 +55,9 @@ class _Prompt:
 
 
 def check_generation(context: CheckContext) -> Outcome:
+    draws = check_draws(context)
+    if draws.finding is not None or context.case is not None:
+        return draws
     outcome = _compare(context, context.truth, lambda prompts, params: context.ranks.run(jobs.generate, prompts, params))
     if outcome.finding is not None:
         return outcome
@@ -60,7 +68,8 @@ def check_generation(context: CheckContext) -> Outcome:
                      prompt_lengths=TWIN_PROMPT_LENGTHS)
         negative = _compare(context, twin, lambda prompts, params: context.ranks.run(
             load_and_generate, context.subject, folder, context.dtype, prompts, params))
-    cases, compared = outcome.cases + negative.cases, outcome.compared + negative.compared
+    cases = draws.cases + outcome.cases + negative.cases
+    compared = draws.compared + outcome.compared + negative.compared
     if negative.finding is not None:
         return Outcome(cases=cases, compared=compared, rank=negative.rank, module=negative.module,
                        error_over_budget=negative.error_over_budget, finding=f"where all logits are negative: {negative.finding}")
@@ -95,10 +104,9 @@ def load_and_generate(rank: RankContext, subject: str, folder: Path, dtype: str,
 
 def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
     """Greedy ids against the exact reference, then sampled ones against each other."""
-    tie = max(near_tie_margin(baseline, exact, context.dtype)
-              for baseline, exact in zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, strict=True))
+    ties = _ties(truth)
     prompts = [
-        _Prompt(number, list(ids), result.token_ids, result.margins)
+        _Prompt(number, list(ids), result.token_ids, result.margins, ties[number])
         for number, (ids, result) in enumerate(zip(truth.prompts, truth.greedy, strict=True))
     ]
     compared = 0
@@ -114,12 +122,12 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
                 prompt.done += 1
                 if token_id == prompt.expected[step]:
                     continue
-                if prompt.margins[step] > tie:
+                if prompt.margins[step] > prompt.ties[step]:
                     return Outcome(
                         cases=len(prompts), compared=compared, rank=0, module="lm_head",
-                        error_over_budget=prompt.margins[step] / tie,
+                        error_over_budget=prompt.margins[step] / prompt.ties[step],
                         finding=f"prompt {prompt.number}, step {step}: expected token {prompt.expected[step]}, got {token_id} "
-                                f"(reference top-2 margin {prompt.margins[step]:.3g}, ties end at {tie:.3g})",
+                                f"(reference top-2 margin {prompt.margins[step]:.3g}, ties end at {prompt.ties[step]:.3g})",
                     )
                 prompt.flips += 1
                 break
@@ -127,7 +135,7 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
     baseline_flips, baseline_total = _baseline_flips(truth)
     excused = flips / total
     extra = {"flips": flips, "tokens": total, "baseline_flips": baseline_flips, "baseline_tokens": baseline_total,
-             "tie_margin": tie}
+             "tie_margin": max(map(max, ties))}
     if too_many_flips(flips, total, baseline_flips, baseline_total):
         return Outcome(cases=len(prompts), compared=compared, module="lm_head", rank=0, excused=excused, extra=extra,
                        finding=f"{flips} of {total} greedy tokens differ at near-ties, the baseline turns round "
@@ -145,6 +153,13 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
                            finding=f"sampled ids of prompt {number}, {token_ids}, are not what the reference would draw at "
                                    f"{SAMPLING}: {unlikely:.3g} of what can be believed")
     return Outcome(cases=len(prompts), compared=compared, excused=excused, extra=extra)
+
+
+def _ties(truth: Truth) -> list[list[float]]:
+    """For each prompt and greedy token the largest top-2 margin that rounding may turn round."""
+    floats: Sequence[Tensor | None] = truth.greedy_float32_logits or [None] * len(truth.prompts)
+    return [near_tie_margins(baseline, exact, truth.dtype, float32).tolist() for baseline, exact, float32 in
+            zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, floats, strict=True)]
 
 
 def _malformed(by_rank: list[list[list[int]]], what: str, truth: Truth) -> dict[str, Any]:

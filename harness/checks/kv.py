@@ -23,7 +23,7 @@ from engine.sequence import Sequence as EngineSequence
 from harness.checks.base import CheckContext, Outcome
 from harness.tape import VOCAB_SIZE, DisagreementError, TapeConfig, TapeRunner, continuation, digest_of
 
-NUM_CASES = 25
+NUM_CASES = 28
 SMALL_CACHE = 5
 """Blocks for four prompts of one block and a bit that grow into their second and third."""
 
@@ -108,8 +108,21 @@ def _problem(answers: Sequence[KVAnswer]) -> tuple[int, str] | None:
 
 
 def draw_cases(draw: random.Random, num_cases: int = NUM_CASES) -> list[KVCase]:
-    """Schedules in caches that are small enough for sequences to give way."""
-    return [_draw_case(draw) for _ in range(num_cases)]
+    """Schedules in caches that are small enough for sequences to give way; in every other one they do so late and often."""
+    return [_draw_case(draw) if number % 2 else _draw_crowded(draw) for number in range(num_cases)]
+
+
+def _draw_crowded(draw: random.Random) -> KVCase:
+    """Short prompts with long answers, all at once, few tokens a step: who gives way has much to compute again, in chunks."""
+    block_size, num_blocks, max_num_seqs = draw.randint(1, 3), draw.randint(4, 9), draw.randint(2, 4)
+    longest = block_size * num_blocks
+    requests: list[tuple[int, tuple[int, ...], int]] = []
+    for _ in range(draw.randint(3, 5)):
+        prompt = tuple(draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, max(1, longest // 4))))
+        requests.append((draw.randint(0, 3), prompt, draw.randint((longest - len(prompt)) // 2, longest - len(prompt))))
+    return KVCase(block_size=block_size, num_blocks=num_blocks, max_num_seqs=max_num_seqs, chunked_prefill=True,
+                  max_num_batched_tokens=max_num_seqs + draw.randint(0, 2), prefix_caching=draw.random() < 0.5,
+                  requests=tuple(requests), aborts=())
 
 
 def _draw_case(draw: random.Random) -> KVCase:
@@ -117,13 +130,15 @@ def _draw_case(draw: random.Random) -> KVCase:
     longest = block_size * num_blocks
     chunked = draw.random() < 0.7
     beginnings = [[draw.randrange(VOCAB_SIZE) for _ in range(longest)] for _ in range(2)]
-    requests = []
+    requests: list[tuple[int, tuple[int, ...], int]] = []
     for _ in range(draw.randint(1, 10)):
         length = draw.randint(1, longest - 1)
         # Prompts that share a beginning, of any length, so that the prefix cache has work.
         shared = draw.randint(0, length)
         prompt = draw.choice(beginnings)[:shared] + [draw.randrange(VOCAB_SIZE) for _ in range(length - shared)]
-        requests.append((draw.randint(0, 20), tuple(prompt), draw.randint(1, longest - length)))
+        if requests and draw.random() < 0.25:  # the same again, so that all of it may be found
+            prompt = list(draw.choice(requests)[1])
+        requests.append((draw.randint(0, 20), tuple(prompt), draw.randint(1, longest - len(prompt))))
     return KVCase(
         block_size=block_size, num_blocks=num_blocks, max_num_seqs=max_num_seqs, chunked_prefill=chunked,
         max_num_batched_tokens=max(max_num_seqs + draw.randint(0, 8), 0 if chunked else longest),

@@ -1,0 +1,107 @@
+"""The layers check sees a part that is lost, doubled or misplaced, and too much rounding; equivalent layers are green."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import engine.parallel.linear as linear_module
+from engine.layers.matmul import linear
+from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
+from harness.faults.layouts import LAYOUTS
+from tests.harness.checking import again, assert_green, run_check
+from tests.harness.conftest import MakeModel
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture
+def folder(tiny_model: MakeModel) -> Path:
+    return tiny_model(LAYOUTS["llama-odd"].config)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
+    assert_green(run_check("layers", folder, dtype, tp_size=tp_size))
+
+
+def test_a_bias_on_rank_0_before_the_reduce_is_green(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowParallelLinear, "forward", lambda self, x: self.tp.all_reduce(
+        linear(x, self.weight, self.bias if self.tp.rank == 0 else None)))
+    assert_green(run_check("layers", folder))
+
+
+def bias_on_every_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowParallelLinear, "forward", lambda self, x: self.tp.all_reduce(linear(x, self.weight, self.bias)))
+
+
+def never_reduced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RowParallelLinear, "forward", lambda self, x: linear(x, self.weight, self.bias))
+
+
+def one_row_without_bias(patch: pytest.MonkeyPatch) -> None:
+    forward = RowParallelLinear.forward
+    patch.setattr(RowParallelLinear, "forward", lambda self, x: self.tp.all_reduce(linear(x, self.weight)) if len(x) == 1
+                  else forward(self, x))
+
+
+def rank_0s_rows_on_every_rank(patch: pytest.MonkeyPatch) -> None:
+    """Of weights that split evenly; the others would not fit."""
+    rows_of = linear_module.rows_of
+
+    def wrong(loaded: Any, rows: range) -> Tensor:
+        return rows_of(loaded, range(len(rows)) if loaded.shape[0] % len(rows) == 0 else rows)
+
+    patch.setattr(linear_module, "rows_of", wrong)
+
+
+def up_before_gate(patch: pytest.MonkeyPatch) -> None:
+    load = MergedColumnParallelLinear.weight_loader
+    patch.setattr(MergedColumnParallelLinear, "weight_loader", lambda self, param, loaded, shard_id=None: load(
+        self, param, loaded, 1 - shard_id if isinstance(shard_id, int) else shard_id))
+
+
+def border_token_on_two_ranks(patch: pytest.MonkeyPatch) -> None:
+    def wrong(self: VocabParallelEmbedding, ids_T: Tensor) -> Tensor:
+        is_mine_T = (ids_T >= self.shard.ids.start) & (ids_T <= self.shard.ids.stop)
+        row_T = (ids_T - self.shard.ids.start).clamp(0, self.shard.local_size - 1)
+        return self.tp.all_reduce(F.embedding(row_T, self.weight).masked_fill_(~is_mine_T[:, None], 0.0))
+
+    patch.setattr(VocabParallelEmbedding, "forward", wrong)
+
+
+def padding_left_in(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ParallelLMHead, "forward", lambda self, x: self.tp.all_gather(linear(x, self.weight, self.bias)))
+
+
+def products_in_half_precision(patch: pytest.MonkeyPatch) -> None:
+    """Right on integers, and too much rounding on reals."""
+    patch.setattr(linear_module, "linear", lambda x, weight, bias=None: linear(
+        x.to(torch.bfloat16).to(x.dtype), weight, bias))
+
+
+@pytest.mark.parametrize(("plant", "kinds"), [
+    (bias_on_every_rank, {"row", "attention_output"}), (never_reduced, {"row", "attention_output"}),
+    (one_row_without_bias, {"row", "attention_output"}), (rank_0s_rows_on_every_rank, {"column", "merged", "qkv"}),
+    (up_before_gate, {"merged", "column"}), (border_token_on_two_ranks, {"embedding"}), (padding_left_in, {"lm_head"}),
+    (products_in_half_precision, {"replicated", "column", "merged", "qkv", "row", "attention_output"}),
+])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_fault_in_a_layer_is_seen_and_can_be_replayed(folder: Path, plant: Plant, kinds: set[str], seed: int,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        plant(patch)
+        outcome = run_check("layers", folder, seed=seed)
+        found_again = again("layers", folder, outcome, seed=seed)
+    assert outcome.module in kinds
+    assert found_again.finding is not None
+    assert found_again.tensors.keys() == {"given", "found", "expected", "exact"}
+    assert_green(again("layers", folder, outcome, seed=seed))
