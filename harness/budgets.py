@@ -154,11 +154,6 @@ def near_tie_margins(baseline: Tensor, exact: Tensor, dtype: str, float32: Tenso
     return 2 * torch.clamp(BASELINE_FACTOR["element"] * own_T, min=ROUNDOFF_FACTOR["element"]) * unit
 
 
-def near_tie_margin(baseline: Tensor, exact: Tensor, dtype: str) -> float:
-    """The largest of ``near_tie_margins``."""
-    return near_tie_margins(baseline, exact, dtype).max().item()
-
-
 def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: int, baseline_total: int) -> bool:
     """Whether near-ties turn round more than twice as often as in the baseline, beyond chance.
 
@@ -189,6 +184,22 @@ def improbability(baseline: Tensor, exact: Tensor, token_ids: list[int], *, temp
     rounding = 2 * (baseline.double() - exact.double()).abs().max().item() / temperature
     growth_T = -0.5 * drawn_T - torch.logsumexp(0.5 * log_p_TV, -1) + math.log(top_p) - rounding
     return max(0.0, growth_T.cumsum(0).max().item()) / -math.log(IMPROBABLE)
+
+
+def improbable_counts(count_V: Tensor, probability_V: Tensor) -> float:
+    """How hard it is to believe that independent draws from these probabilities came out so often each, as a fraction of what
+    can't be believed; infinite if something was drawn whose probability is 0.
+
+    By Bernstein's inequality (Boucheron, Lugosi and Massart 2013, section 2.8) n draws of probability p miss np by more than
+    ``t = L/3 + sqrt(L**2 / 9 + 2 n p (1 - p) L)`` with a chance of at most ``2 exp(-L)``; all V together are given IMPROBABLE.
+    """
+    count_V, p_V = count_V.double(), probability_V.double()
+    if (count_V[p_V == 0] > 0).any():
+        return math.inf
+    num_draws = count_V.sum()
+    log = math.log(2 * len(p_V) / IMPROBABLE)
+    allowed_V = log / 3 + torch.sqrt(log**2 / 9 + 2 * num_draws * p_V * (1 - p_V) * log)
+    return float(((count_V - num_draws * p_V).abs() / allowed_V).max())
 
 
 def _rms(x: Tensor) -> Tensor:
