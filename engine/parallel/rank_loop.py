@@ -79,7 +79,8 @@ def serve_control(control: socket.socket, box: Sequence[RankContext], *, watched
             if control.fileno() not in ready:
                 raise EOFError("the driver is gone")
             receive_frame(control)
-            answer = dumps(report(box[0], thread_ids)) if box else b""
+            context = next(iter(box), None)  # it is gone again when the rank leaves
+            answer = dumps(report(context, thread_ids)) if context is not None else b""
             send_frame(control, Kind.REPORT, 0, answer)
         except (EOFError, OSError):
             on_gone()

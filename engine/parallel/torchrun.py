@@ -9,6 +9,7 @@ code here, as with torch.distributed itself.
 from __future__ import annotations
 
 import functools
+import gc
 import hmac
 import os
 import secrets
@@ -159,8 +160,16 @@ def _local_address(sock: socket.socket) -> str:
     return str(sock.getsockname()[0]).removeprefix("::ffff:")  # as IPv6 sockets call addresses of IPv4
 
 
-def join(launch: Launch, welcome: Welcome, interface: str | None, store: Store) -> RankContext:
-    """Any rank: join the group. Returns when all ranks have."""
+def join(launch: Launch, welcome: Welcome, interface: str | None, store: Store, jobs: socket.socket) -> RankContext | None:
+    """Any rank: join the group. Returns when all ranks have, or with None when it failed and the driver was told."""
+    try:
+        return _join(launch, welcome, interface, store)
+    except Exception as failure:
+        send_frame(jobs, Kind.RAISED, 0, dumps(error_from_exception(launch.rank, "start", failure, LogSnapshot(0, 0))))
+        return None
+
+
+def _join(launch: Launch, welcome: Welcome, interface: str | None, store: Store) -> RankContext:
     on_gpu = welcome.device_type == "cuda"
     device = torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu")
     if not on_gpu and interface is not None:
@@ -169,6 +178,14 @@ def join(launch: Launch, welcome: Welcome, interface: str | None, store: Store) 
     group = join_group(rank=launch.rank, tp_size=launch.tp_size, backend="nccl" if on_gpu else "gloo", device=device,
                        store=store, collective_timeout_s=welcome.collective_timeout_s)
     return RankContext(tp=group, device=device)
+
+
+def leave_group(box: list[RankContext]) -> None:
+    """Any rank: the opposite of ``join``. A group that something still holds when the interpreter ends would abort it."""
+    box.clear()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:
@@ -195,17 +212,17 @@ def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:
     try:
         welcome: Welcome = loads(receive_frame(jobs).body)
         interface = welcome.interface if is_same_host(jobs) else interface_of(jobs)
-        try:
-            box.append(join(launch, welcome, interface, store))
-        except Exception as failure:
-            send_frame(jobs, Kind.RAISED, 0, dumps(error_from_exception(launch.rank, "start", failure, LogSnapshot(0, 0))))
-            receive_frame(jobs)  # until the driver ends it: leaving now would look like a death
+        if (context := join(launch, welcome, interface, store, jobs)) is None:
+            receive_frame(jobs)  # until the driver closes: leaving now would look like a death
+            return 1
+        box.append(context)
+        del context
         exit_code = serve_jobs(box[0], jobs)
     except (EOFError, OSError):
         driver_is_gone()
         raise
     leaving.set()
-    dist.destroy_process_group()
+    leave_group(box)
     jobs.close()
     return exit_code
 

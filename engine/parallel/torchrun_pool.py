@@ -12,12 +12,10 @@ import time
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
-from engine.parallel.channel import Channel, Kind, dumps, send_frame
-from engine.parallel.collective_log import LogSnapshot
-from engine.parallel.failures import RankError, error_from_exception
+from engine.parallel.channel import Channel, Kind, dumps
+from engine.parallel.failures import RankError
 from engine.parallel.link_pool import LinkPool
 from engine.parallel.links import Link
 from engine.parallel.pool import Deliver
@@ -32,6 +30,7 @@ from engine.parallel.torchrun import (
     is_same_host,
     join,
     keep_alive,
+    leave_group,
     open_store,
     read_hello,
 )
@@ -187,12 +186,13 @@ def _live(launch: Launch, welcome: Welcome, store: Store, jobs: socket.socket, b
     """The life of rank 0, in a thread of the driver's process."""
     with jobs, contextlib.suppress(EOFError, OSError):  # the driver has closed: it knows why
         try:
-            box.append(join(launch, welcome, welcome.interface, store))
-        except Exception as failure:
-            send_frame(jobs, Kind.RAISED, 0, dumps(error_from_exception(0, "start", failure, LogSnapshot(0, 0))))
-            return
-        serve_jobs(box[0], jobs)
-        dist.destroy_process_group()
+            context = join(launch, welcome, welcome.interface, store, jobs)
+            if context is not None:
+                box.append(context)
+                del context  # or the group would be held from here
+                serve_jobs(box[0], jobs)
+        finally:
+            leave_group(box)
 
 
 def _watch(control: socket.socket, box: list[RankContext], rank: threading.Thread) -> None:
