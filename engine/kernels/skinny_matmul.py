@@ -19,6 +19,7 @@ MAX_ROWS = 16
 """Rows of ``x`` that these kernels take: one tile of the tensor cores."""
 
 _LANE_BYTES = 16  # the widest load of a thread
+_LONG_ROW = 4096  # input features
 _NUM_SMS = 132  # of an H200; a guess elsewhere costs speed, not correctness
 
 
@@ -140,8 +141,10 @@ def skinny_matmul(
     bias = out_TO if bias_O is None else bias_O.contiguous()
     if num_tokens == 1:
         cols = 32 * num_warps * (_LANE_BYTES // x_TI.element_size())
-        parts = parts or min(4, next_power_of_2(cdiv(num_inputs, cols)))
-        rows = rows or _rows_for_one(num_outputs, parts)
+        # Measured in captured decode steps: long rows are read best by many small programs, short ones by few large ones,
+        # which have more on its way when the kernel ahead is done.
+        parts = parts or (2 if num_inputs >= _LONG_ROW else min(4, next_power_of_2(cdiv(num_inputs, cols))))
+        rows = rows or (2 if num_inputs >= _LONG_ROW else _rows_for_one(num_outputs, parts))
         _one_row_kernel[(cdiv(num_outputs, rows),)](
             x_TI, weight_OI, bias, out_TO, num_inputs, num_outputs, weight_OI.stride(0),
             rows, parts, cols, num_inputs % (parts * cols) == 0, num_inputs > parts * cols,

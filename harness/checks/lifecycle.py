@@ -13,7 +13,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -105,7 +105,8 @@ def check_lifecycle(context: CheckContext) -> Outcome:
 
 def run_cases(cases: Sequence[LifecycleCase], folder: Path, *, device: str = "cpu") -> tuple[LifecycleCase, str] | None:
     """The first case that goes wrong, and how. All of one fabric."""
-    ports_before = _listening(os.getpid())
+    # The machine's, not this process's alone: every process with NCCL answers at the port of its RAS service.
+    ports_before = _ports_of(psutil.net_connections(kind="tcp"))
     with Ranks(TP_SIZE, fabric=cases[0].fabric, device=device, preload=PRELOAD) as ranks:
         expected = ranks.run(load_and_generate, folder)
         for case in cases:
@@ -241,7 +242,10 @@ def _is_alive(trace: Traces) -> bool:
 
 
 def _listening(pid: int) -> set[int]:
-    connections = psutil.Process(pid).net_connections(kind="tcp")
+    return _ports_of(psutil.Process(pid).net_connections(kind="tcp"))
+
+
+def _ports_of(connections: Iterable[Any]) -> set[int]:
     return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 

@@ -85,7 +85,6 @@ _DECODE_CASES = [
     ("8x8k-16/8", 8, 1600, 14_800, 16, 8),
     ("1x32k-16/8", 1, 32_768, 32_768, 16, 8),
 ]
-_SWEPT_DECODE_CASES = ["1x1k-16/8", "32xW1-16/8", "128xW1-16/8", "256xW1-16/8", "8x8k-16/8"]
 _DECODE_MAX_CONTEXT = 4096  # what a captured graph is planned for, where contexts are below it
 _PREFILL_CASES = [
     # name, queries of each sequence, keys of each sequence
@@ -95,12 +94,12 @@ _PREFILL_CASES = [
     ("64-ragged", [100 + 29 * i for i in range(16)], [100 + 29 * i for i in range(16)]),
 ]
 _BALANCED_CONFIGS = [
-    # tile, num_warps, num_stages, max_registers
-    (64, 4, 2, 128),
-    (64, 4, 2, 0),
-    (64, 4, 3, 128),
-    (128, 4, 2, 168),
-    (128, 8, 2, 128),
+    # tile, num_warps, num_stages, programs_per_sm
+    (64, 4, 2, 4),
+    (64, 4, 2, 5),
+    (64, 4, 3, 4),
+    (128, 4, 2, 2),
+    (128, 4, 2, 3),
 ]
 # The block lookup and the keys behind it share Triton's stages: 3 and 4 give the same code, 5 looks further ahead.
 _GUMBEL_CONFIGS = [
@@ -247,16 +246,11 @@ def decode_rows(*, sweep: bool) -> Iterator[Row]:
         yield row(kernel="balanced_decode", config="default", us=time_us(one))
         alone = [partial(call, overlap=False) for call in one]
         yield row(kernel="balanced_decode", config="default, not launched early", us=time_us(alone))
-        yield row(kernel="balanced_decode", config="pinned 256", us=time_us([partial(call, split_len=256) for call in alone]))
-        if sweep and case in _SWEPT_DECODE_CASES:
-            for (tile, warps, stages, registers), per_sm, items in product(_BALANCED_CONFIGS, (4, 8), (1, 2, 4)):
-                options = {
-                    "tile": tile, "num_warps": warps, "num_stages": stages, "max_registers": registers,
-                    "num_programs": -(-per_sm * 132 // num_kv_heads), "items_per_program": items,
-                }  # fmt: skip
+        if sweep:
+            for tile, warps, stages, per_sm in _BALANCED_CONFIGS:
+                options = {"tile": tile, "num_warps": warps, "num_stages": stages, "programs_per_sm": per_sm}
                 us = time_us([partial(call, **options) for call in alone], rounds=3)
-                shown = f"tile {tile} warps {warps} stages {stages} regs {registers} programs/SM {per_sm} items {items}"
-                yield row(kernel="balanced_decode", config=shown, us=us)
+                yield row(kernel="balanced_decode", config=_describe(options), us=us)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
