@@ -59,9 +59,9 @@ def errors_figure(calibration: Calibration) -> Figure:
             _draw_clouds(ax, clouds)
             _draw_budget(ax, tolerance)
             ax.set_title(_TITLES.get(tolerance.statistic, tolerance.statistic), color=_INK, loc="left", fontsize=10)
-            ax.set_xlabel("error of the unsharded baseline, roundoffs of its scale", color=_SOFT)
             _style(ax, both_log=True)
         panels[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale", color=_SOFT)
+        figure.supxlabel("error of the unsharded baseline, roundoffs of its scale", color=_SOFT, fontsize=9.5)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=_INK)
     return figure
@@ -83,9 +83,9 @@ def power_figure(rows: Sequence[PowerRow]) -> Figure:
             ax.axhline(_SURE, color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
             ax.set_xscale("log", base=2)
             ax.set_title(f"{check}: one case", color=_INK, loc="left", fontsize=10)
-            ax.set_xlabel("relative error in one rank's part", color=_SOFT)
             _style(ax, both_log=False)
         panels[0].set_ylabel("share of the cases in which it is seen", color=_SOFT)
+        figure.supxlabel("relative error in one rank's part of a sum", color=_SOFT, fontsize=9.5)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(sizes)), frameon=False, labelcolor=_INK)
     return figure
@@ -125,7 +125,7 @@ def _draw_budget(ax: Axes, tolerance: Tolerance) -> None:
 
 def _style(ax: Axes, *, both_log: bool) -> None:
     for axis in (ax.xaxis, ax.yaxis) if both_log else (ax.xaxis,):
-        axis.set_major_locator(LogLocator(base=2, numticks=9))
+        axis.set_major_locator(LogLocator(base=2, numticks=7))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_two(float(value))))
     ax.tick_params(colors=_SOFT, which="both")

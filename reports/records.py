@@ -292,7 +292,7 @@ class PowerRow(_Record):
     values     ``reals`` or ``integers``: what is summed
     cases      drawn cases in which it was planted
     per_run    how many such cases a run of the check draws
-    seen       [error, share of the cases in which it is seen], by error
+    seen       [error, share of the cases in which it is seen], from the first error that is seen to one that always is
     half, most, run  the smallest error seen in half of the cases, in 99 % of them, and in 99 % of the runs of the check, by one
                of its cases at least; None if no error that was tried is
     """

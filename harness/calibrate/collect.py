@@ -60,18 +60,13 @@ def sample_layers(pools: Pools, draw: random.Random, num_cases: int, seen: set[S
 
 
 def sample_models(pools: Pools, draw: random.Random, num_models: int, seen: set[Shape]) -> Iterator[Sample]:
-    """A sample of each model in each of ``layouts``. Their shapes are added to ``seen``."""
+    """A sample of each model on every number of ranks. Their shapes are added to ``seen``."""
     for truth in drawn_models(draw, "fit", num_models, DTYPES, seen):
-        for tp_size, order in layouts():
-            ranks = pools(tp_size, order)
+        for tp_size in TP_SIZES:
+            ranks = pools(tp_size, draw.choice(orders_of(tp_size)))
             ranks.run(load_model, truth.folder, truth.dtype, OPTIONS)
             found = ranks.run(run_logits, truth.script)[0][0]
             yield logits_sample(truth, found, tp_size)
-
-
-def layouts() -> list[tuple[int, str]]:
-    """Every number of ranks in every order of summation."""
-    return [(tp_size, order) for tp_size in TP_SIZES for order in orders_of(tp_size)]
 
 
 def logits_sample(truth: Truth, found: Tensor, tp_size: int) -> Sample:

@@ -32,6 +32,7 @@ from reports.records import PowerRow
 TP_SIZES = (2, 4, 8)
 POWER_CHECKS = ("collectives", "layers")
 LARGEST = 4.0
+FIRST_TRIED = 6
 SURE = 0.99
 SUMMING_LAYERS = ("row", "attention_output")
 
@@ -56,14 +57,19 @@ def ladder(dtype: str) -> list[float]:
 
 
 def smallest_seen(sees: Callable[[float], bool], errors: Sequence[float]) -> float:
-    """The first of the ascending errors that is seen, by bisection; infinite if the last one is not."""
+    """The first of the ascending errors that is seen; infinite if the last one is not.
+
+    By bisection, once one is seen: begun at ``FIRST_TRIED``, around which most are, with steps that double.
+    """
     low, high = 0, len(errors)
+    number, step = min(FIRST_TRIED, high - 1), 1
     while low < high:
-        middle = (low + high) // 2
-        if sees(errors[middle]):
-            high = middle
+        if sees(errors[number]):
+            high = number
         else:
-            low = middle + 1
+            low = number + 1
+        step *= 2
+        number = min(low + step - 1, high - 1) if high == len(errors) else (low + high) // 2
     return errors[low] if low < len(errors) else math.inf
 
 
@@ -138,10 +144,10 @@ def power_rows(thresholds: Iterable[Threshold]) -> list[PowerRow]:
 def _row(group: Sequence[Threshold]) -> PowerRow:
     errors = sorted(threshold.error for threshold in group)
     first, per_run = group[0], min(threshold.per_run for threshold in group)
-    tried = [error for error in ladder(first.dtype) if error >= errors[0]]
+    telling = [error for error in ladder(first.dtype) if errors[0] <= error <= errors[-1]]
     return PowerRow(
         check=first.check, values=first.values, dtype=first.dtype, tp_size=first.tp_size, cases=len(errors), per_run=per_run,
-        seen=[[error, sum(each <= error for each in errors) / len(errors)] for error in tried],
+        seen=[[error, sum(each <= error for each in errors) / len(errors)] for error in telling],
         half=seen_in(errors, 0.5), most=seen_in(errors, SURE),
         # A run misses an error if all of its cases do.
         run=seen_in(errors, 1 - (1 - SURE) ** (1 / per_run)),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from harness.calibrate.collect import DTYPES, Pools, layouts, sample_layers, sample_models
+from harness.calibrate.collect import DTYPES, TP_SIZES, Pools, sample_layers, sample_models
 from harness.calibrate.draws import Shape, drawn_models
 from harness.calibrate.judge import DRAWN_CHECKS, Verdict, judge_drawn, judge_model, loaded
 from harness.calibrate.judge import TP_SIZES as JUDGED_TP_SIZES
@@ -44,8 +44,8 @@ class CalibratePlan:
 
     @property
     def fitted_models(self) -> int:
-        """Each is sampled in every one of ``layouts``."""
-        return max(len(DTYPES), self.cases // 100)
+        """Each is sampled at every one of ``TP_SIZES``."""
+        return max(len(DTYPES), self.cases // 80)
 
     @property
     def judged(self) -> dict[str, int]:
@@ -104,7 +104,7 @@ def _work(plan: CalibratePlan, pools: Pools, found: Findings) -> Iterator[tuple[
     for number, samples in enumerate(sample_layers(pools, plan.draw("fit layers"), plan.fitted_layers, seen), 1):
         found.samples += samples
         yield "sampling layers", number, plan.fitted_layers
-    total = plan.fitted_models * len(layouts())
+    total = plan.fitted_models * len(TP_SIZES)
     yield "sampling models", 0, total
     for number, sample in enumerate(sample_models(pools, plan.draw("fit models"), plan.fitted_models, seen), 1):
         found.samples.append(sample)
