@@ -1,4 +1,4 @@
-"""The command line: ``shardproof verify | faults | generate | fetch``, the same as ``python -m harness``."""
+"""The command line: ``shardproof verify | faults | calibrate | bench | …``, the same as ``python -m harness``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from engine.parallel.ranks import RankFailure, Ranks
 from engine.parallel.torchrun import launched, serve
 from harness.bench.cli import register as register_bench
 from harness.bench.shapes import SHAPES, model_folder
+from harness.calibrate.cli import register as register_calibrate
 from harness.cases import load_case
 from harness.checks import CHECKS
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
@@ -42,6 +43,7 @@ REFUSALS = ("CheckpointError: ", "ValueError: ", "UnsupportedModelError: ")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Proves tensor-parallel LLM inference correct: is it a bug, or is it rounding?")
 register_bench(app)
+register_calibrate(app)
 errors = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="smollm2, a Hugging Face folder, or a hub id; or a shape with random weights: "
