@@ -61,7 +61,7 @@ def errors_figure(calibration: Calibration) -> Figure:
             ax.set_title(_TITLES.get(tolerance.statistic, tolerance.statistic), color=_INK, loc="left", fontsize=10)
             _style(ax, both_log=True)
         panels[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale", color=_SOFT)
-        figure.supxlabel("error of the unsharded baseline, roundoffs of its scale", color=_SOFT, fontsize=9.5)
+        panels[len(panels) // 2].set_xlabel("error of the unsharded baseline, roundoffs of its scale", color=_SOFT)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=_INK)
     return figure
@@ -85,7 +85,7 @@ def power_figure(rows: Sequence[PowerRow]) -> Figure:
             ax.set_title(f"{check}: one case", color=_INK, loc="left", fontsize=10)
             _style(ax, both_log=False)
         panels[0].set_ylabel("share of the cases in which it is seen", color=_SOFT)
-        figure.supxlabel("relative error in one rank's part of a sum", color=_SOFT, fontsize=9.5)
+        panels[len(panels) // 2].set_xlabel("relative error in one rank's part of a sum", color=_SOFT)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(sizes)), frameon=False, labelcolor=_INK)
     return figure

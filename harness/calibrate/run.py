@@ -21,7 +21,7 @@ from harness.machine import run_info
 from reports.records import Report
 
 DEFAULT_CASES, FEWEST_CASES = 6000, 20
-PLANTED_PER_MODEL = 4
+PLANTED_PER_MODEL = 3
 
 OnProgress = Callable[[str, int, int], None]
 """(what is done, cases done, cases of it in all)"""
@@ -45,12 +45,12 @@ class CalibratePlan:
     @property
     def fitted_models(self) -> int:
         """Each is sampled at every one of ``TP_SIZES``."""
-        return max(len(DTYPES), self.cases // 80)
+        return max(len(DTYPES), self.cases // 120)
 
     @property
     def judged(self) -> dict[str, int]:
         """Cases of each check that draws by itself."""
-        shares = {"collectives": 0.3, "layers": 0.4, "attention": 0.1}
+        shares = {"collectives": 0.4, "layers": 0.4, "attention": 0.05}
         return {check: max(1, round(self.cases * shares[check])) for check in DRAWN_CHECKS}
 
     @property
