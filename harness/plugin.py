@@ -10,11 +10,12 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from engine.parallel.ranks import Ranks
+from harness.live_ranks import RankPools
 
 _ran = pytest.StashKey[int]()
 _skipped = pytest.StashKey[int]()
 _tp_sizes = pytest.StashKey[list[int]]()
+_pools = pytest.StashKey[RankPools]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,33 +81,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                                 "--tp-allow-skip lets that pass", red=True)
 
 
-class RankPools:
-    """Live ranks by (tp_size, fabric), started on first use and kept for the whole session.
-
-    >>> ranks(2).run(job, argument)  # doctest: +SKIP
-    """
-
-    def __init__(self, fabric: str | None) -> None:
-        self._fabric = fabric
-        self._pools: dict[tuple[int, str, str], Ranks] = {}
-
-    def __call__(self, tp_size: int, *, fabric: str | None = None, device: str = "cpu") -> Ranks:
-        fabric = fabric or (self._fabric if tp_size > 1 and self._fabric else "auto")
-        key = (tp_size, fabric, device)
-        if key not in self._pools:
-            self._pools[key] = Ranks(tp_size, fabric=fabric, device=device, auto_restart=True)
-        return self._pools[key]
-
-    def close(self) -> None:
-        """End all ranks."""
-        while self._pools:
-            self._pools.popitem()[1].close()
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (pools := item.config.stash.get(_pools, None)) is not None:
+        pools.begin_test()
 
 
 @pytest.fixture(scope="session")
 def ranks(request: pytest.FixtureRequest) -> Iterator[RankPools]:
     """Live ranks: ``ranks(tp_size).run(job, *arguments)``; the job is an importable function, its first argument the rank."""
-    pools = RankPools(request.config.getoption("--tp-fabric"))
+    pools = request.config.stash[_pools] = RankPools(request.config.getoption("--tp-fabric"))
     try:
         yield pools
     finally:

@@ -1,0 +1,91 @@
+"""Live ranks for a whole test session, and a bound on how long hypothesis may shrink a hang.
+
+An example that hangs costs its whole deadline and new ranks, so that shrinking it as thoroughly as a wrong value would take
+minutes. After ``HANG_ATTEMPTS`` runs since the first hang, a test's examples that were not run yet are rejected unseen:
+hypothesis goes on with the smallest that did hang, and finds that none smaller does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import hypothesis
+
+from engine.parallel.pending_job import OnEvent
+from engine.parallel.rank_job import Job, pack_job
+from engine.parallel.ranks import RankFailure, Ranks
+
+HANG_ATTEMPTS = 25
+"""Runs of a test's jobs after the first that hung, while new examples are still tried. With a deadline of 1 s and the replays
+that follow, hypothesis is done within a minute."""
+
+
+class HangBudget:
+    """What one test has run, and how much of it since the first hang."""
+
+    def __init__(self, attempts: int = HANG_ATTEMPTS) -> None:
+        self._left = attempts
+        self._hung = False
+        self._known: set[bytes] = set()
+
+    def admit(self, job: Job, args: tuple[Any, ...]) -> None:
+        """Note that a job is to run with a deadline. Rejects the example where hypothesis has seen hangs enough."""
+        if not hypothesis.currently_in_test_context():
+            return
+        key = hashlib.blake2b(pack_job(job, args, with_job=False), digest_size=16).digest()
+        if self._hung and key not in self._known:
+            if not self._left:
+                hypothesis.reject()
+            self._left -= 1
+        self._known.add(key)
+
+    def note(self, failure: RankFailure) -> None:
+        """A job failed: was it a hang?"""
+        self._hung = self._hung or any(error.kind == "stuck" and not error.consequence for error in failure.failures.values())
+
+
+class RanksForTests(Ranks):
+    """``Ranks`` whose hangs hypothesis shrinks in bounded time, where ``run`` is given a deadline."""
+
+    budget: HangBudget | None = None
+
+    def run(self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None) -> list[Any]:
+        budget = self.budget
+        if timeout_s is None or budget is None:
+            return super().run(job, *args, timeout_s=timeout_s, on_event=on_event)
+        budget.admit(job, args)
+        try:
+            return super().run(job, *args, timeout_s=timeout_s, on_event=on_event)
+        except RankFailure as failure:
+            budget.note(failure)
+            raise
+
+
+class RankPools:
+    """Live ranks by (tp_size, fabric, device), started on first use and kept for the whole session.
+
+    >>> ranks(2).run(job, argument)  # doctest: +SKIP
+    """
+
+    def __init__(self, fabric: str | None) -> None:
+        self._fabric = fabric
+        self._pools: dict[tuple[int, str, str], RanksForTests] = {}
+        self._budget = HangBudget()
+
+    def __call__(self, tp_size: int, *, fabric: str | None = None, device: str = "cpu") -> Ranks:
+        fabric = fabric or (self._fabric if tp_size > 1 and self._fabric else "auto")
+        key = (tp_size, fabric, device)
+        if key not in self._pools:
+            self._pools[key] = RanksForTests(tp_size, fabric=fabric, device=device, auto_restart=True)
+        self._pools[key].budget = self._budget
+        return self._pools[key]
+
+    def begin_test(self) -> None:
+        """Another test has its own patience with hangs."""
+        self._budget = HangBudget()
+
+    def close(self) -> None:
+        """End all ranks."""
+        while self._pools:
+            self._pools.popitem()[1].close()

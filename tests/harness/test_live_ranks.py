@@ -1,0 +1,166 @@
+"""Hypothesis over live ranks: what fails on a rank shrinks to the smallest example, hangs and all, in bounded time."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import UnsatisfiedAssumption
+
+from engine.parallel.failures import RankError
+from engine.parallel.ranks import RankContext, RankFailure
+from harness.live_ranks import HANG_ATTEMPTS, HangBudget, RankPools
+
+TP_SIZE = 2
+ROWS, FEATURES = 3, 6
+"""The smallest example that goes wrong."""
+NEVER_ENTERED = re.compile(
+    rf"rank 1 never entered all_reduce #\d+ \({ROWS}×{FEATURES} float32\) called at test_live_ranks.py:\d+")
+
+examples = given(rows=st.integers(0, 64), features=st.integers(1, 512))
+patient = settings(deadline=None, database=None, max_examples=100, derandomize=True)
+
+
+def is_wrong(rows: int, features: int) -> bool:
+    return rows >= ROWS and features >= FEATURES
+
+
+def sum_wrongly(rank: RankContext, rows: int, features: int) -> torch.Tensor:
+    y = rank.tp.all_reduce(torch.ones(rows, features))
+    if rank.tp.rank == 1 and is_wrong(rows, features):
+        y[-1, -1] += 1
+    return y
+
+
+def sum_or_raise(rank: RankContext, rows: int, features: int) -> None:
+    if rank.tp.rank == 1 and is_wrong(rows, features):
+        raise ValueError(f"rows={rows} features={features}")
+    rank.tp.all_reduce(torch.ones(rows, features))
+
+
+def sum_or_hang(rank: RankContext, rows: int, features: int) -> None:
+    if rank.tp.rank == 1 and is_wrong(rows, features):
+        time.sleep(60)
+    rank.tp.all_reduce(torch.ones(rows, features))
+
+
+def shrink(test: Any) -> tuple[BaseException, list[tuple[int, int]], float]:
+    """What the test raised in the end, the examples that ran, the seconds it took."""
+    ran: list[tuple[int, int]] = []
+
+    @patient
+    @examples
+    def run(rows: int, features: int) -> None:
+        try:
+            test(rows, features)
+        except UnsatisfiedAssumption:
+            raise  # rejected unseen
+        except BaseException:
+            ran.append((rows, features))
+            raise
+        ran.append((rows, features))
+
+    started = time.monotonic()
+    with pytest.raises((AssertionError, RankFailure)) as caught:
+        run()
+    return caught.value, ran, time.monotonic() - started
+
+
+@pytest.mark.multirank
+def test_a_wrong_value_on_one_rank_shrinks_to_the_smallest_example(ranks: RankPools) -> None:
+    def sums_agree(rows: int, features: int) -> None:
+        for rank, y in enumerate(ranks(TP_SIZE).run(sum_wrongly, rows, features)):
+            assert y.eq(TP_SIZE).all(), f"rank {rank} is wrong at {rows}×{features}"
+
+    failure, _, seconds = shrink(sums_agree)
+    assert f"rank 1 is wrong at {ROWS}×{FEATURES}" in str(failure)
+    assert seconds < 15
+
+
+@pytest.mark.multirank
+def test_an_exception_on_one_rank_shrinks_to_the_smallest_example(ranks: RankPools) -> None:
+    failure, _, seconds = shrink(lambda rows, features: ranks(TP_SIZE).run(sum_or_raise, rows, features))
+    assert f"rank 1, in phase 'sum_or_raise': ValueError: rows={ROWS} features={FEATURES}" in str(failure)
+    assert NEVER_ENTERED.search(str(failure))
+    assert seconds < 15
+
+
+@pytest.mark.multirank
+def test_a_hang_shrinks_in_few_attempts(ranks: RankPools) -> None:
+    failure, ran, seconds = shrink(lambda rows, features: ranks(TP_SIZE).run(sum_or_hang, rows, features, timeout_s=1.0))
+    assert NEVER_ENTERED.search(str(failure))
+    assert "in sum_or_hang\n    time.sleep(60)" in str(failure)
+    first = next(number for number, example in enumerate(ran) if is_wrong(*example))
+    assert len(ran[first:]) <= 30
+    assert seconds < 60
+
+
+# --- the budget alone: hangs are only told ---
+
+
+def hang(rows: int, features: int) -> None:
+    stuck = RankError(rank=1, kind="stuck", phase="", summary="")
+    raise RankFailure("hang", {1: stuck}, tp_size=2, fabric=f"rows={rows} features={features}")
+
+
+def run_within(budget: HangBudget, ran: list[tuple[int, int]], rows: int, features: int) -> None:
+    budget.admit(sum_or_hang, (rows, features))
+    ran.append((rows, features))
+    # Nothing about the drawn numbers but this one rule: shrinking has a long way to go.
+    if (rows * 64 + features) % 3 == 0 and rows > 20:
+        try:
+            hang(rows, features)
+        except RankFailure as failure:
+            budget.note(failure)
+            raise
+
+
+@pytest.mark.parametrize("attempts", [0, 3, HANG_ATTEMPTS])
+def test_when_the_attempts_are_spent_the_smallest_hang_so_far_is_told(attempts: int) -> None:
+    ran: list[tuple[int, int]] = []
+    budget = HangBudget(attempts)
+    failure, _, _ = shrink(lambda rows, features: run_within(budget, ran, rows, features))
+    hung = [example for example in ran if example[0] > 20 and (example[0] * 64 + example[1]) % 3 == 0]
+    first = ran.index(hung[0])
+    assert len(set(ran[first:]) - set(ran[:first])) <= attempts + 1
+    assert isinstance(failure, RankFailure)
+    assert failure.fabric == "rows={} features={}".format(*hung[-1])
+
+
+def test_more_attempts_find_a_smaller_hang() -> None:
+    smallest = {}
+    for attempts in (3, 1000):
+        ran: list[tuple[int, int]] = []
+        budget = HangBudget(attempts)
+        shrink(functools.partial(run_within, budget, ran))
+        smallest[attempts] = ran[-1]
+    assert smallest[3] > smallest[1000]
+
+
+def test_outside_hypothesis_nothing_is_rejected() -> None:
+    budget = HangBudget(0)
+    for rows in range(3):
+        budget.admit(sum_or_hang, (rows, 1))
+        with pytest.raises(RankFailure) as caught:
+            hang(rows, 1)
+        budget.note(caught.value)
+
+
+def test_an_exception_or_a_death_is_no_hang() -> None:
+    budget = HangBudget(0)
+    for kind in ("raised", "died"):
+        error = RankError(rank=1, kind=kind, phase="", summary="")  # type: ignore[arg-type]
+        budget.note(RankFailure("job", {1: error}, tp_size=2, fabric="gloo"))
+
+    @patient
+    @examples
+    def all_are_admitted(rows: int, features: int) -> None:
+        budget.admit(sum_or_hang, (rows, features))
+
+    all_are_admitted()
