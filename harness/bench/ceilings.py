@@ -34,6 +34,8 @@ def measure(rank: RankContext, dtype: str, num_threads: int | None) -> Figures:
         return _measure(rank.device, DTYPES[dtype])
     finally:
         torch.set_num_threads(before)
+        if rank.device.type == "cuda":
+            torch.cuda.empty_cache()  # gigabytes that those who come after may need
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Figures:

@@ -22,6 +22,9 @@ OWN_WAY = "shardproof"
 MODES = ("eager", "graph")
 Way = tuple[str, str, str]
 """(case, who does it, ``eager`` or ``graph``)"""
+Problems = dict[tuple[str, str | None], str]
+"""(who, case; None for all) -> why it can't run here"""
+_SYMMETRIC = "symmetric"
 
 
 def case_name(message_bytes: int, mode: str) -> str:
@@ -36,14 +39,21 @@ def size_of_case(sizes: Sequence[int], case: str) -> int:
     return next(size for size in sizes for mode in MODES if case_name(size, mode) == case)
 
 
-def build(rank: RankContext, dtype: str, part: CollectivesPart) -> dict[str, str]:
+def build(rank: RankContext, dtype: str, part: CollectivesPart) -> Problems:
     """Job: make every size and way ready. Returns the ways that can't run here, and why."""
     rank.phase = "build collectives"
-    problems: dict[str, str] = {}
+    problems: Problems = {}
     runs: dict[Way, Callable[[], float]] = {}
     for message_bytes in part.message_bytes:
         for who, mode, call in _ways(rank, message_bytes, DTYPES[dtype], problems):
-            runs[case_name(message_bytes, mode), who, mode] = _timed(rank, call, mode, part.calls)
+            case = case_name(message_bytes, mode)
+            try:
+                runs[case, who, mode] = _timed(rank, call, mode, part.calls)
+            except RuntimeError as problem:
+                if not who.startswith(_SYMMETRIC):
+                    raise
+                # They refuse some sizes, on all ranks alike.
+                problems[who, case] = _in_a_line(problem)
     rank.state["collectives"] = runs
     return problems
 
@@ -60,7 +70,7 @@ def measure(rank: RankContext) -> dict[tuple[str, str], float]:
 
 
 def _ways(rank: RankContext, message_bytes: int, dtype: torch.dtype,
-          problems: dict[str, str]) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+          problems: Problems) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
     # Zeros stay zeros, however often they are summed.
     x = torch.zeros(message_bytes // dtype.itemsize, dtype=dtype, device=rank.device)
     ways: dict[str, Callable[[], Tensor]] = {OWN_WAY: partial(rank.tp.all_reduce, x)}
@@ -70,7 +80,7 @@ def _ways(rank: RankContext, message_bytes: int, dtype: torch.dtype,
         try:
             ways |= _symmetric_ways(rank, message_bytes, dtype)
         except Exception as problem:  # of a torch build or a machine without them: said in the report
-            problems["symmetric memory"] = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+            problems["symmetric memory", None] = _in_a_line(problem)
     modes = MODES if rank.tp.fabric == "nccl" else MODES[:1]
     for who, call in ways.items():
         for mode in modes:
@@ -91,8 +101,12 @@ def _symmetric_ways(rank: RankContext, message_bytes: int, dtype: torch.dtype) -
     x = symmetric.empty(message_bytes // dtype.itemsize, dtype=dtype, device=rank.device)
     symmetric.rendezvous(x, name)
     x.zero_()
-    return {"symmetric one-shot": partial(torch.ops.symm_mem.one_shot_all_reduce, x, "sum", name),
-            "symmetric two-shot": partial(torch.ops.symm_mem.two_shot_all_reduce_, x, "sum", name)}
+    return {f"{_SYMMETRIC} one-shot": partial(torch.ops.symm_mem.one_shot_all_reduce, x, "sum", name),
+            f"{_SYMMETRIC} two-shot": partial(torch.ops.symm_mem.two_shot_all_reduce_, x, "sum", name)}
+
+
+def _in_a_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
 
 
 def _timed(rank: RankContext, call: Callable[[], Tensor], mode: str, num_calls: int) -> Callable[[], float]:

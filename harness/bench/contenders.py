@@ -12,7 +12,7 @@ from typing import Any
 from engine.config import DTYPES
 from harness.bench import micro, serving
 from harness.bench.bounds import Ceilings, ModelSize, all_reduce_bytes, decode_step_s, generate_s, prefill_s
-from harness.bench.collectives import size_of_case
+from harness.bench.collectives import Problems, size_of_case
 from harness.bench.engines.base import EngineSpec
 from harness.bench.figures import Figures
 from harness.bench.layers import LayerWork
@@ -201,7 +201,7 @@ class CollectivesContender(Contender):
     """All-reduces on fresh ranks. ``problems``: ways that can't run here, and why."""
 
     part: CollectivesPart
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: Problems = field(default_factory=dict)
 
     def open(self) -> None:
         worker = self.worker()
@@ -221,8 +221,8 @@ class CollectivesContender(Contender):
         return {"all_reduce_us": all_reduce_bytes(message_bytes, self.tp_size) / (rate * 1e3)}
 
     def not_measured(self, workload: str) -> list[NotMeasured]:
-        return [NotMeasured(workload=workload, engine=who, tp_size=self.tp_size, reason=why)
-                for who, why in self.problems.items()]
+        return [NotMeasured(workload=workload, case=case, engine=who, tp_size=self.tp_size, reason=why)
+                for (who, case), why in self.problems.items()]
 
     def close(self) -> None:
         self.worker().call(micro.free_collectives, timeout_s=60.0)

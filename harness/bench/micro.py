@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.parallel.ranks import Ranks
 from harness.bench import ceilings, collectives, layers, loading
+from harness.bench.collectives import Problems
 from harness.bench.figures import Figures
 from harness.bench.layers import LayerWork
 from harness.bench.loading import Loaded
@@ -55,9 +56,9 @@ def measure_layers(state: State, engine: str) -> Measured:
     return {(case, engine): {"call_us": 1e6 * max(times[case] for times in found)} for case in found[0]}
 
 
-def build_collectives(state: State, dtype: str, part: CollectivesPart) -> dict[str, str]:
+def build_collectives(state: State, dtype: str, part: CollectivesPart) -> Problems:
     """Make the collectives ready; ways that can't run here, and why."""
-    problems: dict[str, str] = {}
+    problems: Problems = {}
     for answer in _run(state, collectives.build, dtype, part):
         problems |= answer
     return problems

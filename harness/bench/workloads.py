@@ -186,7 +186,7 @@ WORKLOADS: dict[str, tuple[Part, ...]] = {
         GeneratePart(
             workload="w1", limits=Limits(max_model_len=4_096, max_num_seqs=512, max_num_batched_tokens=16_384),
             cases=(GenerateCase(case="256 requests of 100 to 1024 in, 100 to 1024 out", draw=w1_requests,
-                                figures=("throughput",), rounds=5, reference=False),),
+                                figures=("throughput",), rounds=8, reference=False),),
         ),
     ),
     "decode": (
@@ -210,7 +210,7 @@ WORKLOADS: dict[str, tuple[Part, ...]] = {
     "layers": (LayersPart(batch_sizes=(1, 16, 64, 256), rounds=30, slice_s=0.02),),
     "layers-subset": (QUICK_LAYERS,),
     "load": (
-        LoadPart(rounds=5),
+        LoadPart(rounds=9),
         StartPart(limits=_GPU_LIMITS, rounds=2),
     ),
     "quick": (
