@@ -395,10 +395,11 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; a thousand nested lists
         raise RecordError(f"not a report's JSON ({error})", file=str(path)) from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise RecordError(f'no report of ours: "format" is not "{FORMAT}"', file=str(path))
+        raise RecordError(f'no report of ours: "format" is not "{FORMAT}"', where=_line_of_key("format", text), file=str(path))
     if (version := data.pop("format_version", None)) != FORMAT_VERSION:
         rule = f"this code reads {FORMAT_VERSION}; write the report again, or use the code that wrote it"
-        raise RecordError(f"format_version={version!r}: {rule}", where="format_version", file=str(path))
+        where = f"{_line_of_key('format_version', text)}, format_version"
+        raise RecordError(f"format_version={version!r}: {rule}", where=where, file=str(path))
     try:
         report: Report = conform(Report, data, "")
     except RecordError as error:
@@ -419,6 +420,12 @@ def _with_line(where: str, text: str, data: dict[str, Any]) -> str:
     except (ValueError, IndexError):
         return where
     return f"line {number + 1}, {where}" if same else where
+
+
+def _line_of_key(key: str, text: str) -> str:
+    """The line where a key of the whole file first stands, or should."""
+    found = re.search(rf'"{key}"\s*:', text)
+    return f"line {text.count(chr(10), 0, found.start()) + 1 if found else 1}"
 
 
 def _line_of_constant(text: str) -> str:

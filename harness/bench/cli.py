@@ -22,6 +22,7 @@ from harness.bench.shapes import SHAPES, model_folder
 from harness.bench.step import Watcher
 from harness.bench.worker import WorkerError
 from harness.bench.workloads import WORKLOADS
+from reference.checkpoints import CheckpointError
 from reports.compare import HARDWARE, Comparison, UnlikeMachinesError, compare
 from reports.markdown import comparison_markdown
 from reports.metrics import label
@@ -90,6 +91,8 @@ def bench_command(
             plan = BenchPlan(model=model, folder=Path(), workloads=names, tp_sizes=tp_sizes, fabric=fabric, device=device,
                              dtype=dtype, peers=peers, rounds=rounds, against=against)
             result = run_bench(plan.with_folder(model_folder(model, dtype=dtype)), watcher)
+        except CheckpointError as error:
+            _fail(str(error), COULD_NOT_RUN)
         except ValueError as error:
             _fail(str(error), USAGE)
         except (WorkerError, OSError) as error:
