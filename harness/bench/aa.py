@@ -189,7 +189,9 @@ def main() -> int:
     plan = BenchPlan(model=options.model, folder=model_folder(options.model), workloads=(WORKLOAD,), device="cpu",
                      dtype="bfloat16", against=CHECKOUT)
     ends_at = time.monotonic() + 60 * (options.minutes or math.inf)
-    is_done = study(plan, questions, options.comparisons, is_over=lambda: time.monotonic() > ends_at, on_progress=_say)
+    is_done = False
+    with suppress(KeyboardInterrupt):  # between two runs: within one, the run has answered it
+        is_done = study(plan, questions, options.comparisons, is_over=lambda: time.monotonic() > ends_at, on_progress=_say)
     rows = [question.row(options.model, plan.dtype) for question in questions if question.judged]
     report = Report(run=replace(head, seconds=sum(row.seconds for row in rows)), checks=rows)
     paths = write_all(report, options.out)
