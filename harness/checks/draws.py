@@ -86,10 +86,13 @@ def draw_cases(draw: random.Random, dtype: str, num_cases: int = NUM_CASES) -> l
     for _ in range(num_cases):
         top_k, nucleus = draw.randint(4, 9), draw.randint(2, 8)
         kinds = [DrawKind(temperature=0.0), DrawKind(temperature=0.0, num_banned=2), DrawKind(), DrawKind(temperature=0.6),
-                 DrawKind(top_k=top_k), DrawKind(num_in_nucleus=nucleus), DrawKind(top_k=1, temperature=1.5),
+                 DrawKind(temperature=2.0), DrawKind(top_k=top_k), DrawKind(top_k=1, temperature=1.5), DrawKind(top_k=10_000),
+                 DrawKind(num_in_nucleus=nucleus), DrawKind(num_in_nucleus=1),
+                 # Hot ones: with the probabilities of a temperature of 1 these nuclei would be smaller.
+                 DrawKind(num_in_nucleus=8, temperature=2.5),
                  # A top_k that cuts half of the nucleus off changes what top_p is a share of.
                  DrawKind(top_k=top_k, num_in_nucleus=top_k // 2, temperature=1.3),
-                 DrawKind(top_k=top_k, num_in_nucleus=2, num_banned=1), DrawKind(num_in_nucleus=1), DrawKind(top_k=10_000)]
+                 DrawKind(top_k=top_k, num_in_nucleus=2, num_banned=1)]
         draw.shuffle(kinds)
         cases.append(DrawCase(vocab_size=draw.randint(20, 150), spread=draw.choice((1.0, 2.0)), kinds=tuple(kinds), dtype=dtype,
                               seed=draw.randrange(2**31)))

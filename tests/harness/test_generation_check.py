@@ -1,20 +1,32 @@
-"""What the generation check rests on: how hard sampled tokens are to believe, and a model without positive logits."""
+"""What the generation check rests on: which tokens may be turned round, how hard drawn ones are to believe, the sampler alone."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+import engine.layers.sampler as sampler
+import harness.checks.draws as draws_check
 from engine.batch import SamplingBatch
 from engine.layers.sampler import filter_top_k_top_p, sample
-from harness.budgets import improbability
-from harness.checks.generation import NUM_SAMPLED, SAMPLING, negative_logits_checkpoint
+from engine.parallel.group import TPGroup
+from engine.parallel.ranks import RankContext, Ranks
+from harness.budgets import improbability, improbable_counts, near_tie_margins
+from harness.checks.base import CheckContext, Outcome
+from harness.checks.draws import DrawCase, check_draws, draw_cases, run_cases
+from harness.checks.generation import NUM_SAMPLED, SAMPLING, _compare, negative_logits_checkpoint
 from harness.checks.weights import small_twin
 from harness.faults.layouts import LAYOUTS
 from harness.truth import Truth
+from tests.harness.checking import assert_green
 
 NUM_DRAWS = 60
 
@@ -72,3 +84,110 @@ def test_the_twin_has_no_positive_logit_and_a_padded_vocabulary(name: str, tmp_p
         folder = negative_logits_checkpoint(tmp_path / str(tp_size), config, dtype=LAYOUTS[name].dtype, seed=tp_size)
         truth = Truth(folder, dtype=LAYOUTS[name].dtype)
         assert max(logits.max().item() for logits in truth.exact_logits) < 0
+
+
+def test_counts_that_chance_gives_can_be_believed_and_others_not() -> None:
+    p_V = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=torch.float64)
+    for seed in range(50):
+        drawn = torch.multinomial(p_V, 400, replacement=True, generator=torch.Generator().manual_seed(seed))
+        assert improbable_counts(drawn.bincount(minlength=4), p_V) < 1
+    assert improbable_counts(torch.tensor([320, 40, 40, 0]), p_V) > 1
+    assert improbable_counts(torch.tensor([200, 100, 99, 1]), p_V) == float("inf")
+
+
+@pytest.mark.parametrize(("dtype", "seed"), [("float32", 0), ("bfloat16", 1), ("float16", 2)])
+def test_the_sampler_by_itself_is_green(dtype: str, seed: int) -> None:
+    rank = RankContext(tp=TPGroup(0, 1, "alone"), device=torch.device("cpu"))
+    assert set(run_cases(rank, draw_cases(random.Random(seed), dtype))) == {None}
+
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def with_params(change: Callable[[SamplingBatch], dict[str, Any]]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(draws_check, "sample", lambda logits, sampling: sample(logits, replace(sampling, **change(sampling))))
+
+    return plant
+
+
+def nucleus_of_the_whole_vocabulary(patch: pytest.MonkeyPatch) -> None:
+    def wrong(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+        return torch.minimum(filter_top_k_top_p(logits, temperature, top_k, torch.ones_like(top_p)),
+                             filter_top_k_top_p(logits, temperature, torch.zeros_like(top_k), top_p))
+
+    patch.setattr(sampler, "filter_top_k_top_p", wrong)
+
+
+def nucleus_before_the_temperature(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sampler, "filter_top_k_top_p", lambda logits, temperature, top_k, top_p: filter_top_k_top_p(
+        logits, torch.ones_like(temperature), top_k, top_p))
+
+
+@pytest.mark.parametrize("plant", [
+    nucleus_of_the_whole_vocabulary, nucleus_before_the_temperature,
+    with_params(lambda given: {"top_k_R": given.top_k_R.max().expand_as(given.top_k_R)}),
+    with_params(lambda given: {"top_k_R": torch.where(given.top_k_R > 1, given.top_k_R + 1, given.top_k_R)}),
+    with_params(lambda given: {"position_R": torch.zeros_like(given.position_R)}),
+    with_params(lambda given: {"seed_R": torch.zeros_like(given.seed_R)}),
+    with_params(lambda given: {"temperature_R": given.temperature_R.clamp(max=1.0)}),
+    with_params(lambda given: {"position_R": given.position_R + torch.arange(len(given.position_R))}),
+    with_params(lambda given: {"banned_row_X": given.banned_row_X[:0], "banned_token_X": given.banned_token_X[:0]}),
+], ids=["nucleus of the whole vocabulary", "nucleus before the temperature", "one top_k for all rows", "top_k one too large",
+        "no position", "no seed", "temperature at most 1", "place in the batch", "nothing banned"])
+def test_a_fault_in_the_sampler_is_seen_and_can_be_replayed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ranks(2, fabric="threads") as ranks:
+        context = CheckContext(truth=cast(Truth, SimpleNamespace(dtype="bfloat16")), ranks=ranks, subject="engine", options={},
+                               seed=0)
+        with monkeypatch.context() as patch:
+            plant(patch)
+            outcome = check_draws(context)
+            again = check_draws(replace(context, case=outcome.case))
+        assert (outcome.module, again.finding) == ("sampler", outcome.finding)
+        assert outcome.finding is not None
+        assert asdict(DrawCase.from_plain(outcome.case)) == outcome.case
+        assert_green(check_draws(replace(context, case=outcome.case)))
+
+
+def flipped(step: int, *, other_rank: list[int] | None = None) -> Outcome:
+    """What comes of the second-best token in this step of five. Rounding may turn steps 0 and 1 round, the first by far."""
+    generator = torch.Generator().manual_seed(0)
+    exact_TV = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    top_TK = exact_TV.topk(2).indices
+    noise_TV = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    # The baseline happens to be good everywhere; the model in float32 tells which rows magnify rounding.
+    baseline_TV = exact_TV + 1e-3 * noise_TV
+    float32_TV = exact_TV + 2.0**-24 * torch.tensor([3000.0, 10.0, 1.0, 1.0, 1.0])[:, None] * noise_TV
+    ties_T = near_tie_margins(baseline_TV, exact_TV, "bfloat16", float32_TV)
+    margins_T = torch.tensor([0.9, 0.9, 0.5, 0.5, 0.5]) * ties_T
+    margins_T[2:] = ties_T[0] / 2  # no tie for these rows, though it would be for the first
+    ids = top_TK[:, 0].tolist()
+    drawn = [*ids[:step], int(top_TK[step, 1]), *ids[step + 1 :]]
+    truth = SimpleNamespace(
+        dtype="bfloat16", config={"vocab_size": 40}, prompts=((1, 2),),
+        greedy=[SimpleNamespace(token_ids=ids, margins=margins_T.tolist())], greedy_baseline_logits=[baseline_TV],
+        greedy_exact_logits=[exact_TV], greedy_float32_logits=[float32_TV],
+        exact=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]),
+        baseline=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]))
+
+    def draw(prompts: Any, params: Any) -> list[list[list[int]]]:
+        if params["temperature"]:
+            return [[[0, 1, 2]], [[0, 1, 2]]]
+        done = len(prompts[0]) - 2
+        return [[drawn[done:] if done <= step else ids[done:]], [other_rank or (drawn[done:] if done <= step else ids[done:])]]
+
+    return _compare(cast(CheckContext, SimpleNamespace(dtype="bfloat16", seed=0)), cast(Truth, truth), draw)
+
+
+def test_a_tie_is_excused_by_what_its_own_row_allows() -> None:
+    assert flipped(0).finding is None
+    assert flipped(1).finding is None
+    for step in (2, 3, 4):
+        finding = flipped(step).finding
+        assert finding is not None
+        assert finding.startswith(f"prompt 0, step {step}: expected token")
+
+
+def test_ranks_that_draw_different_ids_are_the_finding_even_at_a_tie() -> None:
+    outcome = flipped(0, other_rank=[3, 3, 3, 3, 3])
+    assert (outcome.rank, "differ between ranks" in (outcome.finding or "")) == (1, True)
