@@ -6,8 +6,8 @@ Synchronization"); CUDA graphs record such launches as they are.
 
 The rules, for a kernel that gets :func:`early_launch`:
 
-* Its first line is :func:`wait_for_inputs`, in every program, whatever the program does after. What waits for this kernel
-  then also waits for those ahead of it, however long the chain is.
+* Every program calls :func:`wait_for_inputs`, whatever it does after. What waits for this kernel then also waits for those
+  ahead of it, however long the chain is.
 * Before that line it touches nothing that a kernel ahead may write: what it reads there must have been written before the
   launch ahead of it.
 """

@@ -1,11 +1,15 @@
-"""Decode attention: one query token per sequence against its keys in the paged cache, split over the keys.
+"""Decode attention: one query token per sequence against its keys in the paged cache, in one launch.
 
-One program per (KV head, sequence, split) reads that part of the cache once, for all query heads of the KV
-head together; where there are splits, a second kernel combines them (the split-KV scheme of FlashDecoding:
-Dao, Haziza, Massa and Sizov, 2023, on the online softmax of Milakov and Gimelshein, 2018).
+The keys of all sequences, tile after tile, are one long row, and each program of a KV head takes an equal stretch of it: a
+part of a sequence, or the end of one, some whole ones and the start of another. The stretches follow from the lengths on the
+device, so that a captured graph adapts to them from step to step. There are as many programs as run at once: all begin and
+end together. Each key is read once, for all query heads of its KV head together. Of the programs that share a sequence, the
+one that is done last combines their results, in the order of the keys. Which program that is changes from run to run; the
+bits do not.
 
-Grids depend on shapes and on bounds known to the host, never on the lengths on the device: CUDA graphs can
-hold them.
+The cut is that of stream-K (Osama et al., 2023) for matrix products, the combination that of FlashDecoding (Dao, Haziza,
+Massa and Sizov, 2023) on the online softmax of Milakov and Gimelshein (2018); FlashInfer (Ye et al., 2025) balances decode
+attention with a plan that the host makes.
 """
 
 import math
@@ -14,25 +18,20 @@ import torch
 
 from engine.kernels.attention_torch import paged_attention_torch
 from engine.kernels.common import cdiv, check_kernel_inputs, next_power_of_2, rows_adjacent, tl, triton
+from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 from engine.kernels.store_kv import check_caches
 
 # Shape suffixes: S = sequences, Q = query heads on this rank, N = KV heads on this rank, H = head dim,
-# P = cache blocks, B = slots in a block, X = splits
+# P = cache blocks, B = slots in a block, W = programs of a KV head, G = query heads of a KV head
 
-_MAX_SPLITS = 64
-_PROGRAMS_PER_SM = 8  # enough work in flight to hide the longest sequence's tail
-_COMBINED_AT_ONCE = 16  # fixed, so that the order of summation does not depend on the number of splits
-
-
-@triton.jit
-def _tokens_per_split(context, split_len, num_splits, TILE: tl.constexpr):
-    """``split_len``, or where that is 0 the context's tiles spread evenly; at least one tile."""
-    even = tl.cdiv(tl.cdiv(context, TILE), num_splits) * TILE
-    return tl.where(split_len > 0, split_len, tl.maximum(even, TILE))
+_NUM_SMS = 132  # of an H200; a guess elsewhere costs speed, not correctness
+_REGISTERS_PER_SM = 65536
+_PROGRAMS_PER_SM = 4
+_COMBINED_ELEMENTS = 4096  # of the partial results that a program holds at once
 
 
 @triton.jit
-def attend_keys(
+def _attend_keys(
     q_rows, k_head, v_head, table, begin, end, scale_log2,
     STRIDE_P: tl.constexpr, STRIDE_B: tl.constexpr, BLOCK_SIZE: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
@@ -77,101 +76,114 @@ def attend_keys(
 
 
 # What changes from step to step must not compile a new kernel: each variant would stall a step for a second.
-@triton.jit(do_not_specialize=["lse_stride_s", "lse_stride_h", "table_stride"],
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"],
             do_not_specialize_on_alignment=["block_tables", "context_lens"])  # fmt: skip
 def _decode_kernel(
-    q, k_cache, v_cache, block_tables, context_lens, q_start, q_count, out, lse, scale_log2, split_len,
-    q_stride_s, q_stride_h, out_stride_s, out_stride_h, out_stride_x,
-    lse_stride_s, lse_stride_h, table_stride,
+    q, k_cache, v_cache, block_tables, context_lens, q_start, q_count, out, partial, lse, tickets, scale_log2,
+    num_seqs, q_stride_s, q_stride_h, out_stride_s, out_stride_h, table_stride,
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEQS_PAD: tl.constexpr,
+    TILE: tl.constexpr, COMBINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``out`` is the result; with SPLIT, float32 partial results and ``lse`` (log2) their weights."""
+    """Program (n, w) of (N, W) takes stretch w of KV head n. It leaves at most two pieces for others to combine."""
     kv_head = tl.program_id(0)
-    seq = tl.program_id(1)
-    split = tl.program_id(2)
-    context = tl.load(context_lens + seq)
-    begin = 0
-    end = context
-    if SPLIT:
-        tokens = _tokens_per_split(context, split_len, tl.num_programs(2), TILE)
-        begin = split * tokens
-        end = tl.minimum(begin + tokens, context)
-        if begin >= end:
-            return
+    program = tl.program_id(1)
+    seqs = tl.arange(0, SEQS_PAD)
+    contexts = tl.load(context_lens + seqs, mask=seqs < num_seqs, other=0)
+    # A padding sequence has a tile too, without keys: its result is zeros.
+    tiles = tl.where(seqs < num_seqs, tl.maximum(tl.cdiv(contexts, TILE), 1), 0)
+    stops = tl.cumsum(tiles, axis=0)
+    num_tiles = tl.sum(tiles, axis=0)
+    stretch = tl.cdiv(num_tiles, tl.num_programs(1))
+    start = program * stretch
+    stop = tl.minimum(start + stretch, num_tiles)
+    first_seq = tl.sum((stops <= start).to(tl.int32), axis=0)
+    last_seq = tl.sum((stops < stop).to(tl.int32), axis=0)
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, H_PAD)
-    keep_rows = rows < tl.load(q_count + kv_head)
-    heads = tl.load(q_start + kv_head) + rows
-    keep_q = keep_rows[:, None] & (dims < H)[None, :]
-    q_at = q + seq.to(tl.int64) * q_stride_s + heads[:, None] * q_stride_h + dims[None, :]
-    q_rows = tl.load(q_at, mask=keep_q, other=0.0)
-    acc, total, top = attend_keys(
-        q_rows, k_cache + kv_head.to(tl.int64) * STRIDE_N, v_cache + kv_head.to(tl.int64) * STRIDE_N,
-        block_tables + seq.to(tl.int64) * table_stride, begin, end, scale_log2,
-        STRIDE_P, STRIDE_B, BLOCK_SIZE, H, H_PAD, ROWS, TILE, PRECISION,
-    )  # fmt: skip
-    # A padding sequence has no keys: its rows are zeros.
-    safe_total = tl.where(total > 0, total, 1.0)
-    acc = acc / safe_total[:, None]
-    out_at = out + seq.to(tl.int64) * out_stride_s + heads[:, None] * out_stride_h + dims[None, :]
-    if SPLIT:
-        out_at += split * out_stride_x
-        lse_at = lse + seq.to(tl.int64) * lse_stride_s + heads * lse_stride_h + split
-        tl.store(lse_at, top + tl.log2(safe_total), mask=keep_rows)
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=keep_q)
+    num_rows = tl.load(q_count + kv_head)
+    first_head = tl.load(q_start + kv_head)
+    keep_rows = (rows < num_rows)[:, None] & (dims < H)[None, :]
+    # The lengths are a step's inputs, written before its first kernel: only queries and cache are waited for.
+    wait_for_inputs(OVERLAP)
+    for seq in range(first_seq, last_seq + 1):
+        context = tl.load(context_lens + seq)
+        row = tl.cast(seq, tl.int64)
+        seq_stop = tl.sum(tl.where(seqs == seq, stops, 0), axis=0)
+        seq_start = seq_stop - tl.maximum(tl.cdiv(context, TILE), 1)
+        begin = (tl.maximum(start, seq_start) - seq_start) * TILE
+        end = tl.minimum((tl.minimum(stop, seq_stop) - seq_start) * TILE, context)
+        q_seq = q + row * q_stride_s + first_head * q_stride_h
+        acc, total, top = _attend_keys(
+            tl.load(q_seq + rows[:, None] * q_stride_h + dims[None, :], mask=keep_rows, other=0.0),
+            k_cache + kv_head.to(tl.int64) * STRIDE_N, v_cache + kv_head.to(tl.int64) * STRIDE_N,
+            block_tables + row * table_stride, begin, end, scale_log2,
+            STRIDE_P, STRIDE_B, BLOCK_SIZE, H, H_PAD, ROWS, TILE, "ieee",
+        )  # fmt: skip
+        total = tl.where(total > 0, total, 1.0)
+        acc = acc / total[:, None]
+        out_seq = out + row * out_stride_s + first_head * out_stride_h
+        first_program = seq_start // stretch
+        num_pieces = (seq_stop - 1) // stretch - first_program + 1
+        if num_pieces == 1:
+            out_at = out_seq + rows[:, None] * out_stride_h + dims[None, :]
+            tl.store(out_at, acc.to(out.dtype.element_ty), mask=keep_rows)
+        else:
+            # A program's first sequence and its last one may be shared with others: a row for each.
+            head_row = kv_head * tl.num_programs(1) * 2
+            at = (head_row + 2 * program + (seq > first_seq).to(tl.int32)) * GROUP + rows
+            tl.store(lse + at, top + tl.log2(total), mask=rows < num_rows)
+            tl.store(partial + at[:, None] * H + dims[None, :], acc, mask=keep_rows)
+            # All threads have stored before one of them says so to the sequence's other programs.
+            tl.debug_barrier()
+            ticket_at = tickets + seq * tl.num_programs(0) + kv_head
+            if tl.atomic_add(ticket_at, 1, sem="acq_rel") == num_pieces - 1:
+                tl.store(ticket_at, 0)  # for the next launch
+                starts_inside = (seq_start > first_program * stretch).to(tl.int32)
+                _combine(
+                    partial, lse, out_seq, out_stride_h, num_rows, head_row + 2 * first_program, num_pieces, starts_inside,
+                    H, H_PAD, GROUP, GROUP_PAD, COMBINED,
+                )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_splits", "lse_stride_s", "lse_stride_h"],
-            do_not_specialize_on_alignment=["context_lens"])  # fmt: skip
-def _combine_kernel(
-    partial, lse, context_lens, out, split_len, num_splits,
-    partial_stride_s, partial_stride_h, partial_stride_x,
-    lse_stride_s, lse_stride_h, out_stride_s, out_stride_h,
-    H: tl.constexpr, H_PAD: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit
+def _combine(
+    partial, lse, out, out_stride_h, num_rows, first_row, num_pieces, starts_inside,
+    H: tl.constexpr, H_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, COMBINED: tl.constexpr,
 ):  # fmt: skip
-    """One program per (query head, sequence): the weighted mean of its splits that hold keys."""
-    head = tl.program_id(0)
-    seq = tl.program_id(1)
-    context = tl.load(context_lens + seq)
-    active = tl.cdiv(context, _tokens_per_split(context, split_len, num_splits, TILE))
+    """The weighted mean of one sequence's partial results, COMBINED of them at a time.
+
+    Piece ``i`` is row ``first_row + 2 i``: the first sequence of its program; but piece 0 is the row after that, where the
+    sequence starts inside its program's stretch.
+    """
+    group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, H_PAD)
-    chunk = tl.arange(0, CHUNK)
-    lse_row = lse + seq.to(tl.int64) * lse_stride_s + head * lse_stride_h
-    partial_row = partial + seq.to(tl.int64) * partial_stride_s + head * partial_stride_h
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros([H_PAD], tl.float32)
-    for first in range(0, active, CHUNK):
-        splits = first + chunk
-        keep = splits < active
-        logs = tl.load(lse_row + splits, mask=keep, other=float("-inf"))
-        values_at = partial_row + splits[:, None] * partial_stride_x + dims[None, :]
-        values = tl.load(values_at, mask=keep[:, None] & (dims < H)[None, :], other=0.0)
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, H_PAD], tl.float32)
+    for start in range(0, num_pieces, COMBINED):
+        pieces = start + tl.arange(0, COMBINED)
+        piece_rows = first_row + 2 * pieces + tl.where(pieces == 0, starts_inside, 0)
+        at = piece_rows[:, None] * GROUP + group[None, :]
+        keep = (pieces < num_pieces)[:, None] & (group < num_rows)[None, :]
+        # What other programs wrote is in the L2 cache; an L1 cache could hold something older.
+        logs = tl.load(lse + at, mask=keep, other=float("-inf"), cache_modifier=".cg")
+        logs = tl.where((group < num_rows)[None, :], logs, 0.0)
+        values = tl.load(
+            partial + at[:, :, None] * H + dims[None, None, :],
+            mask=keep[:, :, None] & (dims < H)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logs, axis=0))
-        weights = tl.exp2(logs - new_top)
+        weights = tl.exp2(logs - new_top[None, :])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(weights, axis=0)
-        acc = acc * decay + tl.sum(weights[:, None] * values, axis=0)
+        acc = acc * decay[:, None] + tl.sum(weights[:, :, None] * values, axis=0)
         top = new_top
-    acc = acc / tl.where(total > 0, total, 1.0)
-    out_at = out + seq.to(tl.int64) * out_stride_s + head * out_stride_h + dims
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=dims < H)
-
-
-def choose_splits(num_seqs: int, num_kv_heads: int, max_context: int, *, num_sms: int = 132) -> int:
-    """Splits that fill ``num_sms`` multiprocessors: 1 for a large batch, up to 64 for one sequence.
-
-    A function of shapes and bounds alone, hence constant for a captured graph. No split is planned for fewer
-    than 128 tokens of ``max_context``.
-
-    >>> choose_splits(256, 8, 4096), choose_splits(1, 8, 32768), choose_splits(1, 8, 100)
-    (1, 64, 1)
-    """
-    wanted = cdiv(_PROGRAMS_PER_SM * num_sms, max(1, num_seqs * num_kv_heads))
-    return max(1, min(wanted, max_context // 128, _MAX_SPLITS))
+    acc = acc / total[:, None]
+    keep_out = (group < num_rows)[:, None] & (dims < H)[None, :]
+    tl.store(out + group[:, None] * out_stride_h + dims[None, :], acc.to(out.dtype.element_ty), mask=keep_out)
 
 
 def paged_decode(
@@ -183,15 +195,17 @@ def paged_decode(
     q_start_N: torch.Tensor,
     q_count_N: torch.Tensor,
     scale: float,
+    tickets: torch.Tensor,
     *,
     out_SQH: torch.Tensor | None = None,
     max_context: int | None = None,
     max_group: int | None = None,
-    num_splits: int | None = None,
-    split_len: int | None = None,
     tile: int | None = None,
+    programs_per_sm: int = _PROGRAMS_PER_SM,
+    num_programs: int | None = None,
     num_warps: int = 4,
     num_stages: int = 2,
+    overlap: bool | None = None,
 ) -> torch.Tensor:
     """Attention of one query token per sequence to that sequence's ``context_len`` cached keys.
 
@@ -202,79 +216,69 @@ def paged_decode(
     q_start_N, q_count_N   ``[N]`` int32: KV head ``n`` serves the query heads ``start : start + count``;
                      counts may differ, together they cover every query head
     scale            factor on the scores, usually ``H ** -0.5``
+    tickets          at least ``S * N`` int32, zeros, contiguous; zeros again when the launch is done. They count the
+                     finished pieces of each sequence and KV head: launches that may run at once must not share them
     out_SQH          where to write (last dimension contiguous); allocated if None
-    max_context      a bound on ``context_lens``, default ``max_blocks * B``; shapes the grid
+    max_context      a bound on ``context_lens``, default ``max_blocks * B``; no more programs than its tiles
     max_group        a bound on ``q_count``; the default holds for any but may pad more rows than needed
-    num_splits       programs that share one sequence's keys, by default :func:`choose_splits`; each
-                     sequence's tiles are spread evenly over them
-    split_len        instead: splits of so many tokens, a multiple of the tile, at absolute positions. The
-                     result's bits then do not depend on the batch, nor on ``max_context``
-    tile, num_warps, num_stages   keys per inner step, and Triton's launch parameters
+    tile             keys per inner step
+    programs_per_sm  how many programs a multiprocessor runs at once: they get an equal part of its registers
+    num_programs     of each KV head, instead of as many as run at once
+    num_warps, num_stages, overlap   Triton's launch parameters, and whether to start before the kernel ahead is done
+                     (default: where the device can); lengths, tables and tickets are older than any kernel ahead
 
     Scores, softmax and sums are float32; the probabilities are rounded to the cache's dtype before they meet
     the values (not in float32), and the result ``[S, Q, H]`` once more.
-    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32, for caches laid out differently,
-    and for splits that do not fit together.
+    Raises ``ValueError`` for dtypes other than bfloat16, float16, float32, for caches laid out differently, and for tickets
+    that do not fit.
     """
     check_kernel_inputs(q=q_SQH)
     check_caches(k_cache_PNBH, v_cache_PNBH)
     block_tables, context_lens_S = rows_adjacent(block_tables), context_lens_S.contiguous()
     num_seqs, num_q_heads, head_dim = q_SQH.shape
     num_kv_heads, block_size = k_cache_PNBH.shape[1], k_cache_PNBH.shape[2]
-    device = q_SQH.device
     if out_SQH is None:
-        out_SQH = torch.empty((num_seqs, num_q_heads, head_dim), dtype=q_SQH.dtype, device=device)
+        out_SQH = torch.empty((num_seqs, num_q_heads, head_dim), dtype=q_SQH.dtype, device=q_SQH.device)
     if num_seqs == 0:
         return out_SQH
+    if tickets.dtype != torch.int32 or tickets.numel() < num_seqs * num_kv_heads or not tickets.is_contiguous():
+        raise ValueError(
+            f"tickets {tuple(tickets.shape)} {tickets.dtype} must be at least num_seqs * num_kv_heads="
+            f"{num_seqs * num_kv_heads} contiguous int32: allocate zeros once, for the largest batch"
+        )
     if max_context is None:
         max_context = block_tables.shape[1] * block_size
-    if split_len is not None:
-        num_splits = max(1, cdiv(max_context, split_len))
-    elif num_splits is None:
-        num_splits = choose_splits(num_seqs, num_kv_heads, max_context)
     head_dim_padded = max(16, next_power_of_2(head_dim))
     if tile is None:
-        # With pinned splits the tile is part of what is pinned: it must not depend on the number of splits.
-        whole = num_splits == 1 and split_len is None
-        tile = default_tile(whole, head_dim_padded, q_SQH.element_size())
-    if split_len is not None and (split_len <= 0 or split_len % tile):
-        raise ValueError(f"split_len={split_len} must be a positive multiple of tile={tile}: change either")
+        tile = _default_tile(head_dim_padded, q_SQH.element_size())
+    most_tiles = num_seqs * max(1, cdiv(max_context, tile))
+    # Rounded down: a program too many would begin when the others end.
+    num_programs = min(num_programs or max(1, programs_per_sm * _NUM_SMS // num_kv_heads), most_tiles)
     # Every other KV head serves at least one query head.
-    group_bound = num_q_heads - num_kv_heads + 1 if max_group is None else max_group
-    split = num_splits > 1
-    if split:
-        partial_SQXH = torch.empty((num_seqs, num_q_heads, num_splits, head_dim), dtype=torch.float32, device=device)
-        lse_SQX = torch.empty((num_seqs, num_q_heads, num_splits), dtype=torch.float32, device=device)
-        target, target_strides = partial_SQXH, partial_SQXH.stride()[:3]
-        lse, lse_strides = lse_SQX, lse_SQX.stride()[:2]
-    else:
-        target, target_strides = out_SQH, (out_SQH.stride(0), out_SQH.stride(1), 0)
-        lse, lse_strides = out_SQH, (0, 0)  # never read
+    group = num_q_heads - num_kv_heads + 1 if max_group is None else max_group
+    group_padded = next_power_of_2(max(1, group))
+    partial_NWGH = torch.empty((num_kv_heads, num_programs, 2, group, head_dim), dtype=torch.float32, device=q_SQH.device)
+    lse_NWG = torch.empty((num_kv_heads, num_programs, 2, group), dtype=torch.float32, device=q_SQH.device)
+    overlap = may_overlap(q_SQH, overlap)
     stride_p, stride_n, stride_b, _ = k_cache_PNBH.stride()
-    _decode_kernel[(num_kv_heads, num_seqs, num_splits)](
+    _decode_kernel[(num_kv_heads, num_programs)](
         q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables, context_lens_S,
-        q_start_N.contiguous(), q_count_N.contiguous(), target, lse,
-        scale * math.log2(math.e), split_len or 0,
-        q_SQH.stride(0), q_SQH.stride(1), *target_strides, *lse_strides, block_tables.stride(0),
+        q_start_N.contiguous(), q_count_N.contiguous(), out_SQH, partial_NWGH, lse_NWG, tickets, scale * math.log2(math.e),
+        num_seqs, q_SQH.stride(0), q_SQH.stride(1), out_SQH.stride(0), out_SQH.stride(1), block_tables.stride(0),
         stride_p, stride_n, stride_b, block_size, head_dim, head_dim_padded,
-        max(16, next_power_of_2(max(1, group_bound))), tile, split,
-        "ieee",
+        max(16, group_padded), group, group_padded, 32 if num_seqs <= 32 else max(256, next_power_of_2(num_seqs)),
+        tile, max(1, min(16, _COMBINED_ELEMENTS // (group_padded * head_dim_padded))), overlap,
         num_warps=num_warps, num_stages=num_stages,
+        maxnreg=min(255, _REGISTERS_PER_SM // (32 * num_warps * programs_per_sm) // 8 * 8), **early_launch(overlap),
     )  # fmt: skip
-    if split:
-        _combine_kernel[(num_q_heads, num_seqs)](
-            partial_SQXH, lse_SQX, context_lens_S, out_SQH, split_len or 0, num_splits,
-            *partial_SQXH.stride()[:3], *lse_SQX.stride()[:2], out_SQH.stride(0), out_SQH.stride(1),
-            head_dim, head_dim_padded, tile, _COMBINED_AT_ONCE,
-        )  # fmt: skip
     return out_SQH
 
 
-def default_tile(whole: bool, head_dim_padded: int, element_size: int) -> int:
-    """Measured best on an H200: 128 keys for whole sequences, 64 for splits, within 32 KiB of keys."""
+def _default_tile(head_dim_padded: int, element_size: int) -> int:
+    """Measured best on an H200: 64 keys, within 16 KiB of them."""
     if element_size == 4:  # exact float32 products run on the ordinary cores: registers are the limit
         return max(16, min(64, 2048 // head_dim_padded))
-    return min(128 if whole else 64, 16384 // head_dim_padded)
+    return min(64, 16384 // head_dim_padded)
 
 
 def paged_decode_torch(
@@ -286,18 +290,20 @@ def paged_decode_torch(
     q_start_N: torch.Tensor,
     q_count_N: torch.Tensor,
     scale: float,
+    tickets: torch.Tensor | None = None,
     *,
     out_SQH: torch.Tensor | None = None,
     max_context: int | None = None,
     max_group: int | None = None,
-    num_splits: int | None = None,
-    split_len: int | None = None,
     tile: int | None = None,
+    programs_per_sm: int = _PROGRAMS_PER_SM,
+    num_programs: int | None = None,
     num_warps: int = 4,
     num_stages: int = 2,
+    overlap: bool | None = None,
 ) -> torch.Tensor:
     """Plain-torch twin of :func:`paged_decode`; how the kernel is launched means nothing here."""
-    del max_context, max_group, num_splits, split_len, tile, num_warps, num_stages
+    del tickets, max_context, max_group, tile, programs_per_sm, num_programs, num_warps, num_stages, overlap
     kv_of_q = [0] * q_SQH.shape[1]
     for kv_head, (start, count) in enumerate(zip(q_start_N.tolist(), q_count_N.tolist(), strict=True)):
         kv_of_q[start : start + count] = [kv_head] * count

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from engine.batch import StepBatch
 from engine.kernels.attention_torch import paged_attention_torch
-from engine.kernels.balanced_decode import balanced_decode
 from engine.kernels.common import HAVE_TRITON
+from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.sharding import HeadShard
@@ -117,8 +117,8 @@ class TritonBackend:
         if num_decodes:
             decodes = (q_TQH[:num_decodes], cache.k_PNBH, cache.v_PNBH, batch.block_tables_SB[:num_decodes],
                        batch.context_lens_S[:num_decodes], self.q_start_N, self.q_count_N, self.scale)
-            balanced_decode(*decodes, self._tickets_for(num_decodes), out_SQH=out_TQH[:num_decodes],
-                            max_context=batch.max_decode_context_len, max_group=self.max_group)
+            paged_decode(*decodes, self._tickets_for(num_decodes), out_SQH=out_TQH[:num_decodes],
+                         max_context=batch.max_decode_context_len, max_group=self.max_group)
         if num_decodes < batch.num_seqs:
             paged_prefill(q_TQH[num_decodes:], cache.k_PNBH, cache.v_PNBH, batch.block_tables_SB[num_decodes:],
                           batch.prefill_cu_seqlens_S1, batch.context_lens_S[num_decodes:], self.kv_of_q_Q, self.scale,

@@ -22,14 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.kernels.balanced_decode import balanced_decode
-from engine.kernels.paged_decode import choose_splits, paged_decode
+from engine.kernels.gemv import gemv
+from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.kernels.philox import gumbel_argmax
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope_store_kv
 from engine.kernels.silu_mul import silu_mul
-from engine.kernels.skinny_matmul import skinny_matmul
 
 _ROTATED_BYTES = 256 * 2**20  # well above an H200's 60 MB of L2 cache
 _COPY_BYTES_PER_S = 4.30e12  # device copy measured on an H200
@@ -49,7 +48,7 @@ _MATMUL_CASES = [
     ("8B gate_up", 24_576, 4096),
     ("8B down", 4096, 12_288),
 ]
-_ONE_ROW_CONFIGS = [
+_GEMV_CONFIGS = [
     # rows, parts, num_warps
     (2, 4, 4),
     (4, 1, 4),
@@ -60,16 +59,6 @@ _ONE_ROW_CONFIGS = [
     (8, 4, 1),
     (4, 4, 2),
     (4, 2, 8),
-]
-_FEW_ROWS_CONFIGS = [
-    # rows, num_warps, num_stages
-    (8, 4, 4),
-    (16, 4, 3),
-    (16, 4, 6),
-    (16, 8, 3),
-    (32, 4, 4),
-    (32, 8, 3),
-    (64, 4, 3),
 ]
 _DECODE_CASES = [
     # name, sequences, shortest and longest context (uniform between), query heads, KV heads
@@ -93,7 +82,7 @@ _PREFILL_CASES = [
     ("4x2048-after-6144", [2048] * 4, [8192] * 4),
     ("64-ragged", [100 + 29 * i for i in range(16)], [100 + 29 * i for i in range(16)]),
 ]
-_BALANCED_CONFIGS = [
+_DECODE_CONFIGS = [
     # tile, num_warps, num_stages, programs_per_sm
     (64, 4, 2, 4),
     (64, 4, 2, 5),
@@ -201,25 +190,22 @@ def matmul_rows(*, sweep: bool) -> Iterator[Row]:
     for name, num_outputs, num_inputs in _MATMUL_CASES:
         moved = 2.0 * num_outputs * num_inputs
         weights = [_normal(num_outputs, num_inputs) for _ in range(_num_copies(moved))]
-        for num_rows in (1, 2, 4, 8, 16):
+        for num_rows in (1, 8, 64, 256):
             x = _normal(num_rows, num_inputs)
             row = partial(Row, case=f"{num_rows} x {name}", bytes_moved=moved, flop=moved * num_rows)
-            ours = [partial(skinny_matmul, x, weight, settled=True) for weight in weights]
             us = time_us([partial(F.linear, x, weight) for weight in weights])
             yield row(kernel="torch linear", config="default", us=us)
-            yield row(kernel="skinny_matmul", config="default", us=time_us(ours))
+            if num_rows > 1:
+                continue
+            ours = [partial(gemv, x, weight, settled=True) for weight in weights]
+            yield row(kernel="gemv", config="default", us=time_us(ours))
             alone = [partial(call, overlap=False) for call in ours]
-            yield row(kernel="skinny_matmul", config="default, not launched early", us=time_us(alone))
-            if sweep and num_rows == 1:
-                for rows, parts, warps in _ONE_ROW_CONFIGS:
+            yield row(kernel="gemv", config="default, not launched early", us=time_us(alone))
+            if sweep:
+                for rows, parts, warps in _GEMV_CONFIGS:
                     options = {"rows": rows, "parts": parts, "num_warps": warps}
-                    us = time_us([partial(call, **options) for call in alone], rounds=3)
-                    yield row(kernel="skinny_matmul", config=_describe(options), us=us)
-            if sweep and num_rows == 8:
-                for rows, warps, stages in _FEW_ROWS_CONFIGS:
-                    options = {"rows": rows, "num_warps": warps, "num_stages": stages}
-                    us = time_us([partial(call, **options) for call in alone], rounds=3)
-                    yield row(kernel="skinny_matmul", config=_describe(options), us=us)
+                    us = time_us([partial(call, **options) for call in ours], rounds=3)
+                    yield row(kernel="gemv", config=_describe(options), us=us)
 
 
 def decode_rows(*, sweep: bool) -> Iterator[Row]:
@@ -233,24 +219,21 @@ def decode_rows(*, sweep: bool) -> Iterator[Row]:
         lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
         tickets = torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device="cuda")
         flop = 4.0 * sum(contexts) * num_q_heads * _HEAD_DIM
-        row = partial(Row, case=case, bytes_moved=bytes_moved, flop=flop)
+        row_of = partial(Row, kernel="paged_decode", case=case, bytes_moved=bytes_moved, flop=flop)
         max_context = max(_DECODE_MAX_CONTEXT, -(-max(contexts) // _BLOCK_SIZE) * _BLOCK_SIZE)
         bounds = {"max_group": group, "max_context": max_context}
-        two, one = [], []
+        calls = []
         for _ in range(_num_copies(bytes_moved)):
             inputs = (_normal(num_seqs, num_q_heads, _HEAD_DIM), *_paged(contexts, num_kv_heads), lengths, starts, counts)
-            two.append(partial(paged_decode, *inputs, _HEAD_DIM**-0.5, **bounds))
-            one.append(partial(balanced_decode, *inputs, _HEAD_DIM**-0.5, tickets, **bounds))
-        planned = choose_splits(num_seqs, num_kv_heads, max_context)
-        yield row(kernel="paged_decode", config=f"default (splits {planned})", us=time_us(two))
-        yield row(kernel="balanced_decode", config="default", us=time_us(one))
-        alone = [partial(call, overlap=False) for call in one]
-        yield row(kernel="balanced_decode", config="default, not launched early", us=time_us(alone))
+            calls.append(partial(paged_decode, *inputs, _HEAD_DIM**-0.5, tickets, **bounds))
+        yield row_of(config="default", us=time_us(calls))
+        alone = [partial(call, overlap=False) for call in calls]
+        yield row_of(config="default, not launched early", us=time_us(alone))
         if sweep:
-            for tile, warps, stages, per_sm in _BALANCED_CONFIGS:
+            for tile, warps, stages, per_sm in _DECODE_CONFIGS:
                 options = {"tile": tile, "num_warps": warps, "num_stages": stages, "programs_per_sm": per_sm}
                 us = time_us([partial(call, **options) for call in alone], rounds=3)
-                yield row(kernel="balanced_decode", config=_describe(options), us=us)
+                yield row_of(config=_describe(options), us=us)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,34 +263,33 @@ def layer_rows() -> Iterator[Row]:
         moved = weight_bytes + sum(contexts) * shape.num_kv_heads * _HEAD_DIM * 4.0
         layers = [_layer(shape, contexts) for _ in range(shape.num_layers)]
         x, norm = _normal(num_seqs, shape.hidden), _normal(shape.hidden)
-        for matmul, decode, overlap in _LAYER_VARIANTS:
-            if matmul == "ours" and num_seqs > 16:
+        for matmul, overlap in _LAYER_VARIANTS:
+            if matmul == "ours" and num_seqs > 1:
                 continue
 
             def step(
                 layers: list[Any] = layers, x: torch.Tensor = x, norm: torch.Tensor = norm,
-                matmul: str = matmul, decode: str = decode, overlap: bool = overlap,
+                matmul: str = matmul, overlap: bool = overlap,
             ) -> torch.Tensor:  # fmt: skip
                 residual = x
                 for layer in layers:
-                    x, residual = layer(x, residual, norm, matmul, decode, overlap)
+                    x, residual = layer(x, residual, norm, matmul, overlap)
                 return x
 
             us = time_us([step], min_calls=4) / shape.num_layers
             launched = "launched early" if overlap else "in turn"
             yield Row(
-                kernel="layer", case=f"{shape.name} batch {num_seqs}", config=f"{matmul} matmul, {decode}, {launched}",
+                kernel="layer", case=f"{shape.name} batch {num_seqs}", config=f"{matmul} matmul, {launched}",
                 us=us, bytes_moved=moved,
             )  # fmt: skip
 
 
 _LAYER_VARIANTS = [
-    # matmul, decode attention, launched early
-    ("torch", "two kernels", False),
-    ("torch", "one kernel", False),
-    ("torch", "one kernel", True),
-    ("ours", "one kernel", False),
-    ("ours", "one kernel", True),
+    # matmul, launched early
+    ("torch", False),
+    ("torch", True),
+    ("ours", False),
+    ("ours", True),
 ]
 
 
@@ -334,16 +316,13 @@ def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tens
     bounds: dict[str, Any] = {"max_group": group, "max_context": _DECODE_MAX_CONTEXT}
 
     def layer(
-        x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, matmul: str, decode: str, overlap: bool
+        x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, matmul: str, overlap: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        linear = partial(skinny_matmul, settled=True, overlap=overlap) if matmul == "ours" else F.linear
+        linear = partial(gemv, settled=True, overlap=overlap) if matmul == "ours" else F.linear
         x, residual = add_rms_norm(x, residual, norm, 1e-6, overlap=overlap)
         q = rope_store_kv(linear(x, qkv_proj), positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm,
                           overlap=overlap)  # fmt: skip
-        if decode == "one kernel":
-            x = balanced_decode(q, k_cache, v_cache, table, *served, tickets, overlap=overlap, **bounds)
-        else:
-            x = paged_decode(q, k_cache, v_cache, table, *served, **bounds)
+        x = paged_decode(q, k_cache, v_cache, table, *served, tickets, overlap=overlap, **bounds)
         x, residual = add_rms_norm(linear(x.flatten(1), o_proj), residual, norm, 1e-6, overlap=overlap)
         return linear(silu_mul(linear(x, gate_up_proj), overlap=overlap), down_proj), residual
 

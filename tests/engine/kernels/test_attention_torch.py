@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.kernels import attention_torch
 from engine.kernels.attention_torch import paged_attention_torch
-from engine.kernels.paged_decode import choose_splits, paged_decode_torch
+from engine.kernels.paged_decode import paged_decode_torch
 from tests.engine.kernels.problems import (
     AttentionProblem,
     attention_budget,
@@ -127,12 +127,3 @@ def test_the_decode_twin_maps_uneven_groups_and_writes_where_it_is_told() -> Non
     )
     assert result is out
     assert torch.equal(out, _run(problem))
-
-
-@pytest.mark.parametrize(("num_seqs", "max_context", "low", "high"), [(256, 4096, 1, 1), (1, 32768, 32, 64)])
-def test_large_batches_are_not_split_and_single_sequences_are(num_seqs: int, max_context: int, low: int, high: int) -> None:
-    assert low <= choose_splits(num_seqs, 8, max_context) <= high
-
-
-def test_no_split_is_planned_for_less_than_128_tokens() -> None:
-    assert [choose_splits(1, 1, n) for n in (1, 127, 128, 255, 256, 1024)] == [1, 1, 1, 1, 2, 8]

@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from engine.kernels import (
-    balanced_decode,
     decode_inputs,
+    gemv,
     paged_decode,
     paged_prefill,
     philox,
     rms_norm,
     rope,
     silu_mul,
-    skinny_matmul,
     store_kv,
 )
 from engine.kernels.common import HAVE_TRITON, tl, triton
@@ -33,7 +32,7 @@ if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
 
 _MODULES = (
-    balanced_decode, decode_inputs, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, skinny_matmul, store_kv,
+    decode_inputs, gemv, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, store_kv,
 )  # fmt: skip
 _SHARED_MEMORY_BYTES = 227 * 1024  # of one block on compute capability 9.0
 
@@ -99,16 +98,14 @@ def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: i
     q = torch.zeros(4, 6, head_dim, dtype=dtype)
     k_cache, v_cache = torch.zeros(2, 3, 2, block_size, head_dim, dtype=dtype)
     table, ints = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
-    for num_splits in (1, 8):
-        paged_decode.paged_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1, num_splits=num_splits)
-    paged_prefill.paged_prefill(q, k_cache, v_cache, table, ints[:5], ints[:4], ints, 0.1)
     tickets = torch.zeros(8, dtype=torch.int32)
-    balanced_decode.balanced_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1, tickets)
-    _check(compiled, 5)
+    paged_decode.paged_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1, tickets)
+    paged_prefill.paged_prefill(q, k_cache, v_cache, table, ints[:5], ints[:4], ints, 0.1)
+    _check(compiled, 2)
     if head_dim == 128:
         assert "mma.sync" in compiled[0].asm["ptx"], "decode should use the tensor cores"
-        assert "wgmma" in compiled[3].asm["ptx"], "prefill should use Hopper's tensor core instructions"
-        for kernel in (compiled[0], compiled[3]):
+        assert "wgmma" in compiled[1].asm["ptx"], "prefill should use Hopper's tensor core instructions"
+        for kernel in compiled:
             assert "cp.async" in kernel.asm["ptx"], "keys should be copied ahead of their use"
 
 
@@ -130,15 +127,12 @@ def test_elementwise_kernels_compile(compiled: list[Any], dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_skinny_matmuls_compile(compiled: list[Any], dtype: torch.dtype) -> None:
-    weight = torch.zeros(4096, 1024, dtype=dtype)
-    for num_rows, bias in ((1, None), (8, weight[0])):
-        skinny_matmul.skinny_matmul(weight[:num_rows], weight[:1024], bias)
+def test_gemv_compiles(compiled: list[Any], dtype: torch.dtype) -> None:
+    weight = torch.zeros(4096, 4096, dtype=dtype)
+    for num_inputs in (1024, 4096):
+        gemv.gemv(weight[:1, :num_inputs], weight[:, :num_inputs].contiguous(), weight[0])
     _check(compiled, 2)
-    assert "ld.global.v4" in compiled[0].asm["ptx"], "weights should be read in the widest loads"
-    assert "cp.async" in compiled[1].asm["ptx"], "weights should be copied ahead of their use"
-    if dtype is torch.bfloat16:
-        assert "mma.sync" in compiled[1].asm["ptx"], "a few rows should use the tensor cores"
+    assert all("ld.global.v4" in kernel.asm["ptx"] for kernel in compiled), "weights should be read in the widest loads"
 
 
 def _launch_all(overlap: bool) -> int:
@@ -151,13 +145,12 @@ def _launch_all(overlap: bool) -> int:
     silu_mul.silu_mul(x, overlap=overlap)
     rope.rope_store_kv(x, ids, angles, angles, k_cache, v_cache, ids, overlap=overlap)
     q, table, tickets = x.view(4, 8, 128)[:, :4], torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    balanced_decode.balanced_decode(q, k_cache, v_cache, table, ints, ints[:2], ints[:2], 0.1, tickets, overlap=overlap)
-    skinny_matmul.skinny_matmul(x[:1], x, overlap=overlap)
-    skinny_matmul.skinny_matmul(x[:1], x, settled=True, overlap=overlap)
-    skinny_matmul.skinny_matmul(x, x, overlap=overlap)
+    paged_decode.paged_decode(q, k_cache, v_cache, table, ints, ints[:2], ints[:2], 0.1, tickets, overlap=overlap)
+    gemv.gemv(x[:1], x, overlap=overlap)
+    gemv.gemv(x[:1], x, settled=True, overlap=overlap)
     philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
     decode_inputs.decode_inputs(ids, ids, ints, table, ids, 16, overlap=overlap)
-    return 11
+    return 10
 
 
 def _assert_waits_first(name: str, ptx: str) -> None:

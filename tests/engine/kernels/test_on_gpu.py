@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels.balanced_decode import balanced_decode
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
+from engine.kernels.gemv import gemv, gemv_torch
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch, philox_uniform, philox_uniform_triton
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
 from engine.kernels.rope import apply_rope_torch, rope_store_kv
 from engine.kernels.silu_mul import silu_mul, silu_mul_torch
-from engine.kernels.skinny_matmul import MAX_ROWS, skinny_matmul, skinny_matmul_torch
 from engine.kernels.store_kv import store_kv, store_kv_torch
-from engine.layers.matmul import is_skinny, linear
+from engine.layers.matmul import is_gemv, linear
 from tests.engine.kernels.problems import (
     AttentionProblem,
     attention_budget,
@@ -49,30 +48,14 @@ def _normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
 
-def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
-    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype, device="cuda")
-    return paged_decode(
-        problem.q,
-        problem.k_cache,
-        problem.v_cache,
-        problem.block_tables,
-        problem.context_lens,
-        problem.q_start,
-        problem.q_count,
-        problem.scale,
-        out_SQH=out,
-        **options,
-    )
-
-
 def _tickets(problem: AttentionProblem) -> torch.Tensor:
     return torch.zeros(problem.context_lens.numel() * problem.q_start.numel(), dtype=torch.int32, device="cuda")
 
 
-def _balanced(problem: AttentionProblem, tickets: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def _decode(problem: AttentionProblem, tickets: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
     out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype, device="cuda")
     tickets = _tickets(problem) if tickets is None else tickets
-    balanced_decode(
+    paged_decode(
         problem.q,
         problem.k_cache,
         problem.v_cache,
@@ -122,29 +105,8 @@ def _share_of_budget(problem: AttentionProblem, actual: torch.Tensor) -> float:
         ((18,), 256, 64),
     ],
 )
-@pytest.mark.parametrize("splits", [{}, {"num_splits": 1}, {"num_splits": 5}, {"split_len": 256}])
-def test_decode_stays_within_its_budget(
-    dtype: torch.dtype, q_counts: tuple[int, ...], head_dim: int, block_size: int, splits: dict[str, int]
-) -> None:
-    problem = attention_problem(
-        query_lens=[1] * 9,
-        context_lens=[0, 1, 2, 63, 64, 255, 256, 257, 1500],
-        q_counts=q_counts,
-        head_dim=head_dim,
-        block_size=block_size,
-        dtype=dtype,
-        device="cuda",
-    )
-    assert _share_of_budget(problem, _decode(problem, **splits)) <= 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("q_counts", "head_dim", "block_size"),
-    [((2,) * 8, 128, 256), ((3, 2), 64, 256), ((1, 3, 3), 80, 48), ((18,), 256, 64)],
-)
 @pytest.mark.parametrize("pieces", [{}, {"num_programs": 1}, {"num_programs": 3}, {"num_programs": 31}])
-def test_balanced_decode_stays_within_its_budget(
+def test_decode_stays_within_its_budget(
     dtype: torch.dtype, q_counts: tuple[int, ...], head_dim: int, block_size: int, pieces: dict[str, Any]
 ) -> None:
     problem = attention_problem(
@@ -156,10 +118,10 @@ def test_balanced_decode_stays_within_its_budget(
         dtype=dtype,
         device="cuda",
     )
-    assert _share_of_budget(problem, _balanced(problem, **pieces)) <= 1
+    assert _share_of_budget(problem, _decode(problem, **pieces)) <= 1
 
 
-def test_balanced_decode_gives_the_same_bits_whoever_finishes_last() -> None:
+def test_decode_gives_the_same_bits_whoever_finishes_last() -> None:
     generator = torch.Generator().manual_seed(0)
     problem = attention_problem(
         query_lens=[1] * 100,
@@ -171,11 +133,11 @@ def test_balanced_decode_gives_the_same_bits_whoever_finishes_last() -> None:
         device="cuda",
     )
     tickets = _tickets(problem)
-    first = _balanced(problem, tickets)
+    first = _decode(problem, tickets)
     assert _share_of_budget(problem, first) <= 1
     for _ in range(200):
-        assert torch.equal(_balanced(problem, tickets), first)
-    assert not torch.equal(_balanced(problem, tickets, num_programs=5), first), "must be able to fail"
+        assert torch.equal(_decode(problem, tickets), first)
+    assert not torch.equal(_decode(problem, tickets, num_programs=5), first), "must be able to fail"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,56 +169,8 @@ def test_the_budgets_notice_a_missing_key_and_a_shifted_mask_at_real_shapes(dtyp
     assert over_budget(_prefill(problem)[1:], exact[1:], budget[1:]) > 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pinned_splits_give_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
-    lengths = [1200, 100, 600, 257]
-    common = {"q_counts": (2,) * 8, "head_dim": 128, "block_size": 256, "dtype": dtype, "device": "cuda"}
-    problem = attention_problem(query_lens=[1] * 4, context_lens=lengths, **common)  # type: ignore[arg-type]
-    together = _decode(problem, split_len=256)
-    for s in range(4):
-        alone = paged_decode(
-            problem.q[s : s + 1],
-            problem.k_cache,
-            problem.v_cache,
-            problem.block_tables[s : s + 1],
-            problem.context_lens[s : s + 1],
-            problem.q_start,
-            problem.q_count,
-            problem.scale,
-            split_len=256,
-            max_context=4096,
-        )
-        assert torch.equal(alone, together[s : s + 1])
-
-
-def test_a_captured_decode_follows_lengths_that_change_on_the_device() -> None:
-    problem = attention_problem(
-        query_lens=[1] * 4,
-        context_lens=[900, 300, 1024, 77],
-        q_counts=(4, 4),
-        head_dim=128,
-        block_size=256,
-        dtype=torch.bfloat16,
-        device="cuda",
-    )
-    full = problem.context_lens.clone()
-    expected = _decode(problem, num_splits=8)
-    problem.context_lens.fill_(1)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _decode(problem, num_splits=8)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = _decode(problem, num_splits=8)
-    problem.context_lens.copy_(full)
-    graph.replay()
-    assert torch.equal(out, expected)
-
-
 @pytest.mark.parametrize("pieces", [{}, {"num_programs": 3}])
-def test_a_captured_balanced_decode_follows_lengths_that_change_on_the_device(pieces: dict[str, Any]) -> None:
+def test_a_captured_decode_follows_lengths_that_change_on_the_device(pieces: dict[str, Any]) -> None:
     problem = attention_problem(
         query_lens=[1] * 4,
         context_lens=[900, 300, 1024, 77],
@@ -270,12 +184,12 @@ def test_a_captured_balanced_decode_follows_lengths_that_change_on_the_device(pi
     expected = []
     for length in lengths:
         problem.context_lens.copy_(length)
-        expected.append(_balanced(problem, **pieces))
+        expected.append(_decode(problem, **pieces))
     out, tickets = torch.empty_like(problem.q), _tickets(problem)
     inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        balanced_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **pieces)
+        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **pieces)
     for turn in range(6):
         problem.context_lens.copy_(lengths[turn % 2])
         graph.replay()
@@ -283,33 +197,32 @@ def test_a_captured_balanced_decode_follows_lengths_that_change_on_the_device(pi
 
 
 def _matmul_share_of_budget(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-    exact = skinny_matmul_torch(x.double(), weight.double(), None if bias is None else bias.double())
-    scale = skinny_matmul_torch(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
+    exact = gemv_torch(x.double(), weight.double(), None if bias is None else bias.double())
+    scale = gemv_torch(x.double().abs(), weight.double().abs(), None if bias is None else bias.double().abs())
     return over_budget(actual, exact, rounding_budget(exact, scale, x.dtype, steps=16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 7, 16])
 @pytest.mark.parametrize("shape", [(960, 576), (6144, 1024), (1024, 3072), (4096, 12_288), (37, 1500)])
-def test_skinny_matmuls_stay_within_their_budget(dtype: torch.dtype, num_rows: int, shape: tuple[int, int]) -> None:
-    x, weight = _normal(num_rows, shape[1], dtype=dtype), _normal(*shape, dtype=dtype, seed=1)
+def test_products_of_one_row_stay_within_their_budget(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x, weight = _normal(1, shape[1], dtype=dtype), _normal(*shape, dtype=dtype, seed=1)
     bias = 50 * _normal(shape[0], dtype=dtype, seed=2)
     torch.cuda.synchronize()  # the weight is settled
     for settled, b in ((True, None), (False, bias)):
-        y = skinny_matmul(x, weight, b, settled=settled)
+        y = gemv(x, weight, b, settled=settled)
         assert _matmul_share_of_budget(y, x, weight, b) <= 1
         if dtype is torch.bfloat16:
-            assert torch.equal(y, skinny_matmul(x, weight, b, overlap=False)), "the launch must not change a bit"
-    assert _matmul_share_of_budget(skinny_matmul(x, weight), x, weight, bias) > 2, "a missing bias must be seen"
+            assert torch.equal(y, gemv(x, weight, b, overlap=False)), "the launch must not change a bit"
+    assert _matmul_share_of_budget(gemv(x, weight), x, weight, bias) > 2, "a missing bias must be seen"
 
 
 def test_linear_takes_our_kernel_for_one_row_and_torchs_for_what_it_does_not_serve() -> None:
     weight = torch.nn.Parameter(_normal(1024, 576, dtype=torch.bfloat16), requires_grad=False)
-    x = _normal(MAX_ROWS + 1, 576, dtype=torch.bfloat16, seed=1)
+    x = _normal(2, 576, dtype=torch.bfloat16, seed=1)
     torch.cuda.synchronize()
-    assert torch.equal(linear(x[:1], weight), skinny_matmul(x[:1], weight))
+    assert torch.equal(linear(x[:1], weight), gemv(x[:1], weight))
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
-    assert is_skinny(x[:1], weight)
+    assert is_gemv(x[:1], weight)
     refused = {
         "too many rows": (x[:2], weight),
         "no rows": (x[:0], weight),
@@ -319,7 +232,7 @@ def test_linear_takes_our_kernel_for_one_row_and_torchs_for_what_it_does_not_ser
         "float64": (x[:1].double(), weight.double()),
         "CPU": (x[:1].cpu(), weight.cpu()),
     }
-    assert [name for name, operands in refused.items() if is_skinny(*operands)] == []
+    assert [name for name, operands in refused.items() if is_gemv(*operands)] == []
 
 
 @pytest.mark.parametrize("num_seqs", [1, 5, 40])
@@ -349,16 +262,16 @@ def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_se
 
     def run(overlap: bool) -> tuple[torch.Tensor, torch.Tensor]:
         def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            if num_seqs > MAX_ROWS:
+            if num_seqs > 1:
                 return torch.nn.functional.linear(x, weight)
-            return skinny_matmul(x, weight, settled=True, overlap=overlap)
+            return gemv(x, weight, settled=True, overlap=overlap)
 
         x, residual = x_in, x_in
         for qkv_proj, o_proj, gate_up_proj, down_proj in weights:
             x, residual = add_rms_norm(x, residual, norm, EPS, overlap=overlap)
             qkv = matmul(x, qkv_proj)
             q = rope_store_kv(qkv, positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm, EPS, overlap=overlap)
-            x = balanced_decode(q, k_cache, v_cache, table, lengths, starts, counts, 0.09, tickets, max_group=2, overlap=overlap)
+            x = paged_decode(q, k_cache, v_cache, table, lengths, starts, counts, 0.09, tickets, max_group=2, overlap=overlap)
             x, residual = add_rms_norm(matmul(x.flatten(1), o_proj), residual, norm, EPS, overlap=overlap)
             x = matmul(silu_mul(matmul(x, gate_up_proj), overlap=overlap), down_proj)
         return x, gumbel_argmax(x, heat, ids, ids, overlap=overlap)[1]

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.balanced_decode import balanced_decode
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from tests.engine.kernels.problems import (
@@ -24,28 +23,12 @@ from tests.engine.kernels.problems import (
 
 
 def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
-    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype)
-    return paged_decode(
-        problem.q,
-        problem.k_cache,
-        problem.v_cache,
-        problem.block_tables,
-        problem.context_lens,
-        problem.q_start,
-        problem.q_count,
-        problem.scale,
-        out_SQH=out,
-        **options,
-    )
-
-
-def _balanced(problem: AttentionProblem, **options: Any) -> torch.Tensor:
     """Twice, on the same tickets: the first launch must leave them for the second as it found them."""
     tickets = torch.zeros(problem.context_lens.numel() * problem.q_start.numel(), dtype=torch.int32)
     inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
     outs = torch.full((2, *problem.q.shape), float("nan"), dtype=problem.q.dtype)
     for out in outs:
-        balanced_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **options)
+        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **options)
         assert not tickets.any()
     assert torch.equal(outs[0], outs[1])
     return outs[0]
@@ -81,7 +64,7 @@ _SHAPES = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     problem=st.builds(
         lambda contexts, **shapes: attention_problem(context_lens=contexts, query_lens=[1] * len(contexts), **shapes),
@@ -89,32 +72,18 @@ _SHAPES = {
         **_SHAPES,
     ),
     tile=st.sampled_from([16, 32]),
-    splits=st.sampled_from([{}, {"num_splits": 1}, {"num_splits": 3}, {"num_splits": 40}, {"split_len": 32}]),
-)
-def test_decode_is_the_dense_formula(problem: AttentionProblem, tile: int, splits: dict[str, int]) -> None:
-    assert _share_of_budget(problem, _decode(problem, tile=tile, **splits)) <= 1
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    problem=st.builds(
-        lambda contexts, **shapes: attention_problem(context_lens=contexts, query_lens=[1] * len(contexts), **shapes),
-        contexts=st.lists(st.sampled_from([0, 1, 16, 17, 48, 65, 100]), min_size=1, max_size=3),
-        **_SHAPES,
-    ),
-    tile=st.sampled_from([16, 32]),
     num_programs=st.sampled_from([1, 2, 3, 5, 50]),
 )
-def test_balanced_decode_is_the_dense_formula(problem: AttentionProblem, tile: int, num_programs: int) -> None:
-    out = _balanced(problem, tile=tile, num_programs=num_programs)
+def test_decode_is_the_dense_formula(problem: AttentionProblem, tile: int, num_programs: int) -> None:
+    out = _decode(problem, tile=tile, num_programs=num_programs)
     assert _share_of_budget(problem, out) <= 1
 
 
-def test_balanced_decode_is_the_dense_formula_wherever_the_sequences_are_cut() -> None:
+def test_decode_is_the_dense_formula_wherever_the_sequences_are_cut() -> None:
     problem = attention_problem(query_lens=[1] * 4, context_lens=[70, 0, 16, 39], q_counts=(2,), head_dim=16)
-    uncut = _balanced(problem, tile=16, num_programs=1)
+    uncut = _decode(problem, tile=16, num_programs=1)
     for num_programs in range(1, 11):  # there are ten tiles
-        out = _balanced(problem, tile=16, num_programs=num_programs)
+        out = _decode(problem, tile=16, num_programs=num_programs)
         assert _share_of_budget(problem, out) <= 1
     assert not torch.equal(out, uncut), "must have been cut"
 
@@ -144,19 +113,15 @@ def test_prefill_is_the_dense_formula(problem: AttentionProblem, tile: int) -> N
 def test_default_launches_are_right_too() -> None:
     problem = attention_problem(query_lens=[1, 1], context_lens=[130, 70], block_size=64)
     assert _share_of_budget(problem, _decode(problem)) <= 1
-    assert _share_of_budget(problem, _balanced(problem)) <= 1
     assert _share_of_budget(problem, _prefill(problem)) <= 1
 
 
-def test_padding_comes_out_as_zeros_whatever_the_splits() -> None:
+def test_padding_comes_out_as_zeros_wherever_the_sequences_are_cut() -> None:
     problem = attention_problem(query_lens=[1, 1], context_lens=[0, 20], padding_rows=0)
-    for options in ({"num_splits": 1}, {"num_splits": 4}, {"split_len": 16, "tile": 16}):
-        out = _decode(problem, **options)
+    for num_programs in (1, 2, 3):
+        out = _decode(problem, tile=16, num_programs=num_programs)
         assert not out[0].any()
         assert out[1].all()
-    out = _balanced(problem, tile=16, num_programs=2)
-    assert not out[0].any()
-    assert out[1].all()
     padded = attention_problem(query_lens=[1, 2], context_lens=[0, 20], padding_rows=18)
     out = _prefill(padded, tile_q=16, tile=16)
     assert not out[0].any()
@@ -164,38 +129,12 @@ def test_padding_comes_out_as_zeros_whatever_the_splits() -> None:
     assert not out[3:].any()
 
 
-def test_pinned_splits_give_the_same_bits_in_any_batch_and_under_any_bound() -> None:
-    problem = attention_problem(query_lens=[1] * 3, context_lens=[100, 33, 64], dtype=torch.float32)
-    pinned = {"split_len": 32, "tile": 16}
-    together = _decode(problem, **pinned)
-    assert torch.equal(together, _decode(problem, max_context=2000, **pinned))
-    for s in range(3):
-        alone = replace(
-            problem,
-            q=problem.q[s : s + 1],
-            block_tables=problem.block_tables[s : s + 1],
-            context_lens=problem.context_lens[s : s + 1],
-        )
-        assert torch.equal(together[s : s + 1], _decode(alone, **pinned))
-        # One split for everything (no combination) is what the bound makes of a short sequence.
-        if s == 1:
-            short = {"split_len": 64, "tile": 16}
-            assert torch.equal(_decode(alone, max_context=64, **short), _decode(alone, max_context=640, **short))
-    assert not torch.equal(together, _decode(problem, num_splits=2, tile=16)), "must be able to fail"
-
-
 @pytest.mark.parametrize("tickets", [torch.zeros(5, dtype=torch.int32), torch.zeros(6), torch.zeros(12).int()[::2]])
 def test_tickets_that_do_not_fit_are_refused(tickets: torch.Tensor) -> None:
     problem = attention_problem(query_lens=[1] * 3, context_lens=[20] * 3)
     inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
     with pytest.raises(ValueError, match="tickets"):
-        balanced_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets)
-
-
-def test_a_split_that_is_no_multiple_of_the_tile_is_refused() -> None:
-    problem = attention_problem(query_lens=[1], context_lens=[20])
-    with pytest.raises(ValueError, match="split_len=40 must be a positive multiple of tile=16"):
-        _decode(problem, split_len=40, tile=16)
+        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets)
 
 
 def test_a_scale_that_is_not_positive_is_refused() -> None:
@@ -204,7 +143,7 @@ def test_a_scale_that_is_not_positive_is_refused() -> None:
         _prefill(replace(problem, scale=0.0))
 
 
-@pytest.mark.parametrize("run", [_decode, _balanced, _prefill])
+@pytest.mark.parametrize("run", [_decode, _prefill])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_scores_do_not_overflow(run: Any, dtype: torch.dtype) -> None:
     problem = attention_problem(query_lens=[1, 1], context_lens=[40, 64], dtype=dtype, spread=50.0)
@@ -216,7 +155,7 @@ def test_the_budget_would_notice_a_key_too_few_and_a_block_too_early() -> None:
     fewer = replace(problem, context_lens=problem.context_lens - 1)
     early = problem.block_tables.clone()
     early[0, 1] = early[0, 0]
-    for run in (_decode, _balanced, _prefill):
+    for run in (_decode, _prefill):
         assert _share_of_budget(problem, run(problem)) <= 1
         assert _share_of_budget(problem, run(fewer)) > 10
         assert _share_of_budget(problem, run(replace(problem, block_tables=early))) > 10
@@ -230,5 +169,5 @@ def test_strided_tables_and_lengths_are_read_in_order() -> None:
     }
     strided = replace(problem, **every_other)
     assert not strided.block_tables.is_contiguous()
-    for run in (_decode, _balanced, _prefill):
+    for run in (_decode, _prefill):
         assert torch.equal(run(strided), run(problem))
