@@ -8,17 +8,20 @@ hypothesis goes on with the smallest that did hang, and finds that none smaller 
 from __future__ import annotations
 
 import hashlib
+import importlib
 from typing import Any
 
 import hypothesis
 
 from engine.parallel.pending_job import OnEvent
-from engine.parallel.rank_job import Job, pack_job
+from engine.parallel.rank_job import Job, RankContext, pack_job
 from engine.parallel.ranks import RankFailure, Ranks
 
 HANG_ATTEMPTS = 25
 """Runs of a test's jobs after the first that hung, while new examples are still tried. With a deadline of 1 s and the replays
 that follow, hypothesis is done within a minute."""
+PRELOAD = ("pytest", "hypothesis")
+"""What every test module imports, and what takes long."""
 
 
 class HangBudget:
@@ -45,16 +48,40 @@ class HangBudget:
         self._hung = self._hung or any(error.kind == "stuck" and not error.consequence for error in failure.failures.values())
 
 
+def import_module(rank: RankContext, name: str) -> None:
+    """Job: have the module of later jobs ready."""
+    rank.phase = f"importing {name}"
+    importlib.import_module(name)
+
+
 class RanksForTests(Ranks):
-    """``Ranks`` whose hangs hypothesis shrinks in bounded time, where ``run`` is given a deadline."""
+    """``Ranks`` whose hangs hypothesis shrinks in bounded time, where ``run`` is given a deadline.
+
+    A deadline is for the job alone: what new ranks must import for it has been imported before.
+    """
 
     budget: HangBudget | None = None
+    _imported: frozenset[str] = frozenset()
+
+    def restart(self) -> None:
+        self._imported = frozenset()
+        super().restart()
+
+    def _prepare(self, job: Job) -> None:
+        module = str(getattr(getattr(job, "func", job), "__module__", "__main__"))
+        if self.fabric in ("gloo", "nccl") and module != "__main__":
+            if not self.healthy:
+                self.restart()
+            if module not in self._imported:
+                super().run(import_module, module)
+                self._imported |= {module}
 
     def run(self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None) -> list[Any]:
         budget = self.budget
         if timeout_s is None or budget is None:
             return super().run(job, *args, timeout_s=timeout_s, on_event=on_event)
         budget.admit(job, args)
+        self._prepare(job)
         try:
             return super().run(job, *args, timeout_s=timeout_s, on_event=on_event)
         except RankFailure as failure:
@@ -77,7 +104,8 @@ class RankPools:
         fabric = fabric or (self._fabric if tp_size > 1 and self._fabric else "auto")
         key = (tp_size, fabric, device)
         if key not in self._pools:
-            self._pools[key] = RanksForTests(tp_size, fabric=fabric, device=device, auto_restart=True)
+            self._pools[key] = RanksForTests(tp_size, fabric=fabric, device=device, auto_restart=True,
+                                             preload=PRELOAD)
         self._pools[key].budget = self._budget
         return self._pools[key]
 

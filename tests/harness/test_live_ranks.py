@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
 
 from engine.parallel.failures import RankError
-from engine.parallel.ranks import RankContext, RankFailure
-from harness.live_ranks import HANG_ATTEMPTS, HangBudget, RankPools
+from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from harness.live_ranks import HANG_ATTEMPTS, HangBudget, RankPools, RanksForTests
 
 TP_SIZE = 2
 ROWS, FEATURES = 3, 6
@@ -99,6 +101,32 @@ def test_a_hang_shrinks_in_few_attempts(ranks: RankPools) -> None:
     first = next(number for number, example in enumerate(ran) if is_wrong(*example))
     assert len(ran[first:]) <= 30
     assert seconds < 60
+
+
+SLOW_MODULE = """
+import os, time
+time.sleep(0.7)
+def leave(rank, how):
+    rank.tp.barrier()
+    if how == "dies":
+        os._exit(7)
+    return "here"
+"""
+
+
+@pytest.mark.multirank
+def test_a_deadline_is_for_the_job_and_not_for_what_new_ranks_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text(SLOW_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    leave = importlib.import_module("slow_to_import").leave
+    with RanksForTests(TP_SIZE, fabric="gloo", auto_restart=True) as live:
+        live.budget = HangBudget()
+        for _ in range(2):
+            assert live.run(leave, "stays", timeout_s=0.5) == ["here", "here"]
+            with pytest.raises(RankFailure, match="exited with code 7"):
+                live.run(leave, "dies", timeout_s=0.5)
+    with Ranks(TP_SIZE, fabric="gloo") as others, pytest.raises(RankFailure, match=r"no answer within timeout_s=0\.5"):
+        others.run(leave, "stays", timeout_s=0.5)
 
 
 # --- the budget alone: hangs are only told ---
