@@ -183,6 +183,7 @@ def faults_command(
     only: Annotated[list[str] | None, typer.Option(help="Only this fault (again for more).")] = None,
     tp: Annotated[str | None, typer.Option(help="Numbers of ranks, as 2,4; by default the fewest that show each fault.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu; or cuda for the faults that only a captured graph can have.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/faults"),
 ) -> None:
     """Plant real tensor-parallel bugs in the engine, one at a time, and see whether the checks notice.
@@ -190,7 +191,7 @@ def faults_command(
     Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if it could not run.
     """
     try:
-        plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else _numbers(tp), seed=seed)
+        plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else _numbers(tp), seed=seed, device=device)
     except ValueError as error:
         _fail(str(error), USAGE)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.faults import cache, collectives, controls, layers, lifecycle, loading, sampling, vocabulary
+from harness.faults import cache, collectives, controls, graphs, layers, lifecycle, loading, own, sampling, vocabulary
 from harness.faults.base import FAULTS, Fault
 
-__all__ = ["FAULTS", "Fault", "cache", "collectives", "controls", "layers", "lifecycle", "loading", "sampling", "vocabulary"]
+__all__ = ["FAULTS", "Fault", "cache", "collectives", "controls", "graphs", "layers", "lifecycle", "loading", "own", "sampling",
+           "vocabulary"]

@@ -70,6 +70,8 @@ class Fault:
     """The first module that goes wrong, if one does."""
     effect: Kind | None = None
     """What arithmetic tells of it, if it does."""
+    device: str = "cpu"
+    """``cuda`` for what only a captured graph can get wrong."""
 
     @property
     def is_control(self) -> bool:
@@ -87,12 +89,12 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,), checks: tuple[str, ...],
-          module: str | None = None, effect: Kind | None = None) -> Callable[[Plant], Plant]:
+          module: str | None = None, effect: Kind | None = None, device: str = "cpu") -> Callable[[Plant], Plant]:
     """Register a function that plants a fault in a rank. Its name is the fault's, its docstring says what goes wrong."""
 
     def register(plant: Plant) -> Plant:
         _register(plant.__name__, plant.__doc__, rows=rows, plant=plant, plant_in_driver=None, layout=layout, tp_sizes=tp_sizes,
-                  checks=checks, module=module, effect=effect)
+                  checks=checks, module=module, effect=effect, device=device)
         return plant
 
     return register

@@ -73,7 +73,6 @@ NOT_PLANTED: dict[int, str] = {
     18: _QUANTISED,
     19: _QUANTISED,
     21: _QUANTISED,
-    52: "it needs a captured graph, so a GPU",
     67: "no supported model gates its attention",
     80: _SHARED_MEMORY,
     83: _SHARED_MEMORY,

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import torch
+
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
 from harness.faults import FAULTS, Fault
@@ -42,18 +44,33 @@ class FaultPlan:
     only: tuple[str, ...] = ()
     tp_sizes: tuple[int, ...] = ()
     seed: int = 0
+    device: str = "cpu"
+    """``cuda`` plants what only a captured graph can get wrong, and nothing else: the other faults patch what runs on a CPU."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.only if name not in FAULTS]:
             raise ValueError(f"only={unknown} are no faults; there are: {', '.join(FAULTS)}")
         if self.tp_sizes and min(self.tp_sizes) < 2:
             raise ValueError(f"tp_sizes={self.tp_sizes} must be 2 or more: a fault of tensor parallelism needs ranks")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r} must be cpu or cuda")
 
-    def cases(self) -> tuple[list[tuple[Fault, int]], list[Fault]]:
-        """What to plant on how many ranks; and what is not visible at any of the tp_sizes asked for."""
+    def cases(self) -> tuple[list[tuple[Fault, int]], list[tuple[Fault, str]]]:
+        """What to plant on how many ranks; and what can't be, and why."""
         chosen = [FAULTS[name] for name in self.only] or list(FAULTS.values())
-        cases = [(fault, tp_size) for fault in chosen for tp_size in self._sizes_of(fault)]
-        return cases, [fault for fault in chosen if not self._sizes_of(fault)]
+        reasons = {fault.name: self._why_not(fault) for fault in chosen}
+        cases = [(fault, tp_size) for fault in chosen if reasons[fault.name] is None for tp_size in self._sizes_of(fault)]
+        return cases, [(fault, reason) for fault in chosen if (reason := reasons[fault.name]) is not None]
+
+    def _why_not(self, fault: Fault) -> str | None:
+        """Why this plan does not plant a fault; None if it does."""
+        if fault.device != self.device:
+            return "not planted: it needs CUDA graphs" if fault.device == "cuda" else "not planted: it is one of a CPU"
+        if not (sizes := self._sizes_of(fault)):
+            return f"asked for tp_sizes={self.tp_sizes}, and it shows at tp_sizes={fault.tp_sizes} alone"
+        if self.device == "cuda" and max(sizes) > torch.cuda.device_count():
+            return f"not planted: it needs {max(sizes)} GPUs, and there are {torch.cuda.device_count()}"
+        return None
 
     def _sizes_of(self, fault: Fault) -> tuple[int, ...]:
         if not self.tp_sizes:
@@ -72,12 +89,12 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
         on_row(row)
 
     cases, invisible = plan.cases()
-    with Workshop(seed=plan.seed) as shop:
+    with Workshop(seed=plan.seed, device=plan.device) as shop:
         for fault, tp_size in cases:
             on_start(fault.name, tp_size)
             add(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
-    for fault in invisible:
-        add(_skipped(fault.name, f"asked for tp_sizes={plan.tp_sizes}, and it shows at tp_sizes={fault.tp_sizes} alone"))
+    for fault, reason in invisible:
+        add(_skipped(fault.name, reason))
     if (summary := _localisation(rows)) is not None:
         add(summary)
     if not plan.only:
@@ -164,7 +181,9 @@ def _findings(red: Mapping[str, str]) -> str:
 
 
 def _replay(fault: Fault, context: CheckContext) -> str:
-    return f"shardproof faults --only {fault.name} --tp {context.ranks.tp_size} --seed {context.seed}"
+    tp = f" --tp {context.ranks.tp_size}" if context.ranks.tp_size > 1 else ""
+    device = f" --device {fault.device}" if fault.device != "cpu" else ""
+    return f"shardproof faults --only {fault.name}{tp} --seed {context.seed}{device}"
 
 
 def _skipped(name: str, reason: str) -> CheckRow:

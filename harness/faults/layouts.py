@@ -38,6 +38,16 @@ LAYOUTS: dict[str, Layout] = {
     "llama-cut-group": Layout(dtype="bfloat16", config={
         **_COMMON, "model_type": "llama", "hidden_size": 48, "intermediate_size": 52, "num_attention_heads": 6,
         "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 131, "tie_word_embeddings": True}),
+    # Nine heads: rank 1 has four query heads on two KV heads, one on the first and three on the second.
+    "llama-nine-heads": Layout(dtype="bfloat16", config={
+        **_COMMON, "model_type": "llama", "hidden_size": 45, "intermediate_size": 52, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 131, "tie_word_embeddings": True}),
+    # Stretched to four times the positions that it was first trained on.
+    "llama-yarn": Layout(dtype="bfloat16", config={
+        **_COMMON, "model_type": "llama", "hidden_size": 48, "intermediate_size": 52, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 131, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+                            "original_max_position_embeddings": 48}}),
     # Several KV heads a rank, and biases of queries, keys and values.
     "qwen2": Layout(dtype="float32", config={
         **_COMMON, "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 52, "num_attention_heads": 8,

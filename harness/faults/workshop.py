@@ -18,6 +18,8 @@ from harness.truth import PROMPT_LENGTHS, SCRIPT_LENGTHS, Truth
 from reference.checkpoints import random_checkpoint
 
 FABRIC = "gloo"
+FABRICS = {"cpu": FABRIC, "cuda": "auto"}
+"""By device. Ranks that are threads share what a fault patches, and capture no graphs."""
 COLLECTIVE_TIMEOUT_S = 10.0
 """A fault that makes ranks wait for each other is seen after this at the latest."""
 BROKE = "broke_the_ranks"
@@ -40,8 +42,9 @@ FULL = Size(num_layers=2, script_lengths=SCRIPT_LENGTHS, prompt_lengths=PROMPT_L
 class Workshop:
     """A context manager; its end ends all ranks and removes all models."""
 
-    def __init__(self, *, seed: int = 0) -> None:
+    def __init__(self, *, seed: int = 0, device: str = "cpu") -> None:
         self.seed = seed
+        self.device = device
         self._scratch = tempfile.TemporaryDirectory(prefix="shardproof-faults-")
         self._ranks: dict[int, Ranks] = {}
         self.context = cache(self._make_context)
@@ -49,7 +52,8 @@ class Workshop:
     def ranks(self, tp_size: int) -> Ranks:
         """Processes: a patch of one rank must not reach another."""
         if tp_size not in self._ranks:
-            self._ranks[tp_size] = Ranks(tp_size, fabric=FABRIC, collective_timeout_s=COLLECTIVE_TIMEOUT_S)
+            self._ranks[tp_size] = Ranks(tp_size, fabric=FABRICS[self.device], device=self.device,
+                                         collective_timeout_s=COLLECTIVE_TIMEOUT_S)
         return self._ranks[tp_size]
 
     def _make_context(self, layout_name: str, tp_size: int, size: Size = FULL) -> CheckContext:
@@ -63,7 +67,7 @@ class Workshop:
         folder = Path(self._scratch.name) / f"{layout_name}-{size.num_layers}"
         if not folder.is_dir():
             random_checkpoint(folder, layout.config | {"num_hidden_layers": size.num_layers}, dtype=layout.dtype, seed=self.seed)
-        return Truth(folder, dtype=layout.dtype, seed=self.seed, prompt_lengths=size.prompt_lengths,
+        return Truth(folder, dtype=layout.dtype, seed=self.seed, device=self.device, prompt_lengths=size.prompt_lengths,
                      script_lengths=size.script_lengths)
 
     def close(self) -> None:

@@ -73,7 +73,8 @@ def test_a_fault_declares_what_it_must(fault: Fault) -> None:
     assert (fault.plant is None) != (fault.plant_in_driver is None)
     model = ModelConfig.from_hf(as_config(LAYOUTS[fault.layout].config))
     assert fault.tp_sizes
-    assert all(2 <= tp_size <= model.num_q_heads for tp_size in fault.tp_sizes)
+    fewest = 1 if fault.device == "cuda" else 2  # a graph can be wrong on one rank alone
+    assert all(fewest <= tp_size <= model.num_q_heads for tp_size in fault.tp_sizes)
     assert fault.module is None or fault.module in {point.label for point in points(LAYOUTS[fault.layout].config)}
     assert fault.effect is None or (fault.effect in get_args(Kind) and fault.module is not None)
     assert (fault.module is not None) <= ("logits" in fault.checks), "localisation begins with the logits"
@@ -144,6 +145,7 @@ def test_uprooting_takes_the_subject_along() -> None:
 
 @pytest.mark.parametrize(("plan", "message"), [
     ({"only": ("no-such",)}, "no-such"), ({"tp_sizes": (1, 2)}, "2 or more"), ({"tp_sizes": (0,)}, "2 or more"),
+    ({"device": "tpu"}, "cpu or cuda"),
 ])
 def test_a_plan_that_makes_no_sense_is_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -152,11 +154,23 @@ def test_a_plan_that_makes_no_sense_is_refused(plan: dict[str, Any], message: st
 
 def test_each_fault_runs_on_the_fewest_ranks_that_show_it_unless_told() -> None:
     cases, invisible = FaultPlan().cases()
-    assert [(fault.name, tp_size) for fault, tp_size in cases] == [(name, fault.tp_sizes[0]) for name, fault in FAULTS.items()]
-    assert not invisible
+    assert [(fault.name, tp_size) for fault, tp_size in cases] == [
+        (name, fault.tp_sizes[0]) for name, fault in FAULTS.items() if fault.device == "cpu"]
+    assert {reason for _, reason in invisible} == {"not planted: it needs CUDA graphs"}
+    assert [fault.name for fault, _ in invisible] == [name for name, fault in FAULTS.items() if fault.device == "cuda"]
     cases, invisible = FaultPlan(only=("reduced-twice", "kv-heads-dealt-in-turn"), tp_sizes=(4,)).cases()
     assert [(fault.name, tp_size) for fault, tp_size in cases] == [("kv-heads-dealt-in-turn", 4)]
-    assert [fault.name for fault in invisible] == ["reduced-twice"]
+    assert [fault.name for fault, _ in invisible] == ["reduced-twice"]
+
+
+def test_on_a_gpu_what_needs_graphs_is_planted_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cases, rest = FaultPlan(device="cuda").cases()
+    assert cases
+    assert {(fault.device, tp_size) for fault, tp_size in cases} == {("cuda", 1)}
+    assert {fault.name: reason for fault, reason in rest}["reduce-faked-while-capturing"] == \
+        "not planted: it needs 2 GPUs, and there are 1"
+    assert {fault.name: reason for fault, reason in rest}["reduced-twice"] == "not planted: it is one of a CPU"
 
 
 def test_what_is_not_visible_at_the_sizes_asked_for_is_skipped_and_told() -> None:

@@ -1,0 +1,88 @@
+"""Faults that only a captured graph can have: what a replay reads, and what was baked into it. They are planted on GPUs.
+
+``DecodeStep.run`` calls the same function where nothing was captured; what of a fault shows there too is tested there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepBatch
+from engine.decode_graph import DecodeGraphs, DecodeStep, StepInputs
+from engine.parallel.group import ProcessTPGroup, TPGroup
+from harness.faults.base import Patches, fault
+
+
+@fault(layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
+def block_tables_filled_once(patch: Patches, tp: TPGroup) -> None:
+    """A replay's block tables are filled in when a staging buffer is used first: blocks that came later are never seen."""
+    filled: set[int] = set()
+
+    def make(original: Any) -> Any:
+        def fill(self: StepInputs, batch: StepBatch) -> None:
+            before = self.tables_SB.clone()
+            original(self, batch)
+            if id(self) in filled:
+                self.tables_SB.copy_(before)
+            filled.add(id(self))
+
+        return fill
+
+    patch.replace(StepInputs, "fill", make)
+
+
+@fault(layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
+def inputs_derived_before_capture(patch: Patches, tp: TPGroup) -> None:
+    """Positions and slots are worked out when a bucket warms up, and the graph reads those for ever."""
+    derived: dict[int, StepBatch] = {}
+
+    def make(original: Any) -> Any:
+        def batch(self: DecodeStep) -> StepBatch:
+            if id(self) not in derived:
+                derived[id(self)] = original(self)
+            return derived[id(self)]
+
+        return batch
+
+    patch.replace(DecodeStep, "_batch", make)
+
+
+@fault(rows=(51,), layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
+def length_baked_into_the_graph(patch: Patches, tp: TPGroup) -> None:
+    """The contexts' length is a number of the host's when the graph is captured: a replay attends to as many tokens."""
+
+    def make(original: Any) -> Any:
+        def fill(self: StepInputs, batch: StepBatch) -> None:
+            original(self, batch)
+            self.context_S.clamp_(max=8)
+
+        return fill
+
+    patch.replace(StepInputs, "fill", make)
+
+
+@fault(rows=(52,), tp_sizes=(2,), checks=("logits", "generation"), device="cuda")
+def reduce_faked_while_capturing(patch: Patches, tp: TPGroup) -> None:
+    """While a graph is captured an all-reduce gives its input back, and so does every replay."""
+
+    def make(original: Any) -> Any:
+        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
+            if torch.cuda.is_current_stream_capturing():
+                return x
+            total: Tensor = original(self, x)
+            return total
+
+        return all_reduce
+
+    patch.replace(ProcessTPGroup, "_all_reduce", make)
+
+
+@fault(rows=(79,), tp_sizes=(2,), checks=("logits",), device="cuda")
+def bucket_captured_on_one_rank_alone(patch: Patches, tp: TPGroup) -> None:
+    """Rank 1 has no graph for three sequences and runs them as they are, while the others replay a padded four."""
+    if tp.rank == 1:
+        patch.replace(DecodeGraphs, "can_run", lambda original: staticmethod(
+            lambda batch: batch.draws_after_every_token and batch.num_seqs != 3))
