@@ -1,0 +1,349 @@
+"""The fit finds the constants that are in the data; the judge counts what is planted; power tells large errors from tiny ones."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from engine.parallel.ranks import RankContext, Ranks
+from harness.budgets import BASELINE_FACTOR, ROUNDOFF_FACTOR, UNIT_ROUNDOFF, Statistic
+from harness.calibrate import run as run_module
+from harness.calibrate.collect import OPTIONS, Pools, sample_layers
+from harness.calibrate.collect import TP_SIZES as FITTED_TP_SIZES
+from harness.calibrate.draws import drawn_models, sizes_alone
+from harness.calibrate.fit import MARGIN, Constants, fit, needs, worst
+from harness.calibrate.groups import SpoilingGroup, ring_sum
+from harness.calibrate.jobs import ORDERS, Spoiled, arrange, load_model
+from harness.calibrate.judge import TP_SIZES, context_of, draw_cases, judge_drawn, judge_model, judged, loaded
+from harness.calibrate.power import (
+    Threshold,
+    is_sum,
+    ladder,
+    power_of_drawn,
+    power_of_logits,
+    power_rows,
+    seen_in,
+    smallest_seen,
+)
+from harness.calibrate.report import cloud, error_rows, judged_rows, quantiles
+from harness.calibrate.run import CalibratePlan, calibrate
+from harness.calibrate.samples import Point, Sample, front, measured
+from harness.cli import app
+from harness.strategies import random_config
+from harness.truth import Truth
+from reports.calibration import alarms_table
+from reports.records import read_report
+
+REPORT = Path(__file__).parents[2] / "reports" / "baselines" / "cpu-2core" / "calibrate.json"
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Pools]:
+    with Pools() as pools:
+        yield pools
+
+
+@pytest.fixture(scope="module")
+def truth() -> Iterator[Truth]:
+    yield from drawn_models(random.Random(2), "judge", 1, ("float32",), set())
+
+
+def sample(*points: tuple[float, float], kind: str = "layers", statistic: Statistic = "row") -> Sample:
+    """Of (candidate, baseline) each."""
+    return Sample(kind=kind, dtype="bfloat16", tp_size=2,
+                  points={statistic: front(Point(candidate=candidate, baseline=baseline) for candidate, baseline in points)})
+
+
+# Fit
+
+
+def test_a_fit_finds_the_constants_that_samples_were_made_with() -> None:
+    """Twice as far off as the baseline; where the baseline is lucky, off by one roundoff."""
+    draw = random.Random(0)
+    baselines = [2.0 ** draw.uniform(-4, 6) for _ in range(500)]
+    samples = [sample((max(2 * baseline, 1.0), baseline)) for baseline in (0.5, *baselines)]
+    assert fit(samples, "row") == Constants(k=2 * MARGIN, c=1.0 * MARGIN)
+
+
+def test_a_fit_leaves_the_margin_above_every_sample() -> None:
+    draw = random.Random(1)
+    samples = [sample((2 ** draw.gauss(0, 2), 2 ** draw.gauss(0, 2)), kind=draw.choice(("layers", "logits"))) for _ in range(300)]
+    points = [point for each in samples for point in each.points["row"]]
+    fitted = fit(samples, "row")
+    assert worst(points, fitted) <= 1 / MARGIN
+    narrower = Constants(k=fitted.k, c=fitted.c - 0.5)
+    assert worst(points, narrower) > 1 / MARGIN
+
+
+def test_a_fit_of_no_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="statistic='typical' has no samples"):
+        fit([sample((1.0, 1.0))], "typical")
+
+
+def test_what_a_group_needs_is_told_for_each_constant() -> None:
+    points = [Point(candidate=8.0, baseline=4.0), Point(candidate=2.0, baseline=0.25)]
+    assert needs(points, Constants(k=3.0, c=3.0)) == (MARGIN * 2, MARGIN * 2)
+    assert needs(points, Constants(k=12.0, c=2.0)) == (MARGIN * 8, 0.0)
+
+
+def test_only_points_that_no_other_outdoes_are_kept() -> None:
+    points = [Point(candidate=c, baseline=b) for c, b in ((1.0, 1.0), (2.0, 1.0), (3.0, 2.0), (2.5, 2.5), (9.0, 5.0))]
+    kept = front(points)
+    assert {(point.candidate, point.baseline) for point in kept} == {(2.0, 1.0), (3.0, 2.0), (9.0, 5.0)}
+    for constants in (Constants(k=k, c=c) for k in (1.0, 2.0, 5.0) for c in (0.5, 2.0, 4.0)):
+        assert worst(kept, constants) == worst(points, constants)
+
+
+def test_a_lucky_baseline_is_a_ratio_without_end() -> None:
+    assert Point(candidate=1.0, baseline=0.0).ratio == math.inf
+    assert Point(candidate=0.0, baseline=0.0).ratio == 0.0
+    assert Constants(k=3.0, c=2.0).over_budget(Point(candidate=1.0, baseline=0.0)) == 0.5
+    row = error_rows([sample((1.0, 0.0)), sample((1.0, 0.5))])[0]
+    assert row.lucky == 1
+    assert row.ratio["1"] == 2.0
+
+
+def test_a_sample_measures_in_roundoffs_of_the_scale() -> None:
+    exact, u = torch.full((16, 8), 2.0, dtype=torch.float64), UNIT_ROUNDOFF["float32"]
+    found = measured("layers", "float32", 2, exact * (1 + 3 * u), exact * (1 + u), exact, exact)
+    for statistic in ("typical", "row", "element"):
+        (point,) = found.points[statistic]
+        torch.testing.assert_close(torch.tensor((point.candidate, point.baseline)), torch.tensor((3.0, 1.0)), rtol=1e-6, atol=0)
+
+
+def test_distributions_are_quantiles_and_counts() -> None:
+    assert quantiles([]) == {}
+    assert quantiles([4.0, 1.0, 2.0, 3.0, 5.0])["0.5"] == 3.0
+    assert quantiles([4.0, 1.0])["1"] == 4.0
+    points = [Point(candidate=2.0, baseline=1.0)] * 3 + [Point(candidate=0.0, baseline=0.5)]
+    assert cloud(points) == [[-4, -32, 1], [0, 4, 3]]
+
+
+# Seeds and shapes
+
+
+def test_what_is_judged_has_other_seeds_and_shapes_than_what_is_fitted(pools: Pools) -> None:
+    seen: set[Any] = set()
+    for _ in sample_layers(pools, random.Random(0), 40, seen):
+        pass
+    assert len(seen) > 30
+    models = drawn_models(random.Random(0), "fit", 3, ("float32",), seen)
+    before = len(seen)
+    fitted = [(model.seed, model.config["hidden_size"], model.script_lengths) for model in models]
+    assert all(seed % 2 == 0 for seed, _, _ in fitted)
+    assert len(seen) == before + 3
+    # The same draws again: the shapes that were seen are passed over.
+    others = [(model.seed, model.config["hidden_size"], model.script_lengths)
+              for model in drawn_models(random.Random(0), "judge", 3, ("float32",), seen)]
+    assert all(seed % 2 == 1 for seed, _, _ in others)
+    assert not {shape[1:] for shape in fitted} & {shape[1:] for shape in others}
+    assert len(seen) == before + 3
+
+
+def test_layers_of_a_shape_that_was_fitted_on_are_not_judged(pools: Pools) -> None:
+    class EveryOther(set[Any]):
+        asked = 0
+
+        def __contains__(self, shape: object) -> bool:
+            self.asked += 1
+            return self.asked % 2 == 1
+
+    seen = EveryOther()
+    assert len(list(judge_drawn("layers", pools, random.Random(4), 10, seen))) == 10
+    assert seen.asked >= 20
+
+
+# Judge
+
+
+@pytest.mark.parametrize("check", ["collectives", "layers", "attention"])
+def test_the_judge_finds_nothing_in_clean_code(check: str, pools: Pools) -> None:
+    verdicts = list(judge_drawn(check, pools, random.Random(1), 8, set()))
+    assert len(verdicts) == 8
+    assert all(verdict.compared > 0 for verdict in verdicts)
+    assert [verdict.alarm for verdict in verdicts] == [None] * 8
+    assert {row.verdict for row in judged_rows(verdicts, {check: 1.0})} == {"pass"}
+
+
+@pytest.mark.parametrize("check", ["collectives", "layers"])
+def test_the_judge_counts_an_alarm_where_a_part_is_wrong(check: str, pools: Pools) -> None:
+    ranks = pools(3)
+    verdicts = []
+    with sizes_alone(random_config(random.Random(0), 3), "bfloat16", 1) as truth:
+        sums = [case for case in draw_cases(check, random.Random(0), truth, 3) if is_sum(case)]
+        for error in (0.0, 1.0):
+            ranks.run(arrange, ORDERS[0], Spoiled(tp_rank=1, error=error))
+            verdicts += [judged(check, context_of(ranks, truth, sums[0]))]
+    assert [verdict.alarm is not None for verdict in verdicts] == [False, True]
+    (row,) = judged_rows(verdicts, {check: 2.0})
+    assert (row.verdict, row.cases, row.extra["false_alarms"]) == ("finding", 2, 1)
+    assert "1 false alarms in 2 clean cases" in row.message
+    assert alarms_table([row])["false alarms"].tolist() == [1]
+
+
+def test_the_judge_sees_models_as_verify_does(pools: Pools, truth: Truth) -> None:
+    verdicts = list(judge_model(loaded(pools, random.Random(0), truth, 3), truth))
+    assert [verdict.check for verdict in verdicts] == ["weights", "logits"]
+    assert [verdict.alarm for verdict in verdicts] == [None, None]
+    ranks = pools(3)
+    ranks.run(arrange, ORDERS[0], Spoiled(tp_rank=0, error=0.5))
+    ranks.run(run_load, truth.folder, truth.dtype)
+    weights, logits = judge_model(ranks, truth)
+    assert weights.alarm is None, "the weights are right, their sums are not"
+    assert logits.alarm is not None
+    assert "of the budget" in logits.alarm
+
+
+def run_load(rank: RankContext, folder: Path, dtype: str) -> None:
+    """Job: load the model with the sums as they are arranged."""
+    load_model(rank, folder, dtype, OPTIONS)
+
+
+def test_some_numbers_of_ranks_are_judged_that_nothing_was_fitted_on() -> None:
+    assert set(TP_SIZES) - set(FITTED_TP_SIZES)
+
+
+# Power
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 6, 7, 9, 20, 26])
+def test_the_smallest_error_that_is_seen_is_found(first: int) -> None:
+    errors = ladder("float32")
+    tried: list[float] = []
+
+    def sees(error: float) -> bool:
+        tried.append(error)
+        return error >= errors[first]
+
+    assert smallest_seen(sees, errors) == errors[first]
+    assert len(tried) <= 9
+    assert len(set(tried)) == len(tried)
+
+
+def test_an_error_that_is_never_seen_is_infinite() -> None:
+    assert smallest_seen(lambda error: False, ladder("bfloat16")) == math.inf
+    assert seen_in([0.1, 0.2, math.inf], 0.99) is None
+    assert seen_in([0.1, 0.2, math.inf], 0.6) == 0.2
+
+
+@pytest.mark.parametrize("check", ["collectives", "layers"])
+def test_a_large_error_in_one_part_is_seen_and_a_tiny_one_is_not(check: str, pools: Pools) -> None:
+    thresholds = list(power_of_drawn(check, pools, random.Random(3), "float32", 4, 4))
+    reals = [threshold.error for threshold in thresholds if threshold.values == "reals"]
+    assert len(reals) == 4
+    assert max(reals) <= 2.0**-6
+    assert min(reals) > UNIT_ROUNDOFF["float32"]
+    assert pools(4).run(is_spoiled) == [False] * 4, "whoever takes the ranks next has them without the error"
+
+
+def is_spoiled(rank: RankContext) -> bool:
+    """Job: whether an error is still planted."""
+    return isinstance(rank.tp, SpoilingGroup)
+
+
+def test_logits_show_a_large_error_in_one_module_and_not_a_tiny_one(pools: Pools, truth: Truth) -> None:
+    ranks = loaded(pools, random.Random(0), truth, 2)
+    thresholds = list(power_of_logits(ranks, truth, random.Random(0), 2))
+    assert all(UNIT_ROUNDOFF["float32"] < threshold.error <= 2.0**-8 for threshold in thresholds)
+    assert list(judge_model(ranks, truth))[1].alarm is None, "the module's group is put back"
+
+
+def test_power_is_told_for_a_case_and_for_a_run_of_several() -> None:
+    errors = [2.0**-8] * 50 + [2.0**-4] * 48 + [1.0, math.inf]
+    (row,) = power_rows(Threshold(check="layers", values="reals", dtype="bfloat16", tp_size=2, error=error, per_run=8)
+                        for error in errors)
+    assert (row.half, row.most) == (2.0**-8, 1.0)
+    # Of eight cases one at least is among the 50 best: 1 - 0.5**8 is more than 99 %.
+    assert row.run == 2.0**-8
+    assert row.seen[0] == [2.0**-8, 0.5]
+    assert row.seen[-1][1] == 0.99
+
+
+# Rings
+
+
+def test_a_ring_adds_each_piece_from_the_rank_before_it_downwards() -> None:
+    """By numbers whose sum in bfloat16 depends on the order: 256 + 1 is 256, and 1 + 1 + 256 is 258."""
+    big, one = 256.0, 1.0
+    parts = torch.tensor([[big, big, big, big, big, big], [one] * 6, [one] * 6], dtype=torch.bfloat16)
+    # Piece 0 takes ranks 2, 1, 0; piece 1 ranks 0, 2, 1; piece 2 ranks 1, 0, 2.
+    assert ring_sum(parts).tolist() == [258, 258, 256, 256, 256, 256]
+
+
+@pytest.mark.multirank
+def test_a_ring_has_the_bits_of_gloo() -> None:
+    with Ranks(3, fabric="gloo") as ranks:
+        for length in (1, 2, 5, 6, 7, 64, 1001):
+            sums = ranks.run(gloo_sum, length)
+            assert torch.equal(sums[0], ring_sum(torch.stack([part(rank, length) for rank in range(3)])))
+
+
+def gloo_sum(rank: RankContext, length: int) -> torch.Tensor:
+    """Job."""
+    return rank.tp.all_reduce(part(rank.tp.rank, length))
+
+
+def part(rank: int, length: int) -> torch.Tensor:
+    return torch.randn(length, generator=torch.Generator().manual_seed(rank)).bfloat16()
+
+
+# The command and its report
+
+
+def test_ctrl_c_leaves_a_report_of_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> Iterator[Sample]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "sample_models", interrupted)
+    result = CliRunner().invoke(app, ["calibrate", "--cases", "40", "--out", str(tmp_path)])
+    assert result.exit_code == 3
+    report = read_report(tmp_path)
+    assert report.calibration is not None
+    assert {row.kind for row in report.calibration.errors} == {"layers"}
+    assert [item.case for item in report.not_measured] == ["sampling models"]
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "report.csv", "errors.svg"}
+
+
+def test_samples_that_are_over_their_budget_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "sampling models":
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(ROUNDOFF_FACTOR, "row", 0.01)
+    monkeypatch.setitem(BASELINE_FACTOR, "row", 0.5)
+    report, is_interrupted = calibrate(CalibratePlan(cases=40), stop)
+    assert is_interrupted
+    verdicts = {row.model: row.verdict for row in report.checks if row.check == "fit"}
+    assert verdicts == {"typical": "pass", "row": "finding", "element": "pass"}
+
+
+def test_too_few_cases_are_wrong_usage(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", "--cases", "3", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_constants_are_those_of_the_committed_report() -> None:
+    calibration = read_report(REPORT).calibration
+    assert calibration is not None
+    fitted = {row.statistic: (row.fitted_k, row.fitted_c) for row in calibration.tolerances}
+    assert fitted == {statistic: (BASELINE_FACTOR[statistic], ROUNDOFF_FACTOR[statistic]) for statistic in BASELINE_FACTOR}
+
+
+def test_the_committed_report_has_no_false_alarm_in_enough_clean_cases() -> None:
+    report = read_report(REPORT)
+    table = alarms_table(report.checks).set_index("check")
+    least = {"collectives": 1000, "layers": 1000, "weights": 500, "logits": 300}
+    assert table.loc[list(least), "false alarms"].tolist() == [0] * len(least)
+    assert all(table.loc[check, "clean cases"] >= number for check, number in least.items())
+    assert table.loc[list(least), "clean cases"].sum() >= 5000
+    assert not report.not_measured
+
+
