@@ -186,7 +186,7 @@ def test_another_width_is_a_shape(problem: dict[str, Any], width: int) -> None:
 def test_an_error_of_rounding_is_none_and_one_above_its_budget_is_not_explained_away(error: float) -> None:
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(40, 64, generator=generator, dtype=torch.float64)
-    noise = torch.randn(40, 64, generator=generator, dtype=torch.float64) * 2.0**-24 * ROUNDOFF_FACTOR["row"] * error
+    noise = torch.randn(40, 64, generator=generator, dtype=torch.float64) * 2.0**-24 * ROUNDOFF_FACTOR["typical"] * error
     evidence = Evidence(candidate=(exact + noise).float(), baseline=exact.float(), exact=exact, dtype="float32", tp_size=2,
                         parts={"product": exact}, columns={"own": exact}, own=("own", torch.arange(64)), rows={"own": exact})
     assert (len(evidence.wrong_rows()) > 0) == (error > 1)
