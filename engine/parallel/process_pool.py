@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import selectors
 import signal
@@ -63,6 +64,7 @@ class ProcessPool(LinkPool[ProcessLink]):
                 collective_timeout_s=self._collective_timeout_s,
                 num_threads=max(1, torch.get_num_threads() // self._tp_size),
                 environ=dict(os.environ),
+                scratch=multiprocessing.util.get_temp_dir(),
             )
             jobs, control, dump = (socket.socketpair() for _ in range(3))
             theirs = (jobs[1], control[1], dump[1])

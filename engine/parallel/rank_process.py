@@ -11,6 +11,8 @@ import contextlib
 import faulthandler
 import functools
 import os
+import select
+import shutil
 import signal
 import socket
 import sys
@@ -27,6 +29,8 @@ from engine.parallel.rank_job import RankContext
 from engine.parallel.rank_loop import serve_control, serve_jobs
 from engine.parallel.rendezvous import connect_store, join_group
 
+_DEATH_S = 1.0  # a process that dies closes its sockets a moment before the system calls it dead
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSetup:
@@ -42,6 +46,8 @@ class RankSetup:
     collective_timeout_s: float
     num_threads: int
     environ: dict[str, str]
+    scratch: str
+    """Folder of multiprocessing's in the driver, which removes it as it ends, unless it is killed."""
 
 
 def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: socket.socket) -> None:
@@ -59,7 +65,8 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
     # A process that the driver forked may hold the sockets open after the driver's death: watch that too.
     with contextlib.suppress(AttributeError, OSError):
         watched.append(os.pidfd_open(setup.driver_pid))
-    watch = functools.partial(serve_control, control, box, watched=watched, on_gone=functools.partial(os._exit, 1))
+    leave = functools.partial(_leave, watched, setup.scratch)
+    watch = functools.partial(serve_control, control, box, watched=watched, on_gone=leave)
     threading.Thread(target=watch, name="rank-control", daemon=True).start()
     torch.set_num_threads(setup.num_threads)
     try:
@@ -84,5 +91,12 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
     try:
         serve_jobs(context, jobs)
     except (EOFError, OSError):
-        os._exit(1)  # the driver is gone: nobody is left to tell
+        leave()  # the driver is gone: nobody is left to tell
     dist.destroy_process_group()
+
+
+def _leave(watched: list[int], scratch: str) -> None:
+    """End this process, since the driver is gone; and tidy up after one that was killed and could not."""
+    if watched and select.select(watched, [], [], _DEATH_S)[0]:  # not where it has only closed its end
+        shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)

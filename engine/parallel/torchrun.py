@@ -13,6 +13,7 @@ import gc
 import hmac
 import os
 import secrets
+import signal
 import socket
 import struct
 import sys
@@ -196,6 +197,7 @@ def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:
     Raises:
         RuntimeError: if rank 0 is not there within ``start_timeout_s``.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a rank in a collective would get to no handler
     store = open_store(start_timeout_s)
     jobs, control = _connect(launch, store, start_timeout_s)
     box: list[RankContext] = []

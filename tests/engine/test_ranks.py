@@ -797,10 +797,11 @@ if __name__ == "__main__":
 def start_driver(tmp_path: Path, script: str, *args: str) -> subprocess.Popen[str]:
     path = tmp_path / "driver.py"
     path.write_text(script)
+    (tmp_path / "scratch").mkdir()
     return subprocess.Popen(
         [sys.executable, str(path), *args],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "scratch")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -817,8 +818,10 @@ def test_ranks_do_not_outlive_a_driver_that_is_killed(tmp_path: Path, how: str) 
         child = int(driver.stdout.readline()) if how == "forks" else None
         time.sleep(0.3)
         assert all(map(is_alive, pids))
+        assert len(os.listdir(tmp_path / "scratch")) == 1, "where multiprocessing's fork server listens"
         driver.kill()
         assert wait_until_gone(pids, 3) == []
+        assert os.listdir(tmp_path / "scratch") == [], "the last to leave puts out the lights"
         if child is not None:
             os.kill(child, signal.SIGKILL)
 
@@ -831,6 +834,7 @@ def test_a_driver_that_forgets_to_close_leaves_nothing_and_prints_nothing(tmp_pa
     assert wait_until_gone([int(word) for word in out.split()], 3) == []
     assert len(out.split()) == 2
     assert err == ""
+    assert os.listdir(tmp_path / "scratch") == []
 
 
 UNGUARDED = """
