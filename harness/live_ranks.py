@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
+import pickle
 from typing import Any
 
 import hypothesis
+import torch
 
 from engine.parallel.pending_job import OnEvent
-from engine.parallel.rank_job import Job, RankContext, pack_job
+from engine.parallel.rank_job import Job, RankContext
 from engine.parallel.ranks import RankFailure, Ranks
 
 HANG_ATTEMPTS = 25
@@ -22,6 +25,27 @@ HANG_ATTEMPTS = 25
 that follow, hypothesis is done within a minute."""
 PRELOAD = ("pytest", "hypothesis")
 """What every test module imports, and what takes long."""
+
+
+class _Fingerprints(pickle.Pickler):
+    """Pickles tensors by their bits. As they are usually pickled, the address of their memory is part of it."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor) and obj.layout is torch.strided and not obj.is_meta:
+            elements = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return tuple, ((type(obj).__name__, str(obj.dtype), tuple(obj.shape), elements),)
+        return NotImplemented
+
+
+def fingerprint(args: tuple[Any, ...]) -> bytes:
+    """The same for arguments that hypothesis draws again, and another for others. TypeError for what can't be pickled."""
+    buffer = io.BytesIO()
+    try:
+        _Fingerprints(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(args)
+    except Exception as failure:
+        raise TypeError(f"the job's arguments can't be sent to the ranks ({type(failure).__name__}: {failure}): "
+                        "use plain ones") from failure
+    return hashlib.blake2b(buffer.getvalue(), digest_size=16).digest()
 
 
 class HangBudget:
@@ -32,11 +56,11 @@ class HangBudget:
         self._hung = False
         self._known: set[bytes] = set()
 
-    def admit(self, job: Job, args: tuple[Any, ...]) -> None:
+    def admit(self, args: tuple[Any, ...]) -> None:
         """Note that a job is to run with a deadline. Rejects the example where hypothesis has seen hangs enough."""
         if not hypothesis.currently_in_test_context():
             return
-        key = hashlib.blake2b(pack_job(job, args, with_job=False), digest_size=16).digest()
+        key = fingerprint(args)
         if self._hung and key not in self._known:
             if not self._left:
                 hypothesis.reject()
@@ -77,16 +101,17 @@ class RanksForTests(Ranks):
                 self._imported |= {module}
 
     def run(self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None) -> list[Any]:
-        budget = self.budget
-        if timeout_s is None or budget is None:
-            return super().run(job, *args, timeout_s=timeout_s, on_event=on_event)
-        budget.admit(job, args)
-        self._prepare(job)
+        __tracebackhide__ = True  # for pytest: a failure is shown at the line of the test
+        if timeout_s is not None and self.budget is not None:
+            self.budget.admit(args)
         try:
+            if timeout_s is not None:
+                self._prepare(job)
             return super().run(job, *args, timeout_s=timeout_s, on_event=on_event)
         except RankFailure as failure:
-            budget.note(failure)
-            raise
+            if timeout_s is not None and self.budget is not None:
+                self.budget.note(failure)
+            raise failure.with_traceback(None) from failure.__cause__
 
 
 class RankPools:

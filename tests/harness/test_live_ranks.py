@@ -17,7 +17,7 @@ from hypothesis.errors import UnsatisfiedAssumption
 
 from engine.parallel.failures import RankError
 from engine.parallel.ranks import RankContext, RankFailure, Ranks
-from harness.live_ranks import HANG_ATTEMPTS, HangBudget, RankPools, RanksForTests
+from harness.live_ranks import HANG_ATTEMPTS, HangBudget, RankPools, RanksForTests, fingerprint
 
 TP_SIZE = 2
 ROWS, FEATURES = 3, 6
@@ -138,7 +138,8 @@ def hang(rows: int, features: int) -> None:
 
 
 def run_within(budget: HangBudget, ran: list[tuple[int, int]], rows: int, features: int) -> None:
-    budget.admit(sum_or_hang, (rows, features))
+    somewhere_else = torch.empty(len(ran) * 100)  # so that no tensor is where it was before
+    budget.admit((torch.full((rows, features), 0.5), rows, {"features": features}, somewhere_else.dtype))
     ran.append((rows, features))
     # Nothing about the drawn numbers but this one rule: shrinking has a long way to go.
     if (rows * 64 + features) % 3 == 0 and rows > 20:
@@ -171,10 +172,23 @@ def test_more_attempts_find_a_smaller_hang() -> None:
     assert smallest[3] > smallest[1000]
 
 
+def test_arguments_are_the_same_when_their_tensors_bits_are() -> None:
+    base = torch.arange(12.0)
+    known = fingerprint((base.view(3, 4), 1))
+    kept = [base.clone() for _ in range(8)]
+    assert all(fingerprint((again.view(3, 4), 1)) == known for again in kept)
+    others = [(base.view(4, 3), 1), (base.view(3, 4), 2), (base.view(3, 4).half(), 1), (base.view(3, 4).t(), 1),
+              (torch.nn.Parameter(base.view(3, 4)), 1), (base.view(3, 4) + torch.eye(3, 4), 1)]
+    assert len({known, *map(fingerprint, others)}) == 1 + len(others)
+    assert fingerprint((torch.tensor(1.5, dtype=torch.bfloat16), torch.empty(0, 3))) != known
+    with pytest.raises(TypeError, match="can't be sent to the ranks"):
+        fingerprint((lambda: None,))
+
+
 def test_outside_hypothesis_nothing_is_rejected() -> None:
     budget = HangBudget(0)
     for rows in range(3):
-        budget.admit(sum_or_hang, (rows, 1))
+        budget.admit((rows, 1))
         with pytest.raises(RankFailure) as caught:
             hang(rows, 1)
         budget.note(caught.value)
@@ -189,6 +203,6 @@ def test_an_exception_or_a_death_is_no_hang() -> None:
     @patient
     @examples
     def all_are_admitted(rows: int, features: int) -> None:
-        budget.admit(sum_or_hang, (rows, features))
+        budget.admit((rows, features))
 
     all_are_admitted()
