@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -294,7 +295,13 @@ def _fail(message: str, code: int) -> NoReturn:
 def main() -> None:
     """Entry point of ``shardproof`` and ``python -m harness``."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _leave)
     app()
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    """End as after an exception, so that ranks, ports and temporary folders go with the command."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

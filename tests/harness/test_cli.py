@@ -222,3 +222,25 @@ def test_a_killed_rank_ends_the_command_within_10_s_named_with_nothing_left(mode
     listening = {connection.laddr.port for connection in psutil.net_connections(kind="tcp")
                  if connection.status == psutil.CONN_LISTEN}
     assert not ports & listening
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_a_command_that_is_told_to_end_takes_its_folders_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    process = start("faults", "--only", "killed-rank-not-seen", "--out", tmp_path / "out")
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(scratch.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)  # until it has a model of its own, and ranks
+        assert len(list(scratch.iterdir())) >= 2
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert list(scratch.iterdir()) == []
