@@ -28,7 +28,7 @@ from engine.sampling import SamplingParams
 from engine.scheduler import Chunk
 from engine.sequence import Request
 from engine.sequence import Sequence as EngineSequence
-from harness.budgets import computation
+from harness.budgets import UNIT_ROUNDOFF, computation
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.rotary import check_rotary
 from reference.hf import DTYPES
@@ -250,14 +250,26 @@ class _Problem:
             q_QIH = self.queries[number][row_I, heads.q_heads.start : heads.q_heads.stop].transpose(0, 1)
             k_QLH, v_QLH = (x.transpose(0, 1)[kv_heads] for x in self.keys_values[number])
             visible_IL = torch.arange(k_QLH.shape[1]) <= (chunk.start + row_I)[:, None]
-            scores = (q_QIH.double() @ k_QLH.double().transpose(1, 2)) * self.case.head_dim**-0.5
-            probability = scores.masked_fill(~visible_IL, -torch.inf).softmax(-1)
             baseline = F.scaled_dot_product_attention(q_QIH[None], k_QLH[None], v_QLH[None], attn_mask=visible_IL)[0]
-            whole = (probability @ v_QLH.double(), baseline, probability @ v_QLH.double().abs())
-            parts.append((first + row_I, *(tensor.transpose(0, 1) for tensor in whole)))
+            exact, scale = self._exact(q_QIH.double(), k_QLH.double(), v_QLH.double(), visible_IL)
+            parts.append((first + row_I, *(tensor.transpose(0, 1) for tensor in (exact, baseline, scale))))
             first += chunk.num_tokens
         row_R, exact, baseline, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return row_R, exact, baseline, scale
+
+    def _exact(self, q_QIH: Tensor, k_QLH: Tensor, v_QLH: Tensor, visible_IL: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact result, and the scale of what rounding does to it, to first order.
+
+        A product of probabilities and values rounds as ``p @ |v|`` does. An error of the score of key l, which is a sum of the
+        size ``|q| @ |k|``, moves the result by ``p (v - result)`` times it; scores are computed in float32 at least.
+        """
+        factor = self.case.head_dim**-0.5
+        p_QIL = (q_QIH @ k_QLH.transpose(1, 2) * factor).masked_fill(~visible_IL, -torch.inf).softmax(-1)
+        exact_QIH = p_QIL @ v_QLH
+        moved_QIL = p_QIL * (q_QIH.abs() @ k_QLH.abs().transpose(1, 2) * factor)
+        distance_QILH = (v_QLH[:, None] - exact_QIH[:, :, None]).abs()
+        wide = UNIT_ROUNDOFF["float64" if self.case.dtype == "float64" else "float32"] / UNIT_ROUNDOFF[self.case.dtype]
+        return exact_QIH, p_QIL @ v_QLH.abs() + wide * (moved_QIL[..., None] * distance_QILH).sum(2)
 
     def _rows(self, num_tokens: int) -> Tensor:
         """Which of a sequence's queries are compared."""

@@ -107,14 +107,13 @@ def input_handed_out_as_the_result(patch: pytest.MonkeyPatch) -> None:
 
 def reduced_once_and_for_all(patch: pytest.MonkeyPatch) -> None:
     """A buffer that was summed is taken to be summed, also where it holds new values, or is to be summed again."""
-    done = set[tuple[int, int]]()
     all_reduce = TPGroup.all_reduce
 
     def wrong(self: TPGroup, x: Tensor) -> Tensor:
-        if (self.rank, x.data_ptr()) in done:
+        if getattr(x, "is_reduced", False):
             return x
-        total = all_reduce(self, x)
-        done.add((self.rank, total.data_ptr()))
+        total: Any = all_reduce(self, x)
+        total.is_reduced = True
         return total
 
     patch.setattr(TPGroup, "all_reduce", wrong)
