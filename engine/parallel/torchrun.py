@@ -42,7 +42,7 @@ _PURPOSES: tuple[Purpose, ...] = ("jobs", "control")
 _HELLO = struct.Struct("!32sIB")  # the secret, the rank, what the connection is for
 _ADDRESS_KEY = "driver"
 _LOOK_EVERY_S = 0.05
-_SILENT_S = 8  # a host that vanishes says nothing: after so long without an answer it counts as gone
+_SILENT_S = 5  # a host that vanishes says nothing: after so long without an answer it counts as gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ def keep_alive(sock: socket.socket) -> None:
     """Have the system notice within seconds that the other host is gone without a word; and send at once."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 1000 * _SILENT_S)):
+    for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 1000 * _SILENT_S)):
         if hasattr(socket, name):  # not every system has all of them
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

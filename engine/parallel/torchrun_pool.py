@@ -140,7 +140,7 @@ class TorchrunPool(LinkPool[Link]):
         self._deaths.add(link.rank)
         deliver(link.rank, Kind.DIED, 0, RankError(
             rank=link.rank, kind="died", phase=link.phase, consequence=consequence,
-            summary="its connection closed: the process is gone; torchrun on its host says how it ended"))
+            summary="its connection closed: the process, or its host, is gone; torchrun there says how it ended"))
 
     def stop(self, exit_code: int = 0) -> None:
         self._ending = True
