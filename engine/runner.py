@@ -69,7 +69,14 @@ class Runner:
         """
         block_size = self.config.block_size
         assert block_size is not None, "config must be resolved"
-        num_blocks = self.tp.all_reduce_min(self.config.num_kv_blocks or self._affordable_blocks())
+        if self.config.num_kv_blocks is None:
+            num_blocks = self._affordable_blocks()
+        else:
+            num_blocks = self.config.num_kv_blocks
+            if self.device.type == "cuda":
+                # What steps run is compiled and loaded here, as where memory is looked at, and not in the first request.
+                self._run_largest_step()
+        num_blocks = self.tp.all_reduce_min(num_blocks)
         longest = self.config.max_model_len or 1
         if num_blocks * block_size < longest:
             raise ValueError(f"the KV cache holds num_kv_blocks={num_blocks} x block_size={block_size} tokens, fewer than "

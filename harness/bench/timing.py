@@ -20,6 +20,8 @@ class Group:
     run: Callable[[], float]
     """Seconds that it took."""
     num_calls: int
+    calls: Sequence[Call]
+    """What is timed. A captured graph reads their tensors, and does not keep them alive by itself."""
 
 
 def group_of(calls: Sequence[Call], num_calls: int, device: torch.device) -> Group:
@@ -38,7 +40,7 @@ def _eager_group(calls: Sequence[Call], num_calls: int) -> Group:
             call()
         return time.perf_counter() - started
 
-    return Group(run=run, num_calls=num_calls)
+    return Group(run=run, num_calls=num_calls, calls=calls)
 
 
 def _graph_group(calls: Sequence[Call], device: torch.device) -> Group:
@@ -62,7 +64,7 @@ def _graph_group(calls: Sequence[Call], device: torch.device) -> Group:
         stop.synchronize()
         return float(start.elapsed_time(stop)) / 1e3
 
-    return Group(run=run, num_calls=len(calls))
+    return Group(run=run, num_calls=len(calls), calls=calls)
 
 
 def seconds_of_one(call: Call, device: torch.device, *, least_s: float = 0.002) -> float:

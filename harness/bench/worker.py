@@ -74,7 +74,8 @@ class Worker:
             code = self._process.wait(_CLOSE_S)
             raise self._gone(f"{self.name} died with exit code {code}") from None
         if kind == "raised":
-            raise WorkerError(f"{self.name}: {value}", summary=f"{self.name}: {value.strip().splitlines()[-1]}")
+            story, summary = value
+            raise WorkerError(f"{self.name}: {story}", summary=f"{self.name}: {summary}")
         return value
 
     def _gone(self, what: str) -> WorkerError:
@@ -135,8 +136,9 @@ def serve(connection: Connection) -> None:
             module, _, name = target.partition(":")
             answer: tuple[str, Any] = ("done", getattr(importlib.import_module(module), name)(state, *args))
             pickle.dumps(answer)
-        except Exception:
-            answer = ("raised", traceback.format_exc())
+        except Exception as failure:
+            # Some messages go on with advice: their first line says what happened.
+            answer = ("raised", (traceback.format_exc(), traceback.format_exception_only(failure)[0].splitlines()[0]))
         connection.send(answer)
     for item in reversed(list(state.values())):
         if hasattr(item, "close"):

@@ -33,7 +33,7 @@ def test_calls_share_a_state_that_lives_as_long_as_the_worker(worker: Worker) ->
 
 def test_what_a_call_raises_comes_home_and_the_worker_goes_on(worker: Worker) -> None:
     with pytest.raises(WorkerError, match=r"line that failed|ValueError: too bad") as caught:
-        worker.call(calls.fail, "too bad")
+        worker.call(calls.fail, "too bad\nadvice that goes on")
     assert caught.value.summary == "the worker: ValueError: too bad"
     assert "bench_calls.py" in str(caught.value)
     assert worker.call(calls.add, 1) == 1
