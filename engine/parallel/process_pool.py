@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import selectors
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
-from engine.parallel import rank_process
+from engine.parallel import fork_server, rank_process
 from engine.parallel.channel import Channel, Kind
 from engine.parallel.failures import RankError, RankReport, describe_exit
 from engine.parallel.link_pool import LinkPool
@@ -51,7 +52,8 @@ class ProcessPool(LinkPool[ProcessLink]):
         self._store = make_store()
         # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([*_preload(), *self._preload])
+        context.set_forkserver_preload([fork_server.__name__, *_preload(), *self._preload])
+        _start_fork_server()
         for rank in range(self._tp_size):
             setup = RankSetup(
                 rank=rank,
@@ -64,7 +66,6 @@ class ProcessPool(LinkPool[ProcessLink]):
                 collective_timeout_s=self._collective_timeout_s,
                 num_threads=max(1, torch.get_num_threads() // self._tp_size),
                 environ=dict(os.environ),
-                scratch=multiprocessing.util.get_temp_dir(),
             )
             jobs, control, dump = (socket.socketpair() for _ in range(3))
             theirs = (jobs[1], control[1], dump[1])
@@ -119,6 +120,15 @@ class ProcessPool(LinkPool[ProcessLink]):
         self._links = {}
         self._selector.close()
         self._store = None
+
+
+def _start_fork_server() -> None:
+    """Start it, if it does not run, with the folder that it is to remove in its environment."""
+    os.environ[fork_server.FOLDER] = multiprocessing.util.get_temp_dir()
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ[fork_server.FOLDER]
 
 
 def _preload() -> list[str]:

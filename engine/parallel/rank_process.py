@@ -11,8 +11,6 @@ import contextlib
 import faulthandler
 import functools
 import os
-import select
-import shutil
 import signal
 import socket
 import sys
@@ -29,8 +27,6 @@ from engine.parallel.rank_job import RankContext
 from engine.parallel.rank_loop import serve_control, serve_jobs
 from engine.parallel.rendezvous import connect_store, join_group
 
-_DEATH_S = 1.0  # a process that dies closes its sockets a moment before the system calls it dead
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSetup:
@@ -46,8 +42,6 @@ class RankSetup:
     collective_timeout_s: float
     num_threads: int
     environ: dict[str, str]
-    scratch: str
-    """Folder of multiprocessing's in the driver, which removes it as it ends, unless it is killed."""
 
 
 def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: socket.socket) -> None:
@@ -65,8 +59,7 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
     # A process that the driver forked may hold the sockets open after the driver's death: watch that too.
     with contextlib.suppress(AttributeError, OSError):
         watched.append(os.pidfd_open(setup.driver_pid))
-    leave = functools.partial(_leave, watched, setup.scratch)
-    watch = functools.partial(serve_control, control, box, watched=watched, on_gone=leave)
+    watch = functools.partial(serve_control, control, box, watched=watched, on_gone=functools.partial(os._exit, 1))
     threading.Thread(target=watch, name="rank-control", daemon=True).start()
     torch.set_num_threads(setup.num_threads)
     try:
@@ -91,12 +84,5 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
     try:
         serve_jobs(context, jobs)
     except (EOFError, OSError):
-        leave()  # the driver is gone: nobody is left to tell
+        os._exit(1)  # the driver is gone: nobody is left to tell
     dist.destroy_process_group()
-
-
-def _leave(watched: list[int], scratch: str) -> None:
-    """End this process, since the driver is gone; and tidy up after one that was killed and could not."""
-    if watched and select.select(watched, [], [], _DEATH_S)[0]:  # not where it has only closed its end
-        shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(1)

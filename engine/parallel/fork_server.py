@@ -1,0 +1,23 @@
+"""Imported by the fork server alone, before all else: it removes the folder in which it listens when it ends.
+
+multiprocessing removes that folder as the driver ends, unless the driver is killed. The fork server outlives the driver and
+all ranks, whatever ended them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+
+FOLDER = "SHARDPROOF_FORK_SERVER_FOLDER"
+"""Environment variable in which the driver tells the folder."""
+
+
+def _remove(folder: str, owner_pid: int) -> None:
+    if os.getpid() == owner_pid:  # not in a rank, which is a fork of this process
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if FOLDER in os.environ:
+    atexit.register(_remove, os.environ.pop(FOLDER), os.getpid())
