@@ -11,8 +11,9 @@ import pytest
 
 from harness.bench import workloads
 from harness.bench.bench import BenchResult, run_bench
+from harness.bench.lineup import Lineup, Workers
 from harness.bench.plan import BenchPlan, Setting
-from harness.bench.step import Watcher
+from harness.bench.step import Outcome, Watcher
 from harness.bench.worker import CHECKOUT
 from harness.bench.workloads import (
     CollectivesPart,
@@ -40,8 +41,8 @@ TINY = (
     CollectivesPart(message_bytes=(4, 1024), rounds=2, calls=2),
     TINY_LAYERS,
     LoadPart(rounds=2),
-    StartPart(limits=LIMITS, rounds=1, prompt_len=4),
 )
+START = StartPart(limits=LIMITS, rounds=1, prompt_len=4)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def tiny_workloads() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setitem(workloads.WORKLOADS, "tiny", TINY)
     patch.setitem(workloads.WORKLOADS, "tiny-layers", (TINY_LAYERS,))
-    patch.setitem(workloads.WORKLOADS, "tiny-serve", TINY[:1])
+    patch.setitem(workloads.WORKLOADS, "tiny-start", (START,))
     yield
     patch.undo()
 
@@ -127,11 +128,20 @@ def test_loading_tells_what_a_rank_reads_and_holds(result: BenchResult) -> None:
 
 
 @pytest.mark.multirank
-def test_starting_is_measured_from_a_fresh_process_to_the_first_token(result: BenchResult) -> None:
-    rows = rows_of(result, "start")
-    assert set(rows) == {("start to first token", *who) for who in (("shardproof", 1), ("shardproof", 2), ("transformers", 1))}
-    assert all(1 < row.samples["start_s"][0] < 300 for row in rows.values())
-    assert rows["start to first token", "shardproof", 2].fabric == "gloo"
+def test_starting_is_measured_from_a_fresh_process_to_the_first_token(tiny_workloads: None, tiny_model: MakeModel) -> None:
+    setting = Setting.of(BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("tiny-start",), tp_sizes=(1, 2),
+                                   device="cpu", peers=("transformers", "vllm")))
+    outcome = Outcome(rows={}, watcher=Watcher())
+    (step,) = Lineup(setting, Workers(), outcome).steps(with_hardware=False)
+    contenders = {(contender.engine, contender.tp_size): contender for contender in step._make_contenders()}
+    assert set(contenders) == {("shardproof", 1), ("shardproof", 2), ("transformers", 1)}
+    assert [(item.engine, item.tp_size, item.reason) for item in outcome.missing] == [
+        ("vllm", tp_size, "the package vllm is not installed") for tp_size in (1, 2)]
+    contender = contenders["shardproof", 2]
+    ((key, figures),) = contender.measure(START).items()
+    assert key == ("start to first token", "shardproof")
+    assert 1 < figures["start_s"] < 300
+    assert contender.fabric == "gloo"
 
 
 @pytest.mark.multirank
@@ -141,7 +151,7 @@ def test_what_could_not_be_measured_is_named_with_its_reason(result: BenchResult
     assert missing["serve", "vllm", 1, None] == missing["serve", "vllm", 2, None] == "the package vllm is not installed"
     assert missing["serve", "transformers-cb", 1, None] == "transformers-cb does not run on device=cpu"
     assert missing["serve", "shardproof", None, "too long"] == "needs 133 positions, and the model has 128"
-    assert not [item for item in result.reports["candidate"].not_measured if item.workload not in ("serve", "start")]
+    assert {item.workload for item in result.reports["candidate"].not_measured} == {"serve"}
 
 
 @pytest.mark.multirank
