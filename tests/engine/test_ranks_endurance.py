@@ -91,7 +91,7 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.endurance)])
 def test_after_failures_in_a_row_the_next_example_is_green_and_nothing_is_left(nothing_is_left_behind: None, count: int) -> None:
     plan = schedule(count)
     assert len(plan) == count
