@@ -77,7 +77,7 @@ def check_draws(context: CheckContext) -> Outcome:
         for rank, problems in enumerate(by_rank):
             if problems[number] is not None:
                 return Outcome(cases=len(cases), compared=0, rank=rank, module="sampler", case=asdict(case),
-                               finding=f"{case}: rank {rank}: {problems[number]}")
+                               extra={"smallest_case": str(case)}, finding=f"{case}: rank {rank}: {problems[number]}")
     return Outcome(cases=len(cases), compared=sum(len(case.kinds) * NUM_DRAWS for case in cases))
 
 
