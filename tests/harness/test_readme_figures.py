@@ -1,0 +1,79 @@
+"""Every figure in the README's tables of benchmarks is the committed record's that stands beside it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from reports.records import Report, read_report
+from reports.tables import bench_table
+from reports.text_tables import format_number
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SHOWN = {  # (workload, case): metrics
+    ("decode", "batch 1, context 32"): ("itl_ms",),
+    ("prefill", "1 × 128"): ("prompt_tokens_per_s",),
+}
+
+
+def tables_of(readme: str) -> dict[str, tuple[str, list[str]]]:
+    """Record -> (the command that makes it, its table's lines, without the heading)."""
+    pattern = r"`(reports/baselines/[\w./-]+\.json)`, made by `([^`]+)`:\n\n\|[^\n]*\n\|[-:| ]*\n((?:\|[^\n]*\n)+)"
+    return {record: (command, rows.splitlines()) for record, command, rows in re.findall(pattern, readme)}
+
+
+def lines_of_study(report: Report) -> list[str]:
+    lines = []
+    for row in report.checks:
+        slowed = "more work" in row.check
+        called = row.cases - row.extra["wrong"] if slowed else row.extra["wrong"]
+        rule = f"at least {row.cases - row.extra['allowed']}" if slowed else f"at most {row.extra['allowed']}"
+        lines.append(f"| {row.check} | {row.cases} | {called} | {rule} | {row.extra['median_seconds_a_run']} |")
+    return lines
+
+
+def lines_of_bench(report: Report) -> list[str]:
+    table = bench_table(report.benches, peers=["transformers"])
+    lines = []
+    for _, row in table.iterrows():
+        if row["metric"] not in SHOWN.get((row["workload"], row["case"]), ()):
+            continue
+        bound = "–" if row["percent_of_bound"] is None else f"{row['percent_of_bound']:.0f}"
+        scaling = "–" if row["scaling_efficiency"] is None else f"{row['scaling_efficiency']:.2f}"
+        lines.append(f"| {row['workload']}, {row['case']} | `{row['metric']}` | {row['engine']} | {row['tp_size']} | "
+                     f"{format_number(row['median'])} | {format_number(row['iqr'])} | {bound} | {scaling} | "
+                     f"{row['times_transformers']:.2f} |")
+    return lines
+
+
+def lines_of(report: Report) -> list[str]:
+    return lines_of_study(report) if report.checks else lines_of_bench(report)
+
+
+@pytest.mark.parametrize("record", ["reports/baselines/cpu-2core/aa.json", "reports/baselines/cpu-2core/smollm2-quick.json"])
+def test_a_table_of_the_readme_holds_what_its_record_says(record: str) -> None:
+    command, lines = tables_of(README)[record]
+    report = read_report(ROOT / record)
+    assert lines == lines_of(report), "the README should have:\n" + "\n".join(lines_of(report))
+    # The command beside it is the one in the record, but for options that change no figure.
+    made_by = {word for word in report.run.argv if word not in ("--minutes", "--save-baseline")}
+    assert set(shlex.split(command)) - {"python", "-m", "tox", "-e", "--", "--save-baseline", "harness.bench.aa"} <= made_by
+
+
+def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
+    record = "reports/baselines/cpu-2core/aa.json"
+    changed = README.replace("| the same code | 100 |", "| the same code | 101 |")
+    assert changed != README
+    assert tables_of(changed)[record][1] != lines_of(read_report(ROOT / record))
+
+
+def test_the_study_met_its_goals() -> None:
+    same, slower = read_report(ROOT / "reports/baselines/cpu-2core/aa.json").checks
+    assert same.cases == slower.cases == 100
+    assert same.extra["wrong"] <= 2
+    assert slower.extra["wrong"] <= 5
+    assert max(same.extra["median_seconds_a_run"], slower.extra["median_seconds_a_run"]) <= 5
