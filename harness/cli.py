@@ -124,6 +124,19 @@ def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
         ranks.close(exit_code=exit_code)
 
 
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """What went wrong on standard error, and the exit code that goes with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        _fail(str(error), COULD_NOT_RUN)
+    except ValueError as error:
+        _fail(str(error), USAGE)
+    except (RankFailure, OSError, RuntimeError) as error:
+        _fail(_why_not(error), COULD_NOT_RUN)
+
+
 def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None) -> NoReturn:
     """Run the plan and show how it goes and what came of it."""
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
@@ -137,14 +150,8 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None) -> NoReturn:
             bar.console.print(f"tp {row.tp_size}  {row.check:<12} [{style}]{row.verdict}[/{style}]  {row.seconds:.1f} s",
                               highlight=False)
 
-        try:
+        with _failures_told():
             report = verify(plan, ranks=ranks, on_row=on_row, on_start=on_start)
-        except CheckpointError as error:
-            _fail(str(error), COULD_NOT_RUN)
-        except ValueError as error:
-            _fail(str(error), USAGE)
-        except (RankFailure, OSError, RuntimeError) as error:
-            _fail(_why_not(error), COULD_NOT_RUN)
     paths = write_all(report, out)
     layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
     sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers are "
@@ -164,15 +171,9 @@ def _show_findings(report: Report) -> None:
 
 def _replay(case: Path, out: Path) -> NoReturn:
     """Run a saved finding again, and say how it compares."""
-    try:
+    with _failures_told():
         saved = load_case(case)
         report, comparison = replay(saved, _folder(saved.model, saved.dtype))
-    except CheckpointError as error:
-        _fail(str(error), COULD_NOT_RUN)
-    except ValueError as error:
-        _fail(str(error), USAGE)
-    except (RankFailure, OSError, RuntimeError) as error:
-        _fail(_why_not(error), COULD_NOT_RUN)
     sys.stdout.write(f"{saved.check} at tp_size={saved.tp_size}, found then: {saved.finding}\n")
     _show_findings(report)
     sys.stdout.write(f"\n{comparison}; report: {write_all(report, out)['html']}\n")
@@ -231,7 +232,7 @@ def generate_command(
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
 ) -> None:
     """Generate text. Standard output holds the text alone, as it comes."""
-    try:
+    with _failures_told():
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
         folder = _folder(model, dtype)
         ModelConfig.from_folder(folder)  # what can't run at all is refused before the checkpoint is looked at
@@ -241,12 +242,6 @@ def generate_command(
                 for completion in item.outputs:
                     sys.stdout.write(completion.text)
                 sys.stdout.flush()
-    except CheckpointError as error:
-        _fail(str(error), COULD_NOT_RUN)
-    except ValueError as error:
-        _fail(str(error), USAGE)
-    except (RankFailure, OSError, RuntimeError) as error:
-        _fail(_why_not(error), COULD_NOT_RUN)
     sys.stdout.write("\n")
 
 

@@ -2,8 +2,8 @@
 
 ``Ranks`` keeps tp_size ranks alive and runs jobs on them. What a rank is depends on the fabric: the calling
 thread (``solo``), threads (``threads``), or processes joined by gloo on the CPU or NCCL on GPUs: of our own, or
-torchrun's. Every wait
-covers all ranks at once, has a deadline where one was given, and sees a rank's death at once.
+torchrun's. Every wait covers all ranks at once, has a deadline where one was given, and sees a rank's
+death at once.
 """
 
 from __future__ import annotations

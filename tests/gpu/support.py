@@ -52,18 +52,6 @@ def _quiet_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def small_config(family: str = "llama", *, num_q_heads: int = 9, num_kv_heads: int = 3, **changes: Any) -> dict[str, Any]:
-    """Two layers; 9 query heads over 3 KV heads share a KV head between two ranks, and no other size fits any tp_size."""
-    config: dict[str, Any] = {
-        "model_type": family, "vocab_size": 131, "hidden_size": 8 * num_q_heads, "intermediate_size": 53,
-        "num_hidden_layers": 2, "num_attention_heads": num_q_heads, "num_key_value_heads": num_kv_heads,
-        "max_position_embeddings": 192, "tie_word_embeddings": family == "qwen2", "bos_token_id": None,
-        "eos_token_id": None, "pad_token_id": None,
-    }
-    config |= {"llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 8}, "qwen2": {}, "qwen3": {"head_dim": 16}}[family]
-    return config | changes
-
-
 def check(name: str, ranks: Ranks, truth: Truth, plant: Plant | None = None, *arguments: Any, **options: Any) -> Outcome:
     """One check on ranks that hold a freshly loaded engine, with a fault planted into it or without."""
     options = OPTIONS | options

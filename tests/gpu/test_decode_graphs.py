@@ -17,7 +17,8 @@ from engine.parallel.ranks import RankContext
 from harness import jobs
 from harness.budgets import Comparison, computation
 from harness.truth import Truth
-from tests.gpu.support import DEVICE, OPTIONS, MakeModel, count_replays, num_replays, runner_of, small_config
+from tests.gpu.support import DEVICE, OPTIONS, MakeModel, count_replays, num_replays, runner_of
+from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -12,7 +12,8 @@ import torch
 from engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from harness.budgets import computation
 from reference.hf import Reference
-from tests.gpu.support import DEVICE, OPTIONS, MakeModel, small_config
+from tests.gpu.support import DEVICE, OPTIONS, MakeModel
+from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

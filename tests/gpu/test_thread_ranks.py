@@ -24,8 +24,8 @@ from tests.gpu.support import (
     exchange_keys_and_values,
     shift_slots,
     skip_all_reduce,
-    small_config,
 )
+from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -27,7 +27,7 @@ from engine.parallel.linear import RowParallelLinear
 from harness.cli import app
 from reports.records import read_report
 from tests.harness.conftest import MakeModel
-from tests.harness.test_verify import config_of
+from tests.reference.tiny import small_config
 
 ROOT = Path(__file__).parents[2]
 WORDS = [f"w{number}" for number in range(131)]
@@ -36,7 +36,7 @@ WORDS = [f"w{number}" for number in range(131)]
 @pytest.fixture(scope="session")
 def model(tiny_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tokenizer of as many words as its vocabulary, and room for a long text."""
-    config = config_of("llama", num_q_heads=4, num_kv_heads=2, max_position_embeddings=16_384)
+    config = small_config("llama", num_q_heads=4, num_kv_heads=2, max_position_embeddings=16_384)
     folder = tmp_path_factory.mktemp("with-tokenizer") / "model"
     shutil.copytree(tiny_model(config), folder)
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w0"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -62,6 +63,28 @@ def test_a_table_of_the_readme_holds_what_its_record_says(record: str) -> None:
     # The command beside it is the one in the record, but for options that change no figure.
     made_by = {word for word in report.run.argv if word not in ("--minutes", "--save-baseline")}
     assert set(shlex.split(command)) - {"python", "-m", "tox", "-e", "--", "--save-baseline", "harness.bench.aa"} <= made_by
+
+
+@pytest.mark.parametrize(("line", "model", "workload", "case", "metric"), [
+    ("W1 on Qwen3-0.6B", "qwen3-0.6b", "w1", "256 requests of 100 to 1024 in, 100 to 1024 out", "output_tokens_per_s"),
+    ("W1 on Qwen3-8B", "qwen3-8b", "w1", "256 requests of 100 to 1024 in, 100 to 1024 out", "output_tokens_per_s"),
+    ("batch 1 at context 1,024, Qwen3-0.6B", "qwen3-0.6b", "decode", "batch 1, context 1024", "ms_per_token"),
+    ("the same, Qwen3-8B |", "qwen3-8b", "decode", "batch 1, context 1024", "ms_per_token"),
+    ("batch 256 at context 1,024, Qwen3-0.6B", "qwen3-0.6b", "decode", "batch 256, context 1024", "ms_per_token"),
+    ("prefill of 16 × 1,024 tokens, Qwen3-0.6B", "qwen3-0.6b", "prefill", "16 × 1024", "prompt_tokens_per_s"),
+    ("the same prefill, Qwen3-8B", "qwen3-8b", "prefill", "16 × 1024", "prompt_tokens_per_s"),
+])
+def test_the_table_of_speed_holds_medians_of_the_records(line: str, model: str, workload: str, case: str, metric: str) -> None:
+    rows = read_report(ROOT / f"reports/baselines/nvidia-h200/{model}-w1-decode-prefill.json").benches
+    shown = next(text for text in README.splitlines() if text.startswith(f"| {line}"))
+    for engine, cell in zip(("shardproof", "transformers"), shown.split("|")[2:4], strict=True):
+        samples = [row.samples[metric] for row in rows if (row.engine, row.workload, row.case) == (engine, workload, case)]
+        if not samples:
+            assert cell.strip() == "–"
+            continue
+        number = cell.strip().replace(",", "")
+        digits = len(number.partition(".")[2])
+        assert f"{median(samples[0]):.{digits}f}" == number
 
 
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:

@@ -15,9 +15,9 @@ from reports.records import read_report
 from tests.engine.test_torchrun import torchrun
 from tests.harness.conftest import MakeModel
 from tests.harness.test_cli import run
-from tests.harness.test_verify import config_of
+from tests.reference.tiny import small_config
 
-CONFIG = config_of("llama", num_q_heads=4, num_kv_heads=2)
+CONFIG = small_config("llama", num_q_heads=4, num_kv_heads=2)
 
 
 @pytest.mark.multirank

@@ -16,20 +16,9 @@ from harness.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint
 from reports.records import Report
 from tests.harness.conftest import MakeModel
+from tests.reference.tiny import small_config
 
 MANY_SIZES = (2, 3, 4, 5, 6, 8)
-
-
-def config_of(family: str, *, num_q_heads: int, num_kv_heads: int, **changes: Any) -> dict[str, Any]:
-    """A decoder of two layers whose other sizes fit no tp_size: 53 intermediate features, a vocabulary of 131."""
-    config: dict[str, Any] = {
-        "model_type": family, "vocab_size": 131, "hidden_size": 8 * num_q_heads, "intermediate_size": 53,
-        "num_hidden_layers": 2, "num_attention_heads": num_q_heads, "num_key_value_heads": num_kv_heads,
-        "max_position_embeddings": 192, "tie_word_embeddings": family == "qwen2", "bos_token_id": None,
-        "eos_token_id": None, "pad_token_id": None,
-    }
-    config |= {"llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 8}, "qwen2": {}, "qwen3": {"head_dim": 16}}[family]
-    return config | changes
 
 
 QUICK = tuple(name for name in CHECKS if name != "lifecycle")
@@ -54,7 +43,7 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 ])
 def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
                                                     dtype: str) -> None:
-    folder = tiny_model(config_of(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
+    folder = tiny_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
     report = green(folder, MANY_SIZES, "threads")
     assert {row.fabric for row in report.checks} == {"threads"}
     assert {row.dtype for row in report.checks} == {dtype}
@@ -63,7 +52,7 @@ def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, famil
 @pytest.mark.multirank
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_processes_are_green_too(tiny_model: MakeModel, family: str) -> None:
-    report = green(tiny_model(config_of(family, num_q_heads=9, num_kv_heads=3), "bfloat16"), (1, 2, 3), "auto")
+    report = green(tiny_model(small_config(family, num_q_heads=9, num_kv_heads=3), "bfloat16"), (1, 2, 3), "auto")
     assert [row.fabric for row in report.checks if row.check == "logits"] == ["solo", "gloo", "gloo"]
 
 

@@ -27,9 +27,9 @@ from tests.gpu.support import (
     num_replays,
     shift_slots,
     skip_all_reduce,
-    small_config,
 )
 from tests.multigpu.jobs import die_before_the_all_reduce, sum_of_ranks
+from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.multigpu
 
