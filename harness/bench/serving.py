@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,8 @@ from harness.bench.workloads import Requests
 
 State = dict[str, Any]
 _OF_TIMES = {"itl": inter_token_figures, "ttft": first_token_figures, "tpot": per_token_figures}
+_DECODE_TRIES = 3
+"""A hiccup of the machine can make one token slower than many. Such a pair of runs tells nothing, and is run again."""
 
 
 class _Started:
@@ -75,8 +78,7 @@ def run_case(state: State, requests: Requests, figures: tuple[str, ...], tempera
     if figures == ("throughput",):
         return throughput(num_tokens, engine.generate(fresh(requests), temperature))
     if "decode" in figures:
-        short_s = engine.generate(fresh([(prompt, 1) for prompt, _ in requests]), temperature)
-        found |= decode_figures(short_s, engine.generate(fresh(requests), temperature), requests[0][1] - 1)
+        found |= _decode(engine, fresh, requests, temperature)
     times = engine.stream(fresh(requests), temperature)
     for name, compute in _OF_TIMES.items():
         if name in figures:
@@ -86,6 +88,15 @@ def run_case(state: State, requests: Requests, figures: tuple[str, ...], tempera
     if "prompt" in figures:
         found |= prompt_figures(times, sum(len(prompt) for prompt, _ in requests))
     return found
+
+
+def _decode(engine: Engine, fresh: Callable[[Requests], Requests], requests: Requests, temperature: float) -> Figures:
+    first_tokens = [(prompt, 1) for prompt, _ in requests]
+    for _ in range(_DECODE_TRIES):
+        short_s, long_s = (engine.generate(fresh(asked), temperature) for asked in (first_tokens, requests))
+        if long_s > short_s:
+            break
+    return decode_figures(short_s, long_s, requests[0][1] - 1)
 
 
 def first_token(state: State, name: str, spec: EngineSpec, prompt: list[int]) -> str:
