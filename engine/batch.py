@@ -38,7 +38,6 @@ class SamplingBatch:
     """int64: stop tokens of sequences below their ``min_tokens``"""
     banned_token_X: Tensor
     """int64"""
-    all_greedy: bool
     filters: bool
     """Some row has a top_k or top_p."""
     logprob_row_L: Tensor | None = None
@@ -170,7 +169,6 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         position_R=torch.tensor(positions, dtype=torch.int64),
         banned_row_X=torch.tensor([row for row, _ in banned], dtype=torch.int64),
         banned_token_X=torch.tensor([token_id for _, token_id in banned], dtype=torch.int64),
-        all_greedy=all(p.is_greedy for p in params),
         filters=any(p.top_k > 0 or p.top_p < 1 for p in params),
         logprob_row_L=torch.tensor(logprob_rows, dtype=torch.int64) if logprob_rows else None,
         num_logprobs=max((p.logprobs or 0 for p in params), default=0),
@@ -196,7 +194,7 @@ def profiling_batch(num_seqs: int, length: int) -> StepBatch:
         sample_S=torch.arange(num_seqs),
         sampling=SamplingBatch(
             temperature_R=zeros_R, top_k_R=zeros_R.int(), top_p_R=zeros_R + 1, seed_R=zeros_R.long(), position_R=zeros_R.long(),
-            banned_row_X=zeros_R[:0].long(), banned_token_X=zeros_R[:0].long(), all_greedy=True, filters=False,
+            banned_row_X=zeros_R[:0].long(), banned_token_X=zeros_R[:0].long(), filters=False,
         ),
         num_decodes=0, prefill_cu_seqlens_S1=starts, max_decode_context_len=0, max_prefill_len=length,
         has_in_flight=False,

@@ -118,7 +118,7 @@ class DecodeStep:
             context_lens_S=inputs.context_S, block_tables_SB=inputs.tables_SB, rows_S=inputs.row_S, sample_S=self.index_S,
             sampling=SamplingBatch(
                 temperature_R=inputs.temperature_S, top_k_R=nothing, top_p_R=nothing, seed_R=inputs.seed_S,
-                position_R=length_S, banned_row_X=nothing, banned_token_X=nothing, all_greedy=False, filters=False,
+                position_R=length_S, banned_row_X=nothing, banned_token_X=nothing, filters=False,
             ),
             num_decodes=self.num_seqs, prefill_cu_seqlens_S1=self.cu_seqlens_S1[:1],
             max_decode_context_len=self.max_context_len, max_prefill_len=0, has_in_flight=False,

@@ -86,7 +86,7 @@ def reduction(candidate: Tensor, parts: list[Tensor], dtype: str) -> Comparison:
 
 
 def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
-                float32: Tensor | None = None) -> Comparison:
+                float32: Tensor | None = None, *, pooled: bool = False) -> Comparison:
     """Computation: a candidate ``[T, F]`` against ``max(k * baseline error, c * u * scale)``, by all three statistics.
 
     Args:
@@ -94,8 +94,10 @@ def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, 
             the exact values' root mean square, times the reach of a maximum over F values for the largest element.
         float32: ``[T, F]``, the unsharded baseline once more, in float32. A row on which it is far off, in units of its own
             roundoff, magnifies rounding; on one draw of the baseline's rounding alone that may not show.
+        pooled: with ``float32`` too, allow every row what the baseline's worst row is off. For a search that looks at hundreds of
+            tensors and must not stop at one whose row was lucky in the baseline; it sees a fault of one row a little less well.
     """
-    sizes = measure(candidate, baseline, exact, dtype, scale, float32)
+    sizes = measure(candidate, baseline, exact, dtype, scale, float32, pooled=pooled)
     ratios = {statistic: _over_budget(*sizes[statistic], statistic) for statistic in sizes}
     ratio_T = torch.maximum(ratios["row"], ratios["element"])
     if not ratio_T.numel():
@@ -108,19 +110,19 @@ def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, 
 
 
 def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
-               float32: Tensor | None = None) -> Tensor:
+               float32: Tensor | None = None, *, pooled: bool = False) -> Tensor:
     """``[T]``: how far each row is off, by root mean square and by largest element, as a fraction of its budget."""
-    sizes = measure(candidate, baseline, exact, dtype, scale, float32)
+    sizes = measure(candidate, baseline, exact, dtype, scale, float32, pooled=pooled)
     return torch.maximum(_over_budget(*sizes["row"], "row"), _over_budget(*sizes["element"], "element"))
 
 
 def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
-            float32: Tensor | None = None) -> dict[Statistic, tuple[Tensor, Tensor]]:
+            float32: Tensor | None = None, *, pooled: bool = False) -> dict[Statistic, tuple[Tensor, Tensor]]:
     """(the candidate's errors, what the baseline makes of it) by statistic, in units of roundoff times scale.
 
     ``[T]`` each for rows and their largest elements, a scalar for the median row, which is 0 where there are too few values.
-    A row's own error is the baseline's worst row's; with ``float32`` it is that row's, by the baseline or by float32, scaled
-    up, whichever is larger. The arguments are those of ``computation``.
+    A row's own error is the baseline's worst row's; with ``float32`` it is that row's (or the worst one's, if ``pooled``), by the
+    baseline or by float32, scaled up, whichever is larger. The arguments are those of ``computation``.
     """
     if not exact.numel():
         nothing = exact.new_zeros(len(exact), dtype=torch.float64), exact.new_zeros(len(exact), dtype=torch.float64)
@@ -131,8 +133,8 @@ def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scal
         sizes["typical"] = torch.zeros_like(sizes["typical"][0]), sizes["typical"][1]
     wide = None if float32 is None else _row_sizes(float32, exact, "float32", scale)
     for statistic in _BY_ROW:
-        expected = own[statistic].max().expand_as(own[statistic]) if wide is None else own[statistic].maximum(wide[statistic])
-        sizes[statistic] = error[statistic], expected
+        expected = own[statistic].max().expand_as(own[statistic]) if pooled or wide is None else own[statistic]
+        sizes[statistic] = error[statistic], expected if wide is None else expected.maximum(wide[statistic])
     return sizes
 
 

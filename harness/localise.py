@@ -47,8 +47,9 @@ def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
     """
     by_rank: list[Taps] = ranks.run(jobs.taps, truth.script, sequence)
     exact, baseline = truth.exact_activations(sequence), truth.baseline_activations(sequence)
+    float32 = None if truth.float32_activations is None else truth.float32_activations[sequence]
     for point in points(truth.config):
-        whole, own = point.of(exact), point.of(baseline)
+        whole, own, wide = point.of(exact), point.of(baseline), None if float32 is None else point.of(float32)
         worst: tuple[float, int, int] | None = None
         for rank, taps in enumerate(by_rank):
             candidate = point.of(taps)
@@ -58,9 +59,11 @@ def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
             if candidate.shape != whole[..., index].shape:
                 worst = float("inf"), rank, 0
                 break
-            verdict = computation(candidate, own[..., index], whole[..., index], truth.dtype)
+            compared = candidate, own[..., index], whole[..., index], truth.dtype
+            in_float32 = None if wide is None else wide[..., index]
+            verdict = computation(*compared, float32=in_float32, pooled=True)
             if verdict.error_over_budget > (worst[0] if worst else 1):
-                ratio_T = row_errors(candidate, own[..., index], whole[..., index], truth.dtype)
+                ratio_T = row_errors(*compared, float32=in_float32, pooled=True)
                 # The first token over budget, or the worst if none is by itself, but their median.
                 worst = verdict.error_over_budget, rank, int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0])
         if worst is not None:

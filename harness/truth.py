@@ -104,11 +104,19 @@ class Truth:
         """For 16-bit dtypes the baseline once more in float32: it tells which tokens magnify rounding."""
         return self._in_float32(self.script.sequences)
 
+    @cached_property
+    def float32_activations(self) -> list[Activations] | None:
+        """Of each sequence of the script, likewise."""
+        float32 = self._float32_model()
+        return None if float32 is None else [float32.activations(sequence) for sequence in self.script.sequences]
+
     def _in_float32(self, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:
-        """Logits of a model that is loaded for this alone: a third one would be in memory for good."""
-        if self.dtype not in ("bfloat16", "float16"):
-            return None
-        return Reference.load(self.folder, "float32", device=self.device).logits(sequences)
+        float32 = self._float32_model()
+        return None if float32 is None else float32.logits(sequences)
+
+    def _float32_model(self) -> Reference | None:
+        """Loaded for one use: a third model would be in memory for good."""
+        return Reference.load(self.folder, "float32", device=self.device) if self.dtype in ("bfloat16", "float16") else None
 
     def exact_activations(self, sequence: int) -> Activations:
         """Of one sequence of the script; computed once."""

@@ -166,6 +166,6 @@ def _draw(rank: RankContext, case: DrawCase, logits_V: Tensor, top_ps: Sequence[
         position_R=torch.where(number_R % 2 == 0, number_R, 7).to(rank.device),
         banned_row_X=torch.tensor([row for row, _ in banned], dtype=torch.int64, device=rank.device),
         banned_token_X=torch.tensor([token for _, token in banned], dtype=torch.int64, device=rank.device),
-        all_greedy=False, filters=True,
+        filters=True,
     )
     return sample(logits_V.to(rank.device).expand(len(kinds), -1).contiguous(), sampling).cpu()

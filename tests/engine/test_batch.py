@@ -129,7 +129,6 @@ def test_every_token_to_draw_gets_its_requests_wishes(step: tuple[list[Chunk], i
     assert sampling.seed_R.tolist() == [sequence.request.seed for sequence in drawn]
     # The place of the token to draw: behind all tokens, those in flight included.
     assert sampling.position_R.tolist() == [sequence.num_tokens for sequence in drawn]
-    assert sampling.all_greedy == all(each.temperature == 0 for each in params)
     assert sampling.filters == any(each.top_k > 0 or each.top_p < 1 for each in params)
     banned = set(zip(sampling.banned_row_X.tolist(), sampling.banned_token_X.tolist(), strict=True))
     assert banned == {
@@ -185,7 +184,6 @@ def test_seeds_keep_all_their_bits() -> None:
 def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float) -> None:
     sampling = build_batch([chunk_of(sequence_of([1], blocks=[0], temperature=temperature), 0, 1)], 2).sampling
     assert sampling.temperature_R.tolist() == [0.0]
-    assert sampling.all_greedy
 
 
 def test_a_top_k_beyond_any_vocabulary_keeps_all() -> None:

@@ -47,7 +47,6 @@ def wishes(
         position_R=torch.tensor([3] * num_rows if position is None else position),
         banned_row_X=torch.tensor([row for row, _ in banned], dtype=torch.int64),
         banned_token_X=torch.tensor([token for _, token in banned], dtype=torch.int64),
-        all_greedy=not any(each(temperature)),
         filters=any(k > 0 for k in each(top_k)) or any(p < 1 for p in each(top_p)),
     )
 

@@ -198,6 +198,25 @@ def test_a_row_may_be_as_far_off_as_float32_says_that_it_magnifies_rounding_and_
     assert found.row == 6
 
 
+def test_pooled_a_row_that_was_lucky_in_the_baseline_is_no_finding_and_a_wrong_one_is() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(T, O, dtype=torch.float64)
+    noise = torch.randn(T, O, dtype=torch.float64)
+    u, u32 = UNIT_ROUNDOFF["bfloat16"], UNIT_ROUNDOFF["float32"]
+    baseline, candidate, float32 = exact + 10 * u * noise, exact + 10 * u * noise, exact + u32 * noise
+    baseline[3] = exact[3]
+    assert computation(candidate, baseline, exact, "bfloat16", float32=float32).row == 3
+    assert not computation(candidate, baseline, exact, "bfloat16", float32=float32).ok
+    assert computation(candidate, baseline, exact, "bfloat16", float32=float32, pooled=True).ok
+    candidate[3] += 40 * u * noise[3]
+    found = computation(candidate, baseline, exact, "bfloat16", float32=float32, pooled=True)
+    assert not found.ok
+    assert found.row == 3
+    # What float32 says of a row still counts for that row.
+    float32[3] = exact[3] + 50 * u32 * noise[3]
+    assert computation(candidate, baseline, exact, "bfloat16", float32=float32, pooled=True).ok
+
+
 def test_a_near_tie_is_what_two_errors_within_budget_can_turn_round() -> None:
     torch.manual_seed(0)
     exact = torch.randn(3, 50, dtype=torch.float64)

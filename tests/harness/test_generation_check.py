@@ -42,7 +42,7 @@ def engine_draws(logits_TV: Tensor, seed: int) -> list[int]:
         temperature_R=torch.full((size,), SAMPLING["temperature"]), top_k_R=torch.zeros(size, dtype=torch.int32),
         top_p_R=torch.full((size,), SAMPLING["top_p"]), seed_R=torch.full((size,), seed), position_R=torch.arange(size),
         banned_row_X=torch.zeros(0, dtype=torch.int64), banned_token_X=torch.zeros(0, dtype=torch.int64),
-        all_greedy=False, filters=True)).tolist()
+        filters=True)).tolist()
     return ids
 
 
