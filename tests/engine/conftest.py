@@ -1,8 +1,10 @@
-"""Checkpoints for the engine's tests: random ones, each written once a session."""
+"""Checkpoints for the engine's tests, random ones, each written once a session; and a look at what ranks leave behind."""
 
 from __future__ import annotations
 
+import gc
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.parallel.ranks import Ranks
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
+from tests.engine.rank_jobs import footprint
 from tests.engine.support import tiny_config
 
 MakeCheckpoint = Callable[..., Path]
@@ -58,3 +62,22 @@ def reference() -> MakeReference:
         return loaded[folder, dtype]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Start multiprocessing's helpers, so that they do not count as left behind by the first test."""
+    Ranks(2, fabric="gloo").close()
+    torch.cuda.device_count()  # keeps a file of the driver's open
+
+
+@pytest.fixture
+def nothing_is_left_behind(fork_server: None) -> Iterator[None]:
+    """Processes, ports, threads, files and shared memory are what they were before the test."""
+    before = footprint()
+    yield
+    deadline = time.monotonic() + 3
+    while (after := footprint()) != before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert after == before

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from engine.parallel.ranks import RankContext, RankFailure, Ranks
-from tests.engine.test_ranks import footprint
+from tests.engine.rank_jobs import footprint
 
 KINDS = {
     # how a rank fails: (what the report calls it, what it says)
@@ -77,22 +75,10 @@ def endure(ranks: Ranks, how: str, victim: int) -> None:
     assert says in error.summary
 
 
-@pytest.fixture
-def nothing_is_left_behind() -> Iterator[None]:
-    Ranks(2, fabric="gloo").close()  # starts multiprocessing's helpers, one of each for the whole session
-    torch.cuda.device_count()  # keeps a file of the driver's open
-    before = footprint()
-    yield
-    deadline = time.monotonic() + 5
-    while (after := footprint()) != before and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.05)
-    assert after == before
-
-
 @pytest.mark.multirank
+@pytest.mark.usefixtures("nothing_is_left_behind")
 @pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.endurance)])
-def test_after_failures_in_a_row_the_next_example_is_green_and_nothing_is_left(nothing_is_left_behind: None, count: int) -> None:
+def test_after_failures_in_a_row_the_next_example_is_green_and_nothing_is_left(count: int) -> None:
     plan = schedule(count)
     assert len(plan) == count
     assert {how for how, _ in plan} == set(KINDS)
