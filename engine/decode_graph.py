@@ -156,6 +156,8 @@ class DecodeGraphs:
         pool = None
         for decode in reversed(self.steps):
             pool = decode.capture(pool)
+        for decode in self.steps:
+            decode.run()  # the first replay also brings the graph to the device, which no request should wait for
 
     @torch.inference_mode()
     def run(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
