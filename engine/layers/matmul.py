@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.gemv import gemv
 
+_FEW_ROWS = 8  # on a CPU
+
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, ``[T, I]`` by ``[O, I]`` to ``[T, O]``, in the operands' dtype.
@@ -17,6 +19,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     """
     if is_gemv(x_TI, weight_OI):
         return gemv(x_TI, weight_OI, bias_O, settled=isinstance(weight_OI, nn.Parameter))
+    if x_TI.device.type == "cpu" and x_TI.dtype is torch.float32 and 1 <= x_TI.shape[0] <= _FEW_ROWS:
+        return _linear_of_few_rows(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
 
@@ -29,3 +33,15 @@ def is_gemv(x_TI: Tensor, weight_OI: Tensor) -> bool:
         and weight_OI.stride() == (weight_OI.shape[1], 1) and weight_OI.shape[1] % 16 == 0
         and x_TI.stride(1) == 1 and x_TI.stride(0) % 16 == 0 and x_TI.data_ptr() % 16 == 0
     )
+
+
+def _linear_of_few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """The same with the weight first: so MKL reads it up to three times as fast in float32, and one row by the side of itself.
+
+    Rows and milliseconds on two cores of an EPYC, 425 MB of weights: 1: 22 for 37, 2: 22 for 65, 4: 27 for 49, 8: 34 for 43;
+    from 12 on nothing is gained, nor in bfloat16.
+    """
+    num_rows = x_TI.shape[0]
+    wide_TI = x_TI.repeat(2, 1) if num_rows == 1 else x_TI
+    y_TO = (weight_OI @ wide_TI.T)[:, :num_rows].T.contiguous()
+    return y_TO if bias_O is None else y_TO + bias_O

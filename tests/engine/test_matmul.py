@@ -1,0 +1,25 @@
+"""Whatever kernel is chosen, a product is that of the whole numbers in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.layers.matmul import linear
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 8, 9, 20])
+def test_any_number_of_rows(num_rows: int, dtype: torch.dtype, strided: bool, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    x, weight, shift = integers(num_rows, 24 if strided else 12)[:, ::2 if strided else 1], integers(7, 12), integers(7)
+    y = linear(x, weight, shift if bias else None)
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert y.double().equal(x.double() @ weight.double().T + (shift.double() if bias else 0))
