@@ -1,7 +1,8 @@
 """What went wrong, as far as arithmetic tells: from a module's wrong output and from what it should have been.
 
 Each hypothesis predicts the output under one kind of bug, fitted to the rows that are over budget. It stands if the candidate
-is within budget of that prediction: the same budget that the candidate broke against the right output.
+is within budget of that prediction: the same budget that the candidate broke against the right output, larger where the
+prediction is: what comes out doubled has its rounding errors doubled, those of its input among them.
 
 Shape suffixes: T = tokens, F = features of this rank, W = wrong rows, K = parts, P = columns or rows to choose from.
 """
@@ -52,6 +53,7 @@ class Evidence:
     own       for each of the F columns, the module and the index in ``columns`` that belongs there
     shards    by rank: the indices that it owns of its own module's ``columns``; () if not cut
     rows      rows ``[P, F]`` that might stand in the wrong place, by a name
+    float32   the baseline once more, in float32: see ``budgets.computation``
     """
 
     candidate: Tensor
@@ -65,11 +67,13 @@ class Evidence:
     own: tuple[str, Tensor] | None = None
     shards: Sequence[Tensor] = ()
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    float32: Tensor | None = None
 
     def wrong_rows(self) -> Tensor:
         """``[W]``: the rows over budget; all of them if no single one is, but their median."""
-        over_W = (row_errors(self.candidate, self.baseline, self.exact, self.dtype) > 1).nonzero().squeeze(1)
-        if len(over_W) or computation(self.candidate, self.baseline, self.exact, self.dtype).ok:
+        compared = self.candidate, self.baseline, self.exact, self.dtype
+        over_W = (row_errors(*compared, float32=self.float32, pooled=True) > 1).nonzero().squeeze(1)
+        if len(over_W) or computation(*compared, float32=self.float32, pooled=True).ok:
             return over_W
         return torch.arange(len(self.exact))
 
@@ -77,7 +81,15 @@ class Evidence:
         """Whether the candidate is within budget of the prediction, on the wrong rows, and of what is right elsewhere."""
         exact = self.exact.double()
         prediction = exact.index_copy(0, wrong_W, prediction_WF.double())
-        return computation(self.candidate, prediction + (self.baseline.double() - exact), prediction, self.dtype).ok
+        growth_T1 = torch.ones(len(exact), 1, dtype=torch.float64)
+        growth_T1[wrong_W] = max(1.0, (prediction_WF.double().norm() / exact[wrong_W].norm()).item())
+
+        def in_place_of_exact(values: Tensor) -> Tensor:
+            return prediction + (values.double() - exact) * growth_T1
+
+        float32 = None if self.float32 is None else in_place_of_exact(self.float32)
+        return computation(self.candidate, in_place_of_exact(self.baseline), prediction, self.dtype,
+                           float32=float32, pooled=True).ok
 
 
 def classify(evidence: Evidence) -> Effect | None:
@@ -208,6 +220,7 @@ def _spaced(evidence: Evidence) -> Evidence:
     step = -(-evidence.exact.shape[1] // MOST_COLUMNS)
     assert evidence.own is not None, "columns are moved from where they belong"
     return replace(evidence, candidate=evidence.candidate[:, ::step], baseline=evidence.baseline[:, ::step],
+                   float32=None if evidence.float32 is None else evidence.float32[:, ::step],
                    exact=evidence.exact[:, ::step], own=(evidence.own[0], evidence.own[1][::step]))
 
 

@@ -147,6 +147,7 @@ def gather_evidence(truth: Truth, point: Point, sequence: int, candidate: Tensor
         candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=whole[:, index],
         dtype=truth.dtype, tp_size=tp_size, parts={name: part[:, index] for name, part in parts.items()}, foreign=foreign,
         columns=columns, own=(last, index), shards=shards, rows=_rows_like(truth, point, index),
+        float32=None if truth.float32_activations is None else point.of(truth.float32_activations[sequence])[:, index],
     )
 
 

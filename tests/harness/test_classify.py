@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.budgets import ROUNDOFF_FACTOR
+from harness.budgets import BASELINE_FACTOR, ROUNDOFF_FACTOR
 from harness.classify import Evidence, Kind, classify, spans
 from reference.hf import DTYPES
 
@@ -191,6 +191,19 @@ def test_an_error_of_rounding_is_none_and_one_above_its_budget_is_not_explained_
                         parts={"product": exact}, columns={"own": exact}, own=("own", torch.arange(64)), rows={"own": exact})
     assert (len(evidence.wrong_rows()) > 0) == (error > 1)
     assert classify(evidence) is None
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_what_comes_out_multiplied_has_its_rounding_errors_multiplied(factor: int) -> None:
+    """The input's errors reach it, too: by themselves within budget, multiplied they are above what the right output allows."""
+    generator = torch.Generator().manual_seed(0)
+    exact, *noise = torch.randn(3, 40, 64, generator=generator, dtype=torch.float64)
+    of_baseline, of_candidate = noise[0] * 2.0**-24 * 4, noise[1] * 2.0**-24 * 4 * BASELINE_FACTOR["typical"] * 0.7
+    evidence = Evidence(candidate=(factor * (exact + of_candidate)).float(), baseline=(exact + of_baseline).float(), exact=exact,
+                        dtype="float32", tp_size=factor, parts={"product": exact})
+    effect = classify(evidence)
+    assert effect is not None
+    assert (effect.kind, "tp_size times" in effect.text) == ("multiplied", True)
 
 
 def test_columns_of_a_wide_tensor_are_looked_at_in_steps() -> None:

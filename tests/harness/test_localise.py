@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.parallel.ranks import RankContext, Ranks
@@ -75,6 +75,7 @@ def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: in
 @FEW
 @given(layer=st.integers(0, 1), only=st.integers(0, TP_SIZE - 1), sequence=st.integers(0, 2),
        where=st.sampled_from(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]))
+@example(layer=1, only=0, sequence=2, where="k_proj")  # rounding of its input, doubled, is over budget
 def test_the_module_that_was_made_wrong_is_named(loaded: Ranks, truth: Truth, layer: int, only: int, sequence: int,
                                                  where: str) -> None:
     parent = f"model.layers.{layer}." + ("mlp" if where in ("gate_proj", "up_proj", "down_proj") else "self_attn")
