@@ -35,6 +35,12 @@ narrowest budgets that are half as much again as every error of correct code tha
 ROUNDOFF_FACTOR: dict[Statistic, float] = {"typical": 1.25, "row": 3.0, "element": 8.5}
 """c: the floor of the budget, in units of roundoff times the scale of the values. For when the baseline was lucky."""
 
+SEARCH_MARGIN = 2.0
+"""How many budgets off a tensor must be for a search through all tensors of a model to stop at it.
+
+k and c are fitted to what the checks compare; among the hundreds of tensors inside a correct model some are beyond by a little.
+"""
+
 FEWEST_FOR_TYPICAL = 64
 """Of fewer values the baseline's median is a matter of luck: the other two statistics judge those alone."""
 

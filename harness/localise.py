@@ -1,4 +1,4 @@
-"""Where a wrong model goes wrong first: the module whose input is within budget and whose output is not."""
+"""Where a wrong model goes wrong first: the module whose input is within budget and whose output is well over it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.parallel.ranks import Ranks
 from harness import jobs
-from harness.budgets import computation, row_errors
+from harness.budgets import SEARCH_MARGIN, computation, row_errors
 from harness.classify import Effect, Evidence, classify
 from harness.subjects import Taps
 from harness.truth import Truth
@@ -36,41 +36,61 @@ class Place:
     """What arithmetic tells; None if nothing."""
 
     def __str__(self) -> str:
-        return (f"first over budget: {self.module} on rank {self.rank}, token {self.token}, "
+        well = "well " if self.error_over_budget > SEARCH_MARGIN else ""
+        return (f"first {well}over budget: {self.module} on rank {self.rank}, token {self.token}, "
                 f"{self.error_over_budget:.3g} of its budget" + (f": {self.effect}" if self.effect else ""))
 
 
 def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
     """Re-run the script on both sides with taps, and walk the modules of one sequence in the order of computation.
 
-    All points before the one named were within budget, its input among them. None if none is over budget.
+    Named is the first one well over budget; if there is none, the first one that is over budget at all. None if none is.
     """
     by_rank: list[Taps] = ranks.run(jobs.taps, truth.script, sequence)
-    exact, baseline = truth.exact_activations(sequence), truth.baseline_activations(sequence)
-    float32 = None if truth.float32_activations is None else truth.float32_activations[sequence]
+    first: tuple[Point, Excess] | None = None
     for point in points(truth.config):
-        whole, own, wide = point.of(exact), point.of(baseline), None if float32 is None else point.of(float32)
-        worst: tuple[float, int, int] | None = None
-        for rank, taps in enumerate(by_rank):
-            candidate = point.of(taps)
-            if candidate is None:
-                raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
-            index = point.indices(truth.config, ranks.tp_size, rank, whole.shape[-1])
-            if candidate.shape != whole[..., index].shape:
-                worst = float("inf"), rank, 0
+        excess = worst_excess(truth, point, sequence, by_rank)
+        if excess is not None and (first is None or excess.error_over_budget > SEARCH_MARGIN):
+            first = point, excess
+            if excess.error_over_budget > SEARCH_MARGIN:
                 break
-            compared = candidate, own[..., index], whole[..., index], truth.dtype
-            in_float32 = None if wide is None else wide[..., index]
-            verdict = computation(*compared, float32=in_float32, pooled=True)
-            if verdict.error_over_budget > (worst[0] if worst else 1):
-                ratio_T = row_errors(*compared, float32=in_float32, pooled=True)
-                # The first token over budget, or the worst if none is by itself, but their median.
-                worst = verdict.error_over_budget, rank, int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0])
-        if worst is not None:
-            error, rank, token = worst
-            effect = classify(gather_evidence(truth, point, sequence, point.of(by_rank[rank]), ranks.tp_size, rank))
-            return Place(module=point.label, rank=rank, token=token, error_over_budget=error, effect=effect)
-    return None
+    if first is None:
+        return None
+    point, excess = first
+    evidence = gather_evidence(truth, point, sequence, point.of(by_rank[excess.rank]), ranks.tp_size, excess.rank)
+    return Place(module=point.label, rank=excess.rank, token=excess.token, error_over_budget=excess.error_over_budget,
+                 effect=classify(evidence))
+
+
+@dataclass(frozen=True, slots=True)
+class Excess:
+    """How far over budget a tensor is on the rank where it is worst, and from which token on."""
+
+    error_over_budget: float
+    rank: int
+    token: int
+
+
+def worst_excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps]) -> Excess | None:
+    """What the taps of all ranks show at one point; None if it is within budget on all of them."""
+    whole, own = point.of(truth.exact_activations(sequence)), point.of(truth.baseline_activations(sequence))
+    wide = None if truth.float32_activations is None else point.of(truth.float32_activations[sequence])
+    worst: Excess | None = None
+    for rank, taps in enumerate(by_rank):
+        candidate = point.of(taps)
+        if candidate is None:
+            raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
+        index = point.indices(truth.config, len(by_rank), rank, whole.shape[-1])
+        if candidate.shape != whole[..., index].shape:
+            return Excess(float("inf"), rank, 0)
+        compared = candidate, own[..., index], whole[..., index], truth.dtype
+        in_float32 = None if wide is None else wide[..., index]
+        error_over_budget = computation(*compared, float32=in_float32, pooled=True).error_over_budget
+        if error_over_budget > (worst.error_over_budget if worst else 1):
+            ratio_T = row_errors(*compared, float32=in_float32, pooled=True)
+            # The first token over budget, or the worst if none is by itself, but their median.
+            worst = Excess(error_over_budget, rank, int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0]))
+    return worst
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from harness import jobs
 from harness.budgets import computation
 from harness.calibrate.draws import drawn_models
 from harness.faults.layouts import LAYOUTS
-from harness.localise import localise, points
+from harness.localise import Excess, Point, localise, points
 from harness.plugin import RankPools
+from harness.subjects import Taps
 from harness.truth import Truth
 from tests.harness.conftest import MakeModel
 
@@ -70,6 +71,23 @@ def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: in
         ranks.run(jobs.load, "engine", truth.folder, truth.dtype, {"block_size": 16, "num_kv_blocks": 16})
         for sequence in range(len(truth.script.sequences)):
             assert localise(ranks, truth, sequence) is None
+
+
+@pytest.mark.parametrize(("over", "named"), [
+    ({"model.embed_tokens": 1.3, "model.layers.0.self_attn.k_proj": 2.5, "model.norm": 9.0}, "model.layers.0.self_attn.k_proj"),
+    ({"model.layers.0.self_attn.k_proj": 1.3, "model.norm": 1.9}, "model.layers.0.self_attn.k_proj"),
+    ({}, None),
+])
+def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
+        loaded: Ranks, truth: Truth, monkeypatch: pytest.MonkeyPatch, over: dict[str, float], named: str | None) -> None:
+    def excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps]) -> Excess | None:
+        return Excess(over[point.label], rank=1, token=2) if point.label in over else None
+
+    monkeypatch.setattr("harness.localise.worst_excess", excess)
+    place = localise(loaded, truth, 0)
+    assert (None if place is None else place.module) == named
+    if place is not None:
+        assert (place.rank, place.token, "well over" in str(place)) == (1, 2, place.error_over_budget > 2)
 
 
 @FEW
