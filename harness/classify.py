@@ -81,8 +81,9 @@ class Evidence:
         """Whether the candidate is within budget of the prediction, on the wrong rows, and of what is right elsewhere."""
         exact = self.exact.double()
         prediction = exact.index_copy(0, wrong_W, prediction_WF.double())
-        growth_T1 = torch.ones(len(exact), 1, dtype=torch.float64)
-        growth_T1[wrong_W] = max(1.0, (prediction_WF.double().norm() / exact[wrong_W].norm()).item())
+        growth_T1, norm = torch.ones(len(exact), 1, dtype=torch.float64), exact[wrong_W].norm()
+        if norm:
+            growth_T1[wrong_W] = (prediction[wrong_W].norm() / norm).clamp(min=1)
 
         def in_place_of_exact(values: Tensor) -> Tensor:
             return prediction + (values.double() - exact) * growth_T1

@@ -206,6 +206,15 @@ def test_what_comes_out_multiplied_has_its_rounding_errors_multiplied(factor: in
     assert (effect.kind, "tp_size times" in effect.text) == ("multiplied", True)
 
 
+def test_values_in_place_of_zeros_are_those_of_other_rows() -> None:
+    elsewhere = torch.randn(8, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = torch.zeros_like(elsewhere)
+    effect = classify(Evidence(candidate=elsewhere.float(), baseline=exact.float(), exact=exact, dtype="float32", tp_size=2,
+                               rows={"elsewhere": elsewhere}))
+    assert effect is not None
+    assert effect.kind == "stale"
+
+
 def test_columns_of_a_wide_tensor_are_looked_at_in_steps() -> None:
     exact = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     effect = classify(Evidence(candidate=exact.flip(1).float(), baseline=exact.float(), exact=exact, dtype="float32", tp_size=2,
