@@ -38,7 +38,8 @@ ROUNDOFF_FACTOR: dict[Statistic, float] = {"typical": 1.25, "row": 3.0, "element
 SEARCH_MARGIN = 2.0
 """How many budgets off a tensor must be for a search through all tensors of a model to stop at it.
 
-k and c are fitted to what the checks compare; among the hundreds of tensors inside a correct model some are beyond by a little.
+k and c are fitted to what the checks compare; among the hundreds of tensors inside a correct model some are beyond by a little:
+``pytest -m endurance tests/harness/test_localise.py`` counts them. It decides what is named, not whether anything is found.
 """
 
 FEWEST_FOR_TYPICAL = 64

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.budgets import computation, row_errors
+from harness.budgets import Comparison, computation, row_errors
 
 Kind = Literal["multiplied", "bias", "lost", "repeated", "permuted", "stale", "zeros", "nan", "shape"]
 
@@ -71,11 +71,18 @@ class Evidence:
 
     def wrong_rows(self) -> Tensor:
         """``[W]``: the rows over budget; all of them if no single one is, but their median."""
-        compared = self.candidate, self.baseline, self.exact, self.dtype
-        over_W = (row_errors(*compared, float32=self.float32, pooled=True) > 1).nonzero().squeeze(1)
-        if len(over_W) or computation(*compared, float32=self.float32, pooled=True).ok:
+        over_W = (self.row_errors() > 1).nonzero().squeeze(1)
+        if len(over_W) or self.comparison().ok:
             return over_W
         return torch.arange(len(self.exact))
+
+    def comparison(self) -> Comparison:
+        """The candidate against its budget."""
+        return computation(self.candidate, self.baseline, self.exact, self.dtype, float32=self.float32, pooled=True)
+
+    def row_errors(self) -> Tensor:
+        """``[T]``: how far each row is off, as a fraction of its budget."""
+        return row_errors(self.candidate, self.baseline, self.exact, self.dtype, float32=self.float32, pooled=True)
 
     def explains(self, prediction_WF: Tensor, wrong_W: Tensor) -> bool:
         """Whether the candidate is within budget of the prediction, on the wrong rows, and of what is right elsewhere."""
@@ -89,8 +96,7 @@ class Evidence:
             return prediction + (values.double() - exact) * growth_T1
 
         float32 = None if self.float32 is None else in_place_of_exact(self.float32)
-        return computation(self.candidate, in_place_of_exact(self.baseline), prediction, self.dtype,
-                           float32=float32, pooled=True).ok
+        return replace(self, baseline=in_place_of_exact(self.baseline), exact=prediction, float32=float32).comparison().ok
 
 
 def classify(evidence: Evidence) -> Effect | None:

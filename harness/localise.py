@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.parallel.ranks import Ranks
 from harness import jobs
-from harness.budgets import SEARCH_MARGIN, computation, row_errors
+from harness.budgets import SEARCH_MARGIN
 from harness.classify import Effect, Evidence, classify
 from harness.subjects import Taps
 from harness.truth import Truth
@@ -47,17 +47,17 @@ def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
     Named is the first one well over budget; if there is none, the first one that is over budget at all. None if none is.
     """
     by_rank: list[Taps] = ranks.run(jobs.taps, truth.script, sequence)
-    first: tuple[Point, Excess] | None = None
+    found: list[tuple[Point, Excess]] = []
     for point in points(truth.config):
         excess = worst_excess(truth, point, sequence, by_rank)
-        if excess is not None and (first is None or excess.error_over_budget > SEARCH_MARGIN):
-            first = point, excess
-            if excess.error_over_budget > SEARCH_MARGIN:
+        if excess is not None:
+            found.append((point, excess))
+            if excess.is_clear:
                 break
-    if first is None:
+    if not found:
         return None
-    point, excess = first
-    evidence = gather_evidence(truth, point, sequence, point.of(by_rank[excess.rank]), ranks.tp_size, excess.rank)
+    point, excess = found[-1] if found[-1][1].is_clear else found[0]
+    evidence = gather_evidence(truth, point, sequence, by_rank, excess.rank)
     return Place(module=point.label, rank=excess.rank, token=excess.token, error_over_budget=excess.error_over_budget,
                  effect=classify(evidence))
 
@@ -70,24 +70,22 @@ class Excess:
     rank: int
     token: int
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether a search stops at it."""
+        return self.error_over_budget > SEARCH_MARGIN
+
 
 def worst_excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps]) -> Excess | None:
     """What the taps of all ranks show at one point; None if it is within budget on all of them."""
-    whole, own = point.of(truth.exact_activations(sequence)), point.of(truth.baseline_activations(sequence))
-    wide = None if truth.float32_activations is None else point.of(truth.float32_activations[sequence])
     worst: Excess | None = None
-    for rank, taps in enumerate(by_rank):
-        candidate = point.of(taps)
-        if candidate is None:
-            raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
-        index = point.indices(truth.config, len(by_rank), rank, whole.shape[-1])
-        if candidate.shape != whole[..., index].shape:
+    for rank in range(len(by_rank)):
+        seen = sides(truth, point, sequence, by_rank, rank)
+        if seen.candidate.shape != seen.exact.shape:
             return Excess(float("inf"), rank, 0)
-        compared = candidate, own[..., index], whole[..., index], truth.dtype
-        in_float32 = None if wide is None else wide[..., index]
-        error_over_budget = computation(*compared, float32=in_float32, pooled=True).error_over_budget
+        error_over_budget = seen.comparison().error_over_budget
         if error_over_budget > (worst.error_over_budget if worst else 1):
-            ratio_T = row_errors(*compared, float32=in_float32, pooled=True)
+            ratio_T = seen.row_errors()
             # The first token over budget, or the worst if none is by itself, but their median.
             worst = Excess(error_over_budget, rank, int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0]))
     return worst
@@ -151,9 +149,19 @@ def points(config: dict[str, Any]) -> Iterator[Point]:
     yield whole("lm_head")
 
 
-def gather_evidence(truth: Truth, point: Point, sequence: int, candidate: Tensor, tp_size: int, rank: int) -> Evidence:
-    """All that the reference knows of how this tensor comes about."""
-    exact, config = truth.exact_activations(sequence), truth.config
+def sides(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: int) -> Evidence:
+    """A rank's tensor and what the reference has in its place, all ``[T, F]``."""
+    candidate, exact = point.of(by_rank[rank]), point.of(truth.exact_activations(sequence))
+    if candidate is None:
+        raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
+    index, float32 = point.indices(truth.config, len(by_rank), rank, exact.shape[-1]), truth.float32_activations(sequence)
+    return Evidence(candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=exact[:, index],
+                    float32=None if float32 is None else point.of(float32)[:, index], dtype=truth.dtype, tp_size=len(by_rank))
+
+
+def gather_evidence(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: int) -> Evidence:
+    """The same with all that the reference knows of how this tensor comes about."""
+    exact, config, tp_size = truth.exact_activations(sequence), truth.config, len(by_rank)
     whole = point.of(exact)
     index = point.indices(config, tp_size, rank, whole.shape[-1])
     parent, _, last = point.module.rpartition(".")
@@ -163,12 +171,8 @@ def gather_evidence(truth: Truth, point: Point, sequence: int, candidate: Tensor
     if last == "lm_head":  # gathered, each rank's columns in one block
         shards = _owned(config, "lm_head.weight", (whole.shape[-1], 1), tp_size)
     parts, foreign = _parts_of(truth, point, sequence, exact, tp_size)
-    return Evidence(
-        candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=whole[:, index],
-        dtype=truth.dtype, tp_size=tp_size, parts={name: part[:, index] for name, part in parts.items()}, foreign=foreign,
-        columns=columns, own=(last, index), shards=shards, rows=_rows_like(truth, point, index),
-        float32=None if truth.float32_activations is None else point.of(truth.float32_activations[sequence])[:, index],
-    )
+    return replace(sides(truth, point, sequence, by_rank, rank), parts={name: part[:, index] for name, part in parts.items()},
+                   foreign=foreign, columns=columns, own=(last, index), shards=shards, rows=_rows_like(truth, point, index))
 
 
 def _parts_of(truth: Truth, point: Point, sequence: int, exact: Activations,

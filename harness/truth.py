@@ -104,12 +104,6 @@ class Truth:
         """For 16-bit dtypes the baseline once more in float32: it tells which tokens magnify rounding."""
         return self._in_float32(self.script.sequences)
 
-    @cached_property
-    def float32_activations(self) -> list[Activations] | None:
-        """Of each sequence of the script, likewise."""
-        float32 = self._float32_model()
-        return None if float32 is None else [float32.activations(sequence) for sequence in self.script.sequences]
-
     def _in_float32(self, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:
         float32 = self._float32_model()
         return None if float32 is None else float32.logits(sequences)
@@ -125,6 +119,15 @@ class Truth:
     def baseline_activations(self, sequence: int) -> Activations:
         """The same of the baseline."""
         return self._activations_of(self.baseline, sequence)
+
+    def float32_activations(self, sequence: int) -> Activations | None:
+        """For 16-bit dtypes the same of the baseline in float32."""
+        return None if self._float32_activations is None else self._float32_activations[sequence]
+
+    @cached_property
+    def _float32_activations(self) -> list[Activations] | None:
+        float32 = self._float32_model()
+        return None if float32 is None else [float32.activations(sequence) for sequence in self.script.sequences]
 
     def _activations_of(self, reference: Reference, sequence: int) -> Activations:
         key = reference.dtype, sequence

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from engine.parallel.ranks import RankContext, Ranks
 from harness import jobs
-from harness.budgets import computation
+from harness.budgets import SEARCH_MARGIN, computation
+from harness.calibrate.collect import OPTIONS
 from harness.calibrate.draws import drawn_models
 from harness.faults.layouts import LAYOUTS
 from harness.localise import Excess, Point, localise, points
@@ -71,6 +72,26 @@ def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: in
         ranks.run(jobs.load, "engine", truth.folder, truth.dtype, {"block_size": 16, "num_kv_blocks": 16})
         for sequence in range(len(truth.script.sequences)):
             assert localise(ranks, truth, sequence) is None
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize(("seed", "dtypes"), [(101, ("float32",)), (102, ("float32",)), (201, ("bfloat16", "float16")),
+                                              (202, ("bfloat16", "float16"))])
+def test_hardly_a_module_of_a_correct_model_is_well_over_budget(seed: int, dtypes: tuple[str, ...]) -> None:
+    over: list[float] = []
+    num_sequences = 0
+    for truth in drawn_models(random.Random(seed), "judge", 100, dtypes, set()):
+        for tp_size in (1, TP_SIZE):
+            with Ranks(tp_size, fabric="solo" if tp_size == 1 else "threads") as ranks:
+                ranks.run(jobs.load, "engine", truth.folder, truth.dtype, OPTIONS)
+                places = [localise(ranks, truth, sequence) for sequence in range(len(truth.script.sequences))]
+            num_sequences += len(places)
+            over += [place.error_over_budget for place in places if place is not None]
+    well_over = [error for error in over if error > SEARCH_MARGIN]
+    counts = f"{len(over)} have a module over budget, {len(well_over)} well over it: {[round(error, 2) for error in well_over]}"
+    print(f"seed={seed} dtypes={','.join(dtypes)}: of {num_sequences} sequences {counts}")  # noqa: T201
+    assert num_sequences >= 300
+    assert len(well_over) <= num_sequences / 200
 
 
 @pytest.mark.parametrize(("over", "named"), [
