@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +26,18 @@ from engine.kernels.philox import gumbel_argmax
 from engine.kernels.rms_norm import add_rms_norm, rms_norm
 from engine.kernels.rope import rope_store_kv
 from engine.kernels.silu_mul import silu_mul
-
-_ROTATED_BYTES = 256 * 2**20  # well above an H200's 60 MB of L2 cache
-_COPY_BYTES_PER_S = 4.30e12  # device copy measured on an H200
-_DTYPE = torch.bfloat16
-_BLOCK_SIZE = 256
-_HEAD_DIM = 128
+from tests.benchmarks.graph_timing import (
+    BLOCK_SIZE,
+    DECODE_MAX_CONTEXT,
+    HEAD_DIM,
+    Row,
+    describe,
+    normal,
+    num_copies,
+    paged,
+    time_us,
+)
+from tests.benchmarks.kernel_chains import layer_rows
 
 _MATMUL_CASES = [
     # name, output features, input features
@@ -74,7 +77,6 @@ _DECODE_CASES = [
     ("8x8k-16/8", 8, 1600, 14_800, 16, 8),
     ("1x32k-16/8", 1, 32_768, 32_768, 16, 8),
 ]
-_DECODE_MAX_CONTEXT = 4096  # what a captured graph is planned for, where contexts are below it
 _PREFILL_CASES = [
     # name, queries of each sequence, keys of each sequence
     ("16x1024", [1024] * 16, [1024] * 16),
@@ -114,84 +116,13 @@ _PREFILL_CONFIGS = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One timed case. ``us`` is the median over replays of the time of one call."""
-
-    kernel: str
-    case: str
-    config: str
-    us: float
-    bytes_moved: float
-    flop: float = 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "kernel": self.kernel,
-            "case": self.case,
-            "config": self.config,
-            "us": round(self.us, 2),
-            "tb_per_s": round(self.bytes_moved / self.us / 1e6, 3),
-            "percent_of_copy": round(100 * self.bytes_moved / self.us * 1e6 / _COPY_BYTES_PER_S, 1),
-            "tflop_per_s": round(self.flop / self.us / 1e6, 1),
-        }
-
-
-def time_us(calls: Sequence[Callable[[], object]], *, rounds: int = 7, min_calls: int = 16) -> float:
-    """Median time of one call, in µs: the calls in turn inside one CUDA graph, replayed ``rounds`` times."""
-    repeats = -(-min_calls // len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(rounds):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
-    return statistics.median(times)
-
-
-def _normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=_DTYPE)
-
-
-def _describe(options: dict[str, int]) -> str:
-    return " ".join(f"{name} {value}" for name, value in options.items())
-
-
-def _num_copies(num_bytes: float) -> int:
-    return max(1, min(64, -(-_ROTATED_BYTES // max(1, int(num_bytes)))))
-
-
-def _paged(contexts: list[int], num_kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random caches and a block table of scattered blocks for these lengths."""
-    blocks_each = [-(-context // _BLOCK_SIZE) for context in contexts]
-    order = torch.randperm(sum(blocks_each)).int()
-    table = torch.zeros(len(contexts), max(blocks_each), dtype=torch.int32)
-    for row, num_blocks in zip(table, blocks_each, strict=True):
-        row[:num_blocks], order = order[:num_blocks], order[num_blocks:]
-    shape = (sum(blocks_each), num_kv_heads, _BLOCK_SIZE, _HEAD_DIM)
-    return _normal(*shape), _normal(*shape), table.cuda()
-
 
 def matmul_rows(*, sweep: bool) -> Iterator[Row]:
     for name, num_outputs, num_inputs in _MATMUL_CASES:
         moved = 2.0 * num_outputs * num_inputs
-        weights = [_normal(num_outputs, num_inputs) for _ in range(_num_copies(moved))]
+        weights = [normal(num_outputs, num_inputs) for _ in range(num_copies(moved))]
         for num_rows in (1, 8, 64, 256):
-            x = _normal(num_rows, num_inputs)
+            x = normal(num_rows, num_inputs)
             row = partial(Row, case=f"{num_rows} x {name}", bytes_moved=moved, flop=moved * num_rows)
             us = time_us([partial(F.linear, x, weight) for weight in weights])
             yield row(kernel="torch linear", config="default", us=us)
@@ -205,27 +136,27 @@ def matmul_rows(*, sweep: bool) -> Iterator[Row]:
                 for rows, parts, warps in _GEMV_CONFIGS:
                     options = {"rows": rows, "parts": parts, "num_warps": warps}
                     us = time_us([partial(call, **options) for call in ours], rounds=3)
-                    yield row(kernel="gemv", config=_describe(options), us=us)
+                    yield row(kernel="gemv", config=describe(options), us=us)
 
 
 def decode_rows(*, sweep: bool) -> Iterator[Row]:
     for case, num_seqs, shortest, longest, num_q_heads, num_kv_heads in _DECODE_CASES:
         generator = torch.Generator().manual_seed(0)
         contexts = torch.randint(shortest, longest + 1, (num_seqs,), generator=generator).tolist()
-        bytes_moved = sum(contexts) * num_kv_heads * _HEAD_DIM * 2 * 2 + num_seqs * num_q_heads * _HEAD_DIM * 4
+        bytes_moved = sum(contexts) * num_kv_heads * HEAD_DIM * 2 * 2 + num_seqs * num_q_heads * HEAD_DIM * 4
         group = num_q_heads // num_kv_heads
         starts = torch.arange(0, num_q_heads, group, dtype=torch.int32, device="cuda")
         counts = torch.full_like(starts, group)
         lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
         tickets = torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device="cuda")
-        flop = 4.0 * sum(contexts) * num_q_heads * _HEAD_DIM
+        flop = 4.0 * sum(contexts) * num_q_heads * HEAD_DIM
         row_of = partial(Row, kernel="paged_decode", case=case, bytes_moved=bytes_moved, flop=flop)
-        max_context = max(_DECODE_MAX_CONTEXT, -(-max(contexts) // _BLOCK_SIZE) * _BLOCK_SIZE)
+        max_context = max(DECODE_MAX_CONTEXT, -(-max(contexts) // BLOCK_SIZE) * BLOCK_SIZE)
         bounds = {"max_group": group, "max_context": max_context}
         calls = []
-        for _ in range(_num_copies(bytes_moved)):
-            inputs = (_normal(num_seqs, num_q_heads, _HEAD_DIM), *_paged(contexts, num_kv_heads), lengths, starts, counts)
-            calls.append(partial(paged_decode, *inputs, _HEAD_DIM**-0.5, tickets, **bounds))
+        for _ in range(num_copies(bytes_moved)):
+            inputs = (normal(num_seqs, num_q_heads, HEAD_DIM), *paged(contexts, num_kv_heads), lengths, starts, counts)
+            calls.append(partial(paged_decode, *inputs, HEAD_DIM**-0.5, tickets, **bounds))
         yield row_of(config="default", us=time_us(calls))
         alone = [partial(call, overlap=False) for call in calls]
         yield row_of(config="default, not launched early", us=time_us(alone))
@@ -233,100 +164,8 @@ def decode_rows(*, sweep: bool) -> Iterator[Row]:
             for tile, warps, stages, per_sm in _DECODE_CONFIGS:
                 options = {"tile": tile, "num_warps": warps, "num_stages": stages, "programs_per_sm": per_sm}
                 us = time_us([partial(call, **options) for call in alone], rounds=3)
-                yield row_of(config=_describe(options), us=us)
+                yield row_of(config=describe(options), us=us)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    """One layer of a decoder, and how many of them are enough to not fit the L2 cache."""
-
-    name: str
-    hidden: int
-    num_q_heads: int
-    num_kv_heads: int
-    intermediate: int
-    num_layers: int
-
-
-def layer_rows() -> Iterator[Row]:
-    """Whole layers in a row, as a captured decode step runs them: what launches and gaps cost shows only here."""
-    shapes = [
-        _Shape(name="0.6B", hidden=1024, num_q_heads=16, num_kv_heads=8, intermediate=3072, num_layers=8),
-        _Shape(name="8B", hidden=4096, num_q_heads=32, num_kv_heads=8, intermediate=12_288, num_layers=2),
-    ]
-    for shape, num_seqs in product(shapes, (1, 8, 64, 128, 256)):
-        generator = torch.Generator().manual_seed(0)
-        low, high = (1024, 1024) if num_seqs == 1 else (100, 2000)
-        contexts = torch.randint(low, high + 1, (num_seqs,), generator=generator).tolist()
-        heads = shape.num_q_heads + 2 * shape.num_kv_heads
-        weight_bytes = 2.0 * shape.hidden * ((heads + shape.num_q_heads) * _HEAD_DIM + 3 * shape.intermediate)
-        moved = weight_bytes + sum(contexts) * shape.num_kv_heads * _HEAD_DIM * 4.0
-        layers = [_layer(shape, contexts) for _ in range(shape.num_layers)]
-        x, norm = _normal(num_seqs, shape.hidden), _normal(shape.hidden)
-        for matmul, overlap in _LAYER_VARIANTS:
-            if matmul == "ours" and num_seqs > 1:
-                continue
-
-            def step(
-                layers: list[Any] = layers, x: torch.Tensor = x, norm: torch.Tensor = norm,
-                matmul: str = matmul, overlap: bool = overlap,
-            ) -> torch.Tensor:  # fmt: skip
-                residual = x
-                for layer in layers:
-                    x, residual = layer(x, residual, norm, matmul, overlap)
-                return x
-
-            us = time_us([step], min_calls=4) / shape.num_layers
-            launched = "launched early" if overlap else "in turn"
-            yield Row(
-                kernel="layer", case=f"{shape.name} batch {num_seqs}", config=f"{matmul} matmul, {launched}",
-                us=us, bytes_moved=moved,
-            )  # fmt: skip
-
-
-_LAYER_VARIANTS = [
-    # matmul, launched early
-    ("torch", False),
-    ("torch", True),
-    ("ours", False),
-    ("ours", True),
-]
-
-
-def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """One layer's decode step, on weights and a cache of its own."""
-    heads, group = shape.num_q_heads + 2 * shape.num_kv_heads, shape.num_q_heads // shape.num_kv_heads
-    qkv_proj, o_proj, gate_up_proj, down_proj = (
-        _normal(outputs, inputs) / inputs**0.5
-        for outputs, inputs in (
-            (heads * _HEAD_DIM, shape.hidden), (shape.hidden, shape.num_q_heads * _HEAD_DIM),
-            (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate),
-        )
-    )  # fmt: skip
-    k_cache, v_cache, table = _paged(contexts, shape.num_kv_heads)
-    lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
-    positions = lengths.long() - 1
-    slots = table[torch.arange(len(contexts)), positions // _BLOCK_SIZE] * _BLOCK_SIZE + positions % _BLOCK_SIZE
-    starts = torch.arange(0, shape.num_q_heads, group, dtype=torch.int32, device="cuda")
-    served = (lengths, starts, torch.full_like(starts, group), _HEAD_DIM**-0.5)
-    tickets = torch.zeros(len(contexts) * shape.num_kv_heads, dtype=torch.int32, device="cuda")
-    angles = torch.rand(4096, _HEAD_DIM // 2, device="cuda")
-    cos, sin = angles.cos(), angles.sin()
-    head_norm = _normal(_HEAD_DIM)
-    bounds: dict[str, Any] = {"max_group": group, "max_context": _DECODE_MAX_CONTEXT}
-
-    def layer(
-        x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, matmul: str, overlap: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        linear = partial(gemv, settled=True, overlap=overlap) if matmul == "ours" else F.linear
-        x, residual = add_rms_norm(x, residual, norm, 1e-6, overlap=overlap)
-        q = rope_store_kv(linear(x, qkv_proj), positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm,
-                          overlap=overlap)  # fmt: skip
-        x = paged_decode(q, k_cache, v_cache, table, *served, tickets, overlap=overlap, **bounds)
-        x, residual = add_rms_norm(linear(x.flatten(1), o_proj), residual, norm, 1e-6, overlap=overlap)
-        return linear(silu_mul(linear(x, gate_up_proj), overlap=overlap), down_proj), residual
-
-    return layer
 
 
 def prefill_rows(*, sweep: bool) -> Iterator[Row]:
@@ -335,18 +174,18 @@ def prefill_rows(*, sweep: bool) -> Iterator[Row]:
     for case, queries, contexts in _PREFILL_CASES:
         starts = torch.tensor([0, *queries]).cumsum(0).int().cuda()
         lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
-        q = _normal(sum(queries), num_q_heads, _HEAD_DIM)
-        caches = _paged(contexts, num_kv_heads)
+        q = normal(sum(queries), num_q_heads, HEAD_DIM)
+        caches = paged(contexts, num_kv_heads)
         pairs = sum(n * (length - n) + n * (n + 1) / 2 for n, length in zip(queries, contexts, strict=True))
-        flop = 4.0 * pairs * num_q_heads * _HEAD_DIM
-        bytes_moved = (2 * q.numel() + 2 * sum(contexts) * num_kv_heads * _HEAD_DIM) * 2.0
-        call = partial(paged_prefill, q, *caches, starts, lengths, kv_of_q, _HEAD_DIM**-0.5)
+        flop = 4.0 * pairs * num_q_heads * HEAD_DIM
+        bytes_moved = (2 * q.numel() + 2 * sum(contexts) * num_kv_heads * HEAD_DIM) * 2.0
+        call = partial(paged_prefill, q, *caches, starts, lengths, kv_of_q, HEAD_DIM**-0.5)
         row = partial(Row, kernel="paged_prefill", case=case, bytes_moved=bytes_moved, flop=flop)
         yield row(config="default", us=time_us([call], min_calls=4))
         if len(set(queries)) == 1 and queries == contexts:
             # The flash kernel that ships with torch, on the same problem without paging.
-            shape = (len(queries), num_q_heads, queries[0], _HEAD_DIM)
-            q, k, v = _normal(*shape), _normal(*shape), _normal(*shape)
+            shape = (len(queries), num_q_heads, queries[0], HEAD_DIM)
+            q, k, v = normal(*shape), normal(*shape), normal(*shape)
             flash = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 us = time_us([flash], min_calls=4)
@@ -355,36 +194,36 @@ def prefill_rows(*, sweep: bool) -> Iterator[Row]:
             for tile_q, tile, warps, stages in _PREFILL_CONFIGS:
                 options = {"tile_q": tile_q, "tile": tile, "num_warps": warps, "num_stages": stages}
                 us = time_us([partial(call, **options)], min_calls=4, rounds=3)
-                yield row(config=_describe(options), us=us)
+                yield row(config=describe(options), us=us)
 
 
 def elementwise_rows(*, sweep: bool) -> Iterator[Row]:
     size = 2
     for tokens, dim in ((1, 1024), (256, 1024), (256, 4096), (16384, 4096)):
-        weight = _normal(dim)
+        weight = normal(dim)
         moved = 2.0 * tokens * dim * size
-        xs = [_normal(2, tokens, dim) for _ in range(_num_copies(2 * moved))]
+        xs = [normal(2, tokens, dim) for _ in range(num_copies(2 * moved))]
         us = time_us([partial(rms_norm, x[0], weight, 1e-6) for x in xs])
         yield Row(kernel="rms_norm", case=f"{tokens}x{dim}", config="default", us=us, bytes_moved=moved)
         us = time_us([partial(add_rms_norm, x[0], x[1], weight, 1e-6) for x in xs])
         yield Row(kernel="add_rms_norm", case=f"{tokens}x{dim}", config="default", us=us, bytes_moved=2 * moved)
     for tokens, intermediate in ((1, 3072), (256, 3072), (256, 12288), (16384, 12288)):
         moved = 3.0 * tokens * intermediate * size
-        xs = [_normal(tokens, 2 * intermediate) for _ in range(_num_copies(moved))]
+        xs = [normal(tokens, 2 * intermediate) for _ in range(num_copies(moved))]
         us = time_us([partial(silu_mul, x) for x in xs])
         yield Row(kernel="silu_mul", case=f"{tokens}x{intermediate}", config="default", us=us, bytes_moved=moved)
-    angles = torch.rand(4096, _HEAD_DIM // 2, device="cuda")
+    angles = torch.rand(4096, HEAD_DIM // 2, device="cuda")
     cos, sin = angles.cos(), angles.sin()
     for tokens, num_q, num_kv in ((1, 16, 8), (256, 16, 8), (256, 32, 8), (16384, 16, 8)):
-        moved = 2.0 * tokens * (num_q + 2 * num_kv) * _HEAD_DIM * size
-        num_blocks = -(-tokens // _BLOCK_SIZE) + 1
+        moved = 2.0 * tokens * (num_q + 2 * num_kv) * HEAD_DIM * size
+        num_blocks = -(-tokens // BLOCK_SIZE) + 1
         positions = torch.randint(0, 4096, (tokens,), device="cuda")
-        slots = torch.randperm(num_blocks * _BLOCK_SIZE, device="cuda")[:tokens]
-        weight = _normal(_HEAD_DIM)
-        cache_shape = (num_blocks, num_kv, _BLOCK_SIZE, _HEAD_DIM)
+        slots = torch.randperm(num_blocks * BLOCK_SIZE, device="cuda")[:tokens]
+        weight = normal(HEAD_DIM)
+        cache_shape = (num_blocks, num_kv, BLOCK_SIZE, HEAD_DIM)
         buffers = [
-            (_normal(tokens, (num_q + 2 * num_kv) * _HEAD_DIM), _normal(*cache_shape), _normal(*cache_shape))
-            for _ in range(_num_copies(moved))
+            (normal(tokens, (num_q + 2 * num_kv) * HEAD_DIM), normal(*cache_shape), normal(*cache_shape))
+            for _ in range(num_copies(moved))
         ]
         calls = [
             partial(rope_store_kv, qkv, positions, cos, sin, k_cache, v_cache, slots, weight, weight)
@@ -394,7 +233,7 @@ def elementwise_rows(*, sweep: bool) -> Iterator[Row]:
         yield Row(kernel="rope_store_kv", case=case, config="default", us=time_us(calls), bytes_moved=moved)
     for rows, vocab in ((1, 151_936), (256, 151_936), (256, 75_968)):
         moved = float(rows * vocab * size)
-        logits = [_normal(rows, vocab) for _ in range(_num_copies(moved))]
+        logits = [normal(rows, vocab) for _ in range(num_copies(moved))]
         ids = torch.arange(rows, device="cuda")
         for temperature in (0.0, 0.6):
             heat = torch.full((rows,), temperature, device="cuda")
@@ -404,7 +243,7 @@ def elementwise_rows(*, sweep: bool) -> Iterator[Row]:
             for counters, warps in _GUMBEL_CONFIGS if sweep else ():
                 options: dict[str, Any] = {"counters": counters, "num_warps": warps}
                 us = time_us([partial(gumbel_argmax, each, heat, ids, ids, **options) for each in logits], rounds=3)
-                yield row(config=_describe(options), us=us)
+                yield row(config=describe(options), us=us)
 
 
 def copy_rows() -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Checkpoints for the engine's tests, random ones, each written once a session; and a look at what ranks leave behind."""
+"""Models for the engine's tests, random ones, each written or served once; and a look at what ranks leave behind."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine import LLM
 from engine.parallel.ranks import Ranks
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
 from tests.engine.rank_jobs import footprint
+from tests.engine.served import MakeLLM, blocks_in_use, open_llm
 from tests.engine.support import tiny_config
+from tests.engine.talking import talking_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 MakeReference = Callable[..., Reference]
@@ -81,3 +84,26 @@ def nothing_is_left_behind(fork_server: None) -> Iterator[None]:
         gc.collect()
         time.sleep(0.05)
     assert after == before
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small model that talks."""
+    return talking_checkpoint(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def served(talking: Path) -> Iterator[MakeLLM]:
+    """``served(tp_size)``: the model on so many ranks, kept for the whole module. Tests leave it idle."""
+    running: dict[int, LLM] = {}
+
+    def get(tp_size: int) -> LLM:
+        if tp_size not in running:
+            running[tp_size] = open_llm(talking, tp_size)
+        return running[tp_size]
+
+    yield get
+    for llm in running.values():
+        assert not llm._ranks._running, "a message is left under way"
+        assert blocks_in_use(llm) == [0] * llm.config.tensor_parallel_size
+        llm.close()
