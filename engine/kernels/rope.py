@@ -19,17 +19,34 @@ _HEADS_PER_PROGRAM = 8
 
 
 @triton.jit
+def _load_half(at, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """HALF numbers from ``at`` on, a row for all heads."""
+    dims = tl.arange(0, HALF_PAD)
+    return tl.load(at + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _norm_and_rotate(
-    source, target, source_stride_n, target_stride_n, heads, num_heads, cos_row, sin_row, norm_weight, eps,
+    source, target, source_stride_n, target_stride_n, heads, num_heads, cos, sin, first_weight, second_weight, norm_weight, eps,
     H: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr,
+    SETTLED: tl.constexpr,
 ):  # fmt: skip
-    """Norm and rotate ``heads`` of one token, from ``source`` to ``target``."""
+    """Norm and rotate ``heads`` of one token, from ``source`` to ``target``.
+
+    With SETTLED, ``cos``, ``sin`` and halves of the norm's weight are loaded already; else they are where to load them from.
+    """
     dims = tl.arange(0, HALF_PAD)
     keep = (heads < num_heads)[:, None] & (dims < HALF)[None, :]
     from_ = source + heads[:, None] * source_stride_n + dims[None, :]
     to = target + heads[:, None] * target_stride_n + dims[None, :]
     first = tl.load(from_, mask=keep, other=0.0).to(tl.float32)
     second = tl.load(from_ + HALF, mask=keep, other=0.0).to(tl.float32)
+    if not SETTLED:
+        cos = _load_half(cos, HALF, HALF_PAD)
+        sin = _load_half(sin, HALF, HALF_PAD)
+        if NORM:
+            first_weight = _load_half(first_weight, HALF, HALF_PAD)
+            second_weight = _load_half(second_weight, HALF, HALF_PAD)
     if REST_PAD > 0:
         rest_dims = 2 * HALF + tl.arange(0, REST_PAD)
         keep_rest = (heads < num_heads)[:, None] & (rest_dims < H)[None, :]
@@ -40,15 +57,11 @@ def _norm_and_rotate(
         if REST_PAD > 0:
             squares += tl.sum(rest * rest, axis=1)
         inverse_rms = tl.rsqrt(squares / H + eps)[:, None]
-        first_weight = tl.load(norm_weight + dims, mask=dims < HALF, other=0.0).to(tl.float32)
-        second_weight = tl.load(norm_weight + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)
-        first = first * inverse_rms * first_weight[None, :]
-        second = second * inverse_rms * second_weight[None, :]
+        first = first * inverse_rms * first_weight
+        second = second * inverse_rms * second_weight
         if REST_PAD > 0:
             rest_weight = tl.load(norm_weight + rest_dims, mask=rest_dims < H, other=0.0).to(tl.float32)
             rest = rest * inverse_rms * rest_weight[None, :]
-    cos = tl.load(cos_row + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_row + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]
     element_ty: tl.constexpr = target.dtype.element_ty
     tl.store(to, (first * cos - second * sin).to(element_ty), mask=keep)
     tl.store(to + HALF, (second * cos + first * sin).to(element_ty), mask=keep)
@@ -65,37 +78,52 @@ def _rope_kernel(
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NUM_Q: tl.constexpr, NUM_KV: tl.constexpr, H: tl.constexpr, H_PAD: tl.constexpr,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HEADS: tl.constexpr,
-    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, STORE: tl.constexpr, OVERLAP: tl.constexpr,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, STORE: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per token and group of HEADS heads: the query heads' groups first, then the KV heads'.
 
     With STORE, ``k_out`` and ``v_out`` are the caches; else ``k_out`` is ``[T, N, H]``, and no values.
     """
-    wait_for_inputs(OVERLAP)
+    if not SETTLED:
+        wait_for_inputs(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     q_groups: tl.constexpr = (NUM_Q + HEADS - 1) // HEADS
     position = tl.load(positions + token).to(tl.int64)
-    cos_row = cos_table + position * HALF
-    sin_row = sin_table + position * HALF
+    slot = token
+    if STORE:
+        slot = tl.load(slot_mapping + token).to(tl.int64)
+    cos = cos_table + position * HALF
+    sin = sin_table + position * HALF
+    q_weight_1, q_weight_2 = q_norm_weight, q_norm_weight + HALF
+    k_weight_1, k_weight_2 = k_norm_weight, k_norm_weight + HALF
+    if SETTLED:
+        # All of this comes in while the kernels ahead still work on the projection.
+        cos = _load_half(cos, HALF, HALF_PAD)
+        sin = _load_half(sin, HALF, HALF_PAD)
+        if NORM_Q:
+            q_weight_1 = _load_half(q_weight_1, HALF, HALF_PAD)
+            q_weight_2 = _load_half(q_weight_2, HALF, HALF_PAD)
+        if NORM_K:
+            k_weight_1 = _load_half(k_weight_1, HALF, HALF_PAD)
+            k_weight_2 = _load_half(k_weight_2, HALF, HALF_PAD)
+        wait_for_inputs(OVERLAP)
     if group < q_groups:
         heads = group * HEADS + tl.arange(0, HEADS)
         _norm_and_rotate(
             q + token * q_stride_t, q_out + token * (NUM_Q * H), q_stride_n, H, heads, NUM_Q,
-            cos_row, sin_row, q_norm_weight, eps, H, HALF, HALF_PAD, REST_PAD, NORM_Q,
+            cos, sin, q_weight_1, q_weight_2, q_norm_weight, eps, H, HALF, HALF_PAD, REST_PAD, NORM_Q, SETTLED,
         )  # fmt: skip
     else:
         heads = (group - q_groups) * HEADS + tl.arange(0, HEADS)
         if STORE:
-            slot = tl.load(slot_mapping + token).to(tl.int64)
             target = (slot // BLOCK_SIZE) * STRIDE_P + (slot % BLOCK_SIZE) * STRIDE_B
         else:
-            slot = token
             target = token * (NUM_KV * H)
         if slot >= 0:
             _norm_and_rotate(
                 k + token * k_stride_t, k_out + target, k_stride_n, STRIDE_N, heads, NUM_KV,
-                cos_row, sin_row, k_norm_weight, eps, H, HALF, HALF_PAD, REST_PAD, NORM_K,
+                cos, sin, k_weight_1, k_weight_2, k_norm_weight, eps, H, HALF, HALF_PAD, REST_PAD, NORM_K, SETTLED,
             )  # fmt: skip
             if STORE:
                 dims = tl.arange(0, H_PAD)
@@ -118,6 +146,7 @@ def _launch(
     q_norm_weight_H: torch.Tensor | None,
     k_norm_weight_H: torch.Tensor | None,
     eps: float,
+    settled: bool,
     overlap: bool | None,
 ) -> torch.Tensor:
     positions_T = positions_T.contiguous()
@@ -140,6 +169,8 @@ def _launch(
     rest = head_dim - 2 * half
     heads = min(_HEADS_PER_PROGRAM, next_power_of_2(max(num_q_heads, num_kv_heads)))
     overlap = may_overlap(q, overlap)
+    # Only the product of one token is a kernel that lets this one in early; behind others, asking in turn costs time.
+    settled = settled and num_tokens == 1
     # Arguments that a variant never reads still need a tensor in their place.
     v = k if v is None else v
     _rope_kernel[(num_tokens, cdiv(num_q_heads, heads) + cdiv(num_kv_heads, heads))](
@@ -152,7 +183,7 @@ def _launch(
         stride_p, stride_n, stride_b, block_size,
         num_q_heads, num_kv_heads, head_dim, next_power_of_2(head_dim),
         half, next_power_of_2(half), next_power_of_2(rest) if rest else 0, heads,
-        q_norm_weight_H is not None, k_norm_weight_H is not None, store, overlap,
+        q_norm_weight_H is not None, k_norm_weight_H is not None, store, settled, overlap,
         num_warps=max(1, heads * next_power_of_2(half) // 256), **early_launch(overlap),
     )  # fmt: skip
     return q_out
@@ -168,6 +199,7 @@ def apply_rope(
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
     *,
+    settled: bool = False,
     overlap: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys, each RMS-normed per head where a weight is given, then rotated; new tensors.
@@ -175,6 +207,7 @@ def apply_rope(
     q_TNH, k_TNH   ``[T, heads, H]``, strided views allowed
     positions_T    ``[T]`` int32 or int64, each within ``[0, M)`` (padding tokens: 0)
     tables         ``[M, rotary_dim / 2]`` float32, contiguous
+    settled        the kernel launched just before this one writes nothing but queries, keys and values
     overlap        whether to launch as :mod:`engine.kernels.overlap` describes; by default, where the device can
 
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for wider tables.
@@ -182,7 +215,7 @@ def apply_rope(
     k_out = torch.empty(k_TNH.shape, dtype=k_TNH.dtype, device=k_TNH.device)
     q_out = _launch(
         q_TNH, k_TNH, None, k_out, None, None,
-        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, overlap,
+        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, settled, overlap,
     )  # fmt: skip
     return q_out, k_out
 
@@ -199,6 +232,7 @@ def rope_store_kv(
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
     *,
+    settled: bool = False,
     overlap: bool | None = None,
 ) -> torch.Tensor:
     """Norm, rotation and cache write in one pass over the fused projection; returns queries ``[T, N, H]``.
@@ -214,7 +248,7 @@ def rope_store_kv(
     q, k, v = _split_heads(qkv_TC, k_cache_PNBH)
     return _launch(
         q, k, v, k_cache_PNBH, v_cache_PNBH, slot_mapping_T,
-        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, overlap,
+        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, settled, overlap,
     )  # fmt: skip
 
 
@@ -227,8 +261,11 @@ def apply_rope_torch(
     q_norm_weight_H: torch.Tensor | None = None,
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain-torch twin of :func:`apply_rope`; float64 input is computed in float64."""
+    del settled
     dtype = compute_dtype(q_TNH)
     positions_T = positions_T.long()
     cos_T1R = cos_table_MR[positions_T].unsqueeze(1).to(dtype)
@@ -250,8 +287,11 @@ def rope_store_kv_torch(
     q_norm_weight_H: torch.Tensor | None = None,
     k_norm_weight_H: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    settled: bool = False,
 ) -> torch.Tensor:
     """Plain-torch twin of :func:`rope_store_kv`."""
+    del settled
     q, k, v = _split_heads(qkv_TC, k_cache_PNBH)
     q, k = apply_rope_torch(q, k, positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps)
     store_kv_torch(k, v, k_cache_PNBH, v_cache_PNBH, slot_mapping_T)

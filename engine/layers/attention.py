@@ -34,7 +34,7 @@ class Attention(nn.Module):
             qkv_TC, batch.positions_T, *rope, cache.k_PNBH, cache.v_PNBH, batch.slots_T,
             q_norm_weight_H=None if q_norm is None else q_norm.weight,
             k_norm_weight_H=None if k_norm is None else k_norm.weight,
-            eps=0.0 if q_norm is None else q_norm.eps,
+            eps=0.0 if q_norm is None else q_norm.eps, settled=True,
         )
         return self.backend(q_TQH, cache, batch).flatten(1)
 

@@ -93,7 +93,6 @@ class TritonBackend:
         self.q_count_N = torch.tensor(heads.q_counts, dtype=torch.int32, device=device)
         self.kv_of_q_Q = torch.tensor(heads.kv_of_q, dtype=torch.int32, device=device)
         self.max_group = max(heads.q_counts)
-        self.tickets = [torch.zeros(0, dtype=torch.int32, device=device)]
 
     @staticmethod
     def is_installed() -> bool:
@@ -117,21 +116,13 @@ class TritonBackend:
         if num_decodes:
             decodes = (q_TQH[:num_decodes], cache.k_PNBH, cache.v_PNBH, batch.block_tables_SB[:num_decodes],
                        batch.context_lens_S[:num_decodes], self.q_start_N, self.q_count_N, self.scale)
-            paged_decode(*decodes, self._tickets_for(num_decodes), out_SQH=out_TQH[:num_decodes],
-                         max_context=batch.max_decode_context_len, max_group=self.max_group)
+            paged_decode(*decodes, out_SQH=out_TQH[:num_decodes], max_context=batch.max_decode_context_len,
+                         max_group=self.max_group)
         if num_decodes < batch.num_seqs:
             paged_prefill(q_TQH[num_decodes:], cache.k_PNBH, cache.v_PNBH, batch.block_tables_SB[num_decodes:],
                           batch.prefill_cu_seqlens_S1, batch.context_lens_S[num_decodes:], self.kv_of_q_Q, self.scale,
                           out_TQH=out_TQH[num_decodes:])
         return out_TQH
-
-    def _tickets_for(self, num_decodes: int) -> Tensor:
-        """Zeros for the decode kernel to count in, which it leaves as zeros."""
-        count = num_decodes * self.q_start_N.shape[0]
-        if self.tickets[-1].shape[0] < count:
-            # The smaller ones are kept: a captured graph may count in them.
-            self.tickets.append(torch.zeros(2 * count, dtype=torch.int32, device=self.q_start_N.device))
-        return self.tickets[-1]
 
 
 BACKENDS: dict[str, type[TorchBackend] | type[TritonBackend] | type[FlashAttnBackend]] = {

@@ -25,5 +25,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns the norm of ``x + residual`` and that sum, the residual of what follows."""
         if residual is None:
-            return pick(x, rms_norm, rms_norm_torch)(x, self.weight, self.eps), x
-        return pick(x, add_rms_norm, add_rms_norm_torch)(x, residual, self.weight, self.eps)
+            return pick(x, rms_norm, rms_norm_torch)(x, self.weight, self.eps, settled=True), x
+        return pick(x, add_rms_norm, add_rms_norm_torch)(x, residual, self.weight, self.eps, settled=True)

@@ -100,7 +100,6 @@ def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tens
     slots = table[torch.arange(len(contexts)), positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     starts = torch.arange(0, shape.num_q_heads, group, dtype=torch.int32, device="cuda")
     served = (lengths, starts, torch.full_like(starts, group), HEAD_DIM**-0.5)
-    tickets = torch.zeros(len(contexts) * shape.num_kv_heads, dtype=torch.int32, device="cuda")
     angles = torch.rand(4096, HEAD_DIM // 2, device="cuda")
     cos, sin = angles.cos(), angles.sin()
     head_norm = normal(HEAD_DIM)
@@ -110,11 +109,11 @@ def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tens
         x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, matmul: str, overlap: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         linear = partial(gemv, settled=True, overlap=overlap) if matmul == "ours" else F.linear
-        x, residual = add_rms_norm(x, residual, norm, 1e-6, overlap=overlap)
+        x, residual = add_rms_norm(x, residual, norm, 1e-6, settled=True, overlap=overlap)
         q = rope_store_kv(linear(x, qkv_proj), positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm,
-                          overlap=overlap)  # fmt: skip
-        x = paged_decode(q, k_cache, v_cache, table, *served, tickets, overlap=overlap, **bounds)
-        x, residual = add_rms_norm(linear(x.flatten(1), o_proj), residual, norm, 1e-6, overlap=overlap)
+                          settled=True, overlap=overlap)  # fmt: skip
+        x = paged_decode(q, k_cache, v_cache, table, *served, overlap=overlap, **bounds)
+        x, residual = add_rms_norm(linear(x.flatten(1), o_proj), residual, norm, 1e-6, settled=True, overlap=overlap)
         return linear(silu_mul(linear(x, gate_up_proj), overlap=overlap), down_proj), residual
 
     return layer

@@ -148,7 +148,6 @@ def decode_rows(*, sweep: bool) -> Iterator[Row]:
         starts = torch.arange(0, num_q_heads, group, dtype=torch.int32, device="cuda")
         counts = torch.full_like(starts, group)
         lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
-        tickets = torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device="cuda")
         flop = 4.0 * sum(contexts) * num_q_heads * HEAD_DIM
         row_of = partial(Row, kernel="paged_decode", case=case, bytes_moved=bytes_moved, flop=flop)
         max_context = max(DECODE_MAX_CONTEXT, -(-max(contexts) // BLOCK_SIZE) * BLOCK_SIZE)
@@ -156,7 +155,7 @@ def decode_rows(*, sweep: bool) -> Iterator[Row]:
         calls = []
         for _ in range(num_copies(bytes_moved)):
             inputs = (normal(num_seqs, num_q_heads, HEAD_DIM), *paged(contexts, num_kv_heads), lengths, starts, counts)
-            calls.append(partial(paged_decode, *inputs, HEAD_DIM**-0.5, tickets, **bounds))
+            calls.append(partial(paged_decode, *inputs, HEAD_DIM**-0.5, **bounds))
         yield row_of(config="default", us=time_us(calls))
         alone = [partial(call, overlap=False) for call in calls]
         yield row_of(config="default, not launched early", us=time_us(alone))

@@ -46,9 +46,8 @@ def test_kernel_paged_decode(num_seqs: int, benchmark: Any, device: torch.device
     table = torch.arange(num_seqs * blocks, dtype=torch.int32, device=device).view(num_seqs, blocks)
     starts = ints(range(0, num_q_heads, num_q_heads // num_kv_heads))
     counts = torch.full_like(starts, num_q_heads // num_kv_heads)
-    tickets = torch.zeros(num_seqs * num_kv_heads, dtype=torch.int32, device=device)
     attend = partial(pick(q, paged_decode, paged_decode_torch), q, k_cache, v_cache, table, ints([context] * num_seqs), starts,
-                     counts, HEAD_DIM**-0.5, tickets)
+                     counts, HEAD_DIM**-0.5)
     result = benchmark(finished(attend, device))
     assert result.shape == q.shape
     assert result.isfinite().all()

@@ -98,14 +98,14 @@ def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: i
     q = torch.zeros(4, 6, head_dim, dtype=dtype)
     k_cache, v_cache = torch.zeros(2, 3, 2, block_size, head_dim, dtype=dtype)
     table, ints = torch.zeros(4, 8, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
-    tickets = torch.zeros(8, dtype=torch.int32)
-    paged_decode.paged_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1, tickets)
+    paged_decode.paged_decode(q, k_cache, v_cache, table, ints[:4], ints[:2], ints[:2], 0.1)
     paged_prefill.paged_prefill(q, k_cache, v_cache, table, ints[:5], ints[:4], ints, 0.1)
-    _check(compiled, 2)
+    _check(compiled, 3)
+    decode, _, prefill = compiled
     if head_dim == 128:
-        assert "mma.sync" in compiled[0].asm["ptx"], "decode should use the tensor cores"
-        assert "wgmma" in compiled[1].asm["ptx"], "prefill should use Hopper's tensor core instructions"
-        for kernel in compiled:
+        assert "mma.sync" in decode.asm["ptx"], "decode should use the tensor cores"
+        assert "wgmma" in prefill.asm["ptx"], "prefill should use Hopper's tensor core instructions"
+        for kernel in (decode, prefill):
             assert "cp.async" in kernel.asm["ptx"], "keys should be copied ahead of their use"
 
 
@@ -140,17 +140,17 @@ def _launch_all(overlap: bool) -> int:
     x, ids = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.zeros(4).long()
     k_cache, v_cache = torch.zeros(2, 3, 2, 16, 128, dtype=torch.bfloat16)
     angles, ints = torch.zeros(9, 64), torch.zeros(4, dtype=torch.int32)
-    rms_norm.rms_norm(x, x[0], 1e-6, overlap=overlap)
-    rms_norm.add_rms_norm(x, x, x[0], 1e-6, overlap=overlap)
+    for settled in (False, True):
+        rms_norm.rms_norm(x, x[0], 1e-6, settled=settled, overlap=overlap)
+        rms_norm.add_rms_norm(x, x, x[0], 1e-6, settled=settled, overlap=overlap)
+        rope.rope_store_kv(x, ids, angles, angles, k_cache, v_cache, ids, angles[0], settled=settled, overlap=overlap)
+        gemv.gemv(x[:1], x, settled=settled, overlap=overlap)
     silu_mul.silu_mul(x, overlap=overlap)
-    rope.rope_store_kv(x, ids, angles, angles, k_cache, v_cache, ids, overlap=overlap)
-    q, table, tickets = x.view(4, 8, 128)[:, :4], torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
-    paged_decode.paged_decode(q, k_cache, v_cache, table, ints, ints[:2], ints[:2], 0.1, tickets, overlap=overlap)
-    gemv.gemv(x[:1], x, overlap=overlap)
-    gemv.gemv(x[:1], x, settled=True, overlap=overlap)
+    q, table = x.view(4, 8, 128)[:, :4], torch.zeros(4, 8, dtype=torch.int32)
+    paged_decode.paged_decode(q, k_cache, v_cache, table, ints, ints[:2], ints[:2], 0.1, overlap=overlap)
     philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
     decode_inputs.decode_inputs(ids, ids, ints, table, ids, 16, overlap=overlap)
-    return 10
+    return 14
 
 
 def _assert_waits_first(name: str, ptx: str) -> None:

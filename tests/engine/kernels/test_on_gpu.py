@@ -48,14 +48,9 @@ def _normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
 
-def _tickets(problem: AttentionProblem) -> torch.Tensor:
-    return torch.zeros(problem.context_lens.numel() * problem.q_start.numel(), dtype=torch.int32, device="cuda")
-
-
-def _decode(problem: AttentionProblem, tickets: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
     out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype, device="cuda")
-    tickets = _tickets(problem) if tickets is None else tickets
-    paged_decode(
+    return paged_decode(
         problem.q,
         problem.k_cache,
         problem.v_cache,
@@ -64,12 +59,9 @@ def _decode(problem: AttentionProblem, tickets: torch.Tensor | None = None, **op
         problem.q_start,
         problem.q_count,
         problem.scale,
-        tickets,
         out_SQH=out,
         **options,
     )
-    assert not tickets.any(), "tickets must be zeros again"
-    return out
 
 
 def _prefill(problem: AttentionProblem, **options: Any) -> torch.Tensor:
@@ -132,12 +124,11 @@ def test_decode_gives_the_same_bits_whoever_finishes_last() -> None:
         dtype=torch.bfloat16,
         device="cuda",
     )
-    tickets = _tickets(problem)
-    first = _decode(problem, tickets)
+    first = _decode(problem)
     assert _share_of_budget(problem, first) <= 1
     for _ in range(200):
-        assert torch.equal(_decode(problem, tickets), first)
-    assert not torch.equal(_decode(problem, tickets, num_programs=5), first), "must be able to fail"
+        assert torch.equal(_decode(problem), first)
+    assert not torch.equal(_decode(problem, num_programs=5), first), "must be able to fail"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,11 +176,11 @@ def test_a_captured_decode_follows_lengths_that_change_on_the_device(pieces: dic
     for length in lengths:
         problem.context_lens.copy_(length)
         expected.append(_decode(problem, **pieces))
-    out, tickets = torch.empty_like(problem.q), _tickets(problem)
+    out = torch.empty_like(problem.q)
     inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **pieces)
+        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, out_SQH=out, **pieces)
     for turn in range(6):
         problem.context_lens.copy_(lengths[turn % 2])
         graph.replay()
@@ -254,7 +245,6 @@ def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_se
     angles = torch.rand(700, 64, device="cuda")
     cos, sin = angles.cos(), angles.sin()
     starts, counts = torch.tensor([[0, 2], [2, 2]], dtype=torch.int32, device="cuda")
-    tickets = torch.zeros(num_seqs * 2, dtype=torch.int32, device="cuda")
     ids = torch.arange(num_seqs, device="cuda")
     heat = torch.full((num_seqs,), 0.7, device="cuda")
     x_in = _normal(num_seqs, hidden, dtype=dtype, seed=96)
@@ -268,11 +258,12 @@ def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_se
 
         x, residual = x_in, x_in
         for qkv_proj, o_proj, gate_up_proj, down_proj in weights:
-            x, residual = add_rms_norm(x, residual, norm, EPS, overlap=overlap)
+            x, residual = add_rms_norm(x, residual, norm, EPS, settled=True, overlap=overlap)
             qkv = matmul(x, qkv_proj)
-            q = rope_store_kv(qkv, positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm, EPS, overlap=overlap)
-            x = paged_decode(q, k_cache, v_cache, table, lengths, starts, counts, 0.09, tickets, max_group=2, overlap=overlap)
-            x, residual = add_rms_norm(matmul(x.flatten(1), o_proj), residual, norm, EPS, overlap=overlap)
+            q = rope_store_kv(qkv, positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm, EPS, settled=True,
+                              overlap=overlap)  # fmt: skip
+            x = paged_decode(q, k_cache, v_cache, table, lengths, starts, counts, 0.09, max_group=2, overlap=overlap)
+            x, residual = add_rms_norm(matmul(x.flatten(1), o_proj), residual, norm, EPS, settled=True, overlap=overlap)
             x = matmul(silu_mul(matmul(x, gate_up_proj), overlap=overlap), down_proj)
         return x, gumbel_argmax(x, heat, ids, ids, overlap=overlap)[1]
 
@@ -299,7 +290,7 @@ def test_norms_stay_within_their_budget(dtype: torch.dtype, shape: tuple[int, in
     weight = _normal(shape[1], dtype=dtype, seed=1)
     exact = rms_norm_torch(x.double(), weight.double(), EPS)
     assert over_budget(rms_norm(x, weight, EPS), exact, rounding_budget(exact, exact, dtype)) <= 1
-    normed, new_residual = add_rms_norm(x, residual, weight, EPS)
+    normed, new_residual = add_rms_norm(x, residual, weight, EPS, settled=True)
     assert torch.equal(new_residual, add_rms_norm_torch(x, residual, weight, EPS)[1])
     assert torch.equal(normed, rms_norm(new_residual, weight, EPS))
 
@@ -354,6 +345,14 @@ def test_rotation_and_cache_write_stay_within_their_budget(
     assert over_budget(stored[0], exact_k[kept], budget(exact_k[kept])) <= 1
     assert torch.equal(stored[1], v[kept])
     assert (~caches.isnan()).any(dim=4).sum() == 2 * len(kept) * num_kv_heads
+
+    early = torch.full_like(caches, float("nan"))  # the rest is settled: the budgets have waited for it
+    for token in (1, 7):  # slot -1 is the second one's
+        inputs = (qkv[token : token + 1], positions[token : token + 1], cos, sin, *early, slots[token : token + 1])
+        assert torch.equal(rope_store_kv(*inputs, q_weight, k_weight, EPS, settled=True)[0], q_out[token])
+    block, slot = divmod(int(slots[1]), block_size)
+    assert torch.equal(early[:, block, :, slot], caches[:, block, :, slot])
+    assert (~early.isnan()).any(dim=4).sum() == 2 * num_kv_heads
 
     ours, twins = torch.full_like(caches, float("nan")), torch.full_like(caches, float("nan"))
     store_kv(k, v, ours[0], ours[1], slots)

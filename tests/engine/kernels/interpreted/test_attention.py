@@ -23,15 +23,9 @@ from tests.engine.kernels.problems import (
 
 
 def _decode(problem: AttentionProblem, **options: Any) -> torch.Tensor:
-    """Twice, on the same tickets: the first launch must leave them for the second as it found them."""
-    tickets = torch.zeros(problem.context_lens.numel() * problem.q_start.numel(), dtype=torch.int32)
     inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
-    outs = torch.full((2, *problem.q.shape), float("nan"), dtype=problem.q.dtype)
-    for out in outs:
-        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets, out_SQH=out, **options)
-        assert not tickets.any()
-    assert torch.equal(outs[0], outs[1])
-    return outs[0]
+    out = torch.full(problem.q.shape, float("nan"), dtype=problem.q.dtype)
+    return paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, out_SQH=out, **options)
 
 
 def _prefill(problem: AttentionProblem, **options: Any) -> torch.Tensor:
@@ -127,14 +121,6 @@ def test_padding_comes_out_as_zeros_wherever_the_sequences_are_cut() -> None:
     assert not out[0].any()
     assert out[1:3].all()
     assert not out[3:].any()
-
-
-@pytest.mark.parametrize("tickets", [torch.zeros(5, dtype=torch.int32), torch.zeros(6), torch.zeros(12).int()[::2]])
-def test_tickets_that_do_not_fit_are_refused(tickets: torch.Tensor) -> None:
-    problem = attention_problem(query_lens=[1] * 3, context_lens=[20] * 3)
-    inputs = (problem.q, problem.k_cache, problem.v_cache, problem.block_tables, problem.context_lens)
-    with pytest.raises(ValueError, match="tickets"):
-        paged_decode(*inputs, problem.q_start, problem.q_count, problem.scale, tickets)
 
 
 def test_a_scale_that_is_not_positive_is_refused() -> None:

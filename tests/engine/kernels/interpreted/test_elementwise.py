@@ -52,13 +52,13 @@ def test_store_kv_moves_the_same_bits(block_size: int, num_heads: int, head_dim:
 
 
 @few
-@given(num_rows=st.integers(0, 4), dim=st.sampled_from([1, 40, 64, 576]), dtype=DTYPES, seed=SEEDS)
-def test_norms_agree(num_rows: int, dim: int, dtype: torch.dtype, seed: int) -> None:
+@given(num_rows=st.integers(0, 4), dim=st.sampled_from([1, 40, 64, 576]), dtype=DTYPES, settled=st.booleans(), seed=SEEDS)
+def test_norms_agree(num_rows: int, dim: int, dtype: torch.dtype, settled: bool, seed: int) -> None:
     x, residual = _normal(seed, 2, num_rows, dim + 3, dtype=dtype)[..., :dim]
     weight = _normal(seed + 1, dim, dtype=dtype)
     exact = rms_norm_torch(x.double(), weight.double(), EPS)
-    assert over_budget(rms_norm(x, weight, EPS), exact, rounding_budget(exact, exact, dtype)) <= 1
-    normed, new_residual = add_rms_norm(x, residual, weight, EPS)
+    assert over_budget(rms_norm(x, weight, EPS, settled=settled), exact, rounding_budget(exact, exact, dtype)) <= 1
+    normed, new_residual = add_rms_norm(x, residual, weight, EPS, settled=settled)
     assert torch.equal(new_residual, add_rms_norm_torch(x, residual, weight, EPS)[1])
     assert torch.equal(normed, rms_norm(new_residual, weight, EPS))
 
@@ -80,46 +80,49 @@ def test_gates_that_overflow_the_exponential_give_what_the_twin_gives(dtype: tor
     torch.testing.assert_close(silu_mul(gate_up), silu_mul_torch(gate_up), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(
+    num_tokens=st.sampled_from([1, 3]),
     num_q_heads=st.sampled_from([1, 5, 9, 17]),
     num_kv_heads=st.sampled_from([1, 3, 9]),
     dims=st.sampled_from([(16, 8), (40, 20), (80, 10), (128, 64), (24, 3)]),
     block_size=st.sampled_from([1, 4, 48]),
     dtype=DTYPES,
-    norm=st.booleans(),
+    normed=st.sampled_from(["", "q", "qk"]),
+    settled=st.booleans(),
     seed=SEEDS,
 )
 def test_rotations_and_the_fused_cache_write_agree(
+    num_tokens: int,
     num_q_heads: int,
     num_kv_heads: int,
     dims: tuple[int, int],
     block_size: int,
     dtype: torch.dtype,
-    norm: bool,
+    normed: str,
+    settled: bool,
     seed: int,
 ) -> None:
     head_dim, half = dims
-    num_tokens = 3
     columns = (num_q_heads + 2 * num_kv_heads) * head_dim
     qkv = _normal(seed, num_tokens, columns + 8, dtype=dtype)[:, :columns]
     positions = torch.randint(0, 50, (num_tokens,), generator=torch.Generator().manual_seed(seed))
     angles = torch.arange(50)[:, None] * 100.0 ** -(torch.arange(half) / half)
     cos, sin = angles.cos(), angles.sin()
-    q_weight, k_weight = _normal(seed + 1, 2, head_dim, dtype=dtype) if norm else (None, None)
+    q_weight, k_weight = (_normal(seed + i, head_dim, dtype=dtype) if heads in normed else None for i, heads in enumerate("qk"))
     slots = _slots(seed, num_tokens, 4 * block_size)
 
     q, k, v = qkv.view(num_tokens, -1, head_dim).tensor_split([num_q_heads, num_q_heads + num_kv_heads], dim=1)
     weights = [None if w is None else w.double() for w in (q_weight, k_weight)]
     exact = apply_rope_torch(q.double(), k.double(), positions, cos, sin, weights[0], weights[1], EPS)
-    rotated = apply_rope(q, k, positions, cos, sin, q_weight, k_weight, EPS)
+    rotated = apply_rope(q, k, positions, cos, sin, q_weight, k_weight, EPS, settled=settled)
     for part, exact_part in zip(rotated, exact, strict=True):
         # Rotation sums two terms, each at most the length of the whole head.
         scale = exact_part.norm(dim=-1, keepdim=True).expand_as(exact_part)
         assert over_budget(part, exact_part, rounding_budget(exact_part, scale, dtype)) <= 1
 
     caches = torch.full((2, 4, num_kv_heads, block_size, head_dim), float("nan"), dtype=dtype)
-    stored = rope_store_kv(qkv, positions, cos, sin, caches[0], caches[1], slots, q_weight, k_weight, EPS)
+    stored = rope_store_kv(qkv, positions, cos, sin, caches[0], caches[1], slots, q_weight, k_weight, EPS, settled=settled)
     assert torch.equal(stored, rotated[0])
     expected = torch.full_like(caches, float("nan"))
     store_kv_torch(rotated[1], v, expected[0], expected[1], slots)
