@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from engine.parallel.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import (
     ALL,
+    ROOT,
     SHARED,
     change_argument,
     echo,
@@ -174,8 +176,19 @@ class TestOnGPUs:
             results = ranks.run(sum_on_gpu, timeout_s=60)
             assert [device for device, _ in results] == ["cuda:0", "cuda:1"]
             assert all(x.device.type == "cpu" and x.tolist() == [2.0] * 3 for _, x in results)
-        initialized: Callable[[], bool] = torch.cuda.is_initialized
-        assert not initialized(), "the driver keeps off the GPUs"
+
+    def test_the_driver_keeps_off_the_gpus(self) -> None:
+        driver = (
+            "import torch\n"
+            "from engine.parallel.ranks import Ranks\n"
+            "from tests.engine.test_ranks import sum_on_gpu\n"
+            "with Ranks(2, device='cuda') as ranks:\n"
+            "    ranks.run(sum_on_gpu, timeout_s=60)\n"
+            "print(torch.cuda.is_initialized())\n"
+        )
+        # By itself: other tests of this process may have been on a GPU.
+        done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout.split() == ["False"], done.stderr
 
     @pytest.mark.parametrize(
         ("how", "summary"),
