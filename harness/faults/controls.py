@@ -63,7 +63,7 @@ def sums_in_two_messages(patch: Patches, tp: TPGroup) -> None:
 def residual_kept_in_float32(patch: Patches, tp: TPGroup) -> None:
     """The residual is added and handed on in float32: other rounding than the baseline's, and no bug."""
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **launch: Any) -> tuple[Tensor, Tensor]:
         total = x.float() + residual.float()
         return rms_norm_torch(total, weight, eps).to(x.dtype), total
 
