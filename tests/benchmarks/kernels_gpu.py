@@ -116,7 +116,6 @@ _PREFILL_CONFIGS = [
 ]
 
 
-
 def matmul_rows(*, sweep: bool) -> Iterator[Row]:
     for name, num_outputs, num_inputs in _MATMUL_CASES:
         moved = 2.0 * num_outputs * num_inputs

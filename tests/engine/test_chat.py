@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.served import (
-    SAMPLED,
-    MakeLLM,
-    joined,
-    plain,
-)
+from tests.engine.served import SAMPLED, MakeLLM, joined, plain
 from tests.engine.talking import EOS
 
 

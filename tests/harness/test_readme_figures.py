@@ -95,6 +95,15 @@ def test_the_table_of_speed_holds_medians_of_the_records(line: str, record: Path
         assert f"{median(samples[0]):.{digits}f}" == number
 
 
+def test_the_share_of_the_budgets_that_gpus_took_is_the_records() -> None:
+    records = list(BASELINES.glob("nvidia-*/verify-*.json"))
+    assert len(records) == 4
+    checks = [check for path in records for check in read_report(path).checks]
+    assert {check.verdict for check in checks} == {"pass", "skipped"}, "README says all green"
+    worst = max(check.error_over_budget or 0 for check in checks if check.check != "collectives")
+    assert f"`verify` on record there took {worst:.2f} of these budgets at most" in README
+
+
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
     record = "reports/baselines/cpu-2core/aa.json"
     changed = README.replace("| the same code | 100 |", "| the same code | 101 |")
