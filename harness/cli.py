@@ -26,6 +26,7 @@ from harness.cases import load_case
 from harness.checks import CHECKS
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.table import faults_table, gate_summary
+from harness.interrupted import Interrupted
 from harness.preflight import check_checkpoint
 from harness.verify import VerifyPlan, replay, verify
 from reference.checkpoints import CheckpointError
@@ -69,7 +70,8 @@ def verify_command(
 
     Under torchrun, on one host or several, the ranks are torchrun's, and the model must be at the same path on every host.
 
-    Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if it could not run.
+    Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if it could not run or was interrupted: then the report holds
+    what was finished.
     """
     if case is not None:
         if launched() is not None:
@@ -145,20 +147,31 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None) -> NoReturn:
         def on_start(name: str, tp_size: int) -> None:
             bar.update(task, description=f"tp {tp_size}: {name}")
 
-        def on_row(row: CheckRow) -> None:
-            style = {"pass": "green", "skipped": "yellow"}.get(row.verdict, "red")
-            bar.console.print(f"tp {row.tp_size}  {row.check:<12} [{style}]{row.verdict}[/{style}]  {row.seconds:.1f} s",
-                              highlight=False)
-
+        interrupted = False
         with _failures_told():
-            report = verify(plan, ranks=ranks, on_row=on_row, on_start=on_start)
+            try:
+                report = verify(plan, ranks=ranks, on_row=lambda row: _show_row(bar, row, f"{row.check:<12}"), on_start=on_start)
+            except Interrupted as stop:
+                report, interrupted = stop.report, True
     paths = write_all(report, out)
     layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
     sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers are "
                      f"the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
     _show_findings(report)
-    sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
-    raise typer.Exit(report.exit_code)
+    all_green = report.exit_code == 0 and not interrupted
+    sys.stdout.write(f"\n{'all green' if all_green else 'NOT green'}; report: {paths['html']}\n")
+    _leave_with(report, interrupted=interrupted)
+
+
+def _show_row(bar: Progress, row: CheckRow, what: str) -> None:
+    style = {"pass": "green", "skipped": "yellow"}.get(row.verdict, "red")
+    bar.console.print(f"tp {row.tp_size}  {what} [{style}]{row.verdict}[/{style}]  {row.seconds:.1f} s", highlight=False)
+
+
+def _leave_with(report: Report, *, interrupted: bool) -> NoReturn:
+    if interrupted:
+        errors.print("[red]interrupted[/red]: the report holds what was finished, and names what was not", highlight=False)
+    raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
 
 
 def _show_findings(report: Report) -> None:
@@ -190,7 +203,8 @@ def faults_command(
 ) -> None:
     """Plant real tensor-parallel bugs in the engine, one at a time, and see whether the checks notice.
 
-    Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if it could not run.
+    Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if it could not run or was
+    interrupted: then the report holds what was finished.
     """
     try:
         plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else _numbers(tp), seed=seed, device=device)
@@ -202,8 +216,11 @@ def faults_command(
         def on_start(name: str, tp_size: int) -> None:
             bar.update(task, description=f"tp {tp_size}: {name}")
 
+        interrupted = False
         try:
-            report = run_gate(plan, on_start=on_start)
+            report = run_gate(plan, on_row=lambda row: _show_row(bar, row, row.model), on_start=on_start)
+        except Interrupted as stop:
+            report, interrupted = stop.report, True
         except (RankFailure, OSError, RuntimeError) as error:
             _fail(_why_not(error), COULD_NOT_RUN)
     paths = write_all(report, out)
@@ -215,7 +232,7 @@ def faults_command(
             if row.verdict == "finding" and row.replay:
                 sys.stdout.write(f"  run it again: {row.replay}\n")
     sys.stdout.write(f"\n{gate_summary(report.checks)}; report: {paths['html']}\n")
-    raise typer.Exit(report.exit_code)
+    _leave_with(report, interrupted=interrupted)
 
 
 @app.command("generate")

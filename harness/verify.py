@@ -10,12 +10,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.config import ModelConfig
+from engine.parallel.fabric import choose_fabric
 from engine.parallel.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.cases import SavedCase, compare_replay, save_case
 from harness.checks import CHECKS
 from harness.checks.base import PRELOAD, CheckContext, Outcome
+from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.preflight import check_checkpoint
 from harness.truth import Truth
@@ -87,6 +91,7 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
         UnsupportedModelError: if the engine can't run such a model.
         CheckpointError: if the checkpoint is damaged, or not whole.
         ValueError: if the plan does not fit the model.
+        Interrupted: on Ctrl-C, with the report as far as it is done.
     """
     started_at = datetime.now(UTC)
     model_config = ModelConfig.from_folder(plan.folder)
@@ -101,10 +106,14 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
     dtype = str(model_config.dtype).removeprefix("torch.") if plan.dtype == "auto" else plan.dtype
     truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
     rows: list[CheckRow] = []
-    for tp_size in plan.tp_sizes:
-        for row in _verify_one(plan, truth, tp_size, ranks, on_start, on_outcome):
-            rows.append(row)
-            on_row(row)
+    try:
+        for tp_size in plan.tp_sizes:
+            for row in _verify_one(plan, truth, tp_size, ranks, on_start, on_outcome):
+                rows.append(row)
+                on_row(row)
+    except KeyboardInterrupt as stop:
+        rows += _rows_not_done(plan, truth, ranks, {(row.check, row.tp_size) for row in rows})
+        raise Interrupted(Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)) from stop
     return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
 
 
@@ -130,6 +139,15 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
                 outcome = Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
             on_outcome(outcome)
             yield _row(name, plan, truth, ranks, outcome, time.perf_counter() - started)
+
+
+def _rows_not_done(plan: VerifyPlan, truth: Truth, given: Ranks | None, done: set[tuple[str, int]]) -> Iterable[CheckRow]:
+    for tp_size in plan.tp_sizes:
+        fabric = choose_fabric(tp_size, plan.fabric_of(tp_size), torch.device(plan.device))[0] if given is None else given.fabric
+        for name in plan.checks:
+            if (name, tp_size) not in done:
+                yield CheckRow(check=name, model=plan.model, tp_size=tp_size, fabric=fabric, dtype=truth.dtype, cases=0,
+                               compared=0, verdict="skipped", seconds=0.0, message=WHY)
 
 
 def _options(truth: Truth) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from datetime import timedelta
 
@@ -44,6 +45,8 @@ def join_group(
     """Called in each rank. Returns when all ranks have joined."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # A rank whose collective timed out would live on for a minute to write torch's own dump. Ours is told by the driver.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     dist.init_process_group(
         backend,
         store=store,

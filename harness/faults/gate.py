@@ -21,6 +21,7 @@ from harness.faults.base import LOAD
 from harness.faults.catalogue import BUGS, NOT_PLANTED
 from harness.faults.shrink import smallest_case
 from harness.faults.workshop import BROKE, FABRIC, WITHOUT_SUBJECT, Planted, Workshop
+from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from reports.records import CheckRow, Report, Verdict
 
@@ -80,7 +81,11 @@ class FaultPlan:
 
 def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
              on_start: OnStart = lambda name, tp_size: None) -> Report:
-    """Run the plan. One row a fault and tp_size, one for localisation, and one for each public bug that is not planted."""
+    """Run the plan. One row a fault and tp_size, one for localisation, and one for each public bug that is not planted.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the report as far as it is done.
+    """
     started_at = datetime.now(UTC)
     rows: list[CheckRow] = []
 
@@ -89,10 +94,15 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
         on_row(row)
 
     cases, invisible = plan.cases()
-    with Workshop(seed=plan.seed, device=plan.device) as shop:
-        for fault, tp_size in cases:
-            on_start(fault.name, tp_size)
-            add(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
+    try:
+        with Workshop(seed=plan.seed, device=plan.device) as shop:
+            for fault, tp_size in cases:
+                on_start(fault.name, tp_size)
+                add(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
+    except KeyboardInterrupt as stop:
+        done = {(row.model, row.tp_size) for row in rows}
+        rows += [_skipped(fault.name, WHY, tp_size) for fault, tp_size in cases if (fault.name, tp_size) not in done]
+        raise Interrupted(Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)) from stop
     for fault, reason in invisible:
         add(_skipped(fault.name, reason))
     if (summary := _localisation(rows)) is not None:
@@ -186,8 +196,8 @@ def _replay(fault: Fault, context: CheckContext) -> str:
     return f"shardproof faults --only {fault.name}{tp} --seed {context.seed}{device}"
 
 
-def _skipped(name: str, reason: str) -> CheckRow:
-    return CheckRow(check="faults", model=name, tp_size=1, fabric=FABRIC, dtype="", cases=0, compared=0, verdict="skipped",
+def _skipped(name: str, reason: str, tp_size: int = 1) -> CheckRow:
+    return CheckRow(check="faults", model=name, tp_size=tp_size, fabric=FABRIC, dtype="", cases=0, compared=0, verdict="skipped",
                     seconds=0.0, message=f"{name}, {reason}")
 
 

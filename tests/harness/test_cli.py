@@ -24,7 +24,10 @@ from typer.testing import CliRunner
 from engine import LLM, SamplingParams
 from engine.layers.matmul import linear
 from engine.parallel.linear import RowParallelLinear
+from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
 from harness.cli import app
+from harness.interrupted import WHY
 from reports.records import read_report
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
@@ -59,6 +62,21 @@ def test_verify_ends_with_0_and_writes_its_report(model: Path, tmp_path: Path) -
     assert "all green" in stdout
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".html", ".csv"}
     assert [row.check for row in read_report(tmp_path).checks] == ["weights", "logits"]
+
+
+def test_ctrl_c_loses_nothing_that_is_done(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(context: CheckContext) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CHECKS, "logits", press)
+    code, stdout, stderr = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "weights", "--check", "logits",
+                               "--out", tmp_path)
+    assert code == 3
+    assert "interrupted" in stderr
+    assert "NOT green" in stdout
+    rows = [(row.tp_size, row.fabric, row.check, row.verdict, row.message) for row in read_report(tmp_path).checks]
+    assert rows == [(1, "solo", "weights", "pass", ""), (1, "solo", "logits", "skipped", WHY),
+                    (2, "threads", "weights", "skipped", WHY), (2, "threads", "logits", "skipped", WHY)]
 
 
 def bias_of_every_rank(self: RowParallelLinear, x_TI: torch.Tensor) -> torch.Tensor:

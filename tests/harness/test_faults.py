@@ -24,6 +24,7 @@ from harness.faults.catalogue import BUGS, NOT_PLANTED
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.layouts import LAYOUTS
 from harness.faults.shrink import LADDER, describe
+from harness.interrupted import WHY
 from harness.localise import points
 from reference.checkpoints import as_config
 from reports.records import CheckRow, Report, read_report
@@ -256,6 +257,28 @@ def test_a_check_that_raises_under_a_fault_is_a_finding_and_the_others_go_on(mon
     (row,) = run_gate(FaultPlan(only=("minimum-became-a-sum",))).checks
     assert (row.verdict, "weights: IndexError('no such row')" in row.message) == ("finding", True)
     assert "collectives" in row.extra["red"]
+
+
+@pytest.mark.multirank
+def test_ctrl_c_loses_no_fault_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, calls = CHECKS["weights"], []
+
+    def press_at_the_second(context: CheckContext) -> Outcome:
+        calls.append(context)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return weights(context)
+
+    monkeypatch.setitem(CHECKS, "weights", press_at_the_second)
+    names = ("minimum-became-a-sum", "reduced-twice", "last-rank-left-out")
+    result = CliRunner().invoke(app, ["faults", *(word for name in names for word in ("--only", name)), "--out", str(tmp_path)])
+    assert result.exit_code == 3
+    assert "interrupted" in result.stderr
+    assert "1 of 1 faults seen" in result.stdout
+    done, *rest = read_report(tmp_path).checks
+    assert (done.model, done.verdict) == (names[0], "pass")
+    assert [(row.model, row.verdict, row.message) for row in rest] == [
+        (name, "skipped", f"{name}, {WHY}") for name in names[1:]]
 
 
 def test_an_unknown_fault_is_wrong_usage(tmp_path: Path) -> None:
