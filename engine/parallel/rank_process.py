@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import functools
+import gc
 import os
 import signal
 import socket
@@ -18,14 +19,13 @@ import threading
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from engine.parallel.channel import Kind, dumps, send_frame
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.failures import error_from_exception
 from engine.parallel.rank_job import RankContext
 from engine.parallel.rank_loop import serve_control, serve_jobs
-from engine.parallel.rendezvous import connect_store, join_group
+from engine.parallel.rendezvous import connect_store, join_group, leave_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,7 @@ class RankSetup:
 
 def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: socket.socket) -> None:
     """Run until the driver says stop or is gone."""
+    gc.freeze()  # what the fork server loaded is never garbage: not worth looking through
     # Ctrl-C reaches the whole terminal; the driver decides what becomes of its ranks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -75,14 +76,14 @@ def main(setup: RankSetup, jobs: socket.socket, control: socket.socket, dump: so
             store=connect_store(setup.store_port, setup.start_timeout_s),
             collective_timeout_s=setup.collective_timeout_s,
         )
-        context = RankContext(tp=group, device=device)
+        box.append(RankContext(tp=group, device=device))
+        del group  # the box alone holds it, for leaving
     except Exception as failure:
         error = error_from_exception(setup.rank, "start", failure, LogSnapshot(0, 0))
         send_frame(jobs, Kind.RAISED, 0, dumps(error))
         return
-    box.append(context)
     try:
-        serve_jobs(context, jobs)
+        serve_jobs(box[0], jobs)
     except (EOFError, OSError):
         os._exit(1)  # the driver is gone: nobody is left to tell
-    dist.destroy_process_group()
+    leave_group(box)

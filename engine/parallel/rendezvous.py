@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # torch leaves them out of __all__
 
 from engine.parallel.group import ProcessTPGroup
+from engine.parallel.rank_job import RankContext
 
 
 def make_store() -> TCPStore:
@@ -45,8 +47,9 @@ def join_group(
     """Called in each rank. Returns when all ranks have joined."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # A rank whose collective timed out would live on for a minute to write torch's own dump. Ours is told by the driver.
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+        # A rank whose collective timed out would live on for four times this (a minute) to write torch's own dump, and keep
+        # the driver from telling what happened.
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "250")
     dist.init_process_group(
         backend,
         store=store,
@@ -58,3 +61,15 @@ def join_group(
     group = dist.group.WORLD
     assert group is not None, "the group exists after init_process_group"
     return ProcessTPGroup(group, device)
+
+
+def leave_group(box: list[RankContext]) -> None:
+    """Called in each rank: the opposite of ``join_group``. ``box`` holds the rank's context, and nothing else does.
+
+    A group that something still holds when the interpreter ends would abort it, and NCCL lets none go before the graphs that
+    captured its collectives are gone.
+    """
+    box.clear()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()

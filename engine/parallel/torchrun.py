@@ -9,7 +9,6 @@ code here, as with torch.distributed itself.
 from __future__ import annotations
 
 import functools
-import gc
 import hmac
 import os
 import secrets
@@ -26,7 +25,6 @@ from typing import Literal, cast
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch leaves them out of __all__
 from torch.distributed.rendezvous import rendezvous
 
@@ -35,7 +33,7 @@ from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.failures import error_from_exception
 from engine.parallel.rank_job import RankContext
 from engine.parallel.rank_loop import serve_control, serve_jobs
-from engine.parallel.rendezvous import join_group
+from engine.parallel.rendezvous import join_group, leave_group
 
 Purpose = Literal["jobs", "control"]
 _PURPOSES: tuple[Purpose, ...] = ("jobs", "control")
@@ -179,14 +177,6 @@ def _join(launch: Launch, welcome: Welcome, interface: str | None, store: Store)
     group = join_group(rank=launch.rank, tp_size=launch.tp_size, backend="nccl" if on_gpu else "gloo", device=device,
                        store=store, collective_timeout_s=welcome.collective_timeout_s)
     return RankContext(tp=group, device=device)
-
-
-def leave_group(box: list[RankContext]) -> None:
-    """Any rank: the opposite of ``join``. A group that something still holds when the interpreter ends would abort it."""
-    box.clear()
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:

@@ -21,6 +21,7 @@ from engine.parallel.links import Link
 from engine.parallel.pool import Deliver
 from engine.parallel.rank_job import RankContext
 from engine.parallel.rank_loop import serve_control, serve_jobs
+from engine.parallel.rendezvous import leave_group
 from engine.parallel.torchrun import (
     Launch,
     Purpose,
@@ -30,7 +31,6 @@ from engine.parallel.torchrun import (
     is_same_host,
     join,
     keep_alive,
-    leave_group,
     open_store,
     read_hello,
 )
