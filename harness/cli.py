@@ -28,7 +28,7 @@ from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.table import faults_table, gate_summary
 from harness.interrupted import Interrupted
 from harness.preflight import check_checkpoint
-from harness.verify import VerifyPlan, replay, verify
+from harness.verify import JOB_TIMEOUT_S, VerifyPlan, replay, verify
 from reference.checkpoints import CheckpointError
 from reports.records import CheckRow, Report
 from reports.render import write_all
@@ -109,7 +109,8 @@ def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
         return
     try:
         served = serve(launch) if launch.rank > 0 else None
-        ranks = Ranks(launch.tp_size, fabric=fabric, device=device, launch=launch) if served is None else None
+        ranks = Ranks(launch.tp_size, fabric=fabric, device=device, job_timeout_s=JOB_TIMEOUT_S,
+                      launch=launch) if served is None else None
     except ValueError as error:
         _fail(str(error), USAGE)
     except (RankFailure, OSError, RuntimeError) as error:

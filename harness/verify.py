@@ -27,7 +27,8 @@ from reports.records import CheckRow, Report, Verdict
 
 LARGEST_GLOO = 4
 """More ranks than this run as threads on a CPU: gloo with many more processes than cores is slow."""
-JOB_TIMEOUT_S = 600.0
+JOB_TIMEOUT_S = 1800.0
+"""No check's job takes so long; one that does hangs, in a replayed graph perhaps, where no collective has a deadline."""
 GONE = "ranks broke in an earlier check, and those that torchrun started can't be replaced"
 
 OnRow = Callable[[CheckRow], None]
@@ -102,7 +103,7 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
     if ranks is not None:
         if plan.tp_sizes != (ranks.tp_size,):
             raise ValueError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
-        ranks.run(jobs.find_checkpoint, plan.folder, timeout_s=JOB_TIMEOUT_S)
+        ranks.run(jobs.find_checkpoint, plan.folder)
     dtype = str(model_config.dtype).removeprefix("torch.") if plan.dtype == "auto" else plan.dtype
     truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
     rows: list[CheckRow] = []
@@ -120,7 +121,8 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
 def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | None, on_start: OnStart,
                 on_outcome: OnOutcome) -> Iterable[CheckRow]:
     with nullcontext(given) if given is not None else Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device,
-                                                            auto_restart=True, preload=PRELOAD) as ranks:
+                                                            job_timeout_s=JOB_TIMEOUT_S, auto_restart=True,
+                                                            preload=PRELOAD) as ranks:
         options = _options(truth)
         context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed, case=plan.case)
         loaded = False
@@ -132,7 +134,7 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
             started = time.perf_counter()
             try:
                 if not (loaded and ranks.healthy):
-                    ranks.run(jobs.load, plan.subject, truth.folder, truth.dtype, options, timeout_s=JOB_TIMEOUT_S)
+                    ranks.run(jobs.load, plan.subject, truth.folder, truth.dtype, options)
                     loaded = True
                 outcome = CHECKS[name](context)
             except RankFailure as failure:

@@ -53,6 +53,8 @@ class Ranks:
     device                ``cpu`` or ``cuda``; with nccl, rank i gets ``cuda:i``
     start_timeout_s       how long all ranks together may take to start
     collective_timeout_s  how long one collective may wait for a rank before it fails
+    job_timeout_s         how long a job may take where ``run`` is not told; None: for ever. A hang in a CUDA graph, which nothing
+                          else watches, ends with it
     auto_restart          whether ``run`` on ranks that broke starts new ones instead of raising
     launch                what torchrun told rank 0's process, where this is (``torchrun.launched``): the ranks are torchrun's,
                           ``solo`` and ``threads`` are refused, nothing can be restarted
@@ -75,6 +77,7 @@ class Ranks:
         device: str | torch.device = "cpu",
         start_timeout_s: float = 120.0,
         collective_timeout_s: float = 600.0,
+        job_timeout_s: float | None = None,
         auto_restart: bool = False,
         launch: Launch | None = None,
         preload: Sequence[str] = (),
@@ -88,6 +91,7 @@ class Ranks:
         self.auto_restart = auto_restart
         self._start_timeout_s = start_timeout_s
         self._collective_timeout_s = collective_timeout_s
+        self._job_timeout_s = job_timeout_s
         self._preload = tuple(preload)
         self._numbers = itertools.count(1)
         self._running: dict[int, PendingJob] = {}
@@ -119,7 +123,7 @@ class Ranks:
     def run(self, job: Job, *args: Any, timeout_s: float | None = None, on_event: OnEvent | None = None) -> list[Any]:
         """``job(context, *args)`` on every rank; the results in rank order.
 
-        Raises RankFailure when the job did not succeed on every rank within ``timeout_s``. After that the
+        Raises RankFailure when the job did not succeed on every rank within ``timeout_s`` (``job_timeout_s``). After that the
         ranks stay usable only if all of them answered and are at the same collective; ``healthy`` says so.
         A job that can't be sent is a TypeError, and harms nothing. That every rank entered the same
         collectives (op, shape, dtype) is part of success.
@@ -145,6 +149,8 @@ class Ranks:
             why = f": {self._broken_by}" if self._broken_by else ""
             raise RuntimeError(f"{ticket} was collected before, or was lost with the ranks it ran on{why}")
         job = self._running[ticket.number]
+        if timeout_s is None:
+            timeout_s = self._job_timeout_s
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         try:
             reason = self._wait(job, deadline)

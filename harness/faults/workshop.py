@@ -24,7 +24,8 @@ COLLECTIVE_TIMEOUT_S = 10.0
 """A fault that makes ranks wait for each other is seen after this at the latest."""
 BROKE = "broke_the_ranks"
 """In an outcome's ``extra``: the ranks had to be replaced after it."""
-JOB_TIMEOUT_S = 60.0
+JOB_TIMEOUT_S = 120.0
+"""The same where ranks wait in a captured graph, whose collectives have no deadline of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class Workshop:
         """Processes: a patch of one rank must not reach another."""
         if tp_size not in self._ranks:
             self._ranks[tp_size] = Ranks(tp_size, fabric=FABRICS[self.device], device=self.device,
-                                         collective_timeout_s=COLLECTIVE_TIMEOUT_S)
+                                         collective_timeout_s=COLLECTIVE_TIMEOUT_S, job_timeout_s=JOB_TIMEOUT_S)
         return self._ranks[tp_size]
 
     def _make_context(self, layout_name: str, tp_size: int, size: Size = FULL) -> CheckContext:
@@ -125,7 +126,7 @@ class Planted:
         truth = context.truth
         if self._loaded != (truth.folder, truth.dtype):
             self._loaded = None
-            self._ranks.run(jobs.load, context.subject, truth.folder, truth.dtype, context.options, timeout_s=JOB_TIMEOUT_S)
+            self._ranks.run(jobs.load, context.subject, truth.folder, truth.dtype, context.options)
             self._loaded = truth.folder, truth.dtype
 
     def __enter__(self) -> Planted:

@@ -249,6 +249,15 @@ def test_a_collective_has_a_deadline_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("kind", SHARED)
+def test_a_job_has_the_ranks_deadline_unless_it_has_its_own(kind: tuple[str, int]) -> None:
+    with Ranks(kind[1], fabric=kind[0], job_timeout_s=0.5) as ranks:
+        assert ranks.run(nap, 1.0, timeout_s=20.0) == [1.0] * kind[1]
+        with failing_within(6) as caught:
+            ranks.run(nap, 2.0)
+        assert "no answer within timeout_s=0.5" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SHARED)
 def test_a_failure_takes_the_jobs_behind_it_along(kind: tuple[str, int]) -> None:
     with Ranks(kind[1], fabric=kind[0]) as ranks:
         first = ranks.submit(raise_everywhere)
