@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from engine.chat import Message, render_chats
 from engine.config import EngineConfig, ModelConfig
@@ -207,7 +208,4 @@ def _load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer, or None if it holds none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    # Not above: some versions of transformers take seconds for it, and each rank imports a script that imports LLM.
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(folder)
