@@ -83,33 +83,30 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
              on_start: OnStart = lambda name, tp_size: None) -> Report:
     """Run the plan. One row a fault and tp_size, one for localisation, and one for each public bug that is not planted.
 
+    Args:
+        on_row: gets the row of each fault as it is done.
+
     Raises:
         Interrupted: on Ctrl-C, with the report as far as it is done.
     """
     started_at = datetime.now(UTC)
     rows: list[CheckRow] = []
-
-    def add(row: CheckRow) -> None:
-        rows.append(row)
-        on_row(row)
-
     cases, invisible = plan.cases()
     try:
         with Workshop(seed=plan.seed, device=plan.device) as shop:
             for fault, tp_size in cases:
                 on_start(fault.name, tp_size)
-                add(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
+                rows.append(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
+                on_row(rows[-1])
     except KeyboardInterrupt as stop:
         done = {(row.model, row.tp_size) for row in rows}
         rows += [_skipped(fault.name, WHY, tp_size) for fault, tp_size in cases if (fault.name, tp_size) not in done]
         raise Interrupted(Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)) from stop
-    for fault, reason in invisible:
-        add(_skipped(fault.name, reason))
+    rows += [_skipped(fault.name, reason) for fault, reason in invisible]
     if (summary := _localisation(rows)) is not None:
-        add(summary)
+        rows.append(summary)
     if not plan.only:
-        for number, reason in NOT_PLANTED.items():
-            add(_skipped(f"bug {number}: {BUGS[number]}", f"not planted: {reason}"))
+        rows += [_skipped(f"bug {number}: {BUGS[number]}", f"not planted: {reason}") for number, reason in NOT_PLANTED.items()]
     return Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)
 
 
