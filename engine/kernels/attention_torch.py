@@ -52,35 +52,45 @@ def paged_attention_torch(
             together = max(1, min(len(sequences), _MAX_SCORES // keys_each))
             batch = sequences[-together:]
             del sequences[-together:]
-            rows = torch.tensor([range(starts[s], starts[s + 1]) for s in batch], device=q_TQH.device)
-            out_TQH[rows.flatten()] = _attend(
-                q_TQH[rows.flatten()].unflatten(0, (together, query_len)),
-                _gather(k_cache_PNBH, block_tables, batch, contexts),
-                _gather(v_cache_PNBH, block_tables, batch, contexts),
-                torch.tensor([contexts[s] for s in batch], device=q_TQH.device),
+            rows = _rows(starts, batch, q_TQH.device)
+            lengths = [contexts[s] for s in batch]
+            out_TQH[rows] = _attend(
+                q_TQH[rows].unflatten(0, (together, query_len)),
+                _gather(k_cache_PNBH, block_tables[batch], lengths),
+                _gather(v_cache_PNBH, block_tables[batch], lengths),
+                lengths,
                 kv_heads,
                 scale,
             ).flatten(0, 1)
     return out_TQH
 
 
+def _rows(starts: list[int], batch: list[int], device: torch.device) -> slice | torch.Tensor:
+    """The rows of ``T`` that belong to the batch, sequence after sequence."""
+    if len(batch) == 1:
+        return slice(starts[batch[0]], starts[batch[0] + 1])
+    return torch.tensor([range(starts[s], starts[s + 1]) for s in batch], device=device).flatten()
+
+
 def _as_ints(values: torch.Tensor | Sequence[int]) -> list[int]:
     return [int(v) for v in (values.tolist() if isinstance(values, torch.Tensor) else values)]
 
 
-def _gather(cache_PNBH: torch.Tensor, block_tables: torch.Tensor, batch: list[int], contexts: list[int]) -> torch.Tensor:
+def _gather(cache_PNBH: torch.Tensor, tables: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """The batch's keys or values in order, ``[A, N, L, H]``; slots beyond a sequence's length are zero."""
     num_heads, block_size, head_dim = cache_PNBH.shape[1:]
-    longest = max(contexts[s] for s in batch)
-    blocks = block_tables[batch, : cdiv(longest, block_size)].long()
-    # A shorter sequence's row ends in entries that mean nothing and may lie outside the cache.
-    num_blocks = torch.tensor([cdiv(contexts[s], block_size) for s in batch], device=blocks.device)
-    blocks = blocks.masked_fill(torch.arange(blocks.shape[1], device=blocks.device) >= num_blocks[:, None], 0)
+    longest, ragged = max(lengths), min(lengths) < max(lengths)
+    blocks = tables[:, : cdiv(longest, block_size)].long()
+    if ragged:
+        # A shorter sequence's row ends in entries that mean nothing and may lie outside the cache.
+        num_blocks = torch.tensor([cdiv(length, block_size) for length in lengths], device=blocks.device)
+        blocks = blocks.masked_fill(torch.arange(blocks.shape[1], device=blocks.device) >= num_blocks[:, None], 0)
     gathered = cache_PNBH.index_select(0, blocks.flatten())
-    gathered = gathered.view(len(batch), -1, num_heads, block_size, head_dim)
-    keys_ANLH = gathered.transpose(1, 2).reshape(len(batch), num_heads, -1, head_dim)[:, :, :longest]
-    lengths = torch.tensor([contexts[s] for s in batch], device=blocks.device)
-    beyond_AL = torch.arange(longest, device=blocks.device) >= lengths[:, None]
+    gathered = gathered.view(len(lengths), -1, num_heads, block_size, head_dim)
+    keys_ANLH = gathered.transpose(1, 2).reshape(len(lengths), num_heads, -1, head_dim)[:, :, :longest]
+    if not ragged:
+        return keys_ANLH
+    beyond_AL = torch.arange(longest, device=blocks.device) >= torch.tensor(lengths, device=blocks.device)[:, None]
     # Free slots hold anything, NaN included, and a probability of zero does not hide it: 0 * NaN is NaN.
     return keys_ANLH.masked_fill(beyond_AL[:, None, :, None], 0.0)
 
@@ -89,7 +99,7 @@ def _attend(
     q_AIQH: torch.Tensor,
     k_ANLH: torch.Tensor,
     v_ANLH: torch.Tensor,
-    contexts_A: torch.Tensor,
+    lengths: list[int],
     kv_heads: list[int],
     scale: float,
 ) -> torch.Tensor:
@@ -103,7 +113,6 @@ def _attend(
         k_ANLH, v_ANLH, group = k_ANLH.index_select(1, index), v_ANLH.index_select(1, index), 1
     k_ANLH, v_ANLH = k_ANLH.to(dtype), v_ANLH.to(dtype)
     num_queries, num_keys = q_AIQH.shape[1], k_ANLH.shape[2]
-    key_positions_L = torch.arange(num_keys, device=q_AIQH.device)
     out_AIQH = torch.empty_like(q_AIQH)
     step = max(1, _MAX_SCORES // (q_AIQH.shape[0] * num_q_heads * num_keys))
     for start in range(0, num_queries, step):
@@ -112,11 +121,12 @@ def _attend(
         # The last query of this part bounds the keys that any of its queries sees.
         seen = num_keys - num_queries + start + count
         q_ANgH = q_AiQH.unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [A, N, G * i, H]
-        scores = (q_ANgH @ k_ANLH[:, :, :seen].transpose(2, 3)) * scale
-        first_A = contexts_A - num_queries + start
-        positions_Ai = first_A[:, None] + torch.arange(count, device=q_AIQH.device)
-        hidden_AiL = key_positions_L[:seen] > positions_Ai[:, :, None]
-        scores = scores.unflatten(2, (group, count)).masked_fill(hidden_AiL[:, None, None], float("-inf"))
+        scores = (q_ANgH @ k_ANLH[:, :, :seen].transpose(2, 3)).mul_(scale).unflatten(2, (group, count))
+        if count > 1 or min(lengths) < num_keys:  # one query a sequence of equal lengths sees every key
+            first_A = torch.tensor(lengths, device=q_AIQH.device) - num_queries + start
+            positions_Ai = first_A[:, None] + torch.arange(count, device=q_AIQH.device)
+            hidden_AiL = torch.arange(seen, device=q_AIQH.device) > positions_Ai[:, :, None]
+            scores.masked_fill_(hidden_AiL[:, None, None], float("-inf"))
         values = scores.softmax(dim=-1).flatten(2, 3) @ v_ANLH[:, :, :seen]
         values = values.unflatten(2, (group, count)).permute(0, 3, 1, 2, 4).flatten(2, 3)
         out_AIQH[:, start : start + count] = values.to(q_AIQH.dtype)

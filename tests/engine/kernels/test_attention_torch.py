@@ -39,7 +39,9 @@ def _share_of_budget(problem: AttentionProblem, actual: torch.Tensor) -> float:
 
 @st.composite
 def _problems(draw: st.DrawFn) -> AttentionProblem:
-    contexts = draw(st.lists(st.integers(0, 70), min_size=1, max_size=5))
+    of_all_lengths = st.lists(st.integers(0, 70), min_size=1, max_size=5)
+    of_one_length = st.integers(1, 70).flatmap(lambda length: st.lists(st.just(length), min_size=2, max_size=4))
+    contexts = draw(of_all_lengths | of_one_length)
     return attention_problem(
         context_lens=contexts,
         query_lens=[draw(st.sampled_from([min(1, n), n, n // 2])) for n in contexts],
