@@ -159,8 +159,7 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None) -> NoReturn:
     sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers are "
                      f"the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
     _show_findings(report)
-    all_green = report.exit_code == 0 and not interrupted
-    sys.stdout.write(f"\n{'all green' if all_green else 'NOT green'}; report: {paths['html']}\n")
+    sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {paths['html']}\n")
     _leave_with(report, interrupted=interrupted)
 
 
@@ -228,7 +227,7 @@ def faults_command(
     sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
     for row in report.checks:
         if row.verdict != "pass" or row.model == LOCALISATION:
-            what = "" if row.verdict == "skipped" else f" {row.model}:"  # a reason names what was skipped
+            what = "" if row.verdict in ("skipped", "error") else f" {row.model}:"  # a reason names what was not run
             sys.stdout.write(f"{row.verdict.upper()}{what} {row.message}\n")
             if row.verdict == "finding" and row.replay:
                 sys.stdout.write(f"  run it again: {row.replay}\n")

@@ -14,4 +14,4 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, report: Report) -> None:
         super().__init__()
         self.report = report
-        """Rows of what was done, and a skipped one for each thing that was not."""
+        """Rows of what was done, and an error for each thing that was not."""

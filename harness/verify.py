@@ -149,7 +149,7 @@ def _rows_not_done(plan: VerifyPlan, truth: Truth, given: Ranks | None, done: se
         for name in plan.checks:
             if (name, tp_size) not in done:
                 yield CheckRow(check=name, model=plan.model, tp_size=tp_size, fabric=fabric, dtype=truth.dtype, cases=0,
-                               compared=0, verdict="skipped", seconds=0.0, message=WHY)
+                               compared=0, verdict="error", seconds=0.0, message=WHY)
 
 
 def _options(truth: Truth) -> dict[str, int]:

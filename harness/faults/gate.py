@@ -100,13 +100,14 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
                 on_row(rows[-1])
     except KeyboardInterrupt as stop:
         done = {(row.model, row.tp_size) for row in rows}
-        rows += [_skipped(fault.name, WHY, tp_size) for fault, tp_size in cases if (fault.name, tp_size) not in done]
+        rows += [_not_done(fault.name, WHY, tp_size, verdict="error") for fault, tp_size in cases
+                 if (fault.name, tp_size) not in done]
         raise Interrupted(Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)) from stop
-    rows += [_skipped(fault.name, reason) for fault, reason in invisible]
+    rows += [_not_done(fault.name, reason) for fault, reason in invisible]
     if (summary := _localisation(rows)) is not None:
         rows.append(summary)
     if not plan.only:
-        rows += [_skipped(f"bug {number}: {BUGS[number]}", f"not planted: {reason}") for number, reason in NOT_PLANTED.items()]
+        rows += [_not_done(f"bug {number}: {BUGS[number]}", f"not planted: {reason}") for number, reason in NOT_PLANTED.items()]
     return Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)
 
 
@@ -193,8 +194,8 @@ def _replay(fault: Fault, context: CheckContext) -> str:
     return f"shardproof faults --only {fault.name}{tp} --seed {context.seed}{device}"
 
 
-def _skipped(name: str, reason: str, tp_size: int = 1) -> CheckRow:
-    return CheckRow(check="faults", model=name, tp_size=tp_size, fabric=FABRIC, dtype="", cases=0, compared=0, verdict="skipped",
+def _not_done(name: str, reason: str, tp_size: int = 1, *, verdict: Verdict = "skipped") -> CheckRow:
+    return CheckRow(check="faults", model=name, tp_size=tp_size, fabric=FABRIC, dtype="", cases=0, compared=0, verdict=verdict,
                     seconds=0.0, message=f"{name}, {reason}")
 
 

@@ -75,8 +75,8 @@ def test_ctrl_c_loses_nothing_that_is_done(model: Path, tmp_path: Path, monkeypa
     assert "interrupted" in stderr
     assert "NOT green" in stdout
     rows = [(row.tp_size, row.fabric, row.check, row.verdict, row.message) for row in read_report(tmp_path).checks]
-    assert rows == [(1, "solo", "weights", "pass", ""), (1, "solo", "logits", "skipped", WHY),
-                    (2, "threads", "weights", "skipped", WHY), (2, "threads", "logits", "skipped", WHY)]
+    assert rows == [(1, "solo", "weights", "pass", ""), (1, "solo", "logits", "error", WHY),
+                    (2, "threads", "weights", "error", WHY), (2, "threads", "logits", "error", WHY)]
 
 
 def bias_of_every_rank(self: RowParallelLinear, x_TI: torch.Tensor) -> torch.Tensor:
