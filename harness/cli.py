@@ -26,7 +26,7 @@ from harness.cases import load_case
 from harness.checks import CHECKS
 from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
 from harness.faults.table import faults_table, gate_summary
-from harness.interrupted import Interrupted
+from harness.interrupted import NOTICE, Interrupted
 from harness.preflight import check_checkpoint
 from harness.verify import JOB_TIMEOUT_S, VerifyPlan, replay, verify
 from reference.checkpoints import CheckpointError
@@ -170,7 +170,7 @@ def _show_row(bar: Progress, row: CheckRow, what: str) -> None:
 
 def _leave_with(report: Report, *, interrupted: bool) -> NoReturn:
     if interrupted:
-        errors.print("[red]interrupted[/red]: the report holds what was finished, and names what was not", highlight=False)
+        errors.print(NOTICE, highlight=False)
     raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
 
 

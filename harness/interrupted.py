@@ -6,6 +6,8 @@ from reports.records import Report
 
 WHY = "interrupted before it was done"
 """The reason of the rows of what was not finished."""
+NOTICE = "[red]interrupted[/red]: the report holds what was finished, and names what was not"
+"""For the terminal, in rich's markup."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -28,7 +28,7 @@ from reports.records import CheckRow, Report, Verdict
 LARGEST_GLOO = 4
 """More ranks than this run as threads on a CPU: gloo with many more processes than cores is slow."""
 JOB_TIMEOUT_S = 1800.0
-"""No check's job takes so long; one that does hangs, in a replayed graph perhaps, where no collective has a deadline."""
+"""No job takes so long, loading included; one that does hangs, in a replayed graph perhaps: its collectives have no deadline."""
 GONE = "ranks broke in an earlier check, and those that torchrun started can't be replaced"
 
 OnRow = Callable[[CheckRow], None]

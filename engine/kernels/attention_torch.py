@@ -53,11 +53,11 @@ def paged_attention_torch(
             batch = sequences[-together:]
             del sequences[-together:]
             rows = _rows(starts, batch, q_TQH.device)
-            lengths = [contexts[s] for s in batch]
+            lengths, tables = [contexts[s] for s in batch], block_tables[batch]
             out_TQH[rows] = _attend(
                 q_TQH[rows].unflatten(0, (together, query_len)),
-                _gather(k_cache_PNBH, block_tables[batch], lengths),
-                _gather(v_cache_PNBH, block_tables[batch], lengths),
+                _gather(k_cache_PNBH, tables, lengths),
+                _gather(v_cache_PNBH, tables, lengths),
                 lengths,
                 kv_heads,
                 scale,

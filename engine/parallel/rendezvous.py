@@ -47,8 +47,8 @@ def join_group(
     """Called in each rank. Returns when all ranks have joined."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # A rank whose collective timed out would live on for four times this (a minute) to write torch's own dump, and keep
-        # the driver from telling what happened.
+        # torch waits four times this, a minute by default, before it ends a rank whose collective timed out: for a dump of its
+        # own, where the driver tells more.
         os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "250")
     dist.init_process_group(
         backend,

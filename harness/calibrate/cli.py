@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from engine.parallel.ranks import RankFailure
 from harness.calibrate.run import DEFAULT_CASES, CalibratePlan, calibrate
+from harness.interrupted import NOTICE
 from reports.calibration import calibration_tables
 from reports.calibration_plots import write_calibration_plots
 from reports.records import Report
@@ -77,7 +78,7 @@ def _finish(report: Report, out: Path, *, is_interrupted: bool) -> int:
             sys.stdout.write(f"FINDING in {row.check} at tp_size={row.tp_size}, {row.dtype}: {row.message}\n")
     sys.stdout.write(f"{report.run.seconds:.0f} s; report: {paths['html']}\n")
     if is_interrupted:
-        errors.print("[red]interrupted[/red]: the report holds what was finished, and names what was not", highlight=False)
+        errors.print(NOTICE, highlight=False)
         return COULD_NOT_RUN
     return report.exit_code
 

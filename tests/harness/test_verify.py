@@ -10,11 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import harness.verify
 from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
 from harness.strategies import model_configs
 from harness.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint
 from reports.records import Report
+from tests.engine.rank_jobs import nap
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
 
@@ -62,3 +65,17 @@ def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -
     config = data.draw(model_configs(tp_size))
     with tempfile.TemporaryDirectory() as folder:
         green(random_checkpoint(folder, config, dtype=dtype), (tp_size,), "threads")
+
+
+@pytest.mark.multirank
+def test_a_job_that_hangs_is_a_finding_and_the_next_check_runs(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(context: CheckContext) -> Outcome:
+        context.ranks.run(nap, 600.0)
+        raise AssertionError("it ended")
+
+    monkeypatch.setattr(harness.verify, "JOB_TIMEOUT_S", 10.0)
+    monkeypatch.setitem(CHECKS, "collectives", hangs)
+    report = verify(VerifyPlan(model="tiny", folder=tiny_model(small_config()), tp_sizes=(2,), fabric="gloo",
+                               checks=("collectives", "weights")))
+    assert [row.verdict for row in report.checks] == ["finding", "pass"]
+    assert "no answer within timeout_s=10" in report.checks[0].message
