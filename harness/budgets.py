@@ -1,9 +1,10 @@
 """The three classes of tolerance, and the only place that has numbers for them.
 
 *Movement* (loading, gathering, looking up, writing to a cache) is bit-exact. *Reduction* is exact on integers that the dtype
-can add exactly, and bounded by rounding otherwise. *Computation* is measured: a candidate may be so many times worse than
-the unsharded baseline of the same dtype, both against the exact reference, with a floor in units of rounding for a lucky
-baseline.
+can add exactly, and bounded by rounding otherwise. *Computation* has two forms. A single operation (a layer, attention, a
+rotation) is held against the variance that rounding gives a sum in any order (``rounding``): nothing in it is measured. A
+whole model is measured (``computation``): a candidate may be so many times worse than the unsharded baseline of the same
+dtype, both against the exact reference, with a floor in units of rounding for a lucky baseline.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ k and c are fitted to what the checks compare; among the hundreds of tensors ins
 ``pytest -m endurance tests/harness/test_localise.py`` counts them. It decides what is named, not whether anything is found.
 """
 
+CHANCE = 1e-6
+"""Chance with which correct code exceeds the budget of one tensor, for each of the three statistics of ``rounding``."""
+
 FEWEST_FOR_TYPICAL = 64
 """Of fewer values the baseline's median is a matter of luck: the other two statistics judge those alone."""
 
@@ -55,7 +59,7 @@ class Comparison:
     compared: int
     """Values compared."""
     row: int = -1
-    """The worst row; -1 if no single one is over budget, but their median."""
+    """The worst row; -1 if no single one is over budget, but all of them together."""
 
     @property
     def ok(self) -> bool:
@@ -64,7 +68,7 @@ class Comparison:
     @property
     def where(self) -> str:
         """What is off the most: a row, or none by itself."""
-        return "the median row" if self.row < 0 else f"row {self.row}"
+        return "all rows together" if self.row < 0 else f"row {self.row}"
 
 
 def same_bits(candidate: Tensor, expected: Tensor) -> bool:
@@ -90,6 +94,66 @@ def reduction(candidate: Tensor, parts: list[Tensor], dtype: str) -> Comparison:
     # One more rounding where the parts were summed in a wider type and rounded at the end.
     budget = max(1, len(parts) - 1) * UNIT_ROUNDOFF[dtype] * scale
     return _worst((candidate.double() - exact).abs().reshape(1, -1), budget.reshape(1, -1))
+
+
+def sum_variance(squares: Tensor, total: Tensor, dtype: str, *, addends: int, parts: int = 1) -> Tensor:
+    """Variance of the rounding error of sums of products, whatever the order of summation.
+
+    Correct is any order that does not look at the values: permuted, blocked, pairwise or sequential, with or without fused
+    multiply-add. Rounding errors are modelled as independent, of mean zero and uniform up to ``u`` times the rounded value
+    (Higham and Mary 2019, section 2), so each adds ``u**2 / 3`` times the square of a partial sum. In a random order the partial
+    sum of m of n addends has the mean square ``squares * m (n - m) / (n (n - 1)) + total**2 * m (m - 1) / (n (n - 1))``. Over
+    the n - 1 additions of the deepest order, the sequential one, that adds up to at most ``(squares + total**2) * (n + 1) / 3``:
+    half of it if one addend outweighs all others, and 1.5 times as much if that one always comes first. Products round, too::
+
+        variance = u**2 / 3 * (1 + n / 3) * (squares + total**2)
+
+    16-bit dtypes accumulate in float32, with n = ``addends``, and round n = ``parts`` partial sums to the dtype.
+
+    Args:
+        squares: sum of the squares of the addends, ``x**2 @ (W**2).T + b**2`` for a layer; float64, as what follows.
+        total: the exact sum.
+        addends: how many there are; of products, so many multiplications as well.
+        parts: partial sums, one a rank, that are rounded to ``dtype`` before and while they are added up.
+    """
+    size = (squares + total.square()) / 3
+    wide = dtype if dtype in ("float32", "float64") else "float32"
+    variance = UNIT_ROUNDOFF[wide] ** 2 * (1 + addends / 3) * size
+    if dtype == "float64":
+        return 2 * variance  # the exact result is itself a sum in float64
+    return variance if dtype == wide else variance + UNIT_ROUNDOFF[dtype] ** 2 * (1 + parts / 3) * size
+
+
+def rounding(candidate: Tensor, exact: Tensor, variance: Tensor, *, shared: bool = False) -> Comparison:
+    """Computation by a single operation: errors ``[T, F]`` against the variance that rounding gives them.
+
+    The mean square of n errors over their standard deviations is at most ``1 + 2 sqrt(L / n) + 2 L / n`` but for a chance of
+    ``exp(-L)``, since bounded rounding errors are sub-Gaussian (Hsu, Kakade and Zhang 2012, theorem 2.1, for unit covariance).
+    Three statistics: the largest element (n = 1), the worst row (n = F), all of it (n = T F); each has ``CHANCE`` for the tensor.
+
+    Args:
+        variance: ``[T, F]`` float64, of the error of each element; see ``sum_variance``.
+        shared: the elements of a row share some of their error, such as the sum that a softmax divides by: a row then counts as
+            one value in n, however many it has.
+    """
+    if candidate.shape != exact.shape:
+        raise ValueError(f"candidate={tuple(candidate.shape)} and exact={tuple(exact.shape)} must have one shape")
+    if not candidate.numel():
+        return Comparison(error_over_budget=0.0, compared=0)
+    square_TF = _ratio((candidate.double() - exact).square(), variance)
+    num_rows, width = square_TF.shape
+    own = 1 if shared else width
+    ratio_T = torch.maximum(_beyond_chance(square_TF.amax(1), of=1, tests=num_rows * width),
+                            _beyond_chance(square_TF.mean(1), of=own, tests=num_rows))
+    row, whole = int(ratio_T.argmax()), _beyond_chance(square_TF.mean(), of=num_rows * own, tests=1).item()
+    worst = ratio_T[row].item()
+    return Comparison(error_over_budget=max(worst, whole), compared=candidate.numel(), row=-1 if whole > max(1.0, worst) else row)
+
+
+def _beyond_chance(mean_square: Tensor, *, of: int, tests: int) -> Tensor:
+    """Root mean squares as fractions of what ``tests`` such means of ``of`` values exceed with ``CHANCE``."""
+    log = math.log(tests / CHANCE)
+    return (mean_square / (1 + 2 * math.sqrt(log / of) + 2 * log / of)).sqrt()
 
 
 def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,

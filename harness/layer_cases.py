@@ -1,8 +1,8 @@
 """One parallel layer with its values: drawn from a seed, the same on every rank, with what each rank must show.
 
 Values are integers that the dtype adds exactly, so that no order of summation rounds, or real numbers, with the float64
-result, the unsharded result in the dtype, and the scale of what was summed. Which part of the whole result a rank must show
-comes from ``reference.shards``.
+result and the variance that rounding gives it. Which part of the whole result a rank must show comes from
+``reference.shards``.
 
 Shape suffixes: T = tokens, I = input features, O = output features, V = vocabulary, E = hidden size.
 """
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from harness.budgets import EXACT_INTEGER_LIMIT
+from harness.budgets import EXACT_INTEGER_LIMIT, sum_variance
 from reference.hf import DTYPES
 from reference.shards import owners
 
@@ -91,14 +90,12 @@ class RankPart:
 
     given      inputs in the case's dtype, or token ids
     exact      [T, O] float64
-    baseline   [T, O] the unsharded layer in the case's dtype; of integers, ``exact`` in that dtype
-    scale      [T, O] float64, ``|x| @ |W|.T + |b|``
+    variance   [T, O] float64, of the rounding error; zero where nothing is computed
     """
 
     given: Tensor
     exact: Tensor
-    baseline: Tensor
-    scale: Tensor
+    variance: Tensor
 
 
 class LayerProblem:
@@ -123,36 +120,35 @@ class LayerProblem:
             by_rank = owners(case.config, "model.embed_tokens.weight", (case.vocab_size, case.hidden_size), tp_size).indices
             ids_T = torch.cat([torch.tensor([int(ids[end]) for ids in by_rank if len(ids) for end in (0, -1)]), ids_T])
             rows = self.weights[0][ids_T]
-            return RankPart(given=ids_T, exact=rows.double(), baseline=rows, scale=rows.double().abs())
+            return RankPart(given=ids_T, exact=rows.double(), variance=torch.zeros(rows.shape, dtype=torch.float64))
         x_TI = self._sparse_integers() if case.integers else self._real_inputs()
         x_TI = x_TI.abs() if case.negative else x_TI
         given = x_TI
         exact: list[Tensor] = []
-        baseline: list[Tensor] = []
-        scale: list[Tensor] = []
+        variance: list[Tensor] = []
         for (name, out, into), weight, bias in zip(case.parts, self.weights, self.biases, strict=True):
-            whole = self._whole(x_TI, weight, bias if case.bias else None)
             owned = owners(case.config, f"model.layers.0.{name}.weight", (out, into), tp_size)
+            whole = self._whole(x_TI, weight, bias if case.bias else None, parts=tp_size if owned.dim == 1 else 1)
             if owned.dim == 0 and case.kind != "lm_head":
                 columns = torch.from_numpy(owned.indices[tp_rank])
                 whole = [tensor[:, columns] for tensor in whole]
             elif owned.dim == 1:
                 given = x_TI[:, torch.from_numpy(owned.indices[tp_rank])]
-            for parts, tensor in zip((exact, baseline, scale), whole, strict=True):
-                parts.append(tensor)
-        return RankPart(given=given, exact=torch.cat(exact, 1), baseline=torch.cat(baseline, 1), scale=torch.cat(scale, 1))
+            for tensors, tensor in zip((exact, variance), whole, strict=True):
+                tensors.append(tensor)
+        return RankPart(given=given, exact=torch.cat(exact, 1), variance=torch.cat(variance, 1))
 
-    def _whole(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> list[Tensor]:
-        """Exact result, baseline and scale of one unsharded linear."""
+    def _whole(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, *, parts: int) -> list[Tensor]:
+        """Exact result of one linear, and the variance of its rounding if it is summed in so many parts."""
         x, weight = x_TI.double(), weight_OI.double()
-        exact, scale = x @ weight.T, x.abs() @ weight.abs().T
-        if bias_O is not None:
-            exact, scale = exact + bias_O.double(), scale + bias_O.double().abs()
-        if not self.case.integers:
-            return [exact, F.linear(x_TI, weight_OI, bias_O), scale]
-        limit = EXACT_INTEGER_LIMIT[self.case.dtype]
-        assert scale.max() <= limit, f"scale={scale.max()} is beyond exact integers of {self.case.dtype}"
-        return [exact, exact.to(self.dtype), scale]
+        bias = weight.new_zeros(len(weight)) if bias_O is None else bias_O.double()
+        exact = x @ weight.T + bias
+        if self.case.integers:
+            reach, limit = (x.abs() @ weight.abs().T + bias.abs()).max(), EXACT_INTEGER_LIMIT[self.case.dtype]
+            assert reach <= limit, f"sums reach {reach}, beyond the exact integers of {self.case.dtype}"
+            return [exact, torch.zeros_like(exact)]
+        squares = x.square() @ weight.square().T + bias.square()
+        return [exact, sum_variance(squares, exact, self.case.dtype, addends=x.shape[1] + (bias_O is not None), parts=parts)]
 
     def _integers(self, shape: tuple[int, ...], largest: int, _: float) -> Tensor:
         return torch.randint(-largest, largest + 1, shape, generator=self._generator).to(self.dtype)

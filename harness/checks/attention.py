@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import build_batch
@@ -28,7 +27,7 @@ from engine.sampling import SamplingParams
 from engine.scheduler import Chunk
 from engine.sequence import Request
 from engine.sequence import Sequence as EngineSequence
-from harness.budgets import UNIT_ROUNDOFF, computation
+from harness.budgets import rounding, sum_variance
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.rotary import check_rotary
 from reference.hf import DTYPES
@@ -160,19 +159,20 @@ def _run_case(rank: RankContext, case: AttentionCase) -> list[AttentionAnswer]:
     cache = problem.cache(heads, chunks, num_blocks, rank.device)
     batch = build_batch(chunks, case.block_size).to(rank.device)
     given = problem.given(heads, chunks)
-    row_R, exact, baseline, scale = problem.dense(heads, chunks)
+    row_R, exact, variance = problem.dense(heads, chunks)
     answers = []
     for name, backend in BACKENDS.items():
         if backend.refusal(layout) is not None:
             continue
         whole = backend(layout)(given.to(rank.device), cache, batch).cpu()
         found = whole[row_R]
-        comparison = computation(found.flatten(1), baseline.flatten(1), exact.flatten(1), case.dtype, scale.flatten(1))
+        # A row is a query head of a token: its elements share the scores and the sum that they are divided by.
+        comparison = rounding(found.flatten(0, 1), exact.flatten(0, 1), variance.flatten(0, 1), shared=True)
         ok = comparison.ok and whole.shape == given.shape and found.dtype == given.dtype
         answers.append(AttentionAnswer(
             backend=name, compared=found.numel(), error_over_budget=comparison.error_over_budget,
-            problem=None if ok else f"{comparison.where} is off by {comparison.error_over_budget:.3g} of its budget",
-            tensors={} if ok else {"given": given, "found": found, "baseline": baseline, "exact": exact},
+            problem=None if ok else f"{comparison.where} (tokens times heads) off by {comparison.error_over_budget:.3g} of the budget",
+            tensors={} if ok else {"given": given, "found": found, "exact": exact},
         ))
     return answers
 
@@ -238,8 +238,8 @@ class _Problem:
         local = slice(heads.q_heads.start, heads.q_heads.stop)
         return torch.cat([self.queries[chunk.sequence.request.request_id][:, local] for chunk in chunks])
 
-    def dense(self, heads: HeadShard, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of the step that are compared, ``[R]``; of this rank's heads their exact result, baseline and scale."""
+    def dense(self, heads: HeadShard, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the step that are compared, ``[R]``; of this rank's heads the exact result and the variance of its rounding."""
         parts: list[tuple[Tensor, ...]] = []
         group = self.case.num_q_heads // self.case.num_kv_heads
         kv_heads = torch.tensor([head // group for head in heads.q_heads])
@@ -250,26 +250,36 @@ class _Problem:
             q_QIH = self.queries[number][row_I, heads.q_heads.start : heads.q_heads.stop].transpose(0, 1)
             k_QLH, v_QLH = (x.transpose(0, 1)[kv_heads] for x in self.keys_values[number])
             visible_IL = torch.arange(k_QLH.shape[1]) <= (chunk.start + row_I)[:, None]
-            baseline = F.scaled_dot_product_attention(q_QIH[None], k_QLH[None], v_QLH[None], attn_mask=visible_IL)[0]
-            exact, scale = self._exact(q_QIH.double(), k_QLH.double(), v_QLH.double(), visible_IL)
-            parts.append((first + row_I, *(tensor.transpose(0, 1) for tensor in (exact, baseline, scale))))
+            exact, variance = self._exact(q_QIH.double(), k_QLH.double(), v_QLH.double(), visible_IL)
+            parts.append((first + row_I, exact.transpose(0, 1), variance.transpose(0, 1)))
             first += chunk.num_tokens
-        row_R, exact, baseline, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return row_R, exact, baseline, scale
+        row_R, exact, variance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return row_R, exact, variance
 
     def _exact(self, q_QIH: Tensor, k_QLH: Tensor, v_QLH: Tensor, visible_IL: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact result, and the scale of what rounding does to it, to first order.
+        """Exact result, and the variance that rounding gives it, to first order.
 
-        A product of probabilities and values rounds as ``p @ |v|`` does. An error of the score of key l, which is a sum of the
-        size ``|q| @ |k|``, moves the result by ``p (v - result)`` times it; scores are computed in float32 at least.
+        A relative error e of the weight of key l, ``exp(score - largest score)``, moves the result by ``p (v - result) e``. Scores
+        are computed in float32 at least: a sum of H products, then the roundings of scaling it, of what is subtracted and of exp.
+        The sums of weights times values and of weights have L addends; the first may take its weights rounded to the dtype.
         """
-        factor = self.case.head_dim**-0.5
-        p_QIL = (q_QIH @ k_QLH.transpose(1, 2) * factor).masked_fill(~visible_IL, -torch.inf).softmax(-1)
+        dtype, factor = self.case.dtype, self.case.head_dim**-0.5
+        wide = "float64" if dtype == "float64" else "float32"
+        score_QIL = q_QIH @ k_QLH.transpose(1, 2) * factor
+        p_QIL = score_QIL.masked_fill(~visible_IL, -torch.inf).softmax(-1)
         exact_QIH = p_QIL @ v_QLH
-        moved_QIL = p_QIL * (q_QIH.abs() @ k_QLH.abs().transpose(1, 2) * factor)
-        distance_QILH = (v_QLH[:, None] - exact_QIH[:, :, None]).abs()
-        wide = UNIT_ROUNDOFF["float64" if self.case.dtype == "float64" else "float32"] / UNIT_ROUNDOFF[self.case.dtype]
-        return exact_QIH, p_QIL @ v_QLH.abs() + wide * (moved_QIL[..., None] * distance_QILH).sum(2)
+        squares_QIL = q_QIH.square() @ k_QLH.square().transpose(1, 2) * factor**2
+        error_QIL = sum_variance(squares_QIL, score_QIL, wide, addends=self.case.head_dim)
+        largest_QI1 = score_QIL.masked_fill(~visible_IL, 0.0).abs().amax(-1, keepdim=True)
+        error_QIL = error_QIL + sum_variance(torch.zeros_like(score_QIL), score_QIL.abs() + largest_QI1 + 2, wide, addends=1)
+        moved_QIL = p_QIL.square() * error_QIL
+        # sum of moved * (v - exact)**2 over the keys, multiplied out
+        scores_QIH = (moved_QIL @ v_QLH.square() - 2 * exact_QIH * (moved_QIL @ v_QLH)
+                      + exact_QIH.square() * moved_QIL.sum(-1, keepdim=True)).clamp(min=0)
+        num_keys, shares_QI1 = k_QLH.shape[1], p_QIL.square().sum(-1, keepdim=True)
+        values_QIH = sum_variance(p_QIL.square() @ v_QLH.square(), exact_QIH, dtype, addends=num_keys)
+        divisor_QI1 = sum_variance(shares_QI1, torch.ones_like(shares_QI1), wide, addends=num_keys)
+        return exact_QIH, scores_QIH + values_QIH + divisor_QI1 * exact_QIH.square()
 
     def _rows(self, num_tokens: int) -> Tensor:
         """Which of a sequence's queries are compared."""

@@ -24,7 +24,7 @@ from engine.parallel.linear import (
 )
 from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import scale_range
-from harness.budgets import computation
+from harness.budgets import rounding
 from harness.checks.base import CheckContext, Outcome
 from harness.layer_cases import KINDS, LayerCase, LayerProblem, RankPart
 from reference.hf import DTYPES
@@ -107,7 +107,7 @@ def run_layer(rank: RankContext, case: LayerCase) -> tuple[Tensor, RankPart]:
 
 
 def _compare(case: LayerCase, found: Tensor, part: RankPart) -> LayerAnswer:
-    expected, size = part.baseline, found.numel()
+    expected, size = part.exact.to(DTYPES[case.dtype]), found.numel()
     tensors = {"given": part.given, "found": found, "expected": expected, "exact": part.exact}
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return LayerAnswer(compared=size, tensors=tensors, problem=f"gave {tuple(found.shape)} {found.dtype}, expected "
@@ -120,7 +120,7 @@ def _compare(case: LayerCase, found: Tensor, part: RankPart) -> LayerAnswer:
         return LayerAnswer(compared=size, tensors=tensors,
                            problem=f"{len(wrong)} of {size} values differ, the first at {place}: "
                                    f"got {found[place].item():g}, expected {expected[place].item():g}")
-    comparison = computation(found, expected, part.exact, case.dtype, part.scale)
+    comparison = rounding(found, part.exact, part.variance)
     if comparison.ok:
         return LayerAnswer(compared=size, error_over_budget=comparison.error_over_budget)
     return LayerAnswer(compared=size, error_over_budget=comparison.error_over_budget, tensors=tensors,

@@ -25,7 +25,7 @@ from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
 from engine.layers.dispatch import pick
 from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import head_shard
-from harness.budgets import computation, same_bits
+from harness.budgets import rounding, same_bits, sum_variance
 from harness.checks.base import CheckContext, Outcome
 from reference.hf import DTYPES
 
@@ -143,8 +143,9 @@ def _turn(rank: RankContext, config: ModelConfig, case: RotaryCase, tables: tupl
     rows = [cache.cpu().transpose(1, 2).flatten(0, 1)[slot_T[stored]] for cache in caches]
     for what, found, x_TNH, norm_H, keep in (("queries", q_TQH, given[0], norms[0], torch.ones_like(stored)),
                                              ("keys", rows[0], given[1], norms[1], stored)):
-        exact, baseline, scale = (value[keep].flatten(0, 1) for value in _rotate(x_TNH, expected, norm_H, config.rms_norm_eps))
-        comparison = computation(found.flatten(0, 1), baseline, exact, case.dtype, scale)
+        exact, variance = (value[keep].flatten(0, 1) for value in
+                           _rotate(x_TNH, expected, norm_H, config.rms_norm_eps, case.dtype))
+        comparison = rounding(found.flatten(0, 1), exact, variance, shared=norm_H is not None)
         if not comparison.ok:
             return 0, (f"{what} are off by {comparison.error_over_budget:.3g} of the budget at "
                        f"{comparison.where} of tokens times heads")
@@ -156,17 +157,21 @@ def _turn(rank: RankContext, config: ModelConfig, case: RotaryCase, tables: tupl
     return q_TQH.numel() + sum(map(torch.numel, rows)), None
 
 
-def _rotate(x_TNH: Tensor, tables: Sequence[Tensor], norm_H: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact result, the same in the case's dtype as Hugging Face computes it, and the scale of what is summed."""
-    results = []
-    for dtype in (torch.float64, x_TNH.dtype):
-        x = x_TNH.to(dtype)
-        if norm_H is not None:
-            wide = x.to(torch.promote_types(dtype, torch.float32))
-            x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(dtype) * norm_H.to(dtype)
-        cos, sin = (torch.cat((table, table), -1)[:, None].to(dtype) for table in tables)
-        first, second = x.chunk(2, dim=-1)
-        results.append((x * cos + torch.cat((-second, first), -1) * sin, x.abs() * cos.abs() +
-                        torch.cat((second, first), -1).abs() * sin.abs()))
-    (exact, scale), (baseline, _) = results
-    return exact, baseline, scale
+def _rotate(x_TNH: Tensor, tables: Sequence[Tensor], norm_H: Tensor | None, eps: float, dtype: str) -> tuple[Tensor, Tensor]:
+    """Exact result of norm and rotation, and the variance that rounding gives it.
+
+    Each of the two products may take a table and a normed value that were rounded to the dtype, as in Hugging Face: three
+    roundings (of the norm, of its weight, of the table) beside those of a sum of two addends. The elements of a head share the
+    error of their root mean square, half the relative one of a sum of H squares.
+    """
+    x, error = x_TNH.double(), torch.zeros((), dtype=torch.float64)
+    if norm_H is not None:
+        squares, mean = x.square().square().sum(-1, keepdim=True), x.square().sum(-1, keepdim=True)
+        error = sum_variance(squares, mean, "float64" if dtype == "float64" else "float32", addends=x.shape[-1]) / (2 * mean).square()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_H.double()
+    cos, sin = (torch.cat((table, table), -1)[:, None].double() for table in tables)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), -1)
+    exact, squares = x * cos + turned * sin, (x * cos).square() + (turned * sin).square()
+    taken = sum_variance(3 * squares, torch.zeros_like(exact), dtype, addends=0, parts=0)
+    return exact, taken + sum_variance(squares, exact, dtype, addends=2) + error * exact.square()
