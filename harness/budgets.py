@@ -3,13 +3,14 @@
 *Movement* (loading, gathering, looking up, writing to a cache) is bit-exact. *Reduction* is exact on integers that the dtype
 can add exactly, and bounded by rounding otherwise. *Computation* has two forms. A single operation (a layer, attention, a
 rotation) is held against the variance that rounding gives a sum in any order (``rounding``): nothing in it is measured. A
-whole model is measured (``computation``): a candidate may be so many times worse than the unsharded baseline of the same
-dtype, both against the exact reference, with a floor in units of rounding for a lucky baseline.
+whole model is measured (``computation``): a candidate may be so many times worse than the unsharded baseline of its
+dtype, or as simulated rounding, all against the exact reference.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,15 +27,38 @@ Statistic = Literal["typical", "row", "element"]
 """Three ways to say in one number how far a tensor ``[T, F]`` is off, each with a budget of its own: the median over the rows
 of their root mean squares, sharp when much is off by a little; the worst row's, sharp when a row is; the worst element."""
 
-BASELINE_FACTOR: dict[Statistic, float] = {"typical": 2.5, "row": 3.25, "element": 2.75}
-"""k: how many times the baseline's error a candidate's may be, by statistic.
 
-This and c are the fit in reports/baselines/cpu-2core/calibrate.json, the report of ``shardproof calibrate``: the pairs with the
-narrowest budgets that are half as much again as every error of correct code that was sampled. Not to be changed by hand.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constants:
+    """``budget = max(k * reference error, c)``, errors in units of roundoff times scale; c is for references exact by chance."""
+
+    k: float
+    c: float
+
+
+WIDE, NARROW = "32 bits and more", "16 bits"
+CONSTANTS: dict[str, dict[Statistic, Constants]] = {
+    WIDE: {"typical": Constants(k=2.5, c=1.25), "row": Constants(k=3.25, c=3.0), "element": Constants(k=2.75, c=8.5)},
+    NARROW: {"typical": Constants(k=2.5, c=1.25), "row": Constants(k=3.25, c=3.0), "element": Constants(k=2.75, c=8.5)},
+}
+"""What ``computation`` allows, by precision and statistic.
+
+They are the fit in the committed record of ``shardproof calibrate``: the pairs with the narrowest budgets that are half as much
+again as every error of correct code that was sampled, sums in drawn orders among it. Where sums are in float32 and so is the
+result, their order is all that the error is; 16-bit results are rounded far more coarsely than their sums. Not to be changed by
+hand.
 """
 
-ROUNDOFF_FACTOR: dict[Statistic, float] = {"typical": 1.25, "row": 3.0, "element": 8.5}
-"""c: the floor of the budget, in units of roundoff times the scale of the values. For when the baseline was lucky."""
+
+def constants(statistic: Statistic, dtype: str) -> Constants:
+    """Of this statistic for this dtype."""
+    return CONSTANTS[precision(dtype)][statistic]
+
+
+def precision(dtype: str) -> str:
+    """Which class of dtypes it belongs to: those of one class have constants in common."""
+    return NARROW if dtype in ("bfloat16", "float16") else WIDE
+
 
 SEARCH_MARGIN = 2.0
 """How many budgets off a tensor must be for a search through all tensors of a model to stop at it.
@@ -156,20 +180,14 @@ def _beyond_chance(mean_square: Tensor, *, of: int, tests: int) -> Tensor:
     return (mean_square / (1 + 2 * math.sqrt(log / of) + 2 * log / of)).sqrt()
 
 
-def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
-                float32: Tensor | None = None, *, pooled: bool = False) -> Comparison:
-    """Computation: a candidate ``[T, F]`` against ``max(k * baseline error, c * u * scale)``, by all three statistics.
+def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, simulated: Sequence[Tensor] = ()) -> Comparison:
+    """Computation by a whole model: ``[T, F]`` against ``max(k * reference error, c * u * scale)``, by all three statistics.
 
-    Args:
-        scale: ``[T, F]``, of what was summed, ``|x| @ |W|.T + |b|`` for a layer: errors are measured in units of it. By default
-            the exact values' root mean square, times the reach of a maximum over F values for the largest element.
-        float32: ``[T, F]``, the unsharded baseline once more, in float32. A row on which it is far off, in units of its own
-            roundoff, magnifies rounding; on one draw of the baseline's rounding alone that may not show.
-        pooled: with ``float32`` too, allow every row what the baseline's worst row is off. For a search that looks at hundreds of
-            tensors and must not stop at one whose row was lucky in the baseline; it sees a fault of one row a little less well.
+    The scale is the exact values' root mean square, times the reach of a maximum over F values for the largest element. The
+    arguments are those of ``measure``.
     """
-    sizes = measure(candidate, baseline, exact, dtype, scale, float32, pooled=pooled)
-    ratios = {statistic: _over_budget(*sizes[statistic], statistic) for statistic in sizes}
+    sizes = measure(candidate, baseline, exact, dtype, simulated)
+    ratios = {statistic: _over_budget(*sizes[statistic], constants(statistic, dtype)) for statistic in sizes}
     ratio_T = torch.maximum(ratios["row"], ratios["element"])
     if not ratio_T.numel():
         return Comparison(error_over_budget=0.0, compared=0)
@@ -180,55 +198,63 @@ def computation(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, 
     return Comparison(error_over_budget=max(worst, typical), compared=candidate.numel(), row=row)
 
 
-def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
-               float32: Tensor | None = None, *, pooled: bool = False) -> Tensor:
+def row_errors(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, simulated: Sequence[Tensor] = ()) -> Tensor:
     """``[T]``: how far each row is off, by root mean square and by largest element, as a fraction of its budget."""
-    sizes = measure(candidate, baseline, exact, dtype, scale, float32, pooled=pooled)
-    return torch.maximum(_over_budget(*sizes["row"], "row"), _over_budget(*sizes["element"], "element"))
+    sizes = measure(candidate, baseline, exact, dtype, simulated)
+    return torch.maximum(_over_budget(*sizes["row"], constants("row", dtype)),
+                         _over_budget(*sizes["element"], constants("element", dtype)))
 
 
-def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str, scale: Tensor | None = None,
-            float32: Tensor | None = None, *, pooled: bool = False) -> dict[Statistic, tuple[Tensor, Tensor]]:
-    """(the candidate's errors, what the baseline makes of it) by statistic, in units of roundoff times scale.
+def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str,
+            simulated: Sequence[Tensor] = ()) -> dict[Statistic, tuple[Tensor, Tensor]]:
+    """(the candidate's errors, the reference errors) by statistic, in units of roundoff times scale.
 
     ``[T]`` each for rows and their largest elements, a scalar for the median row, which is 0 where there are too few values.
-    A row's own error is the baseline's worst row's; with ``float32`` it is that row's (or the worst one's, if ``pooled``), by the
-    baseline or by float32, scaled up, whichever is larger. The arguments are those of ``computation``.
+    Reference error of row t: ``max(baseline_t, root mean square of simulated_t)``; without ``simulated``, the largest of the
+    baseline's, since one draw of rounding may be lucky on any row.
+
+    Args:
+        candidate, baseline: ``[T, F]`` in the dtype under test.
+        exact: ``[T, F]`` float64.
+        simulated: ``[T, F]`` float64 each, exact but for simulated rounding (``harness.simulated``).
     """
     if not exact.numel():
         nothing = exact.new_zeros(len(exact), dtype=torch.float64), exact.new_zeros(len(exact), dtype=torch.float64)
         return {"row": nothing, "element": nothing, "typical": (torch.tensor(0.0), torch.tensor(0.0))}
-    error, own = _row_sizes(candidate, exact, dtype, scale), _row_sizes(baseline, exact, dtype, scale)
-    sizes: dict[Statistic, tuple[Tensor, Tensor]] = {"typical": (error["row"].median(), own["row"].median())}
+    error, own = _row_sizes(candidate, exact, dtype), _row_sizes(baseline, exact, dtype)
+    if simulated:
+        draws = [_row_sizes(values, exact, dtype) for values in simulated]
+        own = {statistic: own[statistic].maximum(_rms(torch.stack([draw[statistic] for draw in draws], -1))) for statistic in own}
+    typical = error["row"].median(), own["row"].median()
+    if not simulated:
+        own = {statistic: own[statistic].max().expand_as(own[statistic]) for statistic in own}
     if exact.numel() < FEWEST_FOR_TYPICAL:
-        sizes["typical"] = torch.zeros_like(sizes["typical"][0]), sizes["typical"][1]
-    wide = None if float32 is None else _row_sizes(float32, exact, "float32", scale)
-    for statistic in _BY_ROW:
-        expected = own[statistic].max().expand_as(own[statistic]) if pooled or wide is None else own[statistic]
-        sizes[statistic] = error[statistic], expected if wide is None else expected.maximum(wide[statistic])
-    return sizes
+        typical = torch.zeros_like(typical[0]), typical[1]
+    return {"typical": typical, "row": (error["row"], own["row"]), "element": (error["element"], own["element"])}
 
 
-_BY_ROW: tuple[Literal["row", "element"], ...] = ("row", "element")
-
-
-def _row_sizes(values: Tensor, exact: Tensor, dtype: str, scale: Tensor | None) -> dict[Literal["row", "element"], Tensor]:
+def _row_sizes(values: Tensor, exact: Tensor, dtype: str) -> dict[Literal["row", "element"], Tensor]:
     """``[T]`` each: the error of every row, root mean square and largest element, in units of roundoff times scale."""
-    exact = exact.double()
-    error = (values.double() - exact).abs()
-    if scale is None:
-        unit = UNIT_ROUNDOFF[dtype] * _rms(exact.reshape(1, -1))
-        reach = math.sqrt(2 * math.log(max(2, exact.shape[-1])))  # of the largest of F normal values, in standard deviations
-        return {"row": _ratio(_rms(error), unit), "element": _ratio(error.amax(-1), unit * reach)}
-    error = _ratio(error, UNIT_ROUNDOFF[dtype] * scale.double())
-    return {"row": _rms(error), "element": error.amax(-1)}
+    error, unit = (values.double() - exact.double()).abs(), _unit(exact, dtype)
+    return {"row": _ratio(_rms(error), unit), "element": _ratio(error.amax(-1), unit * _reach(exact))}
 
 
-def near_tie_margins(baseline: Tensor, exact: Tensor, dtype: str, float32: Tensor | None = None) -> Tensor:
+def _unit(exact: Tensor, dtype: str) -> Tensor:
+    """Roundoff times the root mean square of all values."""
+    return UNIT_ROUNDOFF[dtype] * _rms(exact.double().reshape(1, -1))
+
+
+def _reach(exact: Tensor) -> float:
+    """Of the largest of F normal values, in standard deviations."""
+    return math.sqrt(2 * math.log(max(2, exact.shape[-1])))
+
+
+def near_tie_margins(baseline: Tensor, exact: Tensor, dtype: str, simulated: Sequence[Tensor] = ()) -> Tensor:
     """``[T]``: the largest top-2 margin of each row of exact logits that rounding may turn round: twice the row's budget."""
-    _, own_T = measure(baseline, baseline, exact, dtype, None, float32)["element"]
-    unit = UNIT_ROUNDOFF[dtype] * _rms(exact.double().reshape(1, -1)) * math.sqrt(2 * math.log(max(2, exact.shape[-1])))
-    return 2 * torch.clamp(BASELINE_FACTOR["element"] * own_T, min=ROUNDOFF_FACTOR["element"]) * unit
+    _, own_T = measure(baseline, baseline, exact, dtype, simulated)["element"]
+    unit = _unit(exact, dtype) * _reach(exact)
+    allowed = constants("element", dtype)
+    return 2 * torch.clamp(allowed.k * own_T, min=allowed.c) * unit
 
 
 def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: int, baseline_total: int) -> bool:
@@ -283,9 +309,9 @@ def _rms(x: Tensor) -> Tensor:
     return x.square().mean(dim=-1).sqrt()
 
 
-def _over_budget(error: Tensor, own: Tensor, statistic: Statistic) -> Tensor:
+def _over_budget(error: Tensor, own: Tensor, allowed: Constants) -> Tensor:
     """Errors as fractions of the budget that the baseline's ``own`` error gives them; all in units of roundoff times scale."""
-    budget = torch.clamp(BASELINE_FACTOR[statistic] * own, min=ROUNDOFF_FACTOR[statistic])
+    budget = torch.clamp(allowed.k * own, min=allowed.c)
     return _ratio(error, torch.where(torch.isfinite(own), budget, 0.0))  # a baseline of NaN allows nothing
 
 

@@ -53,7 +53,7 @@ class Evidence:
     own       for each of the F columns, the module and the index in ``columns`` that belongs there
     shards    by rank: the indices that it owns of its own module's ``columns``; () if not cut
     rows      rows ``[P, F]`` that might stand in the wrong place, by a name
-    float32   the baseline once more, in float32: see ``budgets.computation``
+    simulated ``exact`` but for simulated rounding, a draw each: see ``budgets.measure``
     """
 
     candidate: Tensor
@@ -67,7 +67,7 @@ class Evidence:
     own: tuple[str, Tensor] | None = None
     shards: Sequence[Tensor] = ()
     rows: Mapping[str, Tensor] = field(default_factory=dict)
-    float32: Tensor | None = None
+    simulated: Sequence[Tensor] = ()
 
     def wrong_rows(self) -> Tensor:
         """``[W]``: the rows over budget; all of them if no single one is, but their median."""
@@ -78,11 +78,11 @@ class Evidence:
 
     def comparison(self) -> Comparison:
         """The candidate against its budget."""
-        return computation(self.candidate, self.baseline, self.exact, self.dtype, float32=self.float32, pooled=True)
+        return computation(self.candidate, self.baseline, self.exact, self.dtype, self.simulated)
 
     def row_errors(self) -> Tensor:
         """``[T]``: how far each row is off, as a fraction of its budget."""
-        return row_errors(self.candidate, self.baseline, self.exact, self.dtype, float32=self.float32, pooled=True)
+        return row_errors(self.candidate, self.baseline, self.exact, self.dtype, self.simulated)
 
     def explains(self, prediction_WF: Tensor, wrong_W: Tensor) -> bool:
         """Whether the candidate is within budget of the prediction, on the wrong rows, and of what is right elsewhere."""
@@ -95,8 +95,8 @@ class Evidence:
         def in_place_of_exact(values: Tensor) -> Tensor:
             return prediction + (values.double() - exact) * growth_T1
 
-        float32 = None if self.float32 is None else in_place_of_exact(self.float32)
-        return replace(self, baseline=in_place_of_exact(self.baseline), exact=prediction, float32=float32).comparison().ok
+        return replace(self, baseline=in_place_of_exact(self.baseline), exact=prediction,
+                       simulated=list(map(in_place_of_exact, self.simulated))).comparison().ok
 
 
 def classify(evidence: Evidence) -> Effect | None:
@@ -227,7 +227,7 @@ def _spaced(evidence: Evidence) -> Evidence:
     step = -(-evidence.exact.shape[1] // MOST_COLUMNS)
     assert evidence.own is not None, "columns are moved from where they belong"
     return replace(evidence, candidate=evidence.candidate[:, ::step], baseline=evidence.baseline[:, ::step],
-                   float32=None if evidence.float32 is None else evidence.float32[:, ::step],
+                   simulated=[draw[:, ::step] for draw in evidence.simulated],
                    exact=evidence.exact[:, ::step], own=(evidence.own[0], evidence.own[1][::step]))
 
 

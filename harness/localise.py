@@ -154,9 +154,10 @@ def sides(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: 
     candidate, exact = point.of(by_rank[rank]), point.of(truth.exact_activations(sequence))
     if candidate is None:
         raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
-    index, float32 = point.indices(truth.config, len(by_rank), rank, exact.shape[-1]), truth.float32_activations(sequence)
+    index = point.indices(truth.config, len(by_rank), rank, exact.shape[-1])
     return Evidence(candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=exact[:, index],
-                    float32=None if float32 is None else point.of(float32)[:, index], dtype=truth.dtype, tp_size=len(by_rank))
+                    simulated=[point.of(draw)[:, index] for draw in truth.simulated_activations(sequence)],
+                    dtype=truth.dtype, tp_size=len(by_rank))
 
 
 def gather_evidence(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: int) -> Evidence:

@@ -1,22 +1,26 @@
 """The reference's side of a verification: computed once, then held against every tp_size.
 
-*exact* is float64 on one device, *baseline* the same model on one device in the dtype under test.
+*exact* is float64 on one device, *baseline* the same model on one device in the dtype under test, *simulated* is exact but for
+simulated rounding of that dtype.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from harness.simulated import SimulatedRounding
 from harness.subjects import Script
 from reference.hf import Activations, GreedyResult, Reference
+
+T = TypeVar("T")
 
 TEXTS = (
     "What is the capital of France?",
@@ -25,6 +29,8 @@ TEXTS = (
     "Explain why the sky is blue to a child.",
 )
 NUM_NEW_TOKENS = 24
+NUM_SIMULATED = 4
+"""Draws of simulated rounding: of one alone a row might come out right by luck."""
 PROMPT_LENGTHS = (5, 17, 9, 12)
 SCRIPT_LENGTHS = (41, 37, 23)
 
@@ -48,6 +54,7 @@ class Truth:
         self.prompt_lengths = prompt_lengths
         self.script_lengths = script_lengths
         self._activations: dict[tuple[str, int], Activations] = {}
+        self._simulated_activations: dict[int, list[Activations]] = {}
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
 
     @cached_property
@@ -100,17 +107,16 @@ class Truth:
         return self.baseline.logits(self.script.sequences)
 
     @cached_property
-    def float32_logits(self) -> list[Tensor] | None:
-        """For 16-bit dtypes the baseline once more in float32: it tells which tokens magnify rounding."""
-        return self._in_float32(self.script.sequences)
+    def simulated_logits(self) -> list[list[Tensor]]:
+        """The exact model's with simulated rounding: of each draw, those of each sequence."""
+        return self._simulated(lambda: self.exact.logits(self.script.sequences))
 
-    def _in_float32(self, sequences: Sequence[Sequence[int]]) -> list[Tensor] | None:
-        float32 = self._float32_model()
-        return None if float32 is None else float32.logits(sequences)
-
-    def _float32_model(self) -> Reference | None:
-        """Loaded for one use: a third model would be in memory for good."""
-        return Reference.load(self.folder, "float32", device=self.device) if self.dtype in ("bfloat16", "float16") else None
+    def _simulated(self, compute: Callable[[], T]) -> list[T]:
+        draws = []
+        for number in range(NUM_SIMULATED):
+            with SimulatedRounding(self.dtype, seed=number):
+                draws.append(compute())
+        return draws
 
     def exact_activations(self, sequence: int) -> Activations:
         """Of one sequence of the script; computed once."""
@@ -120,14 +126,12 @@ class Truth:
         """The same of the baseline."""
         return self._activations_of(self.baseline, sequence)
 
-    def float32_activations(self, sequence: int) -> Activations | None:
-        """For 16-bit dtypes the same of the baseline in float32."""
-        return None if self._float32_activations is None else self._float32_activations[sequence]
-
-    @cached_property
-    def _float32_activations(self) -> list[Activations] | None:
-        float32 = self._float32_model()
-        return None if float32 is None else [float32.activations(sequence) for sequence in self.script.sequences]
+    def simulated_activations(self, sequence: int) -> list[Activations]:
+        """The exact model's with simulated rounding, a draw each."""
+        if sequence not in self._simulated_activations:
+            self._simulated_activations[sequence] = self._simulated(
+                lambda: self.exact.activations(self.script.sequences[sequence]))
+        return self._simulated_activations[sequence]
 
     def _activations_of(self, reference: Reference, sequence: int) -> Activations:
         key = reference.dtype, sequence
@@ -155,14 +159,12 @@ class Truth:
         return self._drawing_rows(self.baseline)
 
     @cached_property
-    def greedy_float32_logits(self) -> list[Tensor] | None:
-        whole = self._in_float32(self.greedy_sequences)
-        return None if whole is None else self._of_drawn(whole)
+    def greedy_simulated_logits(self) -> list[list[Tensor]]:
+        """The exact ones with simulated rounding: of each draw, those of each prompt."""
+        return self._simulated(lambda: self._drawing_rows(self.exact))
 
     def _drawing_rows(self, reference: Reference) -> list[Tensor]:
-        return self._of_drawn(reference.logits(self.greedy_sequences))
-
-    def _of_drawn(self, whole: list[Tensor]) -> list[Tensor]:
+        whole = reference.logits(self.greedy_sequences)
         return [logits[len(prompt) - 1 : -1] for prompt, logits in zip(self.prompts, whole, strict=True)]
 
 

@@ -224,6 +224,8 @@ class NotMeasured(Record):
 class Tolerance(Record):
     """The budget of one statistic, ``max(k * the baseline's error, c)``; errors in roundoffs of their scale.
 
+    precision           of the dtypes that it is for
+
     k, c                what the checks use
     fitted_k, fitted_c  what the samples of correct code ask for, with ``margin`` to spare
     worst               the largest of the samples' errors, as a fraction of its budget
@@ -237,6 +239,7 @@ class Tolerance(Record):
     margin: float
     samples: int
     worst: float
+    precision: str = "all"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from engine.parallel.ranks import RankFailure
-from harness.calibrate.run import DEFAULT_CASES, CalibratePlan, calibrate
+from harness.calibrate.run import DEFAULT_MODELS, CalibratePlan, calibrate
 from harness.interrupted import NOTICE
 from reports.calibration import calibration_tables
 from reports.calibration_plots import write_calibration_plots
@@ -34,20 +34,21 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate_command(
-    cases: Annotated[int, typer.Option(help="Clean cases to judge, about; all else is drawn in proportion.")] = DEFAULT_CASES,
+    models: Annotated[int, typer.Option(help="Float32 models to judge under each setting; all else is drawn in proportion.")
+                      ] = DEFAULT_MODELS,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html, .csv and the plots.")] = Path(
         "reports/out/calibrate"),
 ) -> None:
     """Measure what correct code gets wrong, and hold the tolerances against it: false alarms, and what errors they see.
 
-    Fits k and c on clean random cases, judges others of other seeds and shapes with the constants that the checks use, and plants
-    errors in one rank's part of a sum. Exits 0 without a false alarm, 1 with one, 2 on wrong usage, 3 if it could not run or was
-    interrupted: then the report holds what was finished.
+    Fits k and c on clean random models, half of them with sums in drawn orders; runs the checks on others, under several
+    instruction sets and in drawn orders; and plants errors in one rank's part of a sum. Exits 0 without a false alarm, 1 with
+    one, 2 on wrong usage, 3 if it could not run or was interrupted: then the report holds what was finished.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI that gives up is answered as Ctrl-C is
     try:
-        plan = CalibratePlan(cases=cases, seed=seed)
+        plan = CalibratePlan(models=models, seed=seed)
     except ValueError as error:
         _fail(str(error), USAGE)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -75,7 +76,7 @@ def _finish(report: Report, out: Path, *, is_interrupted: bool) -> int:
         sys.stdout.write(f"{heading}\n{to_text(tables[heading][1])}\n")
     for row in report.checks:
         if row.verdict == "finding":
-            sys.stdout.write(f"FINDING in {row.check} at tp_size={row.tp_size}, {row.dtype}: {row.message}\n")
+            sys.stdout.write(f"FINDING in {row.check} at tp_size={row.tp_size}, {row.dtype}, {row.model}: {row.message}\n")
     sys.stdout.write(f"{report.run.seconds:.0f} s; report: {paths['html']}\n")
     if is_interrupted:
         errors.print(NOTICE, highlight=False)

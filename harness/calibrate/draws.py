@@ -1,4 +1,4 @@
-"""Layers and models that are drawn for calibration: on one set of seeds and shapes it is fitted, on another one judged.
+"""Models that are drawn for calibration: on one set of seeds and shapes it is fitted, on another one judged.
 
 Seeds of values are even where constants are fitted and odd where they are judged. A shape that was fitted on is not judged.
 """
@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 
-from harness.layer_cases import LayerCase
 from harness.strategies import random_config
 from harness.truth import Truth
 from reference.checkpoints import random_checkpoint
@@ -23,7 +22,6 @@ from reference.checkpoints import random_checkpoint
 Purpose = Literal["fit", "judge"]
 Shape = tuple[Any, ...]
 
-SAMPLED_LAYERS = ("row", "attention_output", "column", "qkv")
 LARGEST_TP = 8
 """Ranks that can share any drawn model."""
 SHARP, OUTLIER = 4, 32
@@ -33,28 +31,6 @@ SHARP, OUTLIER = 4, 32
 def value_seed(draw: random.Random, purpose: Purpose) -> int:
     """Of tensors: even or odd."""
     return 2 * draw.randrange(2**30) + (purpose == "judge")
-
-
-def random_layer(draw: random.Random, tp_size: int, dtype: str) -> LayerCase:
-    """A layer to fit on, of up to 512 features; real numbers, half of them with outliers."""
-    num_kv_heads = draw.randint(1, 4)
-    num_q_heads = num_kv_heads * draw.randint(-(-tp_size // num_kv_heads), max(4, tp_size))
-    return LayerCase(
-        kind=draw.choice(SAMPLED_LAYERS), hidden_size=size_up_to(draw, 256), intermediate_size=tp_size * size_up_to(draw, 64),
-        num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=draw.choice((2, 8, 16)), vocab_size=tp_size,
-        bias=draw.random() < 0.5, dtype=dtype, integers=False, num_tokens=size_up_to(draw, 32), outliers=draw.random() < 0.5,
-        seed=value_seed(draw, "fit"),
-    )
-
-
-def layer_shape(case: LayerCase, tp_size: int) -> Shape:
-    """What makes two layers of one shape, whatever their values."""
-    return case.kind, tp_size, case.num_tokens, *((out, into) for _, out, into in case.parts)
-
-
-def size_up_to(draw: random.Random, most: int) -> int:
-    """Evenly spread over the powers of two: small sizes are where luck is."""
-    return max(1, int(most ** draw.random() + 0.5))
 
 
 def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes: tuple[str, ...],

@@ -2,20 +2,18 @@
 
 An error is within its budget ``max(k * the baseline's error, c)``. For any k there is a smallest c with which the budgets of
 all samples leave ``MARGIN`` to spare. The pair to take is the one with the narrowest budgets over all samples, by their
-geometric mean, each kind of sample counting the same: what a budget is wider than it need be, a fault may hide in.
+geometric mean: what a budget is wider than it need be, a fault may hide in.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.budgets import Statistic
+from harness.budgets import Constants, Statistic
 from harness.calibrate.samples import Point, Sample
 
 MARGIN = 1.5
@@ -23,21 +21,6 @@ MARGIN = 1.5
 STEPS = 4
 """Constants are whole numbers of this part of 1."""
 LARGEST_K = 8.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constants:
-    """k and c of one statistic."""
-
-    k: float
-    c: float
-
-    def over_budget(self, point: Point) -> float:
-        """The candidate's error as a fraction of its budget."""
-        if not point.candidate:
-            return 0.0
-        budget = max(self.k * point.baseline, self.c)
-        return point.candidate / budget if budget else math.inf
 
 
 Needs = tuple[float, float]
@@ -50,15 +33,13 @@ def points_of(samples: Iterable[Sample], statistic: Statistic) -> list[Point]:
 
 def fit(samples: Sequence[Sample], statistic: Statistic) -> Constants:
     """The pair with the narrowest budgets. ValueError without a sample."""
-    by_kind: Mapping[str, list[Point]] = defaultdict(list)
-    for sample in samples:
-        by_kind[sample.kind] += sample.points.get(statistic, ())
-    groups = [_as_arrays(points) for points in by_kind.values() if points]
-    if not groups:
+    points = points_of(samples, statistic)
+    if not points:
         raise ValueError(f"statistic={statistic!r} has no samples to be fitted on")
+    group = _as_arrays(points)
     choices = [1 + step / STEPS for step in range(int((LARGEST_K - 1) * STEPS) + 1)]
-    pairs = [Constants(k=k, c=_upwards(max(_floor(group, k) for group in groups))) for k in choices]
-    return min(pairs, key=lambda pair: (sum(_width(group, pair) for group in groups), pair.k))
+    pairs = [Constants(k=k, c=_upwards(_floor(group, k))) for k in choices]
+    return min(pairs, key=lambda pair: (_width(group, pair), pair.k))
 
 
 def needs(points: Sequence[Point], constants: Constants) -> Needs:
@@ -69,7 +50,15 @@ def needs(points: Sequence[Point], constants: Constants) -> Needs:
 
 def worst(points: Iterable[Point], constants: Constants) -> float:
     """The largest fraction of its budget that a point takes."""
-    return max(map(constants.over_budget, points), default=0.0)
+    return max((over_budget(point, constants) for point in points), default=0.0)
+
+
+def over_budget(point: Point, constants: Constants) -> float:
+    """The candidate's error as a fraction of its budget."""
+    if not point.candidate:
+        return 0.0
+    budget = max(constants.k * point.baseline, constants.c)
+    return point.candidate / budget if budget else math.inf
 
 
 _Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]

@@ -1,8 +1,7 @@
-"""What runs inside the ranks: sums in another order, an error in one rank's part, and samples of what comes of it."""
+"""What runs inside the ranks: sums over them in another order, an error in one rank's part, and a model's logits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from engine.parallel.group import TPGroup
 from engine.parallel.ranks import RankContext
 from harness import jobs
 from harness.calibrate.groups import RingGroup, SpoilingGroup
-from harness.calibrate.samples import Sample, measured
-from harness.checks.layers import run_layer
-from harness.layer_cases import LayerCase
 from harness.subjects import Script
 
 ORDERS = ("flat", "ring")
@@ -35,15 +31,6 @@ def arrange(rank: RankContext, order: str, spoiled: Spoiled | None = None) -> No
     own: TPGroup = rank.state.setdefault("own_group", rank.tp)
     group = RingGroup(own) if order == "ring" else own
     rank.tp = group if spoiled is None else SpoilingGroup(group, tp_rank=spoiled.tp_rank, error=spoiled.error)
-
-
-def run_layers(rank: RankContext, cases: Sequence[LayerCase]) -> list[Sample]:
-    """Job: a sample of each case, of this rank's part of the output."""
-    samples = []
-    for case in cases:
-        found, part = run_layer(rank, case)
-        samples.append(measured("layers", case.dtype, rank.tp.size, found, part.baseline, part.exact, part.scale))
-    return samples
 
 
 def load_model(rank: RankContext, folder: Path, dtype: str, options: dict[str, int]) -> None:

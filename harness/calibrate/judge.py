@@ -1,73 +1,104 @@
-"""Runs the checks on clean code and counts false alarms: other seeds and shapes than the constants were fitted on.
+"""Runs checks on clean code, on several machines' arithmetic, and counts false alarms.
 
-Each case goes the way that it goes in ``verify``, one verdict a case. Collectives, layers and attention draw as they do there;
-weights and logits see tiny models.
+A run is what ``verify`` does: the check on one model and one tp_size, with all the cases that it draws by itself. Other seeds and
+models than those that constants were fitted on; every setting sees models of its own.
 """
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from engine.parallel.ranks import RankFailure, Ranks
+from harness.bench.worker import Worker
 from harness.calibrate.collect import DTYPES, OPTIONS, Pools, orders_of
-from harness.calibrate.draws import Shape, layer_shape, sizes_alone, value_seed
+from harness.calibrate.draws import drawn_models
 from harness.calibrate.jobs import load_model
-from harness.checks import CHECKS, attention, collectives, layers
+from harness.calibrate.orders import InDrawnOrders
+from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
-from harness.layer_cases import LayerCase
-from harness.strategies import random_config
 from harness.truth import Truth
 
 TP_SIZES = (1, 2, 3, 4, 5, 8)
 """One of them is none that the constants were fitted on."""
-DRAWN_CHECKS = ("collectives", "layers", "attention")
-MODEL_CHECKS = ("weights", "logits")
+JUDGED = ("collectives", "weights", "layers", "attention", "logits")
+LAYERS_RUNS = 5
+"""Of ``layers`` on one float32 model and tp_size, each with a seed of its own: it needs no model, and is quick."""
+DRAWN = "drawn orders"
 
-Case = collectives.CollectiveCase | LayerCase | attention.AttentionCase
+
+def _isa(aten: str, onednn: str, mkl: str) -> dict[str, str]:
+    return {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn, "MKL_ENABLE_INSTRUCTIONS": mkl}
+
+
+SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "as it is": {},
+    "AVX-512": _isa("avx512", "AVX512_CORE", "AVX512"),
+    "AVX2": _isa("avx2", "AVX2", "AVX2"),
+    "AVX": _isa("default", "AVX", "AVX"),
+    "SSE4": _isa("default", "SSE41", "SSE4_2"),
+    "mixed": _isa("avx2", "AVX512_CORE_BF16", "SSE4_2"),
+    DRAWN: {},
+}
+"""Instruction sets that torch, oneDNN and MKL are held to, by environment: several machines in one. What the CPU lacks changes
+nothing. In the last one each product of ranks is summed in an order of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a check said of one clean case."""
+    """What one run of a check said of clean code."""
 
     check: str
+    setting: str
     dtype: str
     tp_size: int
     fabric: str
+    cases: int
     compared: int
     error_over_budget: float | None
+    seconds: float
     alarm: str | None
     """What it found, where there is nothing to be found."""
 
 
-def judge_drawn(check: str, pools: Pools, draw: random.Random, num_cases: int, seen: set[Shape]) -> Iterator[Verdict]:
-    """One of ``DRAWN_CHECKS``, on cases as it draws them; what compares nothing does not count."""
-    left = num_cases
-    while left > 0:
-        tp_size, dtype = draw.choice(TP_SIZES), draw.choice(DTYPES)
-        ranks = pools(tp_size, draw.choice(orders_of(tp_size)))
-        with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge")) as truth:
-            for case in draw_cases(check, draw, truth, tp_size):
-                if isinstance(case, LayerCase) and layer_shape(case, tp_size) in seen:
-                    continue
-                verdict = judged(check, context_of(ranks, truth, case))
-                if left and (verdict.compared or verdict.alarm):
-                    left -= 1
-                    yield verdict
+def judge(settings: Sequence[str], num_models: Mapping[str, int], seed: int) -> Iterator[list[Verdict]]:
+    """The verdicts of one setting and dtype, as they are done, of so many models a dtype. An interpreter for each core."""
+    workers: list[Worker] = []
+
+    def work(setting: str, dtype: str) -> list[Verdict]:
+        workers.append(worker := Worker(f"{setting}, {dtype}", environ=SETTINGS[setting]))
+        with worker:
+            verdicts: list[Verdict] = worker.call(judge_models, setting, dtype, num_models[dtype], seed)
+            return verdicts
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        tasks = [pool.submit(work, setting, dtype) for setting in settings for dtype in DTYPES]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        finally:  # after Ctrl-C some are at work: a worker that is gone ends its call
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.close(grace_s=0)
 
 
-def draw_cases(check: str, draw: random.Random, truth: Truth, tp_size: int) -> list[Case]:
-    """What one run of the check draws, with seeds to judge on."""
-    cases: list[Case] = []
-    if check == "collectives":
-        cases += collectives.draw_cases(draw, truth.dtype)
-    elif check == "layers":
-        cases += layers.draw_cases(draw, truth.config, truth.dtype, tp_size)
-    else:
-        cases += attention.draw_cases(draw, truth.config, truth.dtype, tp_size)
-    return [replace(case, seed=case.seed | 1) for case in cases]
+def judge_models(state: dict[str, Any], setting: str, dtype: str, num_models: int, seed: int) -> list[Verdict]:
+    """In a worker: every check on drawn models of one dtype, on each of ``TP_SIZES``."""
+    draw = random.Random(f"{seed}/judge {setting} {dtype}")
+    pools = state.setdefault("pools", Pools())
+    verdicts = []
+    for truth in drawn_models(draw, "judge", num_models, (dtype,), set()):
+        for tp_size in TP_SIZES:
+            ranks = loaded(pools, draw, truth, tp_size)
+            for check in JUDGED:
+                for _ in range(LAYERS_RUNS if (check, dtype) == ("layers", "float32") else 1):
+                    verdicts.append(judged(check, context_of(ranks, truth, draw.randrange(2**31)), setting))
+    return verdicts
 
 
 def loaded(pools: Pools, draw: random.Random, truth: Truth, tp_size: int) -> Ranks:
@@ -77,23 +108,20 @@ def loaded(pools: Pools, draw: random.Random, truth: Truth, tp_size: int) -> Ran
     return ranks
 
 
-def judge_model(ranks: Ranks, truth: Truth) -> Iterator[Verdict]:
-    """``MODEL_CHECKS`` on a loaded model."""
-    for check in MODEL_CHECKS:
-        yield judged(check, context_of(ranks, truth))
+def context_of(ranks: Ranks, truth: Truth, seed: int, case: dict[str, Any] | None = None) -> CheckContext:
+    """For a whole run, or for one case alone."""
+    return CheckContext(truth=truth, ranks=ranks, subject="engine", options=OPTIONS, seed=seed, case=case)
 
 
-def context_of(ranks: Ranks, truth: Truth, case: Case | None = None) -> CheckContext:
-    """For one case alone, or for a model."""
-    return CheckContext(truth=truth, ranks=ranks, subject="engine", options=OPTIONS, seed=truth.seed,
-                        case=None if case is None else asdict(case))
-
-
-def judged(check: str, context: CheckContext) -> Verdict:
+def judged(check: str, context: CheckContext, setting: str = "") -> Verdict:
     """The check's own verdict; ranks that fail are a finding, as in ``verify``."""
+    ranks, started = context.ranks, time.perf_counter()
+    if setting == DRAWN:
+        context = replace(context, ranks=cast(Ranks, InDrawnOrders(ranks, context.seed)))
     try:
         outcome = CHECKS[check](context)
     except RankFailure as failure:
         outcome = Outcome(cases=1, compared=0, finding=str(failure))
-    return Verdict(check=check, dtype=context.dtype, tp_size=context.ranks.tp_size, fabric=context.ranks.fabric,
-                   compared=outcome.compared, error_over_budget=outcome.error_over_budget, alarm=outcome.finding)
+    return Verdict(check=check, setting=setting, dtype=context.dtype, tp_size=ranks.tp_size, fabric=ranks.fabric,
+                   cases=outcome.cases, compared=outcome.compared, error_over_budget=outcome.error_over_budget,
+                   seconds=time.perf_counter() - started, alarm=outcome.finding)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.parallel.ranks import RankContext, Ranks
+from harness.simulated import EveryProduct
 
 LANES = (1, 1, 2, 4, 8, 16, 32)
 MOST_ELEMENTS = 1 << 24
@@ -53,9 +54,8 @@ def product(a_BMK: Tensor, b_BKN: Tensor, order: Order, addend: Tensor | None = 
         a_BMK, b_BKN = a_BMK[..., index], b_BKN[..., index, :]
     steps = -(-num_addends // order.lanes)
     missing = steps * order.lanes - num_addends
-    a_LSBM1 = torch.nn.functional.pad(a_BMK, (0, missing)).unflatten(-1, (order.lanes, steps)).movedim((-2, -1), (0, 1))[..., None]
-    b_LSB1N = torch.nn.functional.pad(b_BKN, (0, 0, 0, missing)).unflatten(-2, (order.lanes, steps)).movedim((-3, -2), (0, 1))
-    b_LSB1N = b_LSB1N[..., None, :]
+    a_LSBM1 = F.pad(a_BMK, (0, missing)).unflatten(-1, (order.lanes, steps)).movedim((-2, -1), (0, 1))[..., None]
+    b_LSB1N = F.pad(b_BKN, (0, 0, 0, missing)).unflatten(-2, (order.lanes, steps)).movedim((-3, -2), (0, 1))[..., None, :]
     sum_LBMN = a_BMK.new_zeros((order.lanes, *a_BMK.shape[:-1], b_BKN.shape[-1]))
     if addend is not None and order.addend_first:
         sum_LBMN[0] += addend
@@ -66,38 +66,32 @@ def product(a_BMK: Tensor, b_BKN: Tensor, order: Order, addend: Tensor | None = 
             sum_LBMN = sum_LBMN + a_LSBM1[:, step] * b_LSB1N[:, step]
     sums = list(sum_LBMN)
     while len(sums) > 1:
-        sums = ([sum(pair[1:], pair[0]) for pair in zip(sums[::2], sums[1::2], strict=False)] + sums[len(sums) & ~1 :]
+        sums = ([first + second for first, second in zip(sums[::2], sums[1::2], strict=False)] + sums[len(sums) & ~1 :]
                 if order.pairwise else [sums[0] + sums[1], *sums[2:]])
-    result = sums[0] if addend is None or order.addend_first else sums[0] + addend
-    return result.to(dtype)
+    total: Tensor = sums[0]
+    if addend is not None and not order.addend_first:
+        total = total + addend
+    return total.to(dtype)
 
 
-class DrawnOrders(TorchDispatchMode):
+class DrawnOrders(EveryProduct):
     """Within it each matrix product of 16 or 32 bits is summed in an order of its own: which one follows from seed and number."""
 
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.number = 0
 
-    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _SUMS and not kwargs and args[-1].dtype in (torch.float32, torch.bfloat16, torch.float16):
-            *addend, a, b = args
-            self.number += 1
-            order = Order.draw(random.Random(f"{self.seed}/{self.number}"), a.shape[-1])
-            if order.lanes * a.numel() // max(1, a.shape[-1]) * b.shape[-1] > MOST_ELEMENTS:
-                order = Order.draw(random.Random(f"{self.seed}/{self.number}"), 1)
-            return product(a, b, order, *addend)
-        if func in _MADE_OF_SUMS:
-            with self:
-                return func.decompose(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-_SUMS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
-_MADE_OF_SUMS = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
+    def product(self, func: Any, a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
+        """In the next order."""
+        self.number += 1
+        draw = random.Random(f"{self.seed}/{self.number}")
+        order = Order.draw(draw, a.shape[-1])
+        if order.lanes * a[..., 0].numel() * b.shape[-1] > MOST_ELEMENTS:
+            order = replace(order, lanes=1)
+        return product(a, b, order, addend)
 
 
 class InDrawnOrders:

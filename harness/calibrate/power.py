@@ -10,7 +10,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -18,9 +18,10 @@ import torch
 from engine.parallel.ranks import Ranks
 from harness.budgets import UNIT_ROUNDOFF, computation
 from harness.calibrate.collect import Pools, orders_of
-from harness.calibrate.draws import sizes_alone, value_seed
+from harness.calibrate.draws import drawn_models, sizes_alone, value_seed
 from harness.calibrate.jobs import Spoiled, arrange, run_logits
-from harness.calibrate.judge import Case, context_of, draw_cases, judged
+from harness.calibrate.judge import context_of, judged, loaded
+from harness.checks import collectives, layers
 from harness.checks.base import CheckContext
 from harness.checks.collectives import CollectiveCase
 from harness.layer_cases import LayerCase
@@ -34,7 +35,10 @@ POWER_CHECKS = ("collectives", "layers")
 LARGEST = 4.0
 FIRST_TRIED = 6
 SURE = 0.99
+PLANTED_PER_MODEL = 4
 SUMMING_LAYERS = ("row", "attention_output")
+
+Case = CollectiveCase | LayerCase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +85,14 @@ def power_of_drawn(check: str, pools: Pools, draw: random.Random, dtype: str, tp
         order = draw.choice(orders_of(tp_size))
         ranks = pools(tp_size, order)
         with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge")) as truth:
-            sums = [case for case in draw_cases(check, draw, truth, tp_size) if is_sum(case)]
+            sums = sums_of(check, draw, truth, tp_size)
             for case in sums:
                 values = values_of(case)
                 if not left[values]:
                     continue
                 left[values] -= 1
-                sees = partial(_check_sees, check, context_of(ranks, truth, case), order, draw.randrange(tp_size))
+                sees = partial(_check_sees, check, context_of(ranks, truth, truth.seed, asdict(case)), order,
+                               draw.randrange(tp_size))
                 yield Threshold(check=check, values=values, dtype=dtype, tp_size=tp_size,
                                 error=smallest_seen(sees, ladder(dtype)), per_run=max(1, len(sums) // 2))
 
@@ -97,24 +102,34 @@ def _check_sees(check: str, context: CheckContext, order: str, tp_rank: int, err
     return judged(check, context).alarm is not None
 
 
+def sums_of(check: str, draw: random.Random, truth: Truth, tp_size: int) -> list[Case]:
+    """Those cases of one run of the check in which ranks add anything up, with seeds to judge on."""
+    cases: Sequence[Case] = (collectives.draw_cases(draw, truth.dtype) if check == "collectives" else
+                             layers.draw_cases(draw, truth.config, truth.dtype, tp_size))
+    return [replace(case, seed=case.seed | 1) for case in cases if is_sum(case)]
+
+
 def is_sum(case: Case) -> bool:
     """Whether ranks add anything up in it."""
     if isinstance(case, CollectiveCase):
         return case.op == "all_reduce" and math.prod(case.shape) > 0
-    return isinstance(case, LayerCase) and case.kind in SUMMING_LAYERS
+    return case.kind in SUMMING_LAYERS
 
 
 def values_of(case: Case) -> str:
-    return "integers" if getattr(case, "integers", False) else "reals"
+    return "integers" if case.integers else "reals"
 
 
-def power_of_logits(ranks: Ranks, truth: Truth, draw: random.Random, num_cases: int) -> Iterator[Threshold]:
-    """The check of logits on a loaded model, one rank's part in the sum of one module being off."""
-    paths = sum_paths(truth)
-    for _ in range(num_cases):
-        sees = partial(_logits_show, ranks, truth, draw.choice(paths), draw.randrange(ranks.tp_size))
-        yield Threshold(check="logits", values="reals", dtype=truth.dtype, tp_size=ranks.tp_size, per_run=1,
-                        error=smallest_seen(sees, ladder(truth.dtype)))
+def power_of_logits(pools: Pools, draw: random.Random, dtype: str, num_cases: int) -> Iterator[Threshold]:
+    """The check of logits on drawn models, one rank's part in the sum of one module being off; so many cases a tp_size."""
+    for truth in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,), set()):
+        paths = sum_paths(truth)
+        for tp_size in TP_SIZES:
+            ranks = loaded(pools, draw, truth, tp_size)
+            for _ in range(PLANTED_PER_MODEL):
+                sees = partial(_logits_show, ranks, truth, draw.choice(paths), draw.randrange(tp_size))
+                yield Threshold(check="logits", values="reals", dtype=dtype, tp_size=tp_size, per_run=1,
+                                error=smallest_seen(sees, ladder(dtype)))
 
 
 def _logits_show(ranks: Ranks, truth: Truth, path: str, tp_rank: int, error: float) -> bool:
@@ -122,9 +137,8 @@ def _logits_show(ranks: Ranks, truth: Truth, path: str, tp_rank: int, error: flo
     sequences = truth.script.sequences
     script = Script(sequences=sequences, steps=(tuple((number, len(ids)) for number, ids in enumerate(sequences)),))
     found = ranks.run(run_logits, script, path, Spoiled(tp_rank=tp_rank, error=error))[0][0]
-    float32 = None if truth.float32_logits is None else torch.cat(truth.float32_logits)
     return not computation(found, torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype,
-                           float32=float32).ok
+                           list(map(torch.cat, truth.simulated_logits))).ok
 
 
 def sum_paths(truth: Truth) -> list[str]:

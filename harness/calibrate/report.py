@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 import numpy as np
 
-from harness.budgets import BASELINE_FACTOR, ROUNDOFF_FACTOR, Statistic
-from harness.calibrate.fit import MARGIN, Constants, fit, needs, points_of, worst
+from harness.budgets import CONSTANTS, Statistic, constants, precision
+from harness.calibrate.fit import MARGIN, fit, needs, points_of, worst
 from harness.calibrate.judge import Verdict
 from harness.calibrate.power import Threshold, power_rows
 from harness.calibrate.samples import Point, Sample
@@ -21,35 +21,31 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 BINS_PER_DOUBLING = 4
 SMALLEST = 2.0**-8
 """Errors below that go to the lowest bin of a cloud: no budget is anywhere near."""
-MODEL = "drawn"
 FIT = "fit"
 SIGNIFICANT = 4
 
 
-def in_force(statistic: Statistic) -> Constants:
-    """What the checks use."""
-    return Constants(k=BASELINE_FACTOR[statistic], c=ROUNDOFF_FACTOR[statistic])
-
-
-def make_report(samples: Sequence[Sample], verdicts: Sequence[Verdict], thresholds: Sequence[Threshold],
-                seconds: Mapping[str, float], *, interrupted_in: str | None, run: Callable[[], RunInfo]) -> Report:
+def make_report(samples: Sequence[Sample], verdicts: Sequence[Verdict], thresholds: Sequence[Threshold], *,
+                interrupted_in: str | None, run: Callable[[], RunInfo]) -> Report:
     """The report on as much as there is. ``run`` makes its head, now that all is done."""
-    statistics = [statistic for statistic in STATISTICS if points_of(samples, statistic)]
-    tolerances = [tolerance(samples, statistic) for statistic in statistics]
+    by_precision = {name: [sample for sample in samples if precision(sample.dtype) == name] for name in CONSTANTS}
+    tolerances = [tolerance(group, statistic) for group in by_precision.values() for statistic in STATISTICS
+                  if points_of(group, statistic)]
     missing = [] if interrupted_in is None else [
         NotMeasured(workload="calibrate", engine="", case=interrupted_in, reason="interrupted: this part is not whole, and those "
                                                                                  "that follow it are missing")]
-    checks = [_fit_row(row) for row in tolerances] + judged_rows(verdicts, seconds)
+    checks = [_fit_row(row) for row in tolerances] + judged_rows(verdicts)
     calibration = Calibration(tolerances=tolerances, errors=error_rows(samples), powers=power_rows(thresholds))
     return Report(run=run(), checks=checks, not_measured=missing, calibration=calibration)
 
 
 def tolerance(samples: Sequence[Sample], statistic: Statistic) -> Tolerance:
-    """A statistic's constants, and those that its samples ask for."""
-    fitted, used = fit(samples, statistic), in_force(statistic)
+    """A statistic's constants, and those that its samples, all of one precision, ask for."""
+    fitted, used = fit(samples, statistic), constants(statistic, samples[0].dtype)
     return Tolerance(
-        statistic=statistic, k=used.k, c=used.c, fitted_k=fitted.k, fitted_c=fitted.c, margin=MARGIN,
-        samples=sum(statistic in sample.points for sample in samples), worst=_short(worst(points_of(samples, statistic), used)))
+        statistic=statistic, precision=precision(samples[0].dtype), k=used.k, c=used.c, fitted_k=fitted.k, fitted_c=fitted.c,
+        margin=MARGIN, samples=sum(statistic in sample.points for sample in samples),
+        worst=_short(worst(points_of(samples, statistic), used)))
 
 
 def _fit_row(row: Tolerance) -> CheckRow:
@@ -57,24 +53,24 @@ def _fit_row(row: Tolerance) -> CheckRow:
     ok = row.worst <= 1
     message = "" if ok else (f"a sample of correct code is at {row.worst:g} of its {row.statistic} budget: k={row.k:g} and "
                              f"c={row.c:g} are too small, or the code is not correct")
-    return CheckRow(check=FIT, model=row.statistic, tp_size=1, fabric="threads", dtype="all", cases=row.samples,
+    return CheckRow(check=FIT, model=row.statistic, tp_size=1, fabric="threads", dtype=row.precision, cases=row.samples,
                     compared=row.samples, verdict="pass" if ok else "finding", seconds=0.0, error_over_budget=row.worst,
                     message=message)
 
 
 def error_rows(samples: Iterable[Sample]) -> list[ErrorRow]:
-    """One row a kind, statistic, dtype and tp_size."""
+    """One row a kind of orders, statistic, dtype and tp_size."""
     groups: dict[tuple[str, Statistic, str, int], list[Sample]] = defaultdict(list)
     for sample in samples:
         for statistic in sample.points:
-            groups[sample.kind, statistic, sample.dtype, sample.tp_size].append(sample)
+            groups[f"logits, {sample.orders} orders", statistic, sample.dtype, sample.tp_size].append(sample)
     return [_error_row(*key, group) for key, group in sorted(groups.items())]
 
 
 def _error_row(kind: str, statistic: Statistic, dtype: str, tp_size: int, samples: Sequence[Sample]) -> ErrorRow:
     first = [sample.points[statistic][0] for sample in samples]
     points = points_of(samples, statistic)
-    k, c = needs(points, in_force(statistic))
+    k, c = needs(points, constants(statistic, dtype))
     return ErrorRow(
         kind=kind, statistic=statistic, dtype=dtype, tp_size=tp_size, samples=len(samples),
         lucky=sum(math.isinf(point.ratio) for point in first),
@@ -102,27 +98,26 @@ def _bin(error: float) -> int:
     return round(BINS_PER_DOUBLING * math.log2(max(error, SMALLEST)))
 
 
-def judged_rows(verdicts: Sequence[Verdict], seconds: Mapping[str, float]) -> list[CheckRow]:
-    """One row a check, dtype and tp_size; a finding if there is one false alarm."""
-    groups: dict[tuple[str, str, int, str], list[Verdict]] = defaultdict(list)
+def judged_rows(verdicts: Sequence[Verdict]) -> list[CheckRow]:
+    """One row a check, setting, dtype and tp_size; a finding if there is one false alarm."""
+    groups: dict[tuple[str, str, str, int], list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
-        groups[verdict.check, verdict.dtype, verdict.tp_size, verdict.fabric].append(verdict)
-    totals = Counter(verdict.check for verdict in verdicts)
-    order = list(totals)
-    return [_judged_row(group, seconds.get(key[0], 0.0) * len(group) / totals[key[0]])
-            for key, group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), *item[0]))]
+        groups[verdict.check, verdict.setting, verdict.dtype, verdict.tp_size].append(verdict)
+    return [_judged_row(group) for _, group in sorted(groups.items())]
 
 
-def _judged_row(group: Sequence[Verdict], seconds: float) -> CheckRow:
+def _judged_row(group: Sequence[Verdict]) -> CheckRow:
     first = group[0]
     alarms = [verdict for verdict in group if verdict.alarm is not None]
     errors = [verdict.error_over_budget for verdict in group if verdict.error_over_budget is not None]
     largest = max(errors, default=None)
-    message = "" if not alarms else f"{len(alarms)} false alarms in {len(group)} clean cases, the first: {alarms[0].alarm}"
+    message = "" if not alarms else f"{len(alarms)} false alarms in {len(group)} runs on clean code, the first: {alarms[0].alarm}"
     return CheckRow(
-        check=first.check, model=MODEL, tp_size=first.tp_size, fabric=first.fabric, dtype=first.dtype, cases=len(group),
-        compared=sum(verdict.compared for verdict in group), verdict="finding" if alarms else "pass", seconds=round(seconds, 3),
-        error_over_budget=None if largest is None else _short(largest), message=message, extra={"false_alarms": len(alarms)},
+        check=first.check, model=first.setting, tp_size=first.tp_size, fabric=first.fabric, dtype=first.dtype,
+        cases=sum(verdict.cases for verdict in group), compared=sum(verdict.compared for verdict in group),
+        verdict="finding" if alarms else "pass", seconds=round(sum(verdict.seconds for verdict in group), 3),
+        error_over_budget=None if largest is None else _short(largest), message=message,
+        extra={"runs": len(group), "false_alarms": len(alarms)},
     )
 
 

@@ -1,14 +1,11 @@
-"""What one clean case shows: how far is correct code off, and how far is its baseline?
+"""What the logits of one clean model show: how far is correct code off, and how far is its baseline?
 
-Errors are in roundoffs of their scale, as ``harness.budgets.measure`` gives them. All kinds of case:
-
-* ``layers``: one row- or column-parallel layer on real numbers, one rank's part of the output;
-* ``logits``: a whole model.
+Errors are in roundoffs of their scale, as ``harness.budgets.measure`` gives them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,24 +33,25 @@ class Sample:
     Whatever k and c are, it is one of them that takes the largest part of its budget.
     """
 
-    kind: str
+    orders: str
+    """Of its sums: ``ORDERS`` in ``harness.calibrate.collect``."""
     dtype: str
     tp_size: int
     points: Mapping[Statistic, tuple[Point, ...]]
     """The largest ratio first."""
 
 
-def measured(kind: str, dtype: str, tp_size: int, candidate: Tensor, baseline: Tensor, exact: Tensor,
-             scale: Tensor | None = None, float32: Tensor | None = None) -> Sample:
+def measured(orders: str, dtype: str, tp_size: int, candidate: Tensor, baseline: Tensor, exact: Tensor,
+             simulated: Sequence[Tensor] = ()) -> Sample:
     """The errors of ``[T, F]`` tensors; the arguments are those of ``harness.budgets.computation``."""
-    sizes = measure(candidate, baseline, exact, dtype, scale, float32)
+    sizes = measure(candidate, baseline, exact, dtype, simulated)
     points: dict[Statistic, tuple[Point, ...]] = {}
     for statistic, (errors, expected) in sizes.items():
         if statistic == "typical" and exact.numel() < FEWEST_FOR_TYPICAL:
             continue
         pairs = zip(errors.flatten().tolist(), expected.flatten().tolist(), strict=True)
         points[statistic] = front(Point(candidate=error, baseline=own) for error, own in pairs)
-    return Sample(kind=kind, dtype=dtype, tp_size=tp_size, points=points)
+    return Sample(orders=orders, dtype=dtype, tp_size=tp_size, points=points)
 
 
 def front(points: Iterable[Point]) -> tuple[Point, ...]:

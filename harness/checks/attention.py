@@ -171,7 +171,8 @@ def _run_case(rank: RankContext, case: AttentionCase) -> list[AttentionAnswer]:
         ok = comparison.ok and whole.shape == given.shape and found.dtype == given.dtype
         answers.append(AttentionAnswer(
             backend=name, compared=found.numel(), error_over_budget=comparison.error_over_budget,
-            problem=None if ok else f"{comparison.where} (tokens times heads) off by {comparison.error_over_budget:.3g} of the budget",
+            problem=None if ok else (f"{comparison.where} of tokens times heads is off by {comparison.error_over_budget:.3g} of "
+                                     "the budget"),
             tensors={} if ok else {"given": given, "found": found, "exact": exact},
         ))
     return answers
@@ -259,9 +260,9 @@ class _Problem:
     def _exact(self, q_QIH: Tensor, k_QLH: Tensor, v_QLH: Tensor, visible_IL: Tensor) -> tuple[Tensor, Tensor]:
         """Exact result, and the variance that rounding gives it, to first order.
 
-        A relative error e of the weight of key l, ``exp(score - largest score)``, moves the result by ``p (v - result) e``. Scores
-        are computed in float32 at least: a sum of H products, then the roundings of scaling it, of what is subtracted and of exp.
-        The sums of weights times values and of weights have L addends; the first may take its weights rounded to the dtype.
+        A relative error e of key l's weight, ``exp(score - largest score)``, moves the result by ``p (v - result) e``. Scores are
+        computed in float32 at least: a sum of H products, then the roundings of scaling, of the subtraction and of exp. The sums
+        of weights times values and of weights have L addends; the first may take its weights rounded to the dtype.
         """
         dtype, factor = self.case.dtype, self.case.head_dim**-0.5
         wide = "float64" if dtype == "float64" else "float32"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from engine.parallel.ranks import RankContext
 from harness import jobs
@@ -157,9 +156,9 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
 
 def _ties(truth: Truth) -> list[list[float]]:
     """For each prompt and greedy token the largest top-2 margin that rounding may turn round."""
-    floats: Sequence[Tensor | None] = truth.greedy_float32_logits or [None] * len(truth.prompts)
-    return [near_tie_margins(baseline, exact, truth.dtype, float32).tolist() for baseline, exact, float32 in
-            zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, floats, strict=True)]
+    by_prompt = zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, zip(*truth.greedy_simulated_logits, strict=True),
+                    strict=True)
+    return [near_tie_margins(baseline, exact, truth.dtype, simulated).tolist() for baseline, exact, simulated in by_prompt]
 
 
 def _malformed(by_rank: list[list[list[int]]], what: str, truth: Truth) -> dict[str, Any]:

@@ -31,8 +31,7 @@ def check_logits(context: CheckContext) -> Outcome:
         outcome = Outcome(cases=cases, compared=0, module="lm_head", tensors=tensors,
                           finding=f"the logits are {tuple(found.shape)}, they should be {tuple(exact.shape)}")
         return _located(outcome, context, range(cases))
-    float32 = None if truth.float32_logits is None else torch.cat(truth.float32_logits)
-    comparison = computation(found, baseline, exact, context.dtype, float32=float32)
+    comparison = computation(found, baseline, exact, context.dtype, list(map(torch.cat, truth.simulated_logits)))
     if comparison.ok:
         return Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget)
     row = max(0, comparison.row)

@@ -166,8 +166,9 @@ def _rotate(x_TNH: Tensor, tables: Sequence[Tensor], norm_H: Tensor | None, eps:
     """
     x, error = x_TNH.double(), torch.zeros((), dtype=torch.float64)
     if norm_H is not None:
-        squares, mean = x.square().square().sum(-1, keepdim=True), x.square().sum(-1, keepdim=True)
-        error = sum_variance(squares, mean, "float64" if dtype == "float64" else "float32", addends=x.shape[-1]) / (2 * mean).square()
+        total, fourth_powers = x.square().sum(-1, keepdim=True), x.square().square().sum(-1, keepdim=True)
+        wide = "float64" if dtype == "float64" else "float32"
+        error = sum_variance(fourth_powers, total, wide, addends=x.shape[-1]) / (2 * total).square()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_H.double()
     cos, sin = (torch.cat((table, table), -1)[:, None].double() for table in tables)
     first, second = x.chunk(2, dim=-1)
