@@ -3,6 +3,7 @@
 Shape suffixes: T = tokens of one sequence, V = vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class Reference:
         self.model = model.eval().requires_grad_(False)
         self.dtype = dtype
         self.vocab_size: int = self.config.vocab_size
+        # The KV cache as forward takes it and its output bears it: transformers 5.24 renamed it, and the old name warns.
+        self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     @classmethod
     def load(
@@ -177,8 +180,8 @@ class Reference:
         cache = None
         new_ids = self._ids(prompt)
         while len(token_ids) < max_new_tokens:
-            step = self.model(input_ids=new_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = step.past_key_values
+            step = self.model(input_ids=new_ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
+            cache = step[self._cache_name]
             best_ids, second_ids, step_margins = _top_two(step.logits[0])
             token_ids += best_ids
             runners_up += second_ids

@@ -1,3 +1,6 @@
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,6 +161,35 @@ def test_greedy_stops_behind_an_end_of_sequence_id(llama):
     assert stopped.token_ids == free[: free.index(eos) + 1]
     assert len(stopped.margins) == len(stopped.runners_up) == len(stopped.token_ids)
     assert stopped.finish_reason == "stop"
+
+
+def test_greedy_draws_no_warning_from_transformers(llama):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        llama.greedy([PROMPT], 2)
+    assert [str(warning.message) for warning in seen] == []
+
+
+class Step(dict):
+    __getattr__ = dict.get
+
+
+def older_forward(input_ids, past_key_values=None, **rest):
+    seen = [*(past_key_values or []), *input_ids[0].tolist()]
+    return Step(logits=F.one_hot(torch.tensor([[len(seen)]]), 101), past_key_values=seen)
+
+
+def newer_forward(input_ids, cache=None, **rest):
+    seen = [*(cache or []), *input_ids[0].tolist()]
+    return Step(logits=F.one_hot(torch.tensor([[len(seen)]]), 101), cache=seen)
+
+
+@pytest.mark.parametrize("forward", [older_forward, newer_forward])
+def test_greedy_hands_the_cache_on_under_the_name_that_the_models_forward_gives_it(forward):
+    model = torch.nn.Module()
+    model.config, model.device, model.forward = SimpleNamespace(vocab_size=101), "cpu", forward
+    # The next token is the number of those in the cache.
+    assert Reference(model, dtype="float32").greedy([[7, 8]], 4)[0].token_ids == [2, 3, 4, 5]
 
 
 def test_loading_and_running_leave_torch_and_transformers_as_they_were(folders):
