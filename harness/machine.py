@@ -31,7 +31,7 @@ def run_info(command: str, *, started_at: datetime, seed: int | None, argv: list
 
 
 def machine() -> Machine:
-    """This machine, under the short name that baselines are filed by."""
+    """This machine, as records tell of it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = []
     if torch.cuda.is_available():
@@ -42,7 +42,8 @@ def machine() -> Machine:
     kind = f"cpu-{cores}core"
     if gpus:
         kind = gpus[0].name.lower().replace(" ", "-") + (f"-x{len(gpus)}" if len(gpus) > 1 else "")
-    return Machine(type=kind, cpu=_cpu(), cores=cores, memory_gib=round(psutil.virtual_memory().total / 2**30, 1), gpus=gpus)
+    return Machine(type=kind, cpu=_cpu(), cores=cores, memory_gib=round(psutil.virtual_memory().total / 2**30, 1), gpus=gpus,
+                   instruction_set=torch.backends.cpu.get_cpu_capability())
 
 
 def _cpu() -> str:

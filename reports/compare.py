@@ -130,7 +130,9 @@ def fingerprint(run: RunInfo) -> dict[str, str]:
         "torch": run.versions.get("torch", "unknown"),
         "NCCL": run.versions.get("nccl", "none"),
     }
-    return print_ if machine.gpus else print_ | {"CPU": machine.cpu, "cores": str(machine.cores)}
+    if machine.gpus:
+        return print_
+    return print_ | {"CPU": machine.cpu, "cores": str(machine.cores), "instruction set": machine.instruction_set or "unknown"}
 
 
 def compare(

@@ -6,6 +6,7 @@ How these become a file is the business of ``reports.records``.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
@@ -49,13 +50,27 @@ class Gpu(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine(Record):
-    """Where it ran. ``type`` is a short name to file baselines under: ``cpu-2core``, ``nvidia-h200``, …"""
+    """Where it ran.
+
+    type             a short name: ``cpu-2core``, ``nvidia-h200``, …
+    cpu              its model, as the system names it; some say no more than "AMD EPYC"
+    instruction_set  that torch computes with on the CPU, such as ``AVX512``; None in records from before it was asked
+    """
 
     type: str
     cpu: str
     cores: int
     memory_gib: float
     gpus: list[Gpu] = field(default_factory=list)
+    instruction_set: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder for its baselines: without a GPU it says which CPU, whose sums another may round otherwise."""
+        if self.gpus:
+            return self.type
+        model = re.sub(r"\((r|tm)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", self.cpu.lower())
+        return "-".join([self.type, *re.findall(r"[a-z0-9]+", f"{model} {self.instruction_set or ''}".lower())])
 
     def _check(self) -> None:
         self._require(self.type != "", "type", "a machine type has a name")

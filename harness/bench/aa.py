@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--layer", default="down_proj", help="which layer is slowed down")
     parser.add_argument("--share", type=float, default=0.1, help="of the layer's work that is done on top")
     parser.add_argument("--minutes", type=float, help="end this piece then; the same command goes on from there")
-    parser.add_argument("--save-baseline", action="store_true", help="also write reports/baselines/<machine type>/aa.json")
+    parser.add_argument("--save-baseline", action="store_true", help="also write reports/baselines/<machine>/aa.json")
     parser.add_argument("--out", type=Path, default=Path("reports/out/aa"), help="also where an earlier piece is looked for")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = parser.parse_args()
@@ -200,7 +200,7 @@ def main() -> int:
         sys.stdout.write("\nnot done yet: run the same command again to go on\n")
         return 3
     if options.save_baseline:
-        path = Path("reports/baselines") / report.run.machine.type / "aa.json"
+        path = Path("reports/baselines") / report.run.machine.folder / "aa.json"
         sys.stdout.write(f"\nbaseline: {write_report(path, report)}\n")
     return report.exit_code
 

@@ -61,7 +61,7 @@ def bench_command(
     rounds: Annotated[int | None, typer.Option(help="Instead of each workload's own number.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another checkout of this project: takes turns with this one, round by "
                                                       "round, and is compared with it.")] = None,
-    save_baseline: Annotated[bool, typer.Option(help=f"Also write {BASELINES}/<machine type>/<model>-<workloads>.json.")] = False,
+    save_baseline: Annotated[bool, typer.Option(help=f"Also write {BASELINES}/<machine>/<model>-<workloads>.json.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/bench"),
 ) -> None:
     """Measure throughput, latency, layers, collectives and loading, against peers and the hardware's bounds.
@@ -175,7 +175,7 @@ def _report_path(path: Path) -> Path:
 def _baseline_path(report: Report, workloads: tuple[str, ...]) -> Path:
     models = dict.fromkeys(row.model for row in report.benches if row.model)
     name = "-".join((*(Path(model).name for model in models), *workloads))
-    return BASELINES / report.run.machine.type / f"{name}.json"
+    return BASELINES / report.run.machine.folder / f"{name}.json"
 
 
 def _peers_in(report: Report) -> list[str]:

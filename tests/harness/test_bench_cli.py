@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from harness.bench import cli
 from harness.bench.bench import BenchResult
 from harness.cli import app
-from reports.records import NotMeasured, Report, read_report, write_report
+from reports.records import Machine, NotMeasured, Report, read_report, write_report
 from tests.reports.builders import CPU, GPU, a_bench, a_check, a_report, a_run
 
 QUIET = [1.0, 1.004, 0.996, 1.002, 0.998, 1.006, 0.994, 1.001, 0.999, 1.003]
@@ -176,11 +176,20 @@ def bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     return with_result
 
 
-def test_a_baseline_is_filed_by_machine_type_model_and_workloads(folder: Path, bench: Callable[..., Any]) -> None:
-    report = timed(100)
+@pytest.mark.parametrize(("machine", "name"), [
+    (CPU | {"cpu": "AMD EPYC"}, "cpu-2core-amd-epyc"),
+    (CPU | {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz"}, "cpu-2core-intel-xeon-platinum-8481c"),
+    (CPU | {"cpu": "AMD EPYC 7B13 64-Core Processor"}, "cpu-2core-amd-epyc-7b13"),
+    (GPU, "nvidia-h200"),
+])
+def test_a_baseline_is_filed_by_gpus_or_cpu_and_by_model_and_workloads(
+    folder: Path, bench: Callable[..., Any], machine: dict[str, Any], name: str
+) -> None:
+    report = timed(100, machine=Machine(**machine))
     code, stdout, _ = bench(BenchResult(reports={"candidate": report}, interrupted=False, failed=False), "--workload", "layers")
     assert code == 0
-    saved = folder / "reports" / "baselines" / "cpu-2core" / "tiny-llama-layers.json"
+    saved = folder / "reports" / "baselines" / name / "tiny-llama-layers.json"
+    assert list((folder / "reports" / "baselines").rglob("*.json")) == [saved]
     assert read_report(saved) == read_report(folder / "reports" / "out" / "bench") == report
     assert str(saved.relative_to(folder)) in stdout
 

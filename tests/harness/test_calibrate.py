@@ -41,7 +41,7 @@ from harness.truth import Truth
 from reports.calibration import alarms_table
 from reports.records import read_report
 
-REPORT = Path(__file__).parents[2] / "reports" / "baselines" / "cpu-2core" / "calibrate.json"
+REPORT = Path(__file__).parents[2] / "reports" / "baselines" / "cpu-2core-amd-epyc" / "calibrate.json"
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_commands_in_code_blocks_of_a_page_exist(page: Path, pytestconfig: pytes
 @pytest.mark.parametrize("path", sorted((ROOT / BASELINES).rglob("*.json")), ids=lambda path: path.stem)
 def test_a_committed_record_is_whole_and_names_no_folder_of_the_machine_that_made_it(path: Path) -> None:
     report = read_report(path)
-    assert path.parent.name == report.run.machine.type
+    assert path.parent.name == report.run.machine.folder
     assert not [word for word in report.run.argv if re.search(r"(^|[=,])(/|~)", word)]
 
 

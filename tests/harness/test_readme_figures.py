@@ -55,7 +55,9 @@ def lines_of(report: Report) -> list[str]:
     return lines_of_study(report) if report.checks else lines_of_bench(report)
 
 
-@pytest.mark.parametrize("record", ["reports/baselines/cpu-2core/aa.json", "reports/baselines/cpu-2core/smollm2-quick.json"])
+@pytest.mark.parametrize("record", [
+    "reports/baselines/cpu-2core-amd-epyc/aa.json", "reports/baselines/cpu-2core-amd-epyc/smollm2-quick.json",
+])
 def test_a_table_of_the_readme_holds_what_its_record_says(record: str) -> None:
     command, lines = tables_of(README)[record]
     report = read_report(ROOT / record)
@@ -106,14 +108,14 @@ def test_the_share_of_the_budgets_that_gpus_took_is_the_records() -> None:
 
 
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
-    record = "reports/baselines/cpu-2core/aa.json"
+    record = "reports/baselines/cpu-2core-amd-epyc/aa.json"
     changed = README.replace("| the same code | 100 |", "| the same code | 101 |")
     assert changed != README
     assert tables_of(changed)[record][1] != lines_of(read_report(ROOT / record))
 
 
 def test_the_study_met_its_goals() -> None:
-    same, slower = read_report(ROOT / "reports/baselines/cpu-2core/aa.json").checks
+    same, slower = read_report(ROOT / "reports/baselines/cpu-2core-amd-epyc/aa.json").checks
     assert same.cases == slower.cases == 100
     assert same.extra["wrong"] <= 2
     assert slower.extra["wrong"] <= 5

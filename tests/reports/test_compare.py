@@ -95,6 +95,7 @@ def test_the_same_reports_always_compare_alike() -> None:
         ({"machine": CPU | {"type": "cpu-64core"}}, "machine type: cpu-2core against cpu-64core"),
         ({"machine": CPU | {"cpu": "Another CPU"}}, "CPU: Some CPU against Another CPU"),
         ({"machine": CPU | {"cores": 4}}, "cores: 2 against 4"),
+        ({"machine": CPU | {"instruction_set": "AVX2"}}, "instruction set: unknown against AVX2"),
         ({"machine": GPU}, "GPUs: none against 1 × NVIDIA H200"),
         ({"versions": {"torch": "2.13.0", "nccl": "2.28.9"}}, r"torch: 2\.11\.0 against 2\.13\.0"),
         ({"versions": {"torch": "2.11.0"}}, r"NCCL: 2\.28\.9 against none"),

@@ -58,7 +58,7 @@ reports = st.builds(
         commit=st.none() | texts,
         dirty=st.booleans(),
         seed=st.none() | st.integers(),
-        machine=st.sampled_from([Machine(**CPU), Machine(**GPU)]),
+        machine=st.sampled_from([Machine(**CPU), Machine(**CPU, instruction_set="AVX2"), Machine(**GPU)]),
         switches=st.dictionaries(texts, json_values, max_size=3),
     ),
     checks=st.lists(check_rows(), max_size=4, unique_by=lambda row: row.key),
