@@ -28,10 +28,8 @@ class _TransformersEngine:
         self._limits = spec.limits
         self._memory_share = spec.memory_share
         self._model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, spec.dtype), attn_implementation=self._attention, local_files_only=True
+            folder, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa", local_files_only=True
         ).to(self._device).eval()
-
-    _attention = "sdpa"
 
     def generate(self, requests: Requests, temperature: float) -> float:
         return max(times[-1] for times in self.stream(requests, temperature))
@@ -93,9 +91,10 @@ class _Stamps(StoppingCriteria):  # type: ignore[misc]  # transformers is not ty
 
 
 class ContinuousBatchingEngine(_TransformersEngine):
-    """Continuous batching with a paged cache; requests go in at once and come back as they finish."""
+    """Continuous batching with a paged cache; requests go in at once and come back as they finish.
 
-    _attention = "paged|sdpa"
+    It turns the model's attention into one that pages by itself, by flash-attn where that is installed.
+    """
 
     def __init__(self, spec: EngineSpec, folder: Path) -> None:
         super().__init__(spec, folder)
