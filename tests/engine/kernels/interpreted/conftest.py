@@ -6,5 +6,28 @@ here.
 """
 
 import os
+from typing import Any
+
+import numpy as np
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+if not collect_ignore_glob:
+    from triton._C.libtriton import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fused(builder: InterpreterBuilder, x: Any, y: Any, z: Any) -> TensorHandle:
+        """``x * y + z`` with the product exact, as float64 holds it."""
+        return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    def smaller(builder: InterpreterBuilder, x: Any, y: Any) -> TensorHandle:
+        return builder.binary_op(x, y, np.fmin)
+
+    def larger(builder: InterpreterBuilder, x: Any, y: Any) -> TensorHandle:
+        return builder.binary_op(x, y, np.fmax)
+
+    # The interpreter of Triton before 3.9 rounds twice in an fma, and NaN wins in its minimum and maximum; no GPU does either.
+    if not hasattr(interpreter, "fma_fp32"):
+        InterpreterBuilder.create_fma = fused
+        InterpreterBuilder.create_minnumf = smaller
+        InterpreterBuilder.create_maxnumf = larger
