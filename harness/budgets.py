@@ -36,10 +36,10 @@ class Constants:
     c: float
 
 
-WIDE, NARROW = "32 bits and more", "16 bits"
+WIDE, NARROW = "float32, float64", "bfloat16, float16"
 CONSTANTS: dict[str, dict[Statistic, Constants]] = {
-    WIDE: {"typical": Constants(k=2.5, c=1.25), "row": Constants(k=3.25, c=3.0), "element": Constants(k=2.75, c=8.5)},
-    NARROW: {"typical": Constants(k=2.5, c=1.25), "row": Constants(k=3.25, c=3.0), "element": Constants(k=2.75, c=8.5)},
+    WIDE: {"typical": Constants(k=1.25, c=4.0), "row": Constants(k=2.25, c=17.0), "element": Constants(k=2.75, c=16.75)},
+    NARROW: {"typical": Constants(k=2.0, c=0.0), "row": Constants(k=4.25, c=0.0), "element": Constants(k=4.5, c=0.0)},
 }
 """What ``computation`` allows, by precision and statistic.
 
@@ -57,7 +57,7 @@ def constants(statistic: Statistic, dtype: str) -> Constants:
 
 def precision(dtype: str) -> str:
     """Which class of dtypes it belongs to: those of one class have constants in common."""
-    return NARROW if dtype in ("bfloat16", "float16") else WIDE
+    return NARROW if dtype in NARROW else WIDE
 
 
 SEARCH_MARGIN = 2.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -19,12 +19,15 @@ def calibration_tables(report: Report) -> dict[str, tuple[str, pd.DataFrame]]:
         return {}
     tables = {
         "Tolerances": (
-            "An error is within its budget up to max(k × the unsharded baseline's error, c); errors are in roundoffs of their "
-            "scale. Fitted: what the samples of correct code ask for, with the margin to spare. Worst: of all samples, as a "
-            "fraction of its budget.", tolerances_table(calibration)),
+            "An error of a model's logits is within its budget up to max(k × the reference error, c); errors are in roundoffs of "
+            "their scale. Fitted: what the samples of correct code ask for, with the margin to spare. Worst: of all samples, as "
+            "a fraction of its budget.", tolerances_table(calibration)),
         "False alarms": (
-            "Clean cases of other seeds and shapes than those fitted on, each judged as verify does. Rate at most: with "
+            "Whole runs of each check on clean code, as verify runs it, under every setting. Rate at most: red runs, with "
             f"{100 * CONFIDENCE:g} % confidence (one-sided, Clopper and Pearson).", alarms_table(report.checks)),
+        "False alarms by setting": (
+            "The same runs, by the instruction sets that torch, oneDNN and MKL were held to, and in drawn orders of summation: "
+            "red runs / runs, and the worst error over budget.", settings_table(report.checks)),
         "Power": (
             "The smallest relative error in one rank's part of a sum that is seen in half of the cases, in 99 % of them, and in "
             "99 % of the runs of the check, which draw several such cases.", power_table(calibration)),
@@ -38,20 +41,53 @@ def calibration_tables(report: Report) -> dict[str, tuple[str, pd.DataFrame]]:
 def tolerances_table(calibration: Calibration) -> pd.DataFrame:
     """One row a statistic."""
     return _frame([{
-        "statistic": row.statistic, "k": row.k, "c": row.c, "fitted k": row.fitted_k, "fitted c": row.fitted_c,
-        "margin": row.margin, "samples": row.samples, "worst": row.worst} for row in calibration.tolerances])
+        "dtypes": row.precision, "statistic": row.statistic, "k": row.k, "c": row.c, "fitted k": row.fitted_k,
+        "fitted c": row.fitted_c, "margin": row.margin, "samples": row.samples, "worst": row.worst}
+        for row in calibration.tolerances])
 
 
 def alarms_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    """One row a check: all dtypes and tp_sizes together."""
+    """One row a check and dtype: all settings and tp_sizes together."""
     lines = []
-    for check in dict.fromkeys(row.check for row in rows if "false_alarms" in row.extra):
-        own = [row for row in rows if row.check == check]
-        cases, alarms = sum(row.cases for row in own), sum(row.extra["false_alarms"] for row in own)
-        errors = [row.error_over_budget for row in own if row.error_over_budget is not None]
-        lines.append({"check": check, "clean cases": cases, "false alarms": alarms, "rate at most": rate_at_most(alarms, cases),
-                      "worst error / budget": max(errors, default=None), "values compared": sum(row.compared for row in own)})
+    for (check, dtype), own in _grouped(rows, lambda row: (row.check, row.dtype)).items():
+        runs, cases, red = _runs(own), sum(row.cases for row in own), _red_runs(own)
+        lines.append({"check": check, "dtype": dtype, "runs": runs, "red runs": red, "rate at most": rate_at_most(red, runs),
+                      "cases": cases, "rate a case at most": rate_at_most(red, cases), "worst error / budget": _worst(own)})
     return _frame(lines)
+
+
+def settings_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
+    """One row a check and dtype, one column a setting."""
+    settings = dict.fromkeys(row.model for row in rows if "runs" in row.extra)
+    lines = []
+    for (check, dtype), own in _grouped(rows, lambda row: (row.check, row.dtype)).items():
+        line: dict[str, object] = {"check": check, "dtype": dtype}
+        for setting in settings:
+            under = [row for row in own if row.model == setting]
+            worst = _worst(under)
+            line[setting] = f"{_red_runs(under)}/{_runs(under)}" + ("" if worst is None else f" {worst:.2f}")
+        lines.append(line)
+    return _frame(lines)
+
+
+def _grouped(rows: Sequence[CheckRow], key: Callable[[CheckRow], tuple[str, str]]) -> dict[tuple[str, str], list[CheckRow]]:
+    groups: dict[tuple[str, str], list[CheckRow]] = {}
+    for row in rows:
+        if "runs" in row.extra:
+            groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _runs(rows: Sequence[CheckRow]) -> int:
+    return sum(row.extra["runs"] for row in rows)
+
+
+def _red_runs(rows: Sequence[CheckRow]) -> int:
+    return sum(row.extra["false_alarms"] for row in rows)
+
+
+def _worst(rows: Sequence[CheckRow]) -> float | None:
+    return max((row.error_over_budget for row in rows if row.error_over_budget is not None), default=None)
 
 
 def power_table(calibration: Calibration) -> pd.DataFrame:

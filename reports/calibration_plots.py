@@ -50,20 +50,23 @@ def write_calibration_plots(calibration: Calibration, folder: str | os.PathLike[
 
 
 def errors_figure(calibration: Calibration) -> Figure:
-    """The candidate's error over the baseline's, a panel for each statistic, with its budget."""
+    """The candidate's error over the reference error, a row for each class of dtypes and a panel for each statistic."""
     with mpl.rc_context({"font.size": 9.5}):
-        figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+        classes = list(dict.fromkeys(row.precision for row in calibration.tolerances))
+        statistics = list(dict.fromkeys(row.statistic for row in calibration.tolerances))
+        figure = Figure(figsize=(10.5, 0.7 + 3.2 * max(1, len(classes))), layout="constrained")
         kinds = sorted({row.kind for row in calibration.errors})
-        panels = figure.subplots(1, max(1, len(calibration.tolerances)), sharey=True, squeeze=False)[0]
-        for ax, tolerance in zip(panels, calibration.tolerances, strict=False):
-            clouds = {kind: _cloud(calibration, kind, tolerance.statistic) for kind in kinds}
-            _draw_clouds(ax, clouds)
+        panels = figure.subplots(max(1, len(classes)), max(1, len(statistics)), sharey=True, squeeze=False)
+        for tolerance in calibration.tolerances:
+            ax = panels[classes.index(tolerance.precision)][statistics.index(tolerance.statistic)]
+            _draw_clouds(ax, {kind: _cloud(calibration, kind, tolerance) for kind in kinds})
             _draw_budget(ax, tolerance)
-            ax.set_title(_TITLES.get(tolerance.statistic, tolerance.statistic), color=_INK, loc="left", fontsize=10)
+            title = _TITLES.get(tolerance.statistic, tolerance.statistic)
+            ax.set_title(f"{tolerance.precision}\n{title}", color=_INK, loc="left", fontsize=10)
             _style(ax, both_log=True)
-        panels[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale", color=_SOFT)
-        panels[len(panels) // 2].set_xlabel("error of the unsharded baseline, roundoffs of its scale", color=_SOFT)
-        handles, labels = panels[0].get_legend_handles_labels()
+        figure.supylabel("error of correct sharded code, roundoffs of its scale", color=_SOFT, fontsize=9.5)
+        figure.supxlabel("reference error, roundoffs of its scale", color=_SOFT, fontsize=9.5)
+        handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=_INK)
     return figure
 
@@ -92,10 +95,10 @@ def power_figure(rows: Sequence[PowerRow]) -> Figure:
     return figure
 
 
-def _cloud(calibration: Calibration, kind: str, statistic: str) -> Counter[tuple[int, int]]:
+def _cloud(calibration: Calibration, kind: str, tolerance: Tolerance) -> Counter[tuple[int, int]]:
     total: Counter[tuple[int, int]] = Counter()
     for row in calibration.errors:
-        if (row.kind, row.statistic) == (kind, statistic):
+        if (row.kind, row.statistic) == (kind, tolerance.statistic) and tolerance.is_for(row.dtype):
             total.update({(b, e): count for b, e, count in row.cloud})
     return total
 
@@ -108,7 +111,7 @@ def _draw_clouds(ax: Axes, clouds: dict[str, Counter[tuple[int, int]]]) -> None:
         sizes = 4 + 5 * np.log2(np.array(list(cloud.values()), dtype=float) + 1)
         baseline, candidate = 2.0 ** (places.T / _BINS_PER_DOUBLING)
         ax.scatter(baseline, candidate, s=sizes, color=_COLOURS[i], marker=_MARKERS[i], alpha=0.55,
-                   linewidths=0, rasterized=True, label=f"{kind}: {cloud.total():,} points")
+                   linewidths=0, rasterized=True, label=kind)
 
 
 def _draw_budget(ax: Axes, tolerance: Tolerance) -> None:
@@ -118,8 +121,8 @@ def _draw_budget(ax: Axes, tolerance: Tolerance) -> None:
     corner = tolerance.c / tolerance.k
     xs = sorted({low, min(max(corner, low), high), high})
     ax.plot(xs, [max(tolerance.k * x, tolerance.c) for x in xs], color=_INK, linewidth=1.6,
-            label="budget: max(k × baseline, c)")
-    ax.plot([low, high], [low, high], color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)), label="as far off as the baseline")
+            label="budget: max(k × reference error, c)")
+    ax.plot([low, high], [low, high], color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)), label="as far off as the reference")
     ax.set_xlim(low, high)
     ax.annotate(f"k = {tolerance.k:g}, c = {tolerance.c:g}", (0.03, 0.96), xycoords="axes fraction", va="top", color=_INK)
 

@@ -239,7 +239,7 @@ class NotMeasured(Record):
 class Tolerance(Record):
     """The budget of one statistic, ``max(k * the baseline's error, c)``; errors in roundoffs of their scale.
 
-    precision           of the dtypes that it is for
+    precision           the dtypes that it is for, as ``bfloat16, float16``; in older records it was for all
 
     k, c                what the checks use
     fitted_k, fitted_c  what the samples of correct code ask for, with ``margin`` to spare
@@ -255,6 +255,10 @@ class Tolerance(Record):
     samples: int
     worst: float
     precision: str = "all"
+
+    def is_for(self, dtype: str) -> bool:
+        """Whether it is the budget of this dtype."""
+        return self.precision == "all" or dtype in self.precision.split(", ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,7 +337,7 @@ class Calibration(Record):
     powers: list[PowerRow] = field(default_factory=list)
 
     def _check(self) -> None:
-        refuse_twins("tolerances", ((row.statistic,) for row in self.tolerances))
+        refuse_twins("tolerances", ((row.precision, row.statistic) for row in self.tolerances))
         refuse_twins("errors", (row.key for row in self.errors))
         refuse_twins("powers", (row.key for row in self.powers))
 
