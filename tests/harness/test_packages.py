@@ -79,3 +79,24 @@ def test_another_checkout_that_is_found_first_is_whole(site: Path, tmp_path: Pat
     (tmp_path / "harness" / "shardproof" / "packages.py").touch()
     result = run(["-c", LOOK], tmp_path, site)
     assert result.stdout.startswith(f"None package=reports is found at {ROOT / 'reports'}"), result.stderr
+
+
+RANKS = """
+from engine.parallel.ranks import Ranks
+
+def job(rank):
+    return rank.tp.rank
+
+if __name__ == "__main__":
+    with Ranks(2, fabric="gloo") as ranks:
+        print(ranks.run(job))
+"""
+
+
+@pytest.mark.multirank
+def test_ranks_find_the_engine_that_their_driver_has(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "start.py").write_text(RANKS)
+    make_foreign(tmp_path, "engine.py")
+    result = run(["scripts/start.py"], tmp_path, site)
+    assert result.stdout == "[0, 1]\n", result.stderr
