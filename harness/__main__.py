@@ -1,7 +1,6 @@
 """``python -m harness`` is ``shardproof``."""
 
-if __name__ == "__main__":
-    # Here, because each rank imports the main module anew, and needs none of the command line.
-    from harness.cli import main
+from harness.shardproof.command import main
 
+if __name__ == "__main__":  # each rank imports the main module anew, and needs none of the command line
     main()

@@ -123,12 +123,22 @@ class ProcessPool(LinkPool[ProcessLink]):
 
 
 def _start_fork_server() -> None:
-    """Start it, if it does not run, with the folder that it is to remove in its environment."""
-    os.environ[fork_server.FOLDER] = multiprocessing.util.get_temp_dir()
+    """Start it, if it does not run, with the folder that it is to remove in its environment, and the driver's path.
+
+    Left to itself, Python 3.11 has it look in the current folder first, where ``engine`` may be someone else's.
+    """
+    told = {fork_server.FOLDER: multiprocessing.util.get_temp_dir(), "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        del os.environ[fork_server.FOLDER]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _preload() -> list[str]:

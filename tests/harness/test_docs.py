@@ -1,93 +1,116 @@
-"""What the documents tell people to type exists: commands and their options, tox environments, markers."""
+"""What the documents tell people to type is taken by the command lines that it is for, and the tests it selects are there."""
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator
-from configparser import ConfigParser
+import subprocess
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
-import typer.main
 import yaml
 
-from harness.cli import app
 from reports.records import read_report
+from tests.harness.commands import PAGES, Printed, collect, in_page, in_text, look_at, printed
+from tests.harness.installed import ROOT, environment, install, pytest_command
+from tests.harness.test_your_own_layer import blocks
 
-ROOT = Path(__file__).parents[2]
 CI = ROOT / "docs" / "ci.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BASELINES = "reports/baselines/"
+USERS_FILE = "test_row_parallel.py"
+"""What docs/your_own_layer.md has its reader write."""
 
 
-def tox_environments() -> set[str]:
-    ini = ConfigParser(interpolation=None)
-    ini.read(ROOT / "tox.ini")
-    return {section.removeprefix("testenv:") for section in ini.sections() if section.startswith("testenv:")}
+def test_every_command_that_is_printed_is_taken_by_its_command_line() -> None:
+    commands = printed()
+    assert {page.name for page in PAGES} | {"tox.ini", "harness/cli.py", "tests/benchmarks/conftest.py"} \
+        <= {command.where for command in commands}
+    wrong, _ = look_at(commands)
+    assert wrong == []
 
 
-def markers(pytestconfig: pytest.Config) -> set[str]:
-    return {line.partition(":")[0] for line in pytestconfig.getini("markers")}
+@pytest.mark.slow
+def test_every_selection_of_tests_that_is_printed_collects_some(tmp_path: Path) -> None:
+    _, selections = look_at(printed())
+    assert ("-m", "multirank", "-k", "row_parallel") in selections
+    assert collect([selection for selection in selections if USERS_FILE not in selection]) == []
+    (users,) = (selection for selection in selections if USERS_FILE in selection)
+    (tmp_path / USERS_FILE).write_text(blocks("python")[0])
+    result = subprocess.run(pytest_command("--collect-only", "-q", *users), cwd=tmp_path, capture_output=True, text=True,
+                            env=environment(install(tmp_path / "site")), timeout=120)
+    assert "2 tests collected" in result.stdout, result.stdout + result.stderr
 
 
-def wrong_with(line: str, known_markers: set[str]) -> list[str]:
-    """What a line of shell asks for that does not exist."""
-    words = shlex.split(line, comments=True)
-    found: list[str] = []
-    if "tox" in words and "-e" in words:
-        environments = words[words.index("-e") + 1].split(",")
-        found += [f"tox environment {name}" for name in environments if name not in tox_environments()]
-        if "--" in words and environments == ["bench"]:
-            found += wrong_options("bench", words[words.index("--") + 1 :])
-    for name in ("shardproof", "harness"):
-        if name in words[:3] and len(words) > words.index(name) + 1:
-            command, *rest = words[words.index(name) + 1 :]
-            found += wrong_options(command, rest)
-    if "pytest" in words and "-m" in words[words.index("pytest") :]:
-        marker = words[words.index("-m", words.index("pytest")) + 1]
-        found += [f"marker {marker}"] if marker not in known_markers else []
-    return found
-
-
-def wrong_options(command: str, words: list[str]) -> list[str]:
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
-    commands: dict[str, Any] = group.commands
-    if command not in commands:
-        return [f"command {command}"]
-    options = {name for parameter in commands[command].params for name in (*parameter.opts, *parameter.secondary_opts)}
-    return [f"option {word} of {command}" for word in words if word.startswith("--") and word.partition("=")[0] not in options]
-
-
-def lines_of_workflow(text: str) -> Iterator[str]:
-    """Every line that a step of the workflow in ``text`` runs."""
-    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    for job in yaml.safe_load(block)["jobs"].values():
-        for step in job["steps"]:
-            yield from step.get("run", "").splitlines()
-
-
-def test_the_workflow_for_a_ci_runs_commands_that_there_are(pytestconfig: pytest.Config) -> None:
-    lines = list(lines_of_workflow(CI.read_text()))
-    assert len(lines) > 8
-    assert [wrong for line in lines for wrong in wrong_with(line, markers(pytestconfig))] == []
-
-
-@pytest.mark.parametrize(("right", "wrong", "found"), [
-    ("tox -e verify", "tox -e verfiy", "tox environment verfiy"),
-    ("--tp 1 --against", "--tp 1 --aganst", "option --aganst of bench"),
-    ("-m harness compare", "-m harness compare-to", "command compare-to"),
-    ("pytest -m multigpu", "pytest -m multi_gpu", "marker multi_gpu"),
-    ("--workload w1", "--work-load w1", "option --work-load of bench"),
+@pytest.mark.parametrize(("line", "problem"), [
+    ("shardproof verfy", "no command verfy"),
+    ("shardproof verify MODEL --tps 2", "No such option"),
+    ("shardproof verify MODEL MODEL", "unexpected extra argument"),
+    ("shardproof generate --tp 1", "Missing argument"),
+    ("shardproof bench --rounds many", "Invalid value for '--rounds'"),
+    ("python -m harness compare BASELINE", "Missing argument"),
+    (".venv/bin/python -m harness verify --tp", "requires an argument"),
+    ("python -m harness.bench.aa --minute 3 --no-such", "unrecognized arguments: --no-such"),
+    ("python -m tests.benchmarks.live_ranks --sweep", "unrecognized arguments"),
+    ("python -m harness.bench.ab", "nobody here knows"),
+    ("python -Z", "nknown option"),
+    ("tox -e verfiy", "no tox environment verfiy"),
+    ("tox -e lint,typos", "no tox environment typos"),
+    ("python -m tox -e bench -- --work-load w1", "No such option"),
+    ("tox -e lint -- --fix", "takes no arguments"),
+    ("tox run verify", "a tox command is"),
+    ("pip install shardproof[flash]", "no extra flash"),
+    ("pip install --upgrade shardproof", "--upgrade"),
+    ("python -m pip uninstall tox", "no `pip install`"),
+    ("pip install -c no_such.txt -e .", "no no_such.txt"),
+    ("uv pip compile --upgrade no_such.toml", "no no_such.toml"),
+    ("torchrun --nodes N -m harness verify", "unrecognized arguments"),
+    ("torchrun --nnodes 2 -m harness verify --tps 2", "No such option"),
+    ("mypy engin", "no engin"),
+    ("make test", "nobody here knows"),
 ])
-def test_a_slip_in_the_workflow_would_be_noticed(right: str, wrong: str, found: str, pytestconfig: pytest.Config) -> None:
+def test_a_command_that_is_not_taken_is_noticed(line: str, problem: str) -> None:
+    (wrong,), _ = look_at(list(in_page("page.md", f"Type this:\n```console\n$ {line}    # and see\nwhat it says\n```\n")))
+    assert wrong.startswith(f"page.md: {line}")
+    assert problem in wrong
+
+
+@pytest.mark.parametrize(("text", "lines"), [
+    ("`make test -j2` or `tox -e test`", ["make test -j2", "tox -e test"]),
+    ("``shardproof verify | faults | …``", ["shardproof verify", "shardproof faults"]),
+    ("`python -m tests.benchmarks.kernels_gpu [--sweep]`", ["python -m tests.benchmarks.kernels_gpu --sweep"]),
+    ("`bench --rounds` measures `x - y` and `tp_size = 2`", ["bench --rounds"]),
+])
+def test_commands_are_told_from_other_code_in_a_text(text: str, lines: list[str]) -> None:
+    assert [command.line for command in in_text("page.md", text)] == lines
+
+
+@pytest.mark.parametrize(("line", "right"), [
+    ("shardproof generate", True), ("bench --rounds", True), ("bench --round-s", False), ("make test -j2", False),
+])
+def test_a_text_may_name_a_command_without_what_must_follow(line: str, right: bool) -> None:
+    wrong, _ = look_at([Printed("page.md", line, inline=True)])
+    assert (wrong == []) == right
+
+
+@pytest.mark.slow
+def test_a_selection_that_collects_nothing_is_noticed() -> None:
+    planted = [("tests/engine/test_linear.py", "-k", "row_paralel"), ("tests/engine/test_linear.py", "-m", "multi_gpu"),
+               ("tests/engine/test_linear.py", "--no-such-option"), ("tests/no_such_file.py",)]
+    right = ("tests/engine/test_linear.py", "-k", "row_parallel")
+    wrong = collect([*planted, right])
+    assert [line.partition(": ")[0] for line in wrong] == [f"pytest {' '.join(selection)}" for selection in planted]
+
+
+@pytest.mark.parametrize(("right", "wrong", "problem"), [
+    ("tox -e verify", "tox -e verfiy", "no tox environment verfiy"),
+    ("--tp 1 --against", "--tp 1 --aganst", "--aganst"),
+    ("-m harness compare", "-m harness compare-to", "no command compare-to"),
+    ("--workload w1", "--work-load w1", "--work-load"),
+])
+def test_a_slip_in_the_workflow_would_be_noticed(right: str, wrong: str, problem: str) -> None:
     text = CI.read_text()
     assert right in text
-    lines = lines_of_workflow(text.replace(right, wrong))
-    assert found in [problem for line in lines for problem in wrong_with(line, markers(pytestconfig))]
+    found, _ = look_at(list(in_page(CI.name, text.replace(right, wrong))))
+    assert any(problem in line for line in found)
 
 
 def test_the_workflow_knows_its_events_and_needs_no_action_but_githubs_own() -> None:
@@ -98,13 +121,6 @@ def test_the_workflow_knows_its_events_and_needs_no_action_but_githubs_own() -> 
     used = re.findall(r"uses: (\S+)", block)
     assert used
     assert all(name.startswith("actions/") for name in used)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_in_code_blocks_of_a_page_exist(page: Path, pytestconfig: pytest.Config) -> None:
-    blocks = re.findall(r"```(?:console|bash|sh)\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = [part for block in blocks for line in block.splitlines() if line.startswith("$ ") for part in line[2:].split("&&")]
-    assert [wrong for line in lines for wrong in wrong_with(line, markers(pytestconfig))] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / BASELINES).rglob("*.json")), ids=lambda path: path.stem)

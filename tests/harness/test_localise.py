@@ -18,8 +18,8 @@ from harness.budgets import SEARCH_MARGIN, computation
 from harness.calibrate.collect import OPTIONS
 from harness.calibrate.draws import drawn_models
 from harness.faults.layouts import LAYOUTS
+from harness.live_ranks import RankPools
 from harness.localise import Excess, Point, localise, points
-from harness.plugin import RankPools
 from harness.subjects import Taps
 from harness.truth import Truth
 from tests.harness.conftest import MakeModel

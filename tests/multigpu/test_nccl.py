@@ -12,7 +12,7 @@ import torch
 from engine.parallel.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.checks import CHECKS
-from harness.plugin import RankPools
+from harness.live_ranks import RankPools
 from harness.truth import Truth
 from harness.verify import VerifyPlan, verify
 from tests.gpu.support import (
