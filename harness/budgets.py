@@ -210,8 +210,8 @@ def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str,
     """(the candidate's errors, the reference errors) by statistic, in units of roundoff times scale.
 
     ``[T]`` each for rows and their largest elements, a scalar for the median row, which is 0 where there are too few values.
-    Reference error of row t: ``max(baseline_t, root mean square of simulated_t)``; without ``simulated``, the largest of the
-    baseline's, since one draw of rounding may be lucky on any row.
+    Reference error of row t: ``max(baseline_t, root mean square of simulated_t, rounded_t)``, the last one what comes of rounding
+    the exact values; without ``simulated``, the largest of all rows, since one draw of rounding may be lucky on any.
 
     Args:
         candidate, baseline: ``[T, F]`` in the dtype under test.
@@ -221,7 +221,8 @@ def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str,
     if not exact.numel():
         nothing = exact.new_zeros(len(exact), dtype=torch.float64), exact.new_zeros(len(exact), dtype=torch.float64)
         return {"row": nothing, "element": nothing, "typical": (torch.tensor(0.0), torch.tensor(0.0))}
-    error, own = _row_sizes(candidate, exact, dtype), _row_sizes(baseline, exact, dtype)
+    error, own, least = (_row_sizes(values, exact, dtype) for values in (candidate, baseline, exact.to(getattr(torch, dtype))))
+    own = {statistic: own[statistic].maximum(least[statistic]) for statistic in own}
     if simulated:
         draws = [_row_sizes(values, exact, dtype) for values in simulated]
         own = {statistic: own[statistic].maximum(_rms(torch.stack([draw[statistic] for draw in draws], -1))) for statistic in own}

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.budgets import BASELINE_FACTOR, ROUNDOFF_FACTOR
+from harness.budgets import constants
 from harness.classify import Evidence, Kind, classify, spans
 from reference.hf import DTYPES
 
@@ -186,8 +186,10 @@ def test_another_width_is_a_shape(problem: dict[str, Any], width: int) -> None:
 def test_an_error_of_rounding_is_none_and_one_above_its_budget_is_not_explained_away(error: float) -> None:
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(40, 64, generator=generator, dtype=torch.float64)
-    noise = torch.randn(40, 64, generator=generator, dtype=torch.float64) * 2.0**-24 * ROUNDOFF_FACTOR["typical"] * error
-    evidence = Evidence(candidate=(exact + noise).float(), baseline=exact.float(), exact=exact, dtype="float32", tp_size=2,
+    noise, drawn = torch.randn(2, 40, 64, generator=generator, dtype=torch.float64) * 2.0**-24 * 30
+    allowed = constants("typical", "float32").k
+    evidence = Evidence(candidate=(exact + noise * allowed * error).float(), baseline=(exact + drawn).float(), exact=exact,
+                        dtype="float32", tp_size=2,
                         parts={"product": exact}, columns={"own": exact}, own=("own", torch.arange(64)), rows={"own": exact})
     assert (len(evidence.wrong_rows()) > 0) == (error > 1)
     assert classify(evidence) is None
@@ -198,7 +200,7 @@ def test_what_comes_out_multiplied_has_its_rounding_errors_multiplied(factor: in
     """The input's errors reach it, too: by themselves within budget, multiplied they are above what the right output allows."""
     generator = torch.Generator().manual_seed(0)
     exact, *noise = torch.randn(3, 40, 64, generator=generator, dtype=torch.float64)
-    of_baseline, of_candidate = noise[0] * 2.0**-24 * 4, noise[1] * 2.0**-24 * 4 * BASELINE_FACTOR["typical"] * 0.7
+    of_baseline, of_candidate = noise[0] * 2.0**-24 * 30, noise[1] * 2.0**-24 * 30 * constants("typical", "float32").k * 0.7
     evidence = Evidence(candidate=(factor * (exact + of_candidate)).float(), baseline=(exact + of_baseline).float(), exact=exact,
                         dtype="float32", tp_size=factor, parts={"product": exact})
     effect = classify(evidence)

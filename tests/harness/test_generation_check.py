@@ -155,10 +155,10 @@ def flipped(step: int, *, other_rank: list[int] | None = None) -> Outcome:
     exact_TV = torch.randn(5, 40, generator=generator, dtype=torch.float64)
     top_TK = exact_TV.topk(2).indices
     noise_TV = torch.randn(5, 40, generator=generator, dtype=torch.float64)
-    # The baseline happens to be good everywhere; the model in float32 tells which rows magnify rounding.
+    # The baseline happens to be good everywhere; simulated rounding tells which rows magnify it.
     baseline_TV = exact_TV + 1e-3 * noise_TV
-    float32_TV = exact_TV + 2.0**-24 * torch.tensor([3000.0, 10.0, 1.0, 1.0, 1.0])[:, None] * noise_TV
-    ties_T = near_tie_margins(baseline_TV, exact_TV, "bfloat16", float32_TV)
+    simulated_TV = exact_TV + 2.0**-8 * torch.tensor([3000.0, 10.0, 1.0, 1.0, 1.0])[:, None] * noise_TV
+    ties_T = near_tie_margins(baseline_TV, exact_TV, "bfloat16", [simulated_TV])
     margins_T = torch.tensor([0.9, 0.9, 0.5, 0.5, 0.5]) * ties_T
     margins_T[2:] = ties_T[0] / 2  # no tie for these rows, though it would be for the first
     ids = top_TK[:, 0].tolist()
@@ -166,7 +166,7 @@ def flipped(step: int, *, other_rank: list[int] | None = None) -> Outcome:
     truth = SimpleNamespace(
         dtype="bfloat16", config={"vocab_size": 40}, prompts=((1, 2),),
         greedy=[SimpleNamespace(token_ids=ids, margins=margins_T.tolist())], greedy_baseline_logits=[baseline_TV],
-        greedy_exact_logits=[exact_TV], greedy_float32_logits=[float32_TV],
+        greedy_exact_logits=[exact_TV], greedy_simulated_logits=[[simulated_TV]],
         exact=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]),
         baseline=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]))
 
