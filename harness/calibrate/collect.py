@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from engine.parallel.ranks import Ranks
-from harness.calibrate.draws import Shape, drawn_models
+from harness.calibrate.draws import drawn_models
 from harness.calibrate.jobs import ORDERS as RANK_ORDERS
 from harness.calibrate.jobs import arrange, load_model, run_logits
 from harness.calibrate.orders import DrawnOrders, InDrawnOrders
@@ -53,11 +53,10 @@ def orders_of(tp_size: int) -> tuple[str, ...]:
     return RANK_ORDERS if tp_size > 2 else RANK_ORDERS[-1:]
 
 
-def sample_models(pools: Pools, draw: random.Random, num_models: int, seen: set[Shape]) -> Iterator[Sample]:
-    """A sample of each model on every number of ranks, every other model in drawn orders. Shapes are added to ``seen``."""
-    for number, truth in enumerate(drawn_models(draw, "fit", num_models, DTYPES, seen)):
-        orders = ORDERS[number // len(DTYPES) % len(ORDERS)]
-        is_drawn = orders == "drawn"
+def sample_models(pools: Pools, draw: random.Random, num_models: int, orders: str) -> Iterator[Sample]:
+    """A sample of each model on every number of ranks, with sums in such ``ORDERS``; dtypes in turn."""
+    is_drawn = orders == ORDERS[1]
+    for truth in drawn_models(draw, "fit", num_models, DTYPES):
         with DrawnOrders(draw.randrange(2**31)) if is_drawn else nullcontext():
             baseline = torch.cat(truth.baseline_logits)
         simulated = list(map(torch.cat, truth.simulated_logits))
@@ -67,4 +66,3 @@ def sample_models(pools: Pools, draw: random.Random, num_models: int, seen: set[
             runner = InDrawnOrders(ranks, draw.randrange(2**31)) if is_drawn else ranks
             found = runner.run(run_logits, truth.script)[0][0]
             yield measured(orders, truth.dtype, tp_size, found, baseline, torch.cat(truth.exact_logits), simulated)
-

@@ -1,7 +1,4 @@
-"""Models that are drawn for calibration: on one set of seeds and shapes it is fitted, on another one judged.
-
-Seeds of values are even where constants are fitted and odd where they are judged. A shape that was fitted on is not judged.
-"""
+"""Models that are drawn for calibration: seeds of values are even where constants are fitted and odd where they are judged."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from harness.truth import Truth
 from reference.checkpoints import random_checkpoint
 
 Purpose = Literal["fit", "judge"]
-Shape = tuple[Any, ...]
 
 LARGEST_TP = 8
 """Ranks that can share any drawn model."""
@@ -33,29 +29,14 @@ def value_seed(draw: random.Random, purpose: Purpose) -> int:
     return 2 * draw.randrange(2**30) + (purpose == "judge")
 
 
-def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes: tuple[str, ...],
-                 seen: set[Shape]) -> Iterator[Truth]:
-    """Tiny models that up to ``LARGEST_TP`` ranks can share, with scripts to run on them, each there until the next one.
-
-    None has a shape of ``seen``, to which the shapes of those that are fitted on are added.
-    """
+def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes: tuple[str, ...]) -> Iterator[Truth]:
+    """Tiny models that up to ``LARGEST_TP`` ranks can share, with scripts to run on them, each there until the next one."""
     for number in range(num_models):
         dtype = dtypes[number % len(dtypes)]
-        config, lengths = _unseen(draw, purpose, seen)
-        with _written(draw, config, dtype, value_seed(draw, purpose)) as folder:
-            yield Truth(folder, dtype=dtype, seed=value_seed(draw, purpose), script_lengths=lengths)
-
-
-def _unseen(draw: random.Random, purpose: Purpose, seen: set[Shape]) -> tuple[dict[str, Any], tuple[int, ...]]:
-    while True:
         config = random_config(draw, LARGEST_TP, max_width=draw.choice((32, 128)), max_layers=draw.choice((2, 8)))
         lengths = tuple(draw.randint(3, 24) for _ in range(draw.randint(1, 3)))
-        sizes = [(name, value) for name, value in config.items() if name.endswith(("_size", "_dim", "_heads", "_layers"))]
-        shape = lengths, *sorted(sizes)
-        if shape not in seen:
-            if purpose == "fit":
-                seen.add(shape)
-            return config, lengths
+        with _written(draw, config, dtype, value_seed(draw, purpose)) as folder:
+            yield Truth(folder, dtype=dtype, seed=value_seed(draw, purpose), script_lengths=lengths)
 
 
 @contextmanager

@@ -6,17 +6,14 @@ models than those that constants were fitted on; every setting sees models of it
 
 from __future__ import annotations
 
-import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from engine.parallel.ranks import RankFailure, Ranks
-from harness.bench.worker import Worker
-from harness.calibrate.collect import DTYPES, OPTIONS, Pools, orders_of
+from harness.calibrate.collect import OPTIONS, Pools, orders_of
 from harness.calibrate.draws import drawn_models
 from harness.calibrate.jobs import load_model
 from harness.calibrate.orders import InDrawnOrders
@@ -66,39 +63,14 @@ class Verdict:
     """What it found, where there is nothing to be found."""
 
 
-def judge(settings: Sequence[str], num_models: Mapping[str, int], seed: int) -> Iterator[list[Verdict]]:
-    """The verdicts of one setting and dtype, as they are done, of so many models a dtype. An interpreter for each core."""
-    workers: list[Worker] = []
-
-    def work(setting: str, dtype: str) -> list[Verdict]:
-        workers.append(worker := Worker(f"{setting}, {dtype}", environ=SETTINGS[setting]))
-        with worker:
-            verdicts: list[Verdict] = worker.call(judge_models, setting, dtype, num_models[dtype], seed)
-            return verdicts
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        tasks = [pool.submit(work, setting, dtype) for setting in settings for dtype in DTYPES]
-        try:
-            for task in as_completed(tasks):
-                yield task.result()
-        finally:  # after Ctrl-C some are at work: a worker that is gone ends its call
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.close(grace_s=0)
-
-
-def judge_models(state: dict[str, Any], setting: str, dtype: str, num_models: int, seed: int) -> list[Verdict]:
-    """In a worker: every check on drawn models of one dtype, on each of ``TP_SIZES``."""
-    draw = random.Random(f"{seed}/judge {setting} {dtype}")
-    pools = state.setdefault("pools", Pools())
-    verdicts = []
-    for truth in drawn_models(draw, "judge", num_models, (dtype,), set()):
+def judge_models(pools: Pools, draw: random.Random, setting: str, dtype: str, num_models: int) -> Iterator[Verdict]:
+    """Every check on drawn models, on each of ``TP_SIZES``, in an interpreter that has the setting's environment."""
+    for truth in drawn_models(draw, "judge", num_models, (dtype,)):
         for tp_size in TP_SIZES:
             ranks = loaded(pools, draw, truth, tp_size)
             for check in JUDGED:
                 for _ in range(LAYERS_RUNS if (check, dtype) == ("layers", "float32") else 1):
-                    verdicts.append(judged(check, context_of(ranks, truth, draw.randrange(2**31)), setting))
-    return verdicts
+                    yield judged(check, context_of(ranks, truth, draw.randrange(2**31)), setting)
 
 
 def loaded(pools: Pools, draw: random.Random, truth: Truth, tp_size: int) -> Ranks:

@@ -31,7 +31,6 @@ from harness.truth import Truth
 from reports.records import PowerRow
 
 TP_SIZES = (2, 4, 8)
-POWER_CHECKS = ("collectives", "layers")
 LARGEST = 4.0
 FIRST_TRIED = 6
 SURE = 0.99
@@ -77,9 +76,9 @@ def smallest_seen(sees: Callable[[float], bool], errors: Sequence[float]) -> flo
     return errors[low] if low < len(errors) else math.inf
 
 
-def power_of_drawn(check: str, pools: Pools, draw: random.Random, dtype: str, tp_size: int,
+def power_of_drawn(pools: Pools, draw: random.Random, check: str, dtype: str, tp_size: int,
                    num_cases: int) -> Iterator[Threshold]:
-    """One of ``POWER_CHECKS`` on the sums among the cases that it draws, ``num_cases`` of integers and of reals each."""
+    """``collectives`` or ``layers`` on the sums among the cases that it draws, ``num_cases`` of integers and of reals each."""
     left = {"integers": num_cases, "reals": num_cases}
     while any(left.values()):
         order = draw.choice(orders_of(tp_size))
@@ -122,7 +121,7 @@ def values_of(case: Case) -> str:
 
 def power_of_logits(pools: Pools, draw: random.Random, dtype: str, num_cases: int) -> Iterator[Threshold]:
     """The check of logits on drawn models, one rank's part in the sum of one module being off; so many cases a tp_size."""
-    for truth in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,), set()):
+    for truth in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,)):
         paths = sum_paths(truth)
         for tp_size in TP_SIZES:
             ranks = loaded(pools, draw, truth, tp_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -26,14 +26,13 @@ SIGNIFICANT = 4
 
 
 def make_report(samples: Sequence[Sample], verdicts: Sequence[Verdict], thresholds: Sequence[Threshold], *,
-                interrupted_in: str | None, run: Callable[[], RunInfo]) -> Report:
-    """The report on as much as there is. ``run`` makes its head, now that all is done."""
+                left: Mapping[str, str], run: Callable[[], RunInfo]) -> Report:
+    """The report on as much as there is; ``left`` says of what how much. ``run`` makes its head, now that all is done."""
     by_precision = {name: [sample for sample in samples if precision(sample.dtype) == name] for name in CONSTANTS}
     tolerances = [tolerance(group, statistic) for group in by_precision.values() for statistic in STATISTICS
                   if points_of(group, statistic)]
-    missing = [] if interrupted_in is None else [
-        NotMeasured(workload="calibrate", engine="", case=interrupted_in, reason="interrupted: this part is not whole, and those "
-                                                                                 "that follow it are missing")]
+    missing = [NotMeasured(workload="calibrate", engine="", case=what, reason=f"interrupted: {how_much}")
+               for what, how_much in left.items()]
     checks = [_fit_row(row) for row in tolerances] + judged_rows(verdicts)
     calibration = Calibration(tolerances=tolerances, errors=error_rows(samples), powers=power_rows(thresholds))
     return Report(run=run(), checks=checks, not_measured=missing, calibration=calibration)

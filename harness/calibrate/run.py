@@ -1,26 +1,43 @@
-"""The whole of ``shardproof calibrate``: sample, fit, judge, and see what can be seen."""
+"""The whole of ``shardproof calibrate``: sample, fit, judge, and see what can be seen, each part in an interpreter of its own."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
+from typing import Any
 
-from harness.calibrate.collect import DTYPES, TP_SIZES, Pools, sample_models
-from harness.calibrate.draws import Shape
-from harness.calibrate.judge import SETTINGS, Verdict, judge
-from harness.calibrate.power import POWER_CHECKS, Threshold, power_of_drawn, power_of_logits
+from harness.bench.worker import Worker
+from harness.calibrate.collect import DTYPES, ORDERS, Pools, sample_models
+from harness.calibrate.judge import SETTINGS, judge_models
 from harness.calibrate.power import TP_SIZES as POWER_TP_SIZES
+from harness.calibrate.power import power_of_drawn, power_of_logits
 from harness.calibrate.report import make_report
-from harness.calibrate.samples import Sample
 from harness.machine import run_info
 from reports.records import Report
 
 DEFAULT_MODELS = 15
-
+MODELS_PER_TASK = 3
+SAMPLING, JUDGING, PLANTING = "sampling models", "judging runs of checks", "planting errors"
 OnProgress = Callable[[str, int, int], None]
-"""(what is done, cases done, cases of it in all)"""
+"""(what is done, tasks of it done, in all)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A part that can run by itself: ``function(pools, draw, *args)``, an iterator over what it finds."""
+
+    what: str
+    name: str
+    """Its draws follow from it: a task finds the same whatever runs beside it."""
+    function: Callable[..., Iterator[Any]]
+    args: tuple[Any, ...]
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,85 +46,78 @@ class CalibratePlan:
 
     models: int = DEFAULT_MODELS
     seed: int = 0
-    settings: tuple[str, ...] = tuple(SETTINGS)
 
     def __post_init__(self) -> None:
         if self.models < 1:
             raise ValueError(f"models={self.models} must be at least 1")
 
-    @property
-    def fitted_models(self) -> int:
-        """Each is sampled at every one of ``TP_SIZES``."""
-        return 4 * self.models
-
-    @property
-    def judged_models(self) -> dict[str, int]:
-        """By dtype, under each setting."""
-        return {dtype: self.models if dtype == "float32" else -(-self.models // 3) for dtype in DTYPES}
-
-    @property
-    def planted(self) -> int:
-        """Sums of integers and of reals in which errors are planted, for each check, dtype and tp_size."""
-        return 7 * self.models
-
-    def draw(self, what: str) -> random.Random:
-        """A generator of its own for each part."""
-        return random.Random(f"{self.seed}/{what}")
-
-
-@dataclass(slots=True)
-class Findings:
-    """What has been found so far."""
-
-    samples: list[Sample] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-    thresholds: list[Threshold] = field(default_factory=list)
+    def tasks(self) -> list[Task]:
+        """All that is to be done."""
+        parts: list[tuple[str, str, Callable[..., Iterator[Any]], tuple[Any, ...], Mapping[str, str]]] = []
+        for number in range(-(-4 * self.models // len(DTYPES))):
+            parts.append((SAMPLING, f"{number}", sample_models, (len(DTYPES), ORDERS[number % len(ORDERS)]), {}))
+        for setting, environ in SETTINGS.items():
+            for dtype in DTYPES:
+                num_models = self.models if dtype == "float32" else -(-self.models // 3)
+                for first in range(0, num_models, MODELS_PER_TASK):
+                    args = setting, dtype, min(MODELS_PER_TASK, num_models - first)
+                    parts.append((JUDGING, f"{setting} {dtype} {first}", judge_models, args, environ))
+        planted = 7 * self.models
+        for dtype in DTYPES:
+            parts += [(PLANTING, f"{check} {dtype} {tp_size}", power_of_drawn, (check, dtype, tp_size, planted), {})
+                      for check in ("collectives", "layers") for tp_size in POWER_TP_SIZES]
+            parts += [(PLANTING, f"logits {dtype} {first}", power_of_logits, (dtype, min(self.models, planted - first)), {})
+                      for first in range(0, planted, self.models)]
+        return [Task(what=what, name=f"{self.seed}/{what}/{name}", function=function, args=args, environ=environ)
+                for what, name, function, args, environ in parts]
 
 
 def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, total: None) -> tuple[Report, bool]:
     """The report, and whether it was interrupted: then it holds what was finished, and names what was not."""
     started_at = datetime.now(UTC)
-    found = Findings()
-    left: str | None = None
-    with Pools() as pools:
-        try:
-            for what, done, total in _work(plan, pools, found):
-                left = what
-                on_progress(what, done, total)
-            left = None
-        except KeyboardInterrupt:
-            left = left or "sampling models"
-    report = make_report(found.samples, found.verdicts, found.thresholds, interrupted_in=left,
+    tasks = plan.tasks()
+    totals, done = Counter(task.what for task in tasks), Counter[str]()
+    found: dict[int, list[Any]] = {}
+    try:
+        for what, total in totals.items():
+            on_progress(what, 0, total)
+        for number, results in in_workers(tasks):
+            found[number] = results
+            what = tasks[number].what
+            done[what] += 1
+            on_progress(what, done[what], totals[what])
+    except KeyboardInterrupt:
+        pass
+    samples, verdicts, thresholds = (
+        list(chain.from_iterable(found[number] for number in sorted(found) if tasks[number].what == what))
+        for what in (SAMPLING, JUDGING, PLANTING))
+    left = {what: f"{done[what]} of {total} parts done" for what, total in totals.items() if done[what] < total}
+    report = make_report(samples, verdicts, thresholds, left=left,
                          run=lambda: run_info("calibrate", started_at=started_at, seed=plan.seed))
-    return report, left is not None
+    return report, bool(left)
 
 
-def _work(plan: CalibratePlan, pools: Pools, found: Findings) -> Iterator[tuple[str, int, int]]:
-    """Do it all, and say before and after each part how far it is."""
-    seen: set[Shape] = set()
-    what, total = "sampling models", plan.fitted_models * len(TP_SIZES)
-    yield what, 0, total
-    for number, sample in enumerate(sample_models(pools, plan.draw("fit models"), plan.fitted_models, seen), 1):
-        found.samples.append(sample)
-        yield what, number, total
-    what, total = "judging runs, by setting and dtype", len(plan.settings) * len(DTYPES)
-    yield what, 0, total
-    for number, verdicts in enumerate(judge(plan.settings, plan.judged_models, plan.seed), 1):
-        found.verdicts += verdicts
-        yield what, number, total
-    for check in (*POWER_CHECKS, "logits"):
-        kinds_of_values = 1 if check == "logits" else 2
-        what, total = f"errors planted in {check}", plan.planted * len(DTYPES) * len(POWER_TP_SIZES) * kinds_of_values
-        yield what, 0, total
-        for number, threshold in enumerate(_thresholds(plan, pools, check), 1):
-            found.thresholds.append(threshold)
-            yield what, number, total
+def in_workers(tasks: Sequence[Task]) -> Iterator[tuple[int, list[Any]]]:
+    """(number of the task, what it found), as they are done. As many interpreters at a time as there are cores."""
+    workers: list[Worker] = []
+
+    def work(number: int, task: Task) -> tuple[int, list[Any]]:
+        # One thread each: the tiny products of tiny models, and as many interpreters as cores.
+        workers.append(worker := Worker(task.name, environ={"OMP_NUM_THREADS": "1", **task.environ}))
+        with worker:
+            return number, worker.call(run_task, task.function, task.name, task.args)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        futures = [pool.submit(work, number, task) for number, task in enumerate(tasks)]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:  # after Ctrl-C some are at work: a worker that is gone ends its call
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.close(grace_s=0)
 
 
-def _thresholds(plan: CalibratePlan, pools: Pools, check: str) -> Iterator[Threshold]:
-    for dtype in DTYPES:
-        if check == "logits":
-            yield from power_of_logits(pools, plan.draw(f"power logits {dtype}"), dtype, plan.planted)
-            continue
-        for tp_size in POWER_TP_SIZES:
-            yield from power_of_drawn(check, pools, plan.draw(f"power {check} {dtype} {tp_size}"), dtype, tp_size, plan.planted)
+def run_task(state: dict[str, Any], function: Callable[..., Iterator[Any]], name: str, args: tuple[Any, ...]) -> list[Any]:
+    """In a worker: all that the task finds."""
+    return list(function(state.setdefault("pools", Pools()), random.Random(name), *args))

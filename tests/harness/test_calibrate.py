@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from harness.calibrate.draws import drawn_models, sizes_alone
 from harness.calibrate.fit import MARGIN, fit, needs, over_budget, worst
 from harness.calibrate.groups import SpoilingGroup, ring_sum
 from harness.calibrate.jobs import ORDERS, Spoiled, arrange, load_model
-from harness.calibrate.judge import DRAWN, SETTINGS, TP_SIZES, context_of, judge, judge_models, judged, loaded
+from harness.calibrate.judge import DRAWN, SETTINGS, TP_SIZES, context_of, judge_models, judged, loaded
 from harness.calibrate.power import (
     Threshold,
     ladder,
@@ -35,7 +37,7 @@ from harness.calibrate.power import (
     sums_of,
 )
 from harness.calibrate.report import cloud, error_rows, judged_rows, quantiles
-from harness.calibrate.run import CalibratePlan, calibrate
+from harness.calibrate.run import CalibratePlan, Task, calibrate, in_workers
 from harness.calibrate.samples import Point, Sample, front, measured
 from harness.cli import app
 from harness.strategies import random_config
@@ -54,7 +56,7 @@ def pools() -> Iterator[Pools]:
 
 @pytest.fixture(scope="module")
 def truth() -> Iterator[Truth]:
-    yield from drawn_models(random.Random(2), "judge", 1, ("float32",), set())
+    yield from drawn_models(random.Random(2), "judge", 1, ("float32",))
 
 
 def sample(*points: tuple[float, float], statistic: Statistic = "row") -> Sample:
@@ -129,65 +131,73 @@ def test_distributions_are_quantiles_and_counts() -> None:
     assert cloud(points) == [[-4, -32, 1], [0, 4, 3]]
 
 
-# Seeds and shapes
+# Seeds
 
 
-def test_what_is_judged_has_other_seeds_and_shapes_than_what_is_fitted() -> None:
-    seen: set[Any] = set()
-    models = drawn_models(random.Random(0), "fit", 3, ("float32",), seen)
-    fitted = [(model.seed, model.config["hidden_size"], model.script_lengths) for model in models]
-    assert all(seed % 2 == 0 for seed, _, _ in fitted)
-    assert len(seen) == 3
-    # The same draws again: the shapes that were seen are passed over.
-    others = [(model.seed, model.config["hidden_size"], model.script_lengths)
-              for model in drawn_models(random.Random(0), "judge", 3, ("float32",), seen)]
-    assert all(seed % 2 == 1 for seed, _, _ in others)
-    assert not {shape[1:] for shape in fitted} & {shape[1:] for shape in others}
-    assert len(seen) == 3
+def test_what_is_judged_has_other_seeds_than_what_is_fitted() -> None:
+    fitted, judged_on = ([model.seed for model in drawn_models(random.Random(0), purpose, 3, ("float32",))]
+                         for purpose in ("fit", "judge"))
+    assert all(seed % 2 == 0 for seed in fitted)
+    assert all(seed % 2 == 1 for seed in judged_on)
 
 
-def test_half_of_the_samples_are_of_sums_in_drawn_orders(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their models: the same one is off by other numbers in another order, candidate and baseline both."""
+def test_the_same_models_are_off_by_other_numbers_in_drawn_orders(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.calibrate.collect.TP_SIZES", (2,))
-    samples = list(sample_models(pools, random.Random(7), 6, set()))
-    assert [each.orders for each in samples] == [SAMPLED_ORDERS[0]] * 3 + [SAMPLED_ORDERS[1]] * 3
-    assert [each.dtype for each in samples] == ["bfloat16", "float16", "float32"] * 2
-    monkeypatch.setattr("harness.calibrate.collect.ORDERS", SAMPLED_ORDERS[:1] * 2)
-    usual = list(sample_models(pools, random.Random(7), 6, set()))
-    assert [each.points for each in usual[:3]] == [each.points for each in samples[:3]]
-    for drawn, same_model in zip(samples[3:], usual[3:], strict=True):
-        (first, second) = drawn.points["row"][0], same_model.points["row"][0]
-        assert first.candidate != second.candidate
+    usual, drawn = (list(sample_models(pools, random.Random(7), 3, orders)) for orders in SAMPLED_ORDERS)
+    assert [each.dtype for each in usual] == [each.dtype for each in drawn] == ["bfloat16", "float16", "float32"]
+    for first, second in zip(usual, drawn, strict=True):
+        assert (first.orders, second.orders) == SAMPLED_ORDERS
+        assert first.points["row"] != second.points["row"]
+
+
+def test_half_of_the_samples_are_in_drawn_orders_and_every_setting_is_judged() -> None:
+    tasks = CalibratePlan(models=6).tasks()
+    assert len({task.name for task in tasks}) == len(tasks), "each has draws of its own"
+    sampled = [task.args for task in tasks if task.function is sample_models]
+    assert sorted(sampled) == sorted([(3, orders) for orders in SAMPLED_ORDERS] * 4)
+    models = Counter[tuple[str, str]]()
+    for task in tasks:
+        if task.function is judge_models:
+            setting, dtype, num_models = task.args
+            models[setting, dtype] += num_models
+            assert task.environ == SETTINGS[setting]
+    assert models == {(setting, dtype): 6 if dtype == "float32" else 2 for setting in SETTINGS
+                      for dtype in ("float32", "bfloat16", "float16")}
+    assert len(SETTINGS) >= 7, "six instruction sets and drawn orders"
 
 
 # Judge
 
 
 @pytest.mark.parametrize("setting", ["as it is", DRAWN])
-def test_the_judge_finds_nothing_in_clean_code(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_finds_nothing_in_clean_code(setting: str, pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_module, "TP_SIZES", (2,))
     monkeypatch.setattr(judge_module, "JUDGED", ("collectives", "weights", "layers", "logits"))
-    state: dict[str, Any] = {}
-    try:
-        verdicts = judge_models(state, setting, "float32", 1, seed=3)
-    finally:
-        state["pools"].close()
-    assert [verdict.check for verdict in verdicts] == ["collectives", "weights", *["layers"] * 5, "logits"]
+    monkeypatch.setattr(judge_module, "LAYERS_RUNS", 2)
+    verdicts = list(judge_models(pools, random.Random(3), setting, "float32", 1))
+    assert [verdict.check for verdict in verdicts] == ["collectives", "weights", "layers", "layers", "logits"]
     assert all(verdict.compared > 0 for verdict in verdicts)
-    assert [verdict.alarm for verdict in verdicts] == [None] * 8
+    assert [verdict.alarm for verdict in verdicts] == [None] * 5
     rows = {row.check: row for row in judged_rows(verdicts)}
     assert {row.verdict for row in rows.values()} == {"pass"}
-    assert rows["layers"].extra == {"runs": 5, "false_alarms": 0}
-    assert rows["layers"].cases > 5 * 50, "a run has all the cases that the check draws"
+    assert rows["layers"].extra == {"runs": 2, "false_alarms": 0}
+    assert rows["layers"].cases > 2 * 50, "a run has all the cases that the check draws"
     assert rows["layers"].model == setting
 
 
-def test_each_setting_has_interpreters_of_its_own_with_its_environment() -> None:
-    found = list(judge(("SSE4", "as it is"), {"bfloat16": 0, "float16": 0, "float32": 0}, seed=0))
-    assert found == [[]] * 6
-    assert len(SETTINGS) >= 6, "five instruction sets and drawn orders"
-    assert all(set(SETTINGS[name]) == {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"}
-               for name in SETTINGS if name not in ("as it is", DRAWN))
+def test_a_task_has_an_interpreter_of_its_own_with_its_environment() -> None:
+    tasks = [Task(what="", name=name, function=environment, args=("ATEN_CPU_CAPABILITY",), environ=environ)
+             for name, environ in (("a", {}), ("b", {"ATEN_CPU_CAPABILITY": "default"}))]
+    found = dict(in_workers(tasks))
+    assert found[0][0] is None
+    assert found[1][0] == "default"
+    assert found[0][1] != found[1][1] != os.getpid()
+
+
+def environment(pools: Pools, draw: random.Random, name: str) -> Iterator[Any]:
+    """A task: the value of a variable, and its process."""
+    yield os.environ.get(name)
+    yield os.getpid()
 
 
 @pytest.mark.parametrize("check", ["collectives", "layers"])
@@ -250,7 +260,7 @@ def test_an_error_that_is_never_seen_is_infinite() -> None:
 
 @pytest.mark.parametrize("check", ["collectives", "layers"])
 def test_a_large_error_in_one_part_is_seen_and_a_tiny_one_is_not(check: str, pools: Pools) -> None:
-    thresholds = list(power_of_drawn(check, pools, random.Random(3), "float32", 4, 4))
+    thresholds = list(power_of_drawn(pools, random.Random(3), check, "float32", 4, 4))
     reals = [threshold.error for threshold in thresholds if threshold.values == "reals"]
     assert len(reals) == 4
     assert max(reals) <= 2.0**-6
@@ -319,30 +329,27 @@ def part(rank: int, length: int) -> torch.Tensor:
 
 
 def test_ctrl_c_leaves_a_report_of_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: object) -> Iterator[Sample]:
+    def interrupted(tasks: Sequence[Task]) -> Iterator[tuple[int, list[Any]]]:
+        yield 0, [sample((1.0, 1.0)), sample((2.0, 1.0))]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "sample_models", lambda *args: iter([sample((1.0, 1.0)), sample((2.0, 1.0))]))
-    monkeypatch.setattr(run_module, "judge", interrupted)
+    monkeypatch.setattr(run_module, "in_workers", interrupted)
     result = CliRunner().invoke(app, ["calibrate", "--models", "1", "--out", str(tmp_path)])
     assert result.exit_code == 3
     report = read_report(tmp_path)
     assert report.calibration is not None
     assert {row.samples for row in report.calibration.errors} == {2}
-    assert [item.case for item in report.not_measured] == ["judging runs, by setting and dtype"]
+    assert [item.case for item in report.not_measured] == ["sampling models", "judging runs of checks", "planting errors"]
+    assert report.not_measured[0].reason == "interrupted: 1 of 2 parts done"
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "report.csv", "errors.svg"}
 
 
 def test_samples_that_are_over_their_budget_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(what: str, done: int, total: int) -> None:
-        if what.startswith("judging"):
-            raise KeyboardInterrupt
-
     monkeypatch.setitem(CONSTANTS[NARROW], "row", Constants(k=0.5, c=0.01))
     samples = [sample((1.0, 1.0)), sample((1.0, 1.0), statistic="element")]
-    monkeypatch.setattr(run_module, "sample_models", lambda *args: iter(samples))
-    report, is_interrupted = calibrate(CalibratePlan(models=1), stop)
-    assert is_interrupted
+    monkeypatch.setattr(run_module, "in_workers", lambda tasks: iter([(0, samples)]))
+    report, is_interrupted = calibrate(CalibratePlan(models=1))
+    assert is_interrupted, "not all parts are there"
     verdicts = {(row.model, row.dtype): row.verdict for row in report.checks if row.check == "fit"}
     assert verdicts == {("row", NARROW): "finding", ("element", NARROW): "pass"}
 
