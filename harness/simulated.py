@@ -1,8 +1,9 @@
 """Rounding errors put into an exact computation: how far off any correct model of a dtype may be (Monte Carlo arithmetic).
 
 Each matrix product of a float64 model gets an error of the size that rounding gives it in the dtype, in any order of summation
-(``harness.budgets.sum_variance``), drawn from a normal distribution (Parker 1997). What that makes of the model's outputs shows
-which tokens magnify rounding, whatever the machine; a real model of that dtype is one such draw.
+(``harness.budgets.sum_variance``), and so does each sum and product of two tensors element by element, drawn from a normal
+distribution (Parker 1997). What that makes of the model's outputs shows which tokens magnify rounding, whatever the machine; a
+real model of that dtype is one such draw.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.budgets import sum_variance
+from harness.budgets import UNIT_ROUNDOFF, sum_variance
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default)
+_ELEMENTWISE = (_aten.add.Tensor, _aten.mul.Tensor, _aten.silu.default)
 _MADE_OF_PRODUCTS = (_aten.linear.default, _aten.matmul.default)
 
 
@@ -57,7 +59,17 @@ class SimulatedRounding(EveryProduct):
         added = () if addend is None else (addend,)
         result: Tensor = func(*added, a, b)
         squares = func(*(x.square() for x in added), a.square(), b.square())
-        variance = sum_variance(squares, result, self.dtype, addends=a.shape[-1] + len(added))
+        return self._rounded(result, sum_variance(squares, result, self.dtype, addends=a.shape[-1] + len(added)))
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        # Not where a number is added to a tensor, as the eps of a norm: that is computed in float32 at least.
+        if func in _ELEMENTWISE and result.dtype in self.dtypes and all(isinstance(x, Tensor) for x in args):
+            return self._rounded(result, (UNIT_ROUNDOFF[self.dtype] * result).square() / 3)
+        return result
+
+    def _rounded(self, result: Tensor, variance: Tensor) -> Tensor:
         if result.device not in self._generators:
             self._generators[result.device] = torch.Generator(result.device).manual_seed(self.seed)
         return result + variance.sqrt() * torch.randn(result.shape, generator=self._generators[result.device],

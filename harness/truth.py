@@ -29,7 +29,7 @@ TEXTS = (
     "Explain why the sky is blue to a child.",
 )
 NUM_NEW_TOKENS = 24
-NUM_SIMULATED = 4
+NUM_SIMULATED = 8
 """Draws of simulated rounding: of one alone a row might come out right by luck."""
 PROMPT_LENGTHS = (5, 17, 9, 12)
 SCRIPT_LENGTHS = (41, 37, 23)

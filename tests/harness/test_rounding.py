@@ -190,11 +190,12 @@ def test_simulated_rounding_is_as_large_as_theory_says_and_touches_nothing_else(
     x, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((40, 64), (50, 64), (50,)))
     exact = F.linear(x, weight, bias)
     with torch.inference_mode(inference), SimulatedRounding("bfloat16", seed=0):
-        found, single, sums = F.linear(x, weight, bias), x.float() @ weight.float().T, x + x
+        found, single, sums, shifted = F.linear(x, weight, bias), x.float() @ weight.float().T, x + x, x + 1.0
     variance = sum_variance(x.square() @ weight.square().T + bias.square(), exact, "bfloat16", addends=65)
     assert 0.9 < ((found - exact).square() / variance).mean() < 1.1
     assert torch.equal(single, x.float() @ weight.float().T)
-    assert torch.equal(sums, x + x)
+    assert torch.equal(shifted, x + 1.0)
+    assert 0.9 < (((sums - 2 * x) / (2 * x)).square() / (2.0**-16 / 3)).mean() < 1.1
     with SimulatedRounding("bfloat16", seed=0):
         again = F.linear(x, weight, bias)
     with SimulatedRounding("bfloat16", seed=1):
