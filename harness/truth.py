@@ -109,13 +109,13 @@ class Truth:
     @cached_property
     def simulated_logits(self) -> list[list[Tensor]]:
         """The exact model's with simulated rounding: of each draw, those of each sequence."""
-        return self._simulated(lambda: self.exact.logits(self.script.sequences))
+        return self._simulated(lambda exact: exact.logits(self.script.sequences))
 
-    def _simulated(self, compute: Callable[[], T]) -> list[T]:
-        draws = []
+    def _simulated(self, compute: Callable[[Reference], T]) -> list[T]:
+        exact, draws = self.exact, []  # loaded before: only what it computes is to be rounded
         for number in range(NUM_SIMULATED):
             with SimulatedRounding(self.dtype, seed=number):
-                draws.append(compute())
+                draws.append(compute(exact))
         return draws
 
     def exact_activations(self, sequence: int) -> Activations:
@@ -130,7 +130,7 @@ class Truth:
         """The exact model's with simulated rounding, a draw each."""
         if sequence not in self._simulated_activations:
             self._simulated_activations[sequence] = self._simulated(
-                lambda: self.exact.activations(self.script.sequences[sequence]))
+                lambda exact: exact.activations(self.script.sequences[sequence]))
         return self._simulated_activations[sequence]
 
     def _activations_of(self, reference: Reference, sequence: int) -> Activations:
@@ -161,7 +161,7 @@ class Truth:
     @cached_property
     def greedy_simulated_logits(self) -> list[list[Tensor]]:
         """The exact ones with simulated rounding: of each draw, those of each prompt."""
-        return self._simulated(lambda: self._drawing_rows(self.exact))
+        return self._simulated(self._drawing_rows)
 
     def _drawing_rows(self, reference: Reference) -> list[Tensor]:
         whole = reference.logits(self.greedy_sequences)
