@@ -38,13 +38,13 @@ class Constants:
 
 WIDE, NARROW = "float32, float64", "bfloat16, float16"
 CONSTANTS: dict[str, dict[Statistic, Constants]] = {
-    WIDE: {"typical": Constants(k=1.25, c=4.0), "row": Constants(k=2.25, c=17.0), "element": Constants(k=2.75, c=16.75)},
-    NARROW: {"typical": Constants(k=2.0, c=0.0), "row": Constants(k=4.25, c=0.0), "element": Constants(k=4.5, c=0.0)},
+    WIDE: {"typical": Constants(k=1.25, c=0.0), "row": Constants(k=2.25, c=20.75), "element": Constants(k=2.75, c=19.0)},
+    NARROW: {"typical": Constants(k=1.75, c=0.0), "row": Constants(k=3.0, c=9.5), "element": Constants(k=3.0, c=8.0)},
 }
 """What ``computation`` allows, by precision and statistic.
 
-They are the fit in the committed record of ``shardproof calibrate``: the pairs with the narrowest budgets that are half as much
-again as every error of correct code that was sampled, sums in drawn orders among it. Where sums are in float32 and so is the
+They are the fit in the committed record of ``shardproof calibrate``: the pairs with the narrowest budgets that are twice as large
+as every error of correct code that was sampled, half of it with sums in drawn orders. Where sums are in float32 and so is the
 result, their order is all that the error is; 16-bit results are rounded far more coarsely than their sums. Not to be changed by
 hand.
 """

@@ -53,10 +53,10 @@ def orders_of(tp_size: int) -> tuple[str, ...]:
     return RANK_ORDERS if tp_size > 2 else RANK_ORDERS[-1:]
 
 
-def sample_models(pools: Pools, draw: random.Random, num_models: int, orders: str) -> Iterator[Sample]:
-    """A sample of each model on every number of ranks, with sums in such ``ORDERS``; dtypes in turn."""
+def sample_models(pools: Pools, draw: random.Random, dtype: str, orders: str, num_models: int) -> Iterator[Sample]:
+    """A sample of each model on every number of ranks, with sums in such ``ORDERS``."""
     is_drawn = orders == ORDERS[1]
-    for truth in drawn_models(draw, "fit", num_models, DTYPES):
+    for truth in drawn_models(draw, "fit", num_models, (dtype,)):
         with DrawnOrders(draw.randrange(2**31)) if is_drawn else nullcontext():
             baseline = torch.cat(truth.baseline_logits)
         simulated = list(map(torch.cat, truth.simulated_logits))

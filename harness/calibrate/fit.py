@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from harness.budgets import Constants, Statistic
 from harness.calibrate.samples import Point, Sample
 
-MARGIN = 1.5
+MARGIN = 2.0
 """The worst sample's budget is so many times its error."""
 STEPS = 4
 """Constants are whole numbers of this part of 1."""

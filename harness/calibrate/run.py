@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.bench.worker import Worker
 from harness.calibrate.collect import DTYPES, ORDERS, Pools, sample_models
-from harness.calibrate.judge import SETTINGS, judge_models
+from harness.calibrate.judge import DRAWN, SETTINGS, judge_models
 from harness.calibrate.power import TP_SIZES as POWER_TP_SIZES
 from harness.calibrate.power import power_of_drawn, power_of_logits
 from harness.calibrate.report import make_report
@@ -52,24 +52,36 @@ class CalibratePlan:
             raise ValueError(f"models={self.models} must be at least 1")
 
     def tasks(self) -> list[Task]:
-        """All that is to be done."""
-        parts: list[tuple[str, str, Callable[..., Iterator[Any]], tuple[Any, ...], Mapping[str, str]]] = []
-        for number in range(-(-4 * self.models // len(DTYPES))):
-            parts.append((SAMPLING, f"{number}", sample_models, (len(DTYPES), ORDERS[number % len(ORDERS)]), {}))
-        for setting, environ in SETTINGS.items():
-            for dtype in DTYPES:
-                num_models = self.models if dtype == "float32" else -(-self.models // 3)
-                for first in range(0, num_models, MODELS_PER_TASK):
-                    args = setting, dtype, min(MODELS_PER_TASK, num_models - first)
-                    parts.append((JUDGING, f"{setting} {dtype} {first}", judge_models, args, environ))
-        planted = 7 * self.models
+        """All that is to be done, what takes longest first."""
+        tasks: list[Task] = []
+
+        def add(what: str, name: str, function: Callable[..., Iterator[Any]], *args: Any,
+                environ: Mapping[str, str] | None = None, is_slow: bool = False) -> None:
+            task = Task(what=what, name=f"{self.seed}/{what}/{name}", function=function, args=args, environ=environ or {})
+            tasks.insert(0 if is_slow else len(tasks), task)
+
         for dtype in DTYPES:
-            parts += [(PLANTING, f"{check} {dtype} {tp_size}", power_of_drawn, (check, dtype, tp_size, planted), {})
-                      for check in ("collectives", "layers") for tp_size in POWER_TP_SIZES]
-            parts += [(PLANTING, f"logits {dtype} {first}", power_of_logits, (dtype, min(self.models, planted - first)), {})
-                      for first in range(0, planted, self.models)]
-        return [Task(what=what, name=f"{self.seed}/{what}/{name}", function=function, args=args, environ=environ)
-                for what, name, function, args, environ in parts]
+            for orders in ORDERS:
+                for first, count in _chunks(2 * self.models // len(DTYPES) or 1, orders):
+                    add(SAMPLING, f"{orders} {dtype} {first}", sample_models, dtype, orders, count, is_slow=orders == ORDERS[1])
+            for setting, environ in SETTINGS.items():
+                for first, count in _chunks(self.models if dtype == "float32" else -(-self.models // 3), setting):
+                    add(JUDGING, f"{setting} {dtype} {first}", judge_models, setting, dtype, count, environ=environ,
+                        is_slow=setting == DRAWN)
+            planted = 7 * self.models
+            for check in ("collectives", "layers"):
+                for tp_size in POWER_TP_SIZES:
+                    add(PLANTING, f"{check} {dtype} {tp_size}", power_of_drawn, check, dtype, tp_size, planted)
+            for first in range(0, planted, self.models):
+                add(PLANTING, f"logits {dtype} {first}", power_of_logits, dtype, min(self.models, planted - first))
+        return tasks
+
+
+def _chunks(num_models: int, orders: str) -> Iterator[tuple[int, int]]:
+    """(first, how many) of the models of each task: of drawn orders, which are slow, one at a time."""
+    size = 1 if orders in (DRAWN, ORDERS[1]) else MODELS_PER_TASK
+    for first in range(0, num_models, size):
+        yield first, min(size, num_models - first)
 
 
 def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, total: None) -> tuple[Report, bool]:
