@@ -38,8 +38,8 @@ class Constants:
 
 WIDE, NARROW = "float32, float64", "bfloat16, float16"
 CONSTANTS: dict[str, dict[Statistic, Constants]] = {
-    WIDE: {"typical": Constants(k=1.25, c=0.0), "row": Constants(k=2.25, c=20.75), "element": Constants(k=2.75, c=19.0)},
-    NARROW: {"typical": Constants(k=1.75, c=0.0), "row": Constants(k=3.0, c=9.5), "element": Constants(k=3.0, c=8.0)},
+    WIDE: {"typical": Constants(k=1.5, c=7.25), "row": Constants(k=4.5, c=0.0), "element": Constants(k=4.5, c=0.0)},
+    NARROW: {"typical": Constants(k=1.75, c=0.0), "row": Constants(k=4.0, c=6.75), "element": Constants(k=3.5, c=7.25)},
 }
 """What ``computation`` allows, by precision and statistic.
 

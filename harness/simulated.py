@@ -72,5 +72,6 @@ class SimulatedRounding(EveryProduct):
     def _rounded(self, result: Tensor, variance: Tensor) -> Tensor:
         if result.device not in self._generators:
             self._generators[result.device] = torch.Generator(result.device).manual_seed(self.seed)
-        return result + variance.sqrt() * torch.randn(result.shape, generator=self._generators[result.device],
-                                                      dtype=result.dtype, device=result.device)
+        drawn = torch.randn(result.shape, generator=self._generators[result.device], dtype=result.dtype, device=result.device)
+        # A mask's minus infinity stays what it is.
+        return torch.where(result.isfinite(), result + variance.sqrt() * drawn, result)

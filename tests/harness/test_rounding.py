@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.budgets import rounding, sum_variance
+from harness.calibrate.draws import drawn_models
 from harness.calibrate.orders import DrawnOrders, Order, product
 from harness.checks.layers import _compare, draw_cases
 from harness.layer_cases import LayerCase, LayerProblem
@@ -195,6 +197,9 @@ def test_simulated_rounding_is_as_large_as_theory_says_and_touches_nothing_else(
     assert 0.9 < ((found - exact).square() / variance).mean() < 1.1
     assert torch.equal(single, x.float() @ weight.float().T)
     assert torch.equal(shifted, x + 1.0)
+    with SimulatedRounding("bfloat16", seed=0):
+        masked = x + torch.full_like(x, -math.inf)
+    assert torch.equal(masked, torch.full_like(x, -math.inf))
     assert 0.9 < (((sums - 2 * x) / (2 * x)).square() / (2.0**-16 / 3)).mean() < 1.1
     with SimulatedRounding("bfloat16", seed=0):
         again = F.linear(x, weight, bias)
@@ -202,3 +207,16 @@ def test_simulated_rounding_is_as_large_as_theory_says_and_touches_nothing_else(
         other = F.linear(x, weight, bias)
     assert torch.equal(again, found)
     assert not torch.equal(other, found)
+
+
+def test_simulated_rounding_knows_attention_that_is_made_of_products_and_a_mask() -> None:
+    """As torch computes it in float64 on a GPU."""
+    models = drawn_models(random.Random(3), "judge", 1, ("bfloat16",))
+    truth = next(models)
+    with sdpa_kernel(SDPBackend.MATH):
+        simulated = [torch.cat(draw) for draw in truth.simulated_logits]
+    exact = torch.cat(truth.exact_logits)
+    ratios = [((draw - exact).square().mean() / (torch.cat(truth.baseline_logits).double() - exact).square().mean()).sqrt()
+              for draw in simulated]
+    assert len(simulated) == 8
+    assert all(0.4 < ratio < 4 for ratio in ratios), "as far off as the model in that dtype, about"
