@@ -35,7 +35,7 @@ def power(report: Report) -> dict[str, tuple[tuple[float, ...], ...]]:
 
 
 def share(value: float) -> str:
-    return f"{100 * value:.2g} %" if value >= 1e-4 else f"{value:.1e}"
+    return f"{100 * value:.3g} %" if value >= 1e-4 else f"{value:.1e}"
 
 
 def lines_of(report: Report) -> dict[str, list[str]]:

@@ -104,7 +104,7 @@ def test_the_share_of_the_budgets_that_gpus_took_is_the_records() -> None:
     checks = [check for path in records for check in read_report(path).checks]
     assert {check.verdict for check in checks} == {"pass", "skipped"}, "README says all green"
     worst = max(check.error_over_budget or 0 for check in checks if check.check != "collectives")
-    assert f"`verify` on record there took {worst:.2f} of these budgets at most" in README
+    assert f"it took {worst:.2f}\n  of the budgets of that time at most" in README
 
 
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
