@@ -8,6 +8,7 @@ real model of that dtype is one such draw.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class EveryProduct(TorchDispatchMode):
 
 
 class SimulatedRounding(EveryProduct):
-    """Products of float64 come out with the error that ``dtype`` would give them."""
+    """Products and elementwise results of float64 come out with the error that ``dtype`` would give them."""
 
     dtypes = (torch.float64,)
 
@@ -52,26 +53,28 @@ class SimulatedRounding(EveryProduct):
         super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self.seed = seed
+        # How large an error is need not be known to more digits.
+        self._work = torch.float64 if dtype == "float64" else torch.float32
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def product(self, func: Any, a: Tensor, b: Tensor, addend: Tensor | None) -> Tensor:
         """Right but for rounding."""
-        added = () if addend is None else (addend,)
-        result: Tensor = func(*added, a, b)
-        squares = func(*(x.square() for x in added), a.square(), b.square())
-        return self._rounded(result, sum_variance(squares, result, self.dtype, addends=a.shape[-1] + len(added)))
+        operands = (a, b) if addend is None else (addend, a, b)
+        result: Tensor = func(*operands)
+        squares = func(*(x.to(self._work).square_() if x.dtype is not self._work else x.square() for x in operands))
+        variance = sum_variance(squares, result.to(self._work), self.dtype, addends=a.shape[-1] + len(operands) - 2)
+        return result + variance.sqrt_().mul_(self._drawn(result))
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
         # Not where a number is added to a tensor, as the eps of a norm: that is computed in float32 at least.
         if func in _ELEMENTWISE and result.dtype in self.dtypes and all(isinstance(x, Tensor) for x in args):
-            return self._rounded(result, (UNIT_ROUNDOFF[self.dtype] * result).square() / 3)
+            return result * (1 + self._drawn(result).double() * (UNIT_ROUNDOFF[self.dtype] / math.sqrt(3)))
         return result
 
-    def _rounded(self, result: Tensor, variance: Tensor) -> Tensor:
-        if result.device not in self._generators:
-            self._generators[result.device] = torch.Generator(result.device).manual_seed(self.seed)
-        drawn = torch.randn(result.shape, generator=self._generators[result.device], dtype=result.dtype, device=result.device)
-        # A mask's minus infinity stays what it is.
-        return torch.where(result.isfinite(), result + variance.sqrt() * drawn, result)
+    def _drawn(self, like: Tensor) -> Tensor:
+        """Normal values of its shape."""
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(self.seed)
+        return torch.randn(like.shape, generator=self._generators[like.device], dtype=self._work, device=like.device)

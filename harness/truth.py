@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -19,8 +19,6 @@ from transformers import AutoTokenizer
 from harness.simulated import SimulatedRounding
 from harness.subjects import Script
 from reference.hf import Activations, GreedyResult, Reference
-
-T = TypeVar("T")
 
 TEXTS = (
     "What is the capital of France?",
@@ -31,6 +29,8 @@ TEXTS = (
 NUM_NEW_TOKENS = 24
 NUM_SIMULATED = 8
 """Draws of simulated rounding: of one alone a row might come out right by luck."""
+NUM_SIMULATED_GREEDY = 2
+"""For near-ties, which both this and the baseline must have missed by luck to forbid one wrongly."""
 PROMPT_LENGTHS = (5, 17, 9, 12)
 SCRIPT_LENGTHS = (41, 37, 23)
 
@@ -107,16 +107,14 @@ class Truth:
         return self.baseline.logits(self.script.sequences)
 
     @cached_property
-    def simulated_logits(self) -> list[list[Tensor]]:
-        """The exact model's with simulated rounding: of each draw, those of each sequence."""
-        return self._simulated(lambda exact: exact.logits(self.script.sequences))
+    def simulated_logits(self) -> list[Tensor]:
+        """The exact model's with simulated rounding, all draws of a sequence: ``[NUM_SIMULATED, T, V]``."""
+        return self._simulated(self.script.sequences, NUM_SIMULATED)
 
-    def _simulated(self, compute: Callable[[Reference], T]) -> list[T]:
-        exact, draws = self.exact, []  # loaded before: only what it computes is to be rounded
-        for number in range(NUM_SIMULATED):
-            with SimulatedRounding(self.dtype, seed=number):
-                draws.append(compute(exact))
-        return draws
+    def _simulated(self, sequences: Sequence[Sequence[int]], draws: int) -> list[Tensor]:
+        exact = self.exact  # loaded before: only what it computes is to be rounded
+        with SimulatedRounding(self.dtype, seed=0):  # in one batch: each weight is read and squared once for all draws
+            return [exact.copies_of_logits(sequence, draws) for sequence in sequences]
 
     def exact_activations(self, sequence: int) -> Activations:
         """Of one sequence of the script; computed once."""
@@ -129,8 +127,11 @@ class Truth:
     def simulated_activations(self, sequence: int) -> list[Activations]:
         """The exact model's with simulated rounding, a draw each."""
         if sequence not in self._simulated_activations:
-            self._simulated_activations[sequence] = self._simulated(
-                lambda exact: exact.activations(self.script.sequences[sequence]))
+            exact, draws = self.exact, []
+            for number in range(NUM_SIMULATED):
+                with SimulatedRounding(self.dtype, seed=number):
+                    draws.append(exact.activations(self.script.sequences[sequence]))
+            self._simulated_activations[sequence] = draws
         return self._simulated_activations[sequence]
 
     def _activations_of(self, reference: Reference, sequence: int) -> Activations:
@@ -159,9 +160,10 @@ class Truth:
         return self._drawing_rows(self.baseline)
 
     @cached_property
-    def greedy_simulated_logits(self) -> list[list[Tensor]]:
-        """The exact ones with simulated rounding: of each draw, those of each prompt."""
-        return self._simulated(self._drawing_rows)
+    def greedy_simulated_logits(self) -> list[Tensor]:
+        """The exact ones with simulated rounding, all draws of a prompt: ``[NUM_SIMULATED_GREEDY, NUM_NEW_TOKENS, V]``."""
+        return [draws[:, len(prompt) - 1 : -1].clone() for prompt, draws in
+                zip(self.prompts, self._simulated(self.greedy_sequences, NUM_SIMULATED_GREEDY), strict=True)]
 
     def _drawing_rows(self, reference: Reference) -> list[Tensor]:
         whole = reference.logits(self.greedy_sequences)

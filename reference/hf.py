@@ -128,12 +128,17 @@ class Reference:
     @torch.no_grad()
     def logits(self, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Logits after every position of each sequence: [T, V] in the model's dtype, on the CPU."""
-        return [self._forward(ids).cpu() for ids in token_ids]
+        return [self._forward(ids)[0].cpu() for ids in token_ids]
+
+    @torch.no_grad()
+    def copies_of_logits(self, token_ids: Sequence[int], copies: int) -> torch.Tensor:
+        """The same of one sequence, computed in that many rows of a batch: [copies, T, V]."""
+        return self._forward(token_ids, copies).cpu()
 
     @torch.no_grad()
     def margins(self, token_ids: Sequence[int]) -> TopTwo:
         """The two best next tokens after each of the T positions, teacher-forced on ``token_ids``."""
-        best_ids, second_ids, margins = _top_two(self._forward(token_ids))
+        best_ids, second_ids, margins = _top_two(self._forward(token_ids)[0])
         return TopTwo(token_ids=best_ids, runners_up=second_ids, margins=margins)
 
     @torch.no_grad()
@@ -167,8 +172,8 @@ class Reference:
             self._forward(token_ids)
         return taken
 
-    def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=self._ids(token_ids), use_cache=False).logits[0]
+    def _forward(self, token_ids: Sequence[int], copies: int = 1) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=self._ids(token_ids).expand(copies, -1), use_cache=False).logits
         return logits
 
     def _continue(

@@ -59,7 +59,7 @@ def sample_models(pools: Pools, draw: random.Random, dtype: str, orders: str, nu
     for truth in drawn_models(draw, "fit", num_models, (dtype,)):
         with DrawnOrders(draw.randrange(2**31)) if is_drawn else nullcontext():
             baseline = torch.cat(truth.baseline_logits)
-        simulated = list(map(torch.cat, truth.simulated_logits))
+        simulated = list(torch.cat(truth.simulated_logits, 1))
         for tp_size in TP_SIZES:
             ranks = pools(tp_size, draw.choice(orders_of(tp_size)))
             ranks.run(load_model, truth.folder, truth.dtype, OPTIONS)

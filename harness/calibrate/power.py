@@ -137,7 +137,7 @@ def _logits_show(ranks: Ranks, truth: Truth, path: str, tp_rank: int, error: flo
     script = Script(sequences=sequences, steps=(tuple((number, len(ids)) for number, ids in enumerate(sequences)),))
     found = ranks.run(run_logits, script, path, Spoiled(tp_rank=tp_rank, error=error))[0][0]
     return not computation(found, torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype,
-                           list(map(torch.cat, truth.simulated_logits))).ok
+                           list(torch.cat(truth.simulated_logits, 1))).ok
 
 
 def sum_paths(truth: Truth) -> list[str]:

@@ -156,9 +156,8 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
 
 def _ties(truth: Truth) -> list[list[float]]:
     """For each prompt and greedy token the largest top-2 margin that rounding may turn round."""
-    by_prompt = zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, zip(*truth.greedy_simulated_logits, strict=True),
-                    strict=True)
-    return [near_tie_margins(baseline, exact, truth.dtype, simulated).tolist() for baseline, exact, simulated in by_prompt]
+    by_prompt = zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, truth.greedy_simulated_logits, strict=True)
+    return [near_tie_margins(baseline, exact, truth.dtype, list(draws)).tolist() for baseline, exact, draws in by_prompt]
 
 
 def _malformed(by_rank: list[list[list[int]]], what: str, truth: Truth) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def check_logits(context: CheckContext) -> Outcome:
         outcome = Outcome(cases=cases, compared=0, module="lm_head", tensors=tensors,
                           finding=f"the logits are {tuple(found.shape)}, they should be {tuple(exact.shape)}")
         return _located(outcome, context, range(cases))
-    comparison = computation(found, baseline, exact, context.dtype, list(map(torch.cat, truth.simulated_logits)))
+    comparison = computation(found, baseline, exact, context.dtype, list(torch.cat(truth.simulated_logits, 1)))
     if comparison.ok:
         return Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget)
     row = max(0, comparison.row)

@@ -166,7 +166,7 @@ def flipped(step: int, *, other_rank: list[int] | None = None) -> Outcome:
     truth = SimpleNamespace(
         dtype="bfloat16", config={"vocab_size": 40}, prompts=((1, 2),),
         greedy=[SimpleNamespace(token_ids=ids, margins=margins_T.tolist())], greedy_baseline_logits=[baseline_TV],
-        greedy_exact_logits=[exact_TV], greedy_simulated_logits=[[simulated_TV]],
+        greedy_exact_logits=[exact_TV], greedy_simulated_logits=[simulated_TV[None]],
         exact=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]),
         baseline=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]))
 

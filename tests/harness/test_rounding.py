@@ -214,7 +214,7 @@ def test_simulated_rounding_knows_attention_that_is_made_of_products_and_a_mask(
     models = drawn_models(random.Random(3), "judge", 1, ("bfloat16",))
     truth = next(models)
     with sdpa_kernel(SDPBackend.MATH):
-        simulated = [torch.cat(draw) for draw in truth.simulated_logits]
+        simulated = torch.cat(truth.simulated_logits, 1)
     exact = torch.cat(truth.exact_logits)
     ratios = [((draw - exact).square().mean() / (torch.cat(truth.baseline_logits).double() - exact).square().mean()).sqrt()
               for draw in simulated]
