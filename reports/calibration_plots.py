@@ -64,8 +64,9 @@ def errors_figure(calibration: Calibration) -> Figure:
             title = _TITLES.get(tolerance.statistic, tolerance.statistic)
             ax.set_title(f"{tolerance.precision}\n{title}", color=_INK, loc="left", fontsize=10)
             _style(ax, both_log=True)
-        figure.supylabel("error of correct sharded code, roundoffs of its scale", color=_SOFT, fontsize=9.5)
-        figure.supxlabel("reference error, roundoffs of its scale", color=_SOFT, fontsize=9.5)
+        for row in panels:
+            row[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale", color=_SOFT)
+        panels[-1][len(statistics) // 2].set_xlabel("reference error, roundoffs of its scale", color=_SOFT)
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=_INK)
     return figure
