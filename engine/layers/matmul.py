@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +22,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     """
     if is_gemv(x_TI, weight_OI):
         return gemv(x_TI, weight_OI, bias_O, settled=isinstance(weight_OI, nn.Parameter))
-    if x_TI.device.type == "cpu" and x_TI.dtype is torch.float32 and 1 <= x_TI.shape[0] <= _FEW_ROWS:
+    if (x_TI.device.type == "cpu" and x_TI.dtype is torch.float32 and 1 <= x_TI.shape[0] <= _FEW_ROWS
+            and prefers_weight_first()):
         return _linear_of_few_rows(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
@@ -33,6 +37,19 @@ def is_gemv(x_TI: Tensor, weight_OI: Tensor) -> bool:
         and weight_OI.stride() == (weight_OI.shape[1], 1) and weight_OI.shape[1] % 16 == 0
         and x_TI.stride(1) == 1 and x_TI.stride(0) % 16 == 0 and x_TI.data_ptr() % 16 == 0
     )
+
+
+@cache
+def prefers_weight_first() -> bool:
+    """Whether this CPU multiplies few float32 rows faster with the weight first: those of AMD do, by MKL.
+
+    Milliseconds a token of SmolLM2 at batch 1, 4 and 8: an Intel Xeon with AVX-512 takes 109, 110 and 112 so, 63, 92 and 117
+    with the rows first; an AMD EPYC is 1.64, 1.73 and 1.25 times as fast so.
+    """
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _linear_of_few_rows(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

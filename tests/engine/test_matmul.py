@@ -8,11 +8,14 @@ import torch
 from engine.layers.matmul import linear
 
 
+@pytest.mark.parametrize("weight_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 8, 9, 20])
-def test_any_number_of_rows(num_rows: int, dtype: torch.dtype, strided: bool, bias: bool) -> None:
+def test_any_number_of_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, dtype: torch.dtype, strided: bool, bias: bool,
+                            weight_first: bool) -> None:
+    monkeypatch.setattr("engine.layers.matmul.prefers_weight_first", lambda: weight_first)
     generator = torch.Generator().manual_seed(num_rows)
 
     def integers(*shape: int) -> torch.Tensor:
