@@ -3,8 +3,8 @@
 *Movement* (loading, gathering, looking up, writing to a cache) is bit-exact. *Reduction* is exact on integers that the dtype
 can add exactly, and bounded by rounding otherwise. *Computation* has two forms. A single operation (a layer, attention, a
 rotation) is held against the variance that rounding gives a sum in any order (``rounding``): nothing in it is measured. A
-whole model is measured (``computation``): a candidate may be so many times worse than the unsharded baseline of its
-dtype, or as simulated rounding, all against the exact reference.
+whole model is measured (``computation``): ``error <= max(k * reference error, c * u * scale)``, the reference error being that
+of the unsharded baseline of the same dtype or of simulated rounding, whichever is larger; all against the exact reference.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def sum_variance(squares: Tensor, total: Tensor, dtype: str, *, addends: int, pa
     (Higham and Mary 2019, section 2), so each adds ``u**2 / 3`` times the square of a partial sum. In a random order the partial
     sum of m of n addends has the mean square ``squares * m (n - m) / (n (n - 1)) + total**2 * m (m - 1) / (n (n - 1))``. Over
     the n - 1 additions of the deepest order, the sequential one, that adds up to at most ``(squares + total**2) * (n + 1) / 3``:
-    half of it if one addend outweighs all others, and 1.5 times as much if that one always comes first. Products round, too::
+    three quarters of it if one addend outweighs all others, 1.5 times as much if that one always comes first. Products round
+    too::
 
         variance = u**2 / 3 * (1 + n / 3) * (squares + total**2)
 

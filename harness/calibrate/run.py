@@ -1,4 +1,4 @@
-"""The whole of ``shardproof calibrate``: sample, fit, judge, and see what can be seen, each part in an interpreter of its own."""
+"""``shardproof calibrate``: sample, fit, judge and measure power, each part in an interpreter of its own."""
 
 from __future__ import annotations
 
