@@ -20,8 +20,7 @@ from .packages import foreign
 if TYPE_CHECKING:
     from harness.live_ranks import RankPools
 
-_ran = pytest.StashKey[int]()
-_skipped = pytest.StashKey[int]()
+_count = pytest.StashKey["Count"]()
 _tp_sizes = pytest.StashKey[list[int]]()
 _pools = pytest.StashKey["RankPools"]()
 
@@ -67,7 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more (NCCL)")
     # Here, so that wrong sizes end the run before it starts.
     config.stash[_tp_sizes] = tp_sizes(config.getoption(_dest("--tp-sizes"), "2"))
-    config.stash[_ran] = config.stash[_skipped] = 0
+    config.stash[_count] = Count()
+    config.pluginmanager.register(config.stash[_count])
 
 
 def tp_sizes(text: str) -> list[int]:
@@ -120,21 +120,32 @@ def _check_packages() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if _needs_gpus(item):
-        item.config.stash[_ran] += report.when == "call"
-        item.config.stash[_skipped] += report.skipped
+    report.needs_gpus = _needs_gpus(item)
     return report
+
+
+class Count:
+    """How many multigpu tests ran and were skipped. By their reports, which xdist's workers send to the process that decides."""
+
+    ran = 0
+    skipped = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if getattr(report, "needs_gpus", False):
+            self.ran += report.when == "call"
+            self.skipped += report.skipped
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
-    if exitstatus == 0 and config.stash[_skipped] and not config.stash[_ran] \
+    count = config.stash[_count]
+    if exitstatus == 0 and count.skipped and not count.ran \
             and not config.getoption(_dest("--tp-allow-skip"), False) \
             and "multigpu" in (config.option.markexpr or "").replace("not multigpu", ""):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None:
-            reporter.write_line(f"FAILED: all {config.stash[_skipped]} multigpu tests were skipped, so nothing was compared; "
+            reporter.write_line(f"FAILED: all {count.skipped} multigpu tests were skipped, so nothing was compared; "
                                 "--tp-allow-skip lets that pass", red=True)
 
 

@@ -216,12 +216,14 @@ def test_ranks_taken_in_the_middle_of_a_test_are_refused_likewise(pytester: pyte
 @pytest.mark.parametrize(("conftest", "arguments"), [
     ("", "ranks"), ('pytest_plugins = ["harness.plugin"]\n', ""),
 ], ids=["a test that takes ranks", "a project that loads harness.plugin"])
-def test_who_asks_has_multigpu_tests_skipped_below_two_gpus(conftest: str, arguments: str, pytester: pytest.Pytester,
-                                                            installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "two workers"])
+def test_who_asks_has_multigpu_tests_skipped_below_two_gpus(conftest: str, arguments: str, workers: tuple[str, ...],
+                                                            pytester: pytest.Pytester, installed: Installed,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     pytester.makeconftest(conftest)
     pytester.makepyfile(f"import pytest\n@pytest.mark.multigpu\ndef test_a({arguments}): pass\n")
-    result = installed("-m", "multigpu", "-rs")
+    result = installed("-m", "multigpu", "-rs", *workers)
     result.assert_outcomes(skipped=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines_random(["*multigpu needs two GPUs or more, torch sees 0*", "*nothing was compared*"])
