@@ -2,4 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
+
 pytest_plugins = ["harness.plugin", "pytester"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreters_of_tests_are_no_workers() -> None:
+    """A pytest that a test starts is not one of the workers that share this run, though it inherits their environment."""
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
