@@ -120,7 +120,7 @@ def _check_packages() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    report.needs_gpus = _needs_gpus(item)
+    report.needs_gpus = _needs_gpus(item)  # type: ignore[attr-defined]  # an attribute of ours, which travels along
     return report
 
 
