@@ -247,8 +247,8 @@ def _verdict_cell(row: CheckRow | None) -> CellView:
 
 def error_view(error: float) -> ErrorView:
     """A bar for an error over its budget: full from four thirds of the budget on."""
-    percent = 100.0 if math.isinf(error) else round(min(75 * error, 100), 1)
-    return ErrorView(text=format_number(float(f"{error:.3g}")), percent=percent, over=error > 1)
+    percent = round(min(75 * error, 100), 1) if math.isfinite(error) else 100.0
+    return ErrorView(text=format_number(float(f"{error:.3g}")), percent=percent, over=not error <= 1)
 
 
 def _skipped(rows: Sequence[CheckRow]) -> pd.DataFrame:

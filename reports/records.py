@@ -10,7 +10,6 @@ and from a file.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -35,7 +34,7 @@ from reports.rows import (
     Verdict,
     refuse_twins,
 )
-from reports.typed_json import RecordError, conform
+from reports.typed_json import RecordError, conform, plain
 
 __all__ = [
     "FILE_NAME",
@@ -165,10 +164,10 @@ def _file_of(folder_or_path: str | os.PathLike[str]) -> Path:
 
 def _encode(report: Report) -> str:
     def rows(items: Iterable[Record], indent: str = "  ") -> str:
-        lines = ",\n".join(f"{indent}  {_dump(_plain(item))}" for item in items)
+        lines = ",\n".join(f"{indent}  {_dump(plain(item))}" for item in items)
         return f"[\n{lines}\n{indent}]" if lines else "[]"
 
-    run = ",\n".join(f"    {_dump(name)}: {_dump(value)}" for name, value in _plain(report.run).items())
+    run = ",\n".join(f"    {_dump(name)}: {_dump(value)}" for name, value in plain(report.run).items())
     parts = {
         "format": _dump(FORMAT),
         "format_version": _dump(FORMAT_VERSION),
@@ -185,15 +184,6 @@ def _encode(report: Report) -> str:
 
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(record: Any) -> Any:
-    """A record as JSON values, its fields in the order in which they are declared."""
-    if isinstance(record, Record):
-        return {item.name: _plain(getattr(record, item.name)) for item in fields(record)}  # type: ignore[arg-type]
-    if isinstance(record, list):
-        return [_plain(item) for item in record]
-    return "inf" if record == math.inf else record
 
 
 def _refuse_constant(name: str) -> float:

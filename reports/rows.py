@@ -120,11 +120,13 @@ class CheckRow(Record):
     cases              examples drawn and run
     compared           values compared; a pass with none is refused, for nothing uncompared passes
     error_over_budget  worst error as a fraction of its budget, over 1 in a finding; infinite if the candidate
-                       has NaN or the budget is zero; None where the verdict is not about size
+                       has NaN or the budget is zero; NaN, which never passes, if it can't be told; None where the verdict is
+                       not about size
     excused            share of greedy ids excused as near-ties, 0 to 1
     rank, module       where it first goes wrong
     message            why: needed unless it passed
     replay             the one command that runs the finding again
+    extra              whatever else the check has to tell; ``traceback``: where an error came from
     """
 
     check: str
@@ -151,7 +153,7 @@ class CheckRow(Record):
         self._require(self.cases >= 0, "cases", "cannot be negative")
         self._require(self.compared >= 0, "compared", "cannot be negative")
         self._require(0 <= self.seconds < math.inf, "seconds", "must be finite and not negative")
-        self._require(error is None or error >= 0, "error_over_budget", "cannot be negative")
+        self._require(error is None or not error < 0, "error_over_budget", "cannot be negative")
         if self.rank is not None:
             self._require(0 <= self.rank < self.tp_size, "rank", f"no such rank in tp_size={self.tp_size}")
         self._require(self.excused is None or 0 <= self.excused <= 1, "excused", "a share is between 0 and 1")
@@ -161,6 +163,11 @@ class CheckRow(Record):
             self._require(within, "error_over_budget", "a check over its budget has not passed")
         else:
             self._require(self.message.strip() != "", "message", f"verdict={self.verdict!r} needs a reason")
+
+    @property
+    def traceback(self) -> str:
+        """Where an error came from; empty if the row does not say."""
+        return str(self.extra.get("traceback") or "")
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:

@@ -41,11 +41,12 @@ BENCH_KEYS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size
 
 def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """One row a `CheckRow`: checks in the order of their first row, then model, dtype, fabric, tp_size."""
-    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
-    ordered = sorted(rows, key=lambda row: (order[row.check], *row.key))
-    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} for row in ordered]
-    # An empty message is no message: None, as for every other column.
-    return _frame([line | {"message": line["message"] or None} for line in lines], CHECK_COLUMNS)
+    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} for row in _in_order(rows)]
+    for line in lines:
+        line["message"] = line["message"] or None  # an empty message is none, as in every other column
+        if (error := line["error_over_budget"]) is not None and math.isnan(error):
+            line["error_over_budget"] = "NaN"  # a NaN is an empty cell to pandas
+    return _frame(lines, CHECK_COLUMNS)
 
 
 def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
@@ -53,15 +54,19 @@ def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
 
     Model and dtype are columns where they differ, fabric where two of them ran one check and tp_size.
     """
-    table = checks_table(rows)
     varying = telling_columns(rows)
     sizes = sorted({row.tp_size for row in rows})
     cells: dict[tuple[str, ...], dict[str, object]] = {}
-    for record in table.to_dict("records"):
-        key = tuple(str(record[name]) for name in ("check", *varying))
-        cells.setdefault(key, {})[f"tp {record['tp_size']}"] = verdict_cell(str(record["verdict"]), record["error_over_budget"])
+    for row in _in_order(rows):
+        key = tuple(getattr(row, name) for name in ("check", *varying))
+        cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget)
     columns = ("check", *varying, *(f"tp {size}" for size in sizes))
     return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
+
+
+def _in_order(rows: Sequence[CheckRow]) -> list[CheckRow]:
+    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
+    return sorted(rows, key=lambda row: (order[row.check], *row.key))
 
 
 def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
@@ -76,7 +81,7 @@ def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
 
 def verdict_cell(verdict: str, error_over_budget: float | None) -> str:
     """``pass 0.43``: a verdict and, if it is about size, the error as a fraction of its budget."""
-    if error_over_budget is None or math.isnan(error_over_budget):
+    if error_over_budget is None:
         return verdict
     return f"{verdict} {format_number(float(f'{error_over_budget:.3g}'))}"
 
