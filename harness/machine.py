@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 
 from reports.records import Gpu, Machine, RunInfo
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pandas", "hypothesis", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pandas", "hypothesis", "flash-attn", "flash-attn-4")
+PEERS = {"vllm": "vllm", "nano-vllm": "nanovllm"}
+"""Other engines that `bench` can measure beside our own: distribution -> module."""
 SWITCH_PREFIXES = ("NCCL_", "CUBLAS_", "TORCH_", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -74,11 +77,12 @@ def _first_line(command: list[str]) -> str | None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *PEERS):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            continue
+            if package in PEERS and find_spec(PEERS[package]) is not None:  # a checkout, which says no version
+                found[package] = "unknown"
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda or "unknown"
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -64,7 +64,7 @@ class SpeedChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckChange:
-    """One check and layout, before and after; ``message`` and ``replay`` are the candidate's."""
+    """One check and layout, before and after; ``message``, ``replay`` and ``traceback`` are the candidate's."""
 
     check: str
     model: str
@@ -78,6 +78,7 @@ class CheckChange:
     candidate_error: float | None = None
     message: str = ""
     replay: str | None = None
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +257,7 @@ def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], 
                 candidate_error=after.error_over_budget if after else None,
                 message=after.message if after else "",
                 replay=after.replay if after else None,
+                traceback=after.traceback if after else "",
             )
         )
     return changes

@@ -33,7 +33,9 @@ from reports.tables import (
     check_changes_table,
     checks_pivot,
     checks_table,
+    joined,
     not_measured_table,
+    skipped_table,
     speed_changes_table,
     telling_columns,
 )
@@ -93,6 +95,7 @@ class IssueView:
     layout: str
     message: str
     replay: str | None
+    traceback: str
     rank: int | None
     module: str | None
     error: ErrorView | None
@@ -101,7 +104,7 @@ class IssueView:
 def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
     """A report as a page; ``peers`` names the engines that the benchmark rows are held against."""
     rows = checks_table(report.checks).drop(columns=["rank", "module", "message", "replay"])
-    skipped = [row for row in report.checks if row.verdict == "skipped"]
+    skipped = skipped_table(report.checks)
     groups = [("Findings", "finding"), ("Could not run", "error")]
     issues = [(name, [_row_issue(r) for r in report.checks if r.verdict == verdict]) for name, verdict in groups]
     return _render(
@@ -115,11 +118,12 @@ def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
         issue_groups=[(name, items) for name, items in issues if items],
         pivot=_pivot(report.checks) if report.checks else None,
         checks=_table(rows) if report.checks else None,
-        skipped=_table(_skipped(skipped)) if skipped else None,
+        skipped=_table(skipped) if len(skipped) else None,
         calibration=[(name, text, _table(table)) for name, (text, table) in calibration_tables(report).items()],
         calibration_plots=_as_images(calibration_plots(report.calibration)) if report.calibration else {},
         benches=[(name, _table(table)) for name, table in bench_tables(report.benches, peers=peers).items()],
-        not_measured=_table(not_measured_table(report.not_measured)) if report.not_measured else None,
+        not_measured=_table(joined(not_measured_table(report.not_measured))) if report.not_measured else None,
+        broken=[row for row in report.not_measured if row.traceback],
         plots=bench_plots(report.benches),
         glyphs=GLYPHS,
         num_colours=NUM_COLOURS,
@@ -251,10 +255,6 @@ def error_view(error: float) -> ErrorView:
     return ErrorView(text=format_number(float(f"{error:.3g}")), percent=percent, over=not error <= 1)
 
 
-def _skipped(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    return pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in rows], dtype=object)
-
-
 def _row_issue(row: CheckRow) -> IssueView:
     return IssueView(
         check=row.check,
@@ -263,6 +263,7 @@ def _row_issue(row: CheckRow) -> IssueView:
         layout=f"tp_size {row.tp_size} · {row.dtype} · {row.fabric} · {row.model}",
         message=row.message,
         replay=row.replay,
+        traceback=row.traceback,
         rank=row.rank,
         module=row.module,
         error=error_view(row.error_over_budget) if row.error_over_budget is not None else None,
@@ -278,6 +279,7 @@ def _change_issue(change: CheckChange) -> IssueView:
         layout=f"tp_size {change.tp_size} · {change.dtype} · {change.fabric} · {change.model}",
         message=change.message,
         replay=change.replay,
+        traceback=change.traceback,
         rank=None,
         module=None,
         error=error_view(error) if error is not None else None,

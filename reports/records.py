@@ -79,8 +79,11 @@ class Report(Record):
 
     @property
     def exit_code(self) -> int:
-        """0 fine; 1 a finding; 3 could not run: an error, checks that compared nothing, or no row at all."""
-        verdicts = {row.verdict for row in self.checks}
+        """0 fine; 1 a finding; 3 could not run: an error, checks that compared nothing, or no row at all.
+
+        A finding is told even where something else could not run.
+        """
+        verdicts = {row.verdict for row in self.checks} | {row.verdict for row in self.not_measured}
         if "finding" in verdicts:
             return 1
         did_something = any(row.compared for row in self.checks) if self.checks else bool(self.benches)

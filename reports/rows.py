@@ -229,7 +229,10 @@ class BenchRow(Record):
 class NotMeasured(Record):
     """A benchmark case that was asked for and has no figures: a peer that is missing, an interrupted run.
 
-    case     None for all cases of the workload; likewise tp_size
+    case       None for all cases of the workload; likewise tp_size
+    verdict    ``error`` if it was there and broke, or did not do what it was asked for; else ``skipped``
+    reason     in one line
+    traceback  where an error came from
     """
 
     workload: str
@@ -237,6 +240,8 @@ class NotMeasured(Record):
     reason: str
     case: str | None = None
     tp_size: int | None = None
+    verdict: Literal["skipped", "error"] = "skipped"
+    traceback: str = ""
 
     def _check(self) -> None:
         self._require(self.reason.strip() != "", "reason", "what was not measured has a reason")

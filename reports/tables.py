@@ -20,8 +20,10 @@ __all__ = [
     "check_changes_table",
     "checks_pivot",
     "checks_table",
+    "joined",
     "not_measured_table",
     "rows_table",
+    "skipped_table",
     "speed_changes_table",
     "to_csv",
     "to_markdown",
@@ -168,8 +170,27 @@ def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
 
 def not_measured_table(rows: Sequence[NotMeasured]) -> pd.DataFrame:
     """One row a `NotMeasured`."""
-    columns = ("workload", "case", "engine", "tp_size", "reason")
+    columns = ("verdict", "workload", "case", "engine", "tp_size", "reason")
     return _frame([{name: getattr(row, name) for name in columns} for row in rows], columns)
+
+
+def skipped_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
+    """The skipped ones of ``rows`` and why: one line for those of a check with one reason."""
+    lines = [{"check": row.check, "model": row.model, "tp_size": row.tp_size, "reason": row.message}
+             for row in rows if row.verdict == "skipped"]
+    table = joined(_frame(lines, ("check", "model", "tp_size", "reason")))
+    return table if table["model"].nunique() > 1 else table.drop(columns="model")
+
+
+def joined(table: pd.DataFrame) -> pd.DataFrame:
+    """One line for lines that differ in ``tp_size`` alone, with all of their sizes."""
+    others = [str(name) for name in table.columns if name != "tp_size"]
+    sizes: dict[tuple[object, ...], list[object]] = {}
+    for line in table.to_dict("records"):
+        sizes.setdefault(tuple(line[name] for name in others), []).append(line["tp_size"])
+    lines = [dict(zip(others, key, strict=True)) | {"tp_size": own[0] if len(own) == 1 else ", ".join(map(str, own))}
+             for key, own in sizes.items()]
+    return _frame(lines, [str(name) for name in table.columns])
 
 
 def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from reports.metrics import label
 from reports.records import FILE_NAME, BenchRow, NotMeasured, Report, read_report, write_report
 from reports.render import write_all, write_comparison
 from reports.summary import comparison_headline, without_constants
-from reports.tables import bench_tables, check_changes_table, not_measured_table, speed_changes_table
+from reports.tables import bench_tables, check_changes_table, joined, not_measured_table, speed_changes_table
 from reports.text_tables import format_number, to_text
 from reports.typed_json import RecordError
 
@@ -67,7 +67,7 @@ def bench_command(
     """Measure throughput, latency, layers, collectives and loading, against peers and the hardware's bounds.
 
     Exits 0 when all was measured (missing peers are named, and no failure), 1 if --against finds it slower, 2 on wrong usage,
-    3 if it could not run or was interrupted.
+    3 if it could not run, was interrupted, or has an error in it, such as a peer that returned fewer tokens than asked for.
     """
     names = tuple(dict.fromkeys(workload or ["quick"]))
     peers = None if peer is None else tuple(name for name in dict.fromkeys(peer) if name != "none")
@@ -118,10 +118,13 @@ def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_
         return COULD_NOT_RUN
     if save_baseline:
         sys.stdout.write(f"baseline: {write_report(_baseline_path(report, workloads), report)}\n")
-    if BASELINE not in result.reports:
-        return 0
-    # Both sides took turns on one machine, so a slower row is no accident of the day.
-    return _write_comparison(compare(result.reports[BASELINE], report, gate=True, in_turns=True), out / "compare")
+    compared = 0
+    if BASELINE in result.reports:
+        # Both sides took turns on one machine, so a slower row is no accident of the day.
+        compared = _write_comparison(compare(result.reports[BASELINE], report, gate=True, in_turns=True), out / "compare")
+    if report.exit_code:
+        errors.print("[red]not all of it ran[/red]: the report names what broke", highlight=False)
+    return compared or report.exit_code
 
 
 def compare_command(
@@ -189,7 +192,8 @@ def _report_text(report: Report) -> str:
         shared = ", ".join(f"{key} {value}" for key, value in constants.items() if key != "workload")
         parts.append(f"\n{name}{f' ({shared})' if shared else ''}\n{to_text(short)}")
     if report.not_measured:
-        parts.append(f"\nnot measured\n{to_text(without_constants(not_measured_table(report.not_measured), ())[0])}")
+        table = joined(not_measured_table(report.not_measured))
+        parts.append(f"\nnot measured\n{to_text(without_constants(table, ())[0])}")
     return "".join(parts)
 
 
@@ -202,7 +206,8 @@ def _row_line(side: str, row: BenchRow) -> str:
 
 def _missing_line(item: NotMeasured) -> str:
     size = "" if item.tp_size is None else f" tp {item.tp_size}"
-    return f"not measured: {item.workload}{f': {item.case}' if item.case else ''}: {item.engine}{size}: {item.reason}"
+    what = "error" if item.verdict == "error" else "not measured"
+    return f"{what}: {item.workload}{f': {item.case}' if item.case else ''}: {item.engine}{size}: {item.reason}"
 
 
 def _fail(message: str, code: int) -> NoReturn:

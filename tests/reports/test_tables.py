@@ -140,9 +140,9 @@ def test_each_workload_has_a_table_of_its_own() -> None:
 def test_csv_holds_every_row_in_full_precision() -> None:
     report = a_full_report()
     lines = list(csv.DictReader(io.StringIO(to_csv(rows_table(report)))))
-    assert [line["kind"] for line in lines] == ["check"] * 6 + ["bench"] * 6 + ["not_measured"]
-    assert float(lines[6]["iqr"]) == 1.0
-    by_check = {(line["check"], line["tp_size"]): line for line in lines[:6]}
+    assert [line["kind"] for line in lines] == ["check"] * 7 + ["bench"] * 6 + ["not_measured"] * 3
+    assert float(lines[7]["iqr"]) == 1.0
+    by_check = {(line["check"], line["tp_size"]): line for line in lines[:7]}
     assert by_check["weights", "2"]["message"] == report.checks[1].message
     assert by_check["logits", "2"]["error_over_budget"] == "inf"
     assert by_check["weights", "1"]["rank"] == ""
