@@ -85,11 +85,20 @@ def comparison_markdown(comparison: Comparison) -> str:
 def speed_note(comparison: Comparison) -> str:
     """How the speed verdicts came about, in a few words."""
     effect, sure = f"{100 * comparison.smallest_effect:g} %", f"{100 * comparison.confidence:g} %"
-    gate = "fails the comparison" if comparison.gate else "is reported and does not fail the comparison"
+    fails_at = comparison.fails_at
+    if fails_at is None:
+        gate = "A slower row is reported and does not fail the comparison."
+    elif fails_at == 1:
+        gate = "A slower row fails the comparison."
+    else:
+        gate = (f"A row that is for sure {fails_at:.3g} times slower at least fails the comparison; others are reported: a CPU's "
+                "speed changes from run to run.")
+    if comparison.differences:
+        gate += " The machines differ: their speeds say little about the code."
     what = "the median ratio of rounds that took turns" if comparison.in_turns else "the ratio of medians"
     return (
         f"Times better is {what}, above 1 is better; slower or faster needs a change of "
-        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. A slower row {gate}."
+        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. {gate}"
     )
 
 

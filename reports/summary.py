@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from reports.compare import Comparison
+from reports.compare import HARDWARE, Comparison
 from reports.records import Report, RunInfo
 from reports.text_tables import MISSING, format_cell, format_number
 
@@ -65,6 +65,10 @@ def comparison_headline(comparison: Comparison) -> Headline:
     """The verdict on a comparison, agreeing with its exit code."""
     counts = comparison.counts
     detail = ", ".join(f"{count} {verdict}" for verdict in TONES if (count := counts[verdict]))
+    if comparison.differences and comparison.speeds:
+        detail += "; unlike machines: " + ", ".join(f"{name} {old} → {new}" for name, (old, new) in comparison.differences.items())
+    if comparison.machine_lost > 1 + comparison.smallest_effect:
+        detail += f"; the machine itself was up to {comparison.machine_lost:.3g} times slower ({HARDWARE})"
     if comparison.regressions:
         text = plural(len(comparison.regressions), "regression")
         return Headline(text=text, detail=detail, tone="bad")

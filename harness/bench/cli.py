@@ -23,7 +23,7 @@ from harness.bench.step import Watcher
 from harness.bench.worker import WorkerError
 from harness.bench.workloads import WORKLOADS
 from reference.checkpoints import CheckpointError
-from reports.compare import HARDWARE, Comparison, UnlikeMachinesError, compare
+from reports.compare import CLEARLY_SLOWER, HARDWARE, Comparison, UnlikeMachinesError, compare
 from reports.markdown import comparison_markdown
 from reports.metrics import label
 from reports.records import FILE_NAME, BenchRow, NotMeasured, Report, read_report, write_report
@@ -131,7 +131,8 @@ def compare_command(
     baseline: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds one.")],
     candidate: Annotated[Path, typer.Argument(help="The same, of the run to judge.")],
     gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Whether a slower row fails. Default: on like "
-                                              "machines with a GPU, where speeds repeat from run to run.")] = None,
+                                              "machines, with a GPU every one, without one those that are clearly slower, by "
+                                              f"{CLEARLY_SLOWER:g} times.")] = None,
     allow_unlike: Annotated[bool, typer.Option("--allow-unlike", help="Compare speeds of unlike machines.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html, .csv and .xml (JUnit).")] = COMPARE_OUT,
 ) -> None:
