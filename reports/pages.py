@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,8 @@ _HEADINGS = {
     "tp_size": "tp", "error_over_budget": "error / budget", "scaling_efficiency": "scaling",
     "percent_of_bound": "% of bound", "times_better": "times better", "seconds": "took", "memory_gib": "memory, GiB",
 }  # fmt: skip
+_FRACTION = re.compile(r"(\.\d+)?( s)?$")
+_SENTENCES = ("reason", "message")
 _LONGEST_LINE = 36  # characters; longer cells may wrap
 
 
@@ -60,12 +63,24 @@ class ErrorView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellView:
-    """One cell: its text, its CSS class ``kind``, the tone of a verdict, an error to draw."""
+    """One cell: its text, its CSS class ``kind``, the tone of a verdict, an error to draw.
+
+    ``fraction``: the end of its number, from the decimal point on. In a column all of them begin at one place: ``places`` is how
+    many characters the longest has, ``width`` how many the longest number would then have.
+    """
 
     text: str
     kind: str = "text"
     tone: str = ""
     error: ErrorView | None = None
+    fraction: str = ""
+    places: int = 0
+    width: int = 0
+
+    @property
+    def number(self) -> str:
+        """What is to be aligned, if anything is."""
+        return self.error.text if self.error else self.text if self.kind.startswith("number") else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +205,22 @@ def _table(table: pd.DataFrame) -> TableView:
     ]
     return TableView(
         columns=[ColumnView(label=_heading(name), kind=kind) for (name, _), kind in zip(columns, kinds, strict=True)],
-        rows=[list(row) for row in zip(*cells, strict=True)],
+        rows=_rows(cells),
         shared=", ".join(f"{_HEADINGS.get(name, name)} {value}" for name, value in constants.items()),
     )
+
+
+def _rows(columns: Sequence[Sequence[CellView]]) -> list[list[CellView]]:
+    """The cells of columns row by row, the decimal points of each column below each other."""
+    aligned = []
+    for cells in columns:
+        fractions = [found[0] if (found := _FRACTION.search(cell.number)) else "" for cell in cells]
+        pairs = list(zip(cells, fractions, strict=True))
+        places = max(map(len, fractions), default=0)
+        width = places + max((len(cell.number) - len(fraction) for cell, fraction in pairs), default=0)
+        aligned.append([replace(cell, fraction=fraction, places=places, width=width) if cell.number else cell
+                        for cell, fraction in pairs])
+    return [list(row) for row in zip(*aligned, strict=True)]
 
 
 def _heading(name: str) -> str:
@@ -221,7 +249,8 @@ def _cell(name: str, value: object) -> CellView:
         return CellView(text=text, kind="number")
     if name == "interval":
         return CellView(text=text, kind="number")
-    return CellView(text=text, kind="text long" if len(text) > _LONGEST_LINE or "\n" in text else "text")
+    is_long = name in _SENTENCES or len(text) > _LONGEST_LINE or "\n" in text
+    return CellView(text=text, kind="text long" if is_long else "text")
 
 
 def _pivot(rows: Sequence[CheckRow]) -> TableView:
@@ -231,15 +260,11 @@ def _pivot(rows: Sequence[CheckRow]) -> TableView:
     view = _table(table)
     varying = telling_columns(rows)
     found = {(row.check, *(getattr(row, name) for name in varying), f"tp {row.tp_size}"): row for row in rows}
-    body = []
-    for line in table.to_dict("records"):
-        key = tuple(line[name] for name in ("check", *varying))
-        body.append([
-            *(CellView(text=format_cell(line[name])) for name in ("check", *varying)),
-            *(_verdict_cell(found.get((*key, size))) for size in sizes),
-        ])  # fmt: skip
+    keys = [tuple(line[name] for name in ("check", *varying)) for line in table.to_dict("records")]
+    cells = [[CellView(text=format_cell(name)) for name in names] for names in zip(*keys, strict=True)]
+    cells += [[_verdict_cell(found.get((*key, size))) for key in keys] for size in sizes]
     columns = [ColumnView(label=_heading(name), kind="text") for name in ("check", *varying, *sizes)]
-    return TableView(columns=columns, rows=body, shared=view.shared)
+    return TableView(columns=columns, rows=_rows(cells), shared=view.shared)
 
 
 def _verdict_cell(row: CheckRow | None) -> CellView:

@@ -158,6 +158,31 @@ def test_equal_skips_are_one_line_with_all_their_sizes(tmp_path: Path) -> None:
     assert paths["csv"].read_text().count("needs gloo") == 3, "a table for programs has a line for each"
 
 
+def test_the_decimal_points_of_a_column_stand_below_each_other() -> None:
+    errors = [0.5, 0.0625, 12.0, 3.25]
+    rows = [a_check(f"c{i}", 1, "finding", error_over_budget=error, seconds=seconds)
+            for i, (error, seconds) in enumerate(zip(errors, (0.25, 12.0, 3.5, 100.0), strict=True))]
+    source = report_html(a_report(*rows, *(a_bench(str(i), samples={"step_ms": [value]}) for i, value in enumerate(errors))))
+    for kind, numbers in (
+        ("value", ["0|.5", "0|.0625", "12|", "3|.25"]),  # in the table of checks by tp_size
+        ("number", ["0|.5", "0|.0625", "12|", "3|.25"]),  # medians
+        ("number", ["0|.25 s", "12| s", "3|.5 s", "1 min 40| s"]),  # the longest fraction of either has five characters
+    ):
+        for whole, fraction in (number.split("|") for number in numbers):
+            assert re.search(f'class="{kind}"[^>]*>{whole}<span class="fraction" style="width: 5ch">{fraction}</span>', source)
+    assert "font-variant-numeric: tabular-nums" in source
+
+
+def test_a_command_wraps_and_one_click_selects_all_of_it() -> None:
+    source = PAGES["full"]()
+    rules = dict(re.findall(r"^(pre(?:\.command)?) \{([^}]*)\}", source, re.MULTILINE))
+    assert "user-select: all" in rules["pre.command"]
+    assert "white-space: pre-wrap" in rules["pre"]
+    assert "overflow-wrap: anywhere" in rules["pre"]
+    assert "white-space" not in rules["pre.command"], "a line that is not broken is clipped on a narrow screen"
+    assert '<pre class="command">shardproof &lt;x&gt;</pre>' in source
+
+
 def test_every_verdict_is_told_in_words() -> None:
     badges = re.findall(r'<span class="badge (\w+)">([^<]+)</span>', PAGES["full"]())
     assert {("good", "pass"), ("bad", "finding"), ("quiet", "skipped"), ("warn", "error")} <= set(badges)
