@@ -89,6 +89,7 @@ class RunInfo(Record):
     seconds     wall clock of the whole run
     versions    ``python``, ``torch``, ``nccl``, …
     switches    what changes numbers or speed: TF32, reduced-precision reduction, NCCL_*, backends
+    version     of this project; None in records from before it was noted
     """
 
     command: str
@@ -101,6 +102,12 @@ class RunInfo(Record):
     machine: Machine
     versions: dict[str, str]
     switches: dict[str, Any]
+    version: str | None = None
+
+    @property
+    def code(self) -> str | None:
+        """The commit, marked ``-dirty`` if files differed from it; None outside a repository."""
+        return f"{self.commit}-dirty" if self.commit and self.dirty else self.commit
 
     def _check(self) -> None:
         self._require(self.command != "", "command", "a run has a command")

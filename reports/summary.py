@@ -66,7 +66,8 @@ def comparison_headline(comparison: Comparison) -> Headline:
     counts = comparison.counts
     detail = ", ".join(f"{count} {verdict}" for verdict in TONES if (count := counts[verdict]))
     if comparison.differences and comparison.speeds:
-        detail += "; unlike machines: " + ", ".join(f"{name} {old} → {new}" for name, (old, new) in comparison.differences.items())
+        unlike = (f"{name} {old} → {new}" for name, (old, new) in comparison.differences.items())
+        detail += f"; unlike machines: {', '.join(unlike)}"
     if comparison.machine_lost > 1 + comparison.smallest_effect:
         detail += f"; the machine itself was up to {comparison.machine_lost:.3g} times slower ({HARDWARE})"
     if comparison.regressions:
@@ -91,6 +92,7 @@ def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
         f"{format_number(round(machine.memory_gib, 1))} GiB",
         "GPUs": "; ".join(f"{count} × {name}" for name, count in gpus.items()),
         "started": run.started_at.replace("T", " ").replace("+00:00", " UTC").replace("Z", " UTC"),
+        "version": run.version or "",
         "took": duration(run.seconds),
         "seed": "" if run.seed is None else str(run.seed),
     }

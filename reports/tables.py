@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 
 from reports import metrics
-from reports.compare import CheckChange, CheckVerdict, SpeedChange, SpeedVerdict
-from reports.records import BenchRow, CheckRow, NotMeasured, Report
+from reports.compare import CheckChange, CheckVerdict, Comparison, SpeedChange, SpeedVerdict
+from reports.records import BenchRow, CheckRow, NotMeasured, Report, RunInfo
 from reports.text_tables import format_number, to_markdown, to_text
 
 __all__ = [
     "bench_table",
     "bench_tables",
+    "changes_table",
     "check_changes_table",
     "checks_pivot",
     "checks_table",
@@ -194,12 +195,22 @@ def joined(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:
-    """All rows of a report in one table, for CSV: the checks, the benchmark cases, what was not measured."""
+    """All rows of a report in one table, for CSV: the checks, the benchmark cases, what was not measured; each with its run."""
+    run = report.run
     return stacked(
         check=checks_table(report.checks),
         bench=bench_table(report.benches, peers=peers),
         not_measured=not_measured_table(report.not_measured),
-    )
+    ).assign(commit=run.code, started_at=run.started_at, version=run.version)
+
+
+def changes_table(comparison: Comparison) -> pd.DataFrame:
+    """All rows of a comparison in one table, for CSV: checks and speeds; each with both runs."""
+    table = stacked(check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds))
+    for side in ("baseline", "candidate"):
+        run: RunInfo = getattr(comparison, side)
+        table = table.assign(**{f"{side}_commit": run.code, f"{side}_started_at": run.started_at, f"{side}_version": run.version})
+    return table
 
 
 def stacked(**parts: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,3 +41,9 @@ def test_a_record_names_the_version_of_every_peer_that_could_be_measured(tmp_pat
     found = run_info("bench", started_at=datetime.now(UTC), seed=0).versions
     assert {name: found.get(name) for name in ("vllm", "nano-vllm", "flash-attn-4", "torch")} == {
         "vllm": "0.26.1", "nano-vllm": "unknown", "flash-attn-4": "4.0.0b5", "torch": torch.__version__}
+
+
+def test_a_record_names_the_version_of_this_project() -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    run = run_info("verify", started_at=datetime.now(UTC), seed=0)
+    assert getattr(run, "version", None) == pyproject["project"]["version"]

@@ -66,6 +66,7 @@ reports = st.builds(
         seed=st.none() | st.integers(),
         machine=st.sampled_from([Machine(**CPU), Machine(**CPU, instruction_set="AVX2"), Machine(**GPU)]),
         switches=st.dictionaries(texts, json_values, max_size=3),
+        version=st.none() | texts,
     ),
     checks=st.lists(check_rows(), max_size=4, unique_by=lambda row: row.key),
     benches=st.lists(bench_rows(), max_size=3, unique_by=lambda row: row.key),
@@ -103,6 +104,14 @@ def test_an_error_that_is_no_number_is_a_finding_that_every_form_shows(tmp_path:
     assert "finding NaN" in to_text(checks_pivot(report.checks))
     with pytest.raises(RecordError, match="a check over its budget has not passed"):
         a_check(error_over_budget=math.nan)
+
+
+def test_a_record_from_before_versions_were_noted_can_be_read(tmp_path: Any) -> None:
+    path = write_report(tmp_path, a_report(a_check()))
+    data = json.loads(path.read_text())
+    assert data["run"].pop("version", "no such field") is None
+    path.write_text(json.dumps(data))
+    assert read_report(path) == a_report(a_check())
 
 
 def test_rows_are_written_one_a_line(tmp_path: Any) -> None:
