@@ -61,6 +61,8 @@ __all__ = [
 FORMAT = "shardproof-report"
 FORMAT_VERSION = 1
 FILE_NAME = "report.json"
+LARGEST_FILE = 64 * 2**20
+"""Bytes that are read at most; a whole calibration has a third of a million."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +109,12 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     """
     path = Path(folder_or_path)
     path = path / FILE_NAME if path.is_dir() else path
+    with path.open("rb") as file:  # a file, a pipe, or a device that never ends
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise RecordError(f"no report of ours: larger than {LARGEST_FILE >> 20} MiB", file=str(path))
     try:
-        text = path.read_bytes().decode()
+        text = content.decode()
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -129,6 +135,8 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
         report: Report = conform(Report, data, "")
     except RecordError as error:
         raise RecordError(error.problem, where=_with_line(error.where, text, data), file=str(path)) from None
+    except RecursionError:
+        raise RecordError("holds values inside values too deep for a report", file=str(path)) from None
     return report
 
 
