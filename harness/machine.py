@@ -6,8 +6,10 @@ import os
 import platform
 import subprocess
 import sys
+import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 
 from reports.records import Gpu, Machine, RunInfo
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pandas", "hypothesis", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pandas", "hypothesis", "flash-attn", "flash-attn-4")
+PEERS = {"vllm": "vllm", "nano-vllm": "nanovllm"}
+"""Other engines that `bench` can measure beside our own: distribution -> module."""
 SWITCH_PREFIXES = ("NCCL_", "CUBLAS_", "TORCH_", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -27,7 +31,17 @@ def run_info(command: str, *, started_at: datetime, seed: int | None, argv: list
         command=command, argv=argv if argv is not None else ["shardproof", *sys.argv[1:]], commit=commit, dirty=dirty, seed=seed,
         started_at=started_at.isoformat(timespec="seconds"), seconds=(datetime.now(UTC) - started_at).total_seconds(),
         machine=machine(), versions=_versions(), switches=_switches(),
+        version=project_version(),
     )
+
+
+def project_version() -> str:
+    """This project's own version: of the checkout that runs, or else of what is installed."""
+    try:
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+        return str(project["version"]) if project["name"] == "shardproof" else version("shardproof")
+    except (OSError, KeyError):
+        return version("shardproof")
 
 
 def machine() -> Machine:
@@ -74,11 +88,12 @@ def _first_line(command: list[str]) -> str | None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *PEERS):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            continue
+            if package in PEERS and find_spec(PEERS[package]) is not None:  # a checkout, which says no version
+                found[package] = "unknown"
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda or "unknown"
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -22,6 +22,10 @@ CheckVerdict = Literal[
 
 HARDWARE = "hardware"
 """The workload of rows that tell what the machine could do in this run. Slower ones explain, and fail nothing."""
+CLEARLY_SLOWER = 1.5
+"""On a CPU, whose speed changes from run to run, a row fails from so many times slower on, beyond what the machine itself lost.
+The same code measured against itself was never called 1.1 times slower in turns, nor 1.3 times in runs minutes apart on a machine
+that others kept busy (docs/ci.md)."""
 
 
 class UnlikeMachinesError(ValueError):
@@ -64,7 +68,7 @@ class SpeedChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckChange:
-    """One check and layout, before and after; ``message`` and ``replay`` are the candidate's."""
+    """One check and layout, before and after; ``message``, ``replay`` and ``traceback`` are the candidate's."""
 
     check: str
     model: str
@@ -78,14 +82,15 @@ class CheckChange:
     candidate_error: float | None = None
     message: str = ""
     replay: str | None = None
+    traceback: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Everything that `compare` found. ``differences`` of machines, ``switches``: field -> (before, after).
 
-    ``confidence`` is for all rows together; ``gate`` says whether a slower row fails; ``in_turns`` whether rounds were held
-    against each other in pairs.
+    ``confidence`` is for all rows together; ``in_turns`` says whether rounds were held against each other in pairs; a slower row
+    fails if it is for sure ``fails_at`` times slower at least: 1 for every slower row, None for no row.
     """
 
     baseline: RunInfo
@@ -94,7 +99,7 @@ class Comparison:
     checks: Sequence[CheckChange]
     differences: dict[str, tuple[str, str]]
     switches: dict[str, tuple[str, str]]
-    gate: bool
+    fails_at: float | None
     smallest_effect: float
     confidence: float
     in_turns: bool = False
@@ -105,11 +110,21 @@ class Comparison:
         return Counter([change.verdict for change in self.checks] + [change.verdict for change in self.speeds])
 
     @property
+    def machine_lost(self) -> float:
+        """How many times slower the hardware's own rows were, the worst of them; 1 if none was, or there are none."""
+        return _machine_lost(self.speeds)
+
+    @property
     def regressions(self) -> list[SpeedChange | CheckChange]:
-        """The rows that fail this comparison: broken checks, new findings and, if ``gate``, slower rows."""
+        """The rows that fail this comparison: broken checks, new findings and rows that are slower by enough (``fails_at``)."""
         broken = [change for change in self.checks if change.verdict in ("broken", "new finding")]
-        slower = [change for change in self.speeds if change.verdict == "slower" and change.workload != HARDWARE]
-        return [*broken, *(slower if self.gate else ())]
+        return [*broken, *(change for change in self.speeds if self._is_too_slow(change))]
+
+    def _is_too_slow(self, change: SpeedChange) -> bool:
+        if change.verdict != "slower" or change.workload == HARDWARE or self.fails_at is None:
+            return False
+        assert change.high is not None, "a row that is slower has an interval"
+        return change.high * self.fails_at <= 1
 
     @property
     def exit_code(self) -> int:
@@ -150,7 +165,8 @@ def compare(
     """Hold ``candidate`` against ``baseline``, row by row.
 
     allow_unlike     compare speeds although the machines' fingerprints differ
-    gate             whether a slower row fails; None means: on like machines with a GPU, where speeds repeat
+    gate             whether a slower row fails; None means: on like machines with a GPU, where speeds repeat, any; on like
+                     machines without one those that are ``CLEARLY_SLOWER``, beyond what the hardware's own rows lost; else none
     in_turns         both sides were measured in one run, taking turns: their rounds are held against each other in pairs,
                      where there are enough of them
     smallest_effect  relative change of a median below which it does not matter
@@ -171,20 +187,32 @@ def compare(
     differences = _differences(old, new)
     if differences and not allow_unlike and baseline.benches and candidate.benches:
         raise UnlikeMachinesError(differences)
-    if gate is None:
-        gate = bool(candidate.run.machine.gpus) and not differences
+    speeds = _compare_speeds(baseline.benches, candidate.benches, smallest_effect, 1 - confidence, seed, in_turns)
+    fails_at = {True: 1.0, False: None}[gate] if gate is not None else _usual_gate(speeds, candidate.run, differences)
     return Comparison(
         baseline=baseline.run,
         candidate=candidate.run,
-        speeds=_compare_speeds(baseline.benches, candidate.benches, smallest_effect, 1 - confidence, seed, in_turns),
+        speeds=speeds,
         checks=_compare_checks(baseline.checks, candidate.checks, error_spread),
         differences=differences,
         switches=_differences(_texts(baseline.run.switches), _texts(candidate.run.switches)),
-        gate=gate,
+        fails_at=fails_at,
         smallest_effect=smallest_effect,
         confidence=confidence,
         in_turns=in_turns,
     )
+
+
+def _usual_gate(speeds: Sequence[SpeedChange], run: RunInfo, differences: dict[str, tuple[str, str]]) -> float | None:
+    if differences:
+        return None
+    if run.machine.gpus:
+        return 1.0
+    return CLEARLY_SLOWER * _machine_lost(speeds)
+
+
+def _machine_lost(speeds: Sequence[SpeedChange]) -> float:
+    return max([1.0, *(1 / change.gain for change in speeds if change.workload == HARDWARE and change.gain)])
 
 
 def _compare_speeds(
@@ -256,6 +284,7 @@ def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], 
                 candidate_error=after.error_over_budget if after else None,
                 message=after.message if after else "",
                 replay=after.replay if after else None,
+                traceback=after.traceback if after else "",
             )
         )
     return changes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from xml.etree import ElementTree
 
@@ -11,6 +10,7 @@ from reports.compare import CheckChange, Comparison, SpeedChange
 from reports.metrics import label
 from reports.tables import verdict_cell
 from reports.text_tables import format_number, printable
+from reports.typed_json import plain
 
 _NOT_COMPARED = ("only in baseline", "only in candidate", "too noisy", "no longer compared")
 
@@ -57,9 +57,7 @@ def comparison_junit(comparison: Comparison) -> str:
 
 
 def _dump(value: object) -> str:
-    if isinstance(value, dict):  # JSON has no infinity: spelt as in a report
-        value = {name: "inf" if item == math.inf else item for name, item in value.items()}
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
 
 
 def _group(change: SpeedChange | CheckChange) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +24,9 @@ from reports.tables import (
     bench_tables,
     check_changes_table,
     checks_pivot,
+    joined,
     not_measured_table,
+    skipped_table,
     speed_changes_table,
     verdict_cell,
 )
@@ -43,9 +46,8 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
     if report.checks:
         parts += ["## Checks\n", "Verdict, and the worst error as a fraction of its budget.\n"]
         parts.append(to_markdown(checks_pivot(report.checks)))
-    if skipped := [row for row in report.checks if row.verdict == "skipped"]:
-        table = pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in skipped])
-        parts += ["## Skipped\n", to_markdown(table)]
+    if len(skipped := skipped_table(report.checks)):
+        parts += ["## Skipped\n", to_markdown(skipped)]
     for heading, (text, table) in calibration_tables(report).items():
         parts += [f"## {heading}\n", f"{escape_markdown(text)}\n", to_markdown(table)]
     if report.benches:
@@ -53,7 +55,9 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
         for name, table in bench_tables(report.benches, peers=peers).items():
             parts += [f"### {escape_markdown(name)}\n", _compact(table)]
     if report.not_measured:
-        parts += ["## Not measured\n", to_markdown(without_constants(not_measured_table(report.not_measured), ())[0])]
+        table = joined(not_measured_table(report.not_measured))
+        parts += ["## Not measured\n", to_markdown(without_constants(table, ())[0])]
+        parts += [_folded(f"Traceback: {row.reason}", row.traceback) for row in report.not_measured if row.traceback]
     parts.append(_how_it_ran(report.run))
     return "\n".join(parts)
 
@@ -81,11 +85,20 @@ def comparison_markdown(comparison: Comparison) -> str:
 def speed_note(comparison: Comparison) -> str:
     """How the speed verdicts came about, in a few words."""
     effect, sure = f"{100 * comparison.smallest_effect:g} %", f"{100 * comparison.confidence:g} %"
-    gate = "fails the comparison" if comparison.gate else "is reported and does not fail the comparison"
+    fails_at = comparison.fails_at
+    if fails_at is None:
+        gate = "A slower row is reported and does not fail the comparison."
+    elif fails_at == 1:
+        gate = "A slower row fails the comparison."
+    else:
+        gate = (f"A row that is for sure {fails_at:.3g} times slower at least fails the comparison; others are reported: a CPU's "
+                "speed changes from run to run.")
+    if comparison.differences:
+        gate += " The machines differ: their speeds say little about the code."
     what = "the median ratio of rounds that took turns" if comparison.in_turns else "the ratio of medians"
     return (
         f"Times better is {what}, above 1 is better; slower or faster needs a change of "
-        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. A slower row {gate}."
+        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. {gate}"
     )
 
 
@@ -112,7 +125,13 @@ def _finding(row: CheckRow) -> str:
     if row.error_over_budget is not None:
         text += f"Error over budget: {verdict_cell('', row.error_over_budget).strip()}\n\n"
     text += fenced(row.message)
-    return text + (f"\nRun it again:\n\n{fenced(row.replay)}" if row.replay else "")
+    text += f"\nRun it again:\n\n{fenced(row.replay)}" if row.replay else ""
+    return text + (f"\n{_folded('Traceback', row.traceback)}" if row.traceback else "")
+
+
+def _folded(summary: str, text: str) -> str:
+    # No Markdown is read inside a line of HTML.
+    return f"<details><summary>{html.escape(printable(summary), quote=False)}</summary>\n\n{fenced(text)}\n</details>\n"
 
 
 def _compact(table: pd.DataFrame) -> str:
@@ -132,7 +151,8 @@ def _changes(table: pd.DataFrame) -> str:
 def _change_details(change: CheckChange) -> str:
     head = f"### {escape_markdown(change.check)} · tp_size {change.tp_size} · {change.verdict}"
     text = f"{head}\n\n{fenced(change.message)}"
-    return text + (f"\nRun it again:\n\n{fenced(change.replay)}" if change.replay else "")
+    text += f"\nRun it again:\n\n{fenced(change.replay)}" if change.replay else ""
+    return text + (f"\n{_folded('Traceback', change.traceback)}" if change.traceback else "")
 
 
 def _how_it_ran(run: RunInfo) -> str:

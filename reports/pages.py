@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,7 +34,9 @@ from reports.tables import (
     check_changes_table,
     checks_pivot,
     checks_table,
+    joined,
     not_measured_table,
+    skipped_table,
     speed_changes_table,
     telling_columns,
 )
@@ -44,6 +47,8 @@ _HEADINGS = {
     "tp_size": "tp", "error_over_budget": "error / budget", "scaling_efficiency": "scaling",
     "percent_of_bound": "% of bound", "times_better": "times better", "seconds": "took", "memory_gib": "memory, GiB",
 }  # fmt: skip
+_FRACTION = re.compile(r"(\.\d+)?( s)?$")
+_SENTENCES = ("reason", "message")
 _LONGEST_LINE = 36  # characters; longer cells may wrap
 
 
@@ -58,12 +63,24 @@ class ErrorView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellView:
-    """One cell: its text, its CSS class ``kind``, the tone of a verdict, an error to draw."""
+    """One cell: its text, its CSS class ``kind``, the tone of a verdict, an error to draw.
+
+    ``fraction``: the end of its number, from the decimal point on. In a column all of them begin at one place: ``places`` is how
+    many characters the longest has, ``width`` how many the longest number would then have.
+    """
 
     text: str
     kind: str = "text"
     tone: str = ""
     error: ErrorView | None = None
+    fraction: str = ""
+    places: int = 0
+    width: int = 0
+
+    @property
+    def number(self) -> str:
+        """What is to be aligned, if anything is."""
+        return self.error.text if self.error else self.text if self.kind.startswith("number") else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +110,7 @@ class IssueView:
     layout: str
     message: str
     replay: str | None
+    traceback: str
     rank: int | None
     module: str | None
     error: ErrorView | None
@@ -101,7 +119,7 @@ class IssueView:
 def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
     """A report as a page; ``peers`` names the engines that the benchmark rows are held against."""
     rows = checks_table(report.checks).drop(columns=["rank", "module", "message", "replay"])
-    skipped = [row for row in report.checks if row.verdict == "skipped"]
+    skipped = skipped_table(report.checks)
     groups = [("Findings", "finding"), ("Could not run", "error")]
     issues = [(name, [_row_issue(r) for r in report.checks if r.verdict == verdict]) for name, verdict in groups]
     return _render(
@@ -115,11 +133,12 @@ def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
         issue_groups=[(name, items) for name, items in issues if items],
         pivot=_pivot(report.checks) if report.checks else None,
         checks=_table(rows) if report.checks else None,
-        skipped=_table(_skipped(skipped)) if skipped else None,
+        skipped=_table(skipped) if len(skipped) else None,
         calibration=[(name, text, _table(table)) for name, (text, table) in calibration_tables(report).items()],
         calibration_plots=_as_images(calibration_plots(report.calibration)) if report.calibration else {},
         benches=[(name, _table(table)) for name, table in bench_tables(report.benches, peers=peers).items()],
-        not_measured=_table(not_measured_table(report.not_measured)) if report.not_measured else None,
+        not_measured=_table(joined(not_measured_table(report.not_measured))) if report.not_measured else None,
+        broken=[row for row in report.not_measured if row.traceback],
         plots=bench_plots(report.benches),
         glyphs=GLYPHS,
         num_colours=NUM_COLOURS,
@@ -186,9 +205,22 @@ def _table(table: pd.DataFrame) -> TableView:
     ]
     return TableView(
         columns=[ColumnView(label=_heading(name), kind=kind) for (name, _), kind in zip(columns, kinds, strict=True)],
-        rows=[list(row) for row in zip(*cells, strict=True)],
+        rows=_rows(cells),
         shared=", ".join(f"{_HEADINGS.get(name, name)} {value}" for name, value in constants.items()),
     )
+
+
+def _rows(columns: Sequence[Sequence[CellView]]) -> list[list[CellView]]:
+    """The cells of columns row by row, the decimal points of each column below each other."""
+    aligned = []
+    for cells in columns:
+        fractions = [found[0] if (found := _FRACTION.search(cell.number)) else "" for cell in cells]
+        pairs = list(zip(cells, fractions, strict=True))
+        places = max(map(len, fractions), default=0)
+        width = places + max((len(cell.number) - len(fraction) for cell, fraction in pairs), default=0)
+        aligned.append([replace(cell, fraction=fraction, places=places, width=width) if cell.number else cell
+                        for cell, fraction in pairs])
+    return [list(row) for row in zip(*aligned, strict=True)]
 
 
 def _heading(name: str) -> str:
@@ -217,7 +249,8 @@ def _cell(name: str, value: object) -> CellView:
         return CellView(text=text, kind="number")
     if name == "interval":
         return CellView(text=text, kind="number")
-    return CellView(text=text, kind="text long" if len(text) > _LONGEST_LINE or "\n" in text else "text")
+    is_long = name in _SENTENCES or len(text) > _LONGEST_LINE or "\n" in text
+    return CellView(text=text, kind="text long" if is_long else "text")
 
 
 def _pivot(rows: Sequence[CheckRow]) -> TableView:
@@ -227,15 +260,11 @@ def _pivot(rows: Sequence[CheckRow]) -> TableView:
     view = _table(table)
     varying = telling_columns(rows)
     found = {(row.check, *(getattr(row, name) for name in varying), f"tp {row.tp_size}"): row for row in rows}
-    body = []
-    for line in table.to_dict("records"):
-        key = tuple(line[name] for name in ("check", *varying))
-        body.append([
-            *(CellView(text=format_cell(line[name])) for name in ("check", *varying)),
-            *(_verdict_cell(found.get((*key, size))) for size in sizes),
-        ])  # fmt: skip
+    keys = [tuple(line[name] for name in ("check", *varying)) for line in table.to_dict("records")]
+    cells = [[CellView(text=format_cell(name)) for name in names] for names in zip(*keys, strict=True)]
+    cells += [[_verdict_cell(found.get((*key, size))) for key in keys] for size in sizes]
     columns = [ColumnView(label=_heading(name), kind="text") for name in ("check", *varying, *sizes)]
-    return TableView(columns=columns, rows=body, shared=view.shared)
+    return TableView(columns=columns, rows=_rows(cells), shared=view.shared)
 
 
 def _verdict_cell(row: CheckRow | None) -> CellView:
@@ -247,12 +276,8 @@ def _verdict_cell(row: CheckRow | None) -> CellView:
 
 def error_view(error: float) -> ErrorView:
     """A bar for an error over its budget: full from four thirds of the budget on."""
-    percent = 100.0 if math.isinf(error) else round(min(75 * error, 100), 1)
-    return ErrorView(text=format_number(float(f"{error:.3g}")), percent=percent, over=error > 1)
-
-
-def _skipped(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    return pd.DataFrame([{"check": r.check, "tp_size": r.tp_size, "reason": r.message} for r in rows], dtype=object)
+    percent = round(min(75 * error, 100), 1) if math.isfinite(error) else 100.0
+    return ErrorView(text=format_number(float(f"{error:.3g}")), percent=percent, over=not error <= 1)
 
 
 def _row_issue(row: CheckRow) -> IssueView:
@@ -263,6 +288,7 @@ def _row_issue(row: CheckRow) -> IssueView:
         layout=f"tp_size {row.tp_size} · {row.dtype} · {row.fabric} · {row.model}",
         message=row.message,
         replay=row.replay,
+        traceback=row.traceback,
         rank=row.rank,
         module=row.module,
         error=error_view(row.error_over_budget) if row.error_over_budget is not None else None,
@@ -278,6 +304,7 @@ def _change_issue(change: CheckChange) -> IssueView:
         layout=f"tp_size {change.tp_size} · {change.dtype} · {change.fabric} · {change.model}",
         message=change.message,
         replay=change.replay,
+        traceback=change.traceback,
         rank=None,
         module=None,
         error=error_view(error) if error is not None else None,

@@ -10,7 +10,6 @@ and from a file.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -35,7 +34,7 @@ from reports.rows import (
     Verdict,
     refuse_twins,
 )
-from reports.typed_json import RecordError, conform
+from reports.typed_json import RecordError, conform, plain
 
 __all__ = [
     "FILE_NAME",
@@ -62,6 +61,8 @@ __all__ = [
 FORMAT = "shardproof-report"
 FORMAT_VERSION = 1
 FILE_NAME = "report.json"
+LARGEST_FILE = 64 * 2**20
+"""Bytes that are read at most; a whole calibration has a third of a million."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +81,11 @@ class Report(Record):
 
     @property
     def exit_code(self) -> int:
-        """0 fine; 1 a finding; 3 could not run: an error, checks that compared nothing, or no row at all."""
-        verdicts = {row.verdict for row in self.checks}
+        """0 fine; 1 a finding; 3 could not run: an error, checks that compared nothing, or no row at all.
+
+        A finding is told even where something else could not run.
+        """
+        verdicts = {row.verdict for row in self.checks} | {row.verdict for row in self.not_measured}
         if "finding" in verdicts:
             return 1
         did_something = any(row.compared for row in self.checks) if self.checks else bool(self.benches)
@@ -105,8 +109,12 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
     """
     path = Path(folder_or_path)
     path = path / FILE_NAME if path.is_dir() else path
+    with path.open("rb") as file:  # a file, a pipe, or a device that never ends
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise RecordError(f"no report of ours: larger than {LARGEST_FILE >> 20} MiB", file=str(path))
     try:
-        text = path.read_bytes().decode()
+        text = content.decode()
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
@@ -127,6 +135,8 @@ def read_report(folder_or_path: str | os.PathLike[str]) -> Report:
         report: Report = conform(Report, data, "")
     except RecordError as error:
         raise RecordError(error.problem, where=_with_line(error.where, text, data), file=str(path)) from None
+    except RecursionError:
+        raise RecordError("holds values inside values too deep for a report", file=str(path)) from None
     return report
 
 
@@ -165,10 +175,10 @@ def _file_of(folder_or_path: str | os.PathLike[str]) -> Path:
 
 def _encode(report: Report) -> str:
     def rows(items: Iterable[Record], indent: str = "  ") -> str:
-        lines = ",\n".join(f"{indent}  {_dump(_plain(item))}" for item in items)
+        lines = ",\n".join(f"{indent}  {_dump(plain(item))}" for item in items)
         return f"[\n{lines}\n{indent}]" if lines else "[]"
 
-    run = ",\n".join(f"    {_dump(name)}: {_dump(value)}" for name, value in _plain(report.run).items())
+    run = ",\n".join(f"    {_dump(name)}: {_dump(value)}" for name, value in plain(report.run).items())
     parts = {
         "format": _dump(FORMAT),
         "format_version": _dump(FORMAT_VERSION),
@@ -185,15 +195,6 @@ def _encode(report: Report) -> str:
 
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _plain(record: Any) -> Any:
-    """A record as JSON values, its fields in the order in which they are declared."""
-    if isinstance(record, Record):
-        return {item.name: _plain(getattr(record, item.name)) for item in fields(record)}  # type: ignore[arg-type]
-    if isinstance(record, list):
-        return [_plain(item) for item in record]
-    return "inf" if record == math.inf else record
 
 
 def _refuse_constant(name: str) -> float:

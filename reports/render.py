@@ -12,7 +12,7 @@ from reports.files import write_whole
 from reports.markdown import comparison_markdown, report_markdown
 from reports.pages import comparison_html, report_html
 from reports.records import Report, write_report
-from reports.tables import check_changes_table, rows_table, speed_changes_table, stacked, to_csv
+from reports.tables import changes_table, rows_table, to_csv
 
 
 def write_all(report: Report, out_dir: str | os.PathLike[str], *, peers: Sequence[str] = ()) -> dict[str, Path]:
@@ -31,12 +31,11 @@ def write_all(report: Report, out_dir: str | os.PathLike[str], *, peers: Sequenc
 
 def write_comparison(comparison: Comparison, out_dir: str | os.PathLike[str]) -> dict[str, Path]:
     """Write ``report.json``, ``.md``, ``.html``, ``.csv``, ``.xml`` (JUnit); return their paths by suffix."""
-    table = stacked(check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds))
     texts = {
         "json": comparison_json(comparison),
         "md": comparison_markdown(comparison),
         "html": comparison_html(comparison),
-        "csv": to_csv(table),
+        "csv": to_csv(changes_table(comparison)),
         "xml": comparison_junit(comparison),
     }
     return _write(texts, Path(out_dir))

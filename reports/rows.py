@@ -89,6 +89,7 @@ class RunInfo(Record):
     seconds     wall clock of the whole run
     versions    ``python``, ``torch``, ``nccl``, …
     switches    what changes numbers or speed: TF32, reduced-precision reduction, NCCL_*, backends
+    version     of this project; None in records from before it was noted
     """
 
     command: str
@@ -101,6 +102,12 @@ class RunInfo(Record):
     machine: Machine
     versions: dict[str, str]
     switches: dict[str, Any]
+    version: str | None = None
+
+    @property
+    def code(self) -> str | None:
+        """The commit, marked ``-dirty`` if files differed from it; None outside a repository."""
+        return f"{self.commit}-dirty" if self.commit and self.dirty else self.commit
 
     def _check(self) -> None:
         self._require(self.command != "", "command", "a run has a command")
@@ -120,11 +127,13 @@ class CheckRow(Record):
     cases              examples drawn and run
     compared           values compared; a pass with none is refused, for nothing uncompared passes
     error_over_budget  worst error as a fraction of its budget, over 1 in a finding; infinite if the candidate
-                       has NaN or the budget is zero; None where the verdict is not about size
+                       has NaN or the budget is zero; NaN, which never passes, if it can't be told; None where the verdict is
+                       not about size
     excused            share of greedy ids excused as near-ties, 0 to 1
     rank, module       where it first goes wrong
     message            why: needed unless it passed
     replay             the one command that runs the finding again
+    extra              whatever else the check has to tell; ``traceback``: where an error came from
     """
 
     check: str
@@ -151,7 +160,7 @@ class CheckRow(Record):
         self._require(self.cases >= 0, "cases", "cannot be negative")
         self._require(self.compared >= 0, "compared", "cannot be negative")
         self._require(0 <= self.seconds < math.inf, "seconds", "must be finite and not negative")
-        self._require(error is None or error >= 0, "error_over_budget", "cannot be negative")
+        self._require(error is None or not error < 0, "error_over_budget", "cannot be negative")
         if self.rank is not None:
             self._require(0 <= self.rank < self.tp_size, "rank", f"no such rank in tp_size={self.tp_size}")
         self._require(self.excused is None or 0 <= self.excused <= 1, "excused", "a share is between 0 and 1")
@@ -161,6 +170,11 @@ class CheckRow(Record):
             self._require(within, "error_over_budget", "a check over its budget has not passed")
         else:
             self._require(self.message.strip() != "", "message", f"verdict={self.verdict!r} needs a reason")
+
+    @property
+    def traceback(self) -> str:
+        """Where an error came from; empty if the row does not say."""
+        return str(self.extra.get("traceback") or "")
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
@@ -222,7 +236,10 @@ class BenchRow(Record):
 class NotMeasured(Record):
     """A benchmark case that was asked for and has no figures: a peer that is missing, an interrupted run.
 
-    case     None for all cases of the workload; likewise tp_size
+    case       None for all cases of the workload; likewise tp_size
+    verdict    ``error`` if it was there and broke, or did not do what it was asked for; else ``skipped``
+    reason     in one line
+    traceback  where an error came from
     """
 
     workload: str
@@ -230,6 +247,8 @@ class NotMeasured(Record):
     reason: str
     case: str | None = None
     tp_size: int | None = None
+    verdict: Literal["skipped", "error"] = "skipped"
+    traceback: str = ""
 
     def _check(self) -> None:
         self._require(self.reason.strip() != "", "reason", "what was not measured has a reason")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from reports.compare import Comparison
+from reports.compare import HARDWARE, Comparison
 from reports.records import Report, RunInfo
 from reports.text_tables import MISSING, format_cell, format_number
 
@@ -65,6 +65,11 @@ def comparison_headline(comparison: Comparison) -> Headline:
     """The verdict on a comparison, agreeing with its exit code."""
     counts = comparison.counts
     detail = ", ".join(f"{count} {verdict}" for verdict in TONES if (count := counts[verdict]))
+    if comparison.differences and comparison.speeds:
+        unlike = (f"{name} {old} → {new}" for name, (old, new) in comparison.differences.items())
+        detail += f"; unlike machines: {', '.join(unlike)}"
+    if comparison.machine_lost > 1 + comparison.smallest_effect:
+        detail += f"; the machine itself was up to {comparison.machine_lost:.3g} times slower ({HARDWARE})"
     if comparison.regressions:
         text = plural(len(comparison.regressions), "regression")
         return Headline(text=text, detail=detail, tone="bad")
@@ -87,6 +92,7 @@ def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
         f"{format_number(round(machine.memory_gib, 1))} GiB",
         "GPUs": "; ".join(f"{count} × {name}" for name, count in gpus.items()),
         "started": run.started_at.replace("T", " ").replace("+00:00", " UTC").replace("Z", " UTC"),
+        "version": run.version or "",
         "took": duration(run.seconds),
         "seed": "" if run.seed is None else str(run.seed),
     }

@@ -10,18 +10,21 @@ import numpy as np
 import pandas as pd
 
 from reports import metrics
-from reports.compare import CheckChange, CheckVerdict, SpeedChange, SpeedVerdict
-from reports.records import BenchRow, CheckRow, NotMeasured, Report
+from reports.compare import CheckChange, CheckVerdict, Comparison, SpeedChange, SpeedVerdict
+from reports.records import BenchRow, CheckRow, NotMeasured, Report, RunInfo
 from reports.text_tables import format_number, to_markdown, to_text
 
 __all__ = [
     "bench_table",
     "bench_tables",
+    "changes_table",
     "check_changes_table",
     "checks_pivot",
     "checks_table",
+    "joined",
     "not_measured_table",
     "rows_table",
+    "skipped_table",
     "speed_changes_table",
     "to_csv",
     "to_markdown",
@@ -41,11 +44,12 @@ BENCH_KEYS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size
 
 def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """One row a `CheckRow`: checks in the order of their first row, then model, dtype, fabric, tp_size."""
-    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
-    ordered = sorted(rows, key=lambda row: (order[row.check], *row.key))
-    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} for row in ordered]
-    # An empty message is no message: None, as for every other column.
-    return _frame([line | {"message": line["message"] or None} for line in lines], CHECK_COLUMNS)
+    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} for row in _in_order(rows)]
+    for line in lines:
+        line["message"] = line["message"] or None  # an empty message is none, as in every other column
+        if (error := line["error_over_budget"]) is not None and math.isnan(error):
+            line["error_over_budget"] = "NaN"  # a NaN is an empty cell to pandas
+    return _frame(lines, CHECK_COLUMNS)
 
 
 def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
@@ -53,15 +57,19 @@ def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
 
     Model and dtype are columns where they differ, fabric where two of them ran one check and tp_size.
     """
-    table = checks_table(rows)
     varying = telling_columns(rows)
     sizes = sorted({row.tp_size for row in rows})
     cells: dict[tuple[str, ...], dict[str, object]] = {}
-    for record in table.to_dict("records"):
-        key = tuple(str(record[name]) for name in ("check", *varying))
-        cells.setdefault(key, {})[f"tp {record['tp_size']}"] = verdict_cell(str(record["verdict"]), record["error_over_budget"])
+    for row in _in_order(rows):
+        key = tuple(getattr(row, name) for name in ("check", *varying))
+        cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget)
     columns = ("check", *varying, *(f"tp {size}" for size in sizes))
     return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
+
+
+def _in_order(rows: Sequence[CheckRow]) -> list[CheckRow]:
+    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
+    return sorted(rows, key=lambda row: (order[row.check], *row.key))
 
 
 def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
@@ -76,7 +84,7 @@ def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
 
 def verdict_cell(verdict: str, error_over_budget: float | None) -> str:
     """``pass 0.43``: a verdict and, if it is about size, the error as a fraction of its budget."""
-    if error_over_budget is None or math.isnan(error_over_budget):
+    if error_over_budget is None:
         return verdict
     return f"{verdict} {format_number(float(f'{error_over_budget:.3g}'))}"
 
@@ -163,17 +171,46 @@ def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
 
 def not_measured_table(rows: Sequence[NotMeasured]) -> pd.DataFrame:
     """One row a `NotMeasured`."""
-    columns = ("workload", "case", "engine", "tp_size", "reason")
+    columns = ("verdict", "workload", "case", "engine", "tp_size", "reason")
     return _frame([{name: getattr(row, name) for name in columns} for row in rows], columns)
 
 
+def skipped_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
+    """The skipped ones of ``rows`` and why: one line for those of a check with one reason."""
+    lines = [{"check": row.check, "model": row.model, "tp_size": row.tp_size, "reason": row.message}
+             for row in rows if row.verdict == "skipped"]
+    table = joined(_frame(lines, ("check", "model", "tp_size", "reason")))
+    return table if table["model"].nunique() > 1 else table.drop(columns="model")
+
+
+def joined(table: pd.DataFrame) -> pd.DataFrame:
+    """One line for lines that differ in ``tp_size`` alone, with all of their sizes."""
+    others = [str(name) for name in table.columns if name != "tp_size"]
+    sizes: dict[tuple[object, ...], list[object]] = {}
+    for line in table.to_dict("records"):
+        sizes.setdefault(tuple(line[name] for name in others), []).append(line["tp_size"])
+    lines = [dict(zip(others, key, strict=True)) | {"tp_size": own[0] if len(own) == 1 else ", ".join(map(str, own))}
+             for key, own in sizes.items()]
+    return _frame(lines, [str(name) for name in table.columns])
+
+
 def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:
-    """All rows of a report in one table, for CSV: the checks, the benchmark cases, what was not measured."""
+    """All rows of a report in one table, for CSV: the checks, the benchmark cases, what was not measured; each with its run."""
+    run = report.run
     return stacked(
         check=checks_table(report.checks),
         bench=bench_table(report.benches, peers=peers),
         not_measured=not_measured_table(report.not_measured),
-    )
+    ).assign(commit=run.code, started_at=run.started_at, version=run.version)
+
+
+def changes_table(comparison: Comparison) -> pd.DataFrame:
+    """All rows of a comparison in one table, for CSV: checks and speeds; each with both runs."""
+    table = stacked(check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds))
+    for side in ("baseline", "candidate"):
+        run: RunInfo = getattr(comparison, side)
+        table = table.assign(**{f"{side}_commit": run.code, f"{side}_started_at": run.started_at, f"{side}_version": run.version})
+    return table
 
 
 def stacked(**parts: pd.DataFrame) -> pd.DataFrame:

@@ -20,6 +20,10 @@ def format_number(value: float) -> str:
     >>> [format_number(v) for v in (22734.8, 0.41234, 5.0, 1e-7, 12)]
     ['22,735', '0.4123', '5', '1e-07', '12']
     """
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isnan(value):
+        return "NaN"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     if value == int(value) and abs(value) < 1e15:

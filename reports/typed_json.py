@@ -1,6 +1,9 @@
 """Values checked against the type hints of a dataclass, with the path of whatever does not fit.
 
 One function serves both directions: records made in Python and records read from a file pass the same check.
+
+JSON has no infinity and no NaN. Where a number is declared they are the strings ``"inf"``, ``"-inf"`` and ``"nan"``; among
+free values, where such a string may be a text, the object ``{"float": "nan"}``.
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin
+
+# NaN is this one object in every record, so that a record equals what comes back from its file.
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+_TAG = "float"
 
 
 class RecordError(ValueError):
@@ -72,14 +79,12 @@ def conform(hint: Any, value: Any, where: str) -> Any:
 def _scalar(hint: Any, value: Any, where: str) -> Any:
     # bool is an int to Python, and True as a count is always a mistake.
     if hint is float:
-        if value == "inf":  # the one value that JSON cannot spell and a record needs
-            return math.inf
+        if isinstance(value, str) and value in _NOT_FINITE:
+            return _NOT_FINITE[value]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise RecordError("is too large for a number", where=where)
-            if math.isnan(value):
-                raise RecordError("is NaN, which no record may hold", where=where)
-            return float(value)
+            return math.nan if math.isnan(value) else float(value)
         raise _wrong_type("a number", value, where)
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return int(value)
@@ -120,12 +125,28 @@ def _json_value(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
-        if not math.isfinite(value):
-            raise RecordError(f"is {value}, which JSON cannot hold", where=where)
-        return value
+        return math.nan if math.isnan(value) else value
     if isinstance(value, dict):
+        if value.keys() == {_TAG} and isinstance(value[_TAG], str) and value[_TAG] in _NOT_FINITE:
+            return _NOT_FINITE[value[_TAG]]
         return conform(dict[str, Any], value, where)
     return conform(list[Any], value, where)
+
+
+def plain(value: Any, hint: Any = float) -> Any:
+    """``value`` as JSON can hold it: dataclasses as objects, numbers that are not finite as `conform` reads them back."""
+    if is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        return {field.name: plain(getattr(value, field.name), hints[field.name]) for field in fields(value)}
+    if isinstance(value, dict):
+        inner = (get_args(hint) or (hint,))[-1]
+        return {key: plain(item, inner) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        inner = (get_args(hint) or (hint,))[0]
+        return [plain(item, inner) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_TAG: str(value)} if hint is Any else str(value)
+    return value
 
 
 def _wrong_type(wanted: str, value: Any, where: str) -> RecordError:

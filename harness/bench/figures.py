@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +12,14 @@ Figures = dict[str, float]
 """metric -> value of one round; the metric's name ends in its unit"""
 TokenTimes = Sequence[Sequence[float]]
 """For each request, the seconds after the start at which each of its tokens arrived."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A run that nobody watched: how long it took, and how many tokens came back for each request."""
+
+    seconds: float
+    num_tokens: Sequence[int]
 
 
 def throughput(num_tokens: int, seconds: float) -> Figures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,7 +13,9 @@ import psutil
 from harness.bench.engines import ENGINES
 from harness.bench.engines.base import Engine, EngineSpec
 from harness.bench.figures import (
+    Answered,
     Figures,
+    TokenTimes,
     decode_figures,
     first_token_figures,
     inter_token_figures,
@@ -29,11 +31,19 @@ _DECODE_TRIES = 3
 """A hiccup of the machine can make one token slower than many. Such a pair of runs tells nothing, and is run again."""
 
 
+class ShortAnswerError(RuntimeError):
+    """An engine gave back more or fewer tokens than it was asked for: its time is one for other work."""
+
+
 class _Started:
-    """An engine with the folder it was given."""
+    """An engine with the folder it was given. Its answers are counted before their time is taken for a figure.
+
+    ``is_whole``: every run so far was answered in full. What an engine left undone would come back in the next case.
+    """
 
     def __init__(self, name: str, spec: EngineSpec) -> None:
         self.spec = spec
+        self.is_whole = True
         self._runs = itertools.count()
         self._folder = TemporaryDirectory()
         try:
@@ -47,6 +57,20 @@ class _Started:
         number = next(self._runs)
         return [([(prompt[0] + number) % self.spec.vocab_size, *prompt[1:]], num_tokens) for prompt, num_tokens in requests]
 
+    def generate(self, requests: Requests, temperature: float) -> Answered:
+        self.is_whole = False
+        answered = self.engine.generate(self.fresh(requests), temperature)
+        _expect_all(requests, answered.num_tokens)
+        self.is_whole = True
+        return answered
+
+    def stream(self, requests: Requests, temperature: float) -> TokenTimes:
+        self.is_whole = False
+        times = self.engine.stream(self.fresh(requests), temperature)
+        _expect_all(requests, [len(request) for request in times])
+        self.is_whole = True
+        return times
+
     def close(self) -> None:
         try:
             self.engine.close()
@@ -57,7 +81,7 @@ class _Started:
 def start(state: State, name: str, spec: EngineSpec) -> str:
     """Have an engine with this ``spec`` running; the fabric that joins its ranks."""
     started: _Started | None = state.get("engine")
-    if started is None or started.spec != spec:
+    if started is None or started.spec != spec or not started.is_whole:
         stop(state)
         started = state["engine"] = _Started(name, spec)
     return started.engine.fabric
@@ -70,39 +94,55 @@ def stop(state: State) -> None:
 
 
 def run_case(state: State, requests: Requests, figures: tuple[str, ...], temperature: float) -> Figures:
-    """One round: run the requests as the figures need it, and compute these."""
+    """One round: run the requests as the figures need it, and compute these.
+
+    Raises:
+        ShortAnswerError: if the engine gave back more or fewer tokens than it was asked for.
+    """
     started: _Started = state["engine"]
-    engine, fresh = started.engine, started.fresh
-    num_tokens = sum(count for _, count in requests)
     found: Figures = {}
     if figures == ("throughput",):
-        return throughput(num_tokens, engine.generate(fresh(requests), temperature))
+        answered = started.generate(requests, temperature)
+        return throughput(sum(answered.num_tokens), answered.seconds)
     if "decode" in figures:
-        found |= _decode(engine, fresh, requests, temperature)
-    times = engine.stream(fresh(requests), temperature)
+        found |= _decode(started, requests, temperature)
+    times = started.stream(requests, temperature)
     for name, compute in _OF_TIMES.items():
         if name in figures:
             found |= compute(times)
     if "throughput" in figures:
-        found |= throughput(num_tokens, max(request[-1] for request in times))
+        found |= throughput(sum(map(len, times)), max(request[-1] for request in times))
     if "prompt" in figures:
         found |= prompt_figures(times, sum(len(prompt) for prompt, _ in requests))
     return found
 
 
-def _decode(engine: Engine, fresh: Callable[[Requests], Requests], requests: Requests, temperature: float) -> Figures:
+def _decode(started: _Started, requests: Requests, temperature: float) -> Figures:
     first_tokens = [(prompt, 1) for prompt, _ in requests]
     for _ in range(_DECODE_TRIES):
-        short_s, long_s = (engine.generate(fresh(asked), temperature) for asked in (first_tokens, requests))
+        short_s, long_s = (started.generate(asked, temperature).seconds for asked in (first_tokens, requests))
         if long_s > short_s:
             break
     return decode_figures(short_s, long_s, requests[0][1] - 1)
 
 
+def _expect_all(requests: Requests, num_tokens: Sequence[int]) -> None:
+    asked = [count for _, count in requests]
+    if list(num_tokens) == asked:
+        return
+    if len(num_tokens) != len(asked):
+        raise ShortAnswerError(f"{len(num_tokens)} answers came back for {len(asked)} requests")
+    wrong = [number for number, (got, count) in enumerate(zip(num_tokens, asked, strict=True)) if got != count]
+    first = wrong[0]
+    raise ShortAnswerError(
+        f"{sum(num_tokens)} tokens came back of {sum(asked)} asked for: {len(wrong)} of {len(asked)} requests differ, "
+        f"number {first} with {num_tokens[first]} of {asked[first]}; such a run is no measurement")
+
+
 def first_token(state: State, name: str, spec: EngineSpec, prompt: list[int]) -> str:
     """Start an engine and have it give one token; the fabric that joins its ranks."""
     fabric = start(state, name, spec)
-    state["engine"].engine.generate([(prompt, 1)], 0.6)
+    state["engine"].generate([(prompt, 1)], 0.6)
     return fabric
 
 

@@ -11,11 +11,12 @@ from harness.bench.contenders import Block, Contender, Hardware
 from harness.bench.engines import OWN
 from harness.bench.figures import Figures
 from harness.bench.plan import Setting
+from harness.bench.serving import ShortAnswerError
 from harness.bench.worker import WorkerError
 from harness.bench.workloads import CollectivesPart, GenerateCase, LayersPart
 from reports.compare import HARDWARE
 from reports.metrics import direction
-from reports.records import BenchRow, NotMeasured
+from reports.records import BenchRow, NotMeasured, RecordError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Watcher:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a run has brought so far. ``failed``: some of the project's own engine could not be measured."""
+    """What a run has brought so far. ``failed``: some of the project's own engine could not be measured, for it broke."""
 
     rows: dict[str, list[BenchRow]]
     """By side."""
@@ -123,13 +124,20 @@ class Step:
             for (case, engine), samples in self._samples.get(id(contender), {}).items():
                 if not samples.rounds:
                     continue
-                outcome.add(contender.side.name, BenchRow(
-                    workload=self.workload, case=case, model=self._model, engine=engine, tp_size=contender.tp_size,
-                    dtype=self.setting.dtype, fabric=contender.fabric, first=samples.first, axes=_axes(self.block, case),
-                    samples={name: [figures[name] for figures in samples.rounds] for name in samples.rounds[0]},
-                    metrics=memory | {f"bound_{name}": bound for name, bound
-                                      in contender.bounds(self.block, case, outcome.hardware).items()},
-                ))
+                try:
+                    row = BenchRow(
+                        workload=self.workload, case=case, model=self._model, engine=engine, tp_size=contender.tp_size,
+                        dtype=self.setting.dtype, fabric=contender.fabric, first=samples.first, axes=_axes(self.block, case),
+                        samples={name: [figures[name] for figures in samples.rounds] for name in samples.rounds[0]},
+                        metrics=memory | {f"bound_{name}": bound for name, bound
+                                          in contender.bounds(self.block, case, outcome.hardware).items()},
+                    )
+                except RecordError as error:  # a figure that can't be one, such as no time at all
+                    outcome.failed |= engine == OWN
+                    outcome.miss(NotMeasured(workload=self.workload, case=case, engine=engine, tp_size=contender.tp_size,
+                                             verdict="error", reason=f"its figures make no sense: {error}"))
+                else:
+                    outcome.add(contender.side.name, row)
             for item in contender.not_measured(self.workload):
                 outcome.miss(item)
 
@@ -151,9 +159,11 @@ class Step:
             yield
         except WorkerError as failure:
             self._active = [other for other in self._active if other is not contender]
+            if failure.kind == ShortAnswerError.__name__:
+                self._samples.pop(id(contender), None)  # what it did in the other rounds is in doubt as well
             outcome.failed |= contender.engine == OWN
-            outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=contender.engine,
-                                     tp_size=contender.tp_size, reason=failure.summary))
+            outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=contender.engine, tp_size=contender.tp_size,
+                                     verdict="error", reason=failure.summary, traceback=str(failure)))
 
     def _close(self, contender: Contender, outcome: Outcome) -> None:
         if contender in self._active:

@@ -28,11 +28,12 @@ _CLOSE_S = 20.0
 
 
 class WorkerError(RuntimeError):
-    """A call failed in the worker, or the worker died. ``summary`` is the last line of what went wrong."""
+    """A call failed in the worker, or the worker died. ``summary``: in one line; ``kind``: name of what was raised, if so."""
 
-    def __init__(self, message: str, *, summary: str) -> None:
+    def __init__(self, message: str, *, summary: str, kind: str = "") -> None:
         super().__init__(message)
         self.summary = summary
+        self.kind = kind
 
 
 class Worker:
@@ -74,8 +75,8 @@ class Worker:
             code = self._process.wait(_CLOSE_S)
             raise self._gone(f"{self.name} died with exit code {code}") from None
         if kind == "raised":
-            story, summary = value
-            raise WorkerError(f"{self.name}: {story}", summary=f"{self.name}: {summary}")
+            story, summary, *kind = value  # an older checkout tells no kind
+            raise WorkerError(f"{self.name}: {story}", summary=f"{self.name}: {summary}", kind="".join(kind))
         return value
 
     def _gone(self, what: str) -> WorkerError:
@@ -138,7 +139,8 @@ def serve(connection: Connection) -> None:
             pickle.dumps(answer)
         except Exception as failure:
             # Some messages go on with advice: their first line says what happened.
-            answer = ("raised", (traceback.format_exc(), traceback.format_exception_only(failure)[0].splitlines()[0]))
+            kind = type(failure).__name__
+            answer = ("raised", (traceback.format_exc(), f"{kind}: {(str(failure).splitlines() or [''])[0]}", kind))
         connection.send(answer)
     for item in reversed(list(state.values())):
         if hasattr(item, "close"):

@@ -76,7 +76,7 @@ def test_reports_with_nothing_in_common_end_with_3(folder: Path) -> None:
 def test_unlike_machines_are_refused_unless_allowed(folder: Path) -> None:
     write_report(folder / "new", timed(110, machine=a_run().machine.__class__(**CPU | {"cores": 64})))
     code, stdout, stderr = run("compare", folder / "old", folder / "new", "--out", folder / "out")
-    assert (code, stdout) == (2, "")
+    assert (code, stdout) == (3, "")
     assert "cores: 2 against 64" in stderr
     assert "--allow-unlike" in stderr
     assert (folder / "out" / "report.md").read_text() == "yesterday's"
@@ -120,7 +120,7 @@ def test_a_bad_record_is_named_with_its_line_and_nothing_is_overwritten(
     assert bad.read_text() != whole
     pair = (folder / "bad", folder / "old") if side == "baseline" else (folder / "old", folder / "bad")
     code, stdout, stderr = run("compare", *pair, "--out", folder / "out")
-    assert (code, stdout) == (2, "")
+    assert (code, stdout) == (3, "")
     assert str(bad) in stderr.replace("\n", "")
     assert says in stderr
     pairs = zip(whole.splitlines(), bad.read_text().splitlines(), strict=False)
@@ -136,7 +136,7 @@ def test_a_folder_of_several_records_is_not_guessed_at(folder: Path) -> None:
     code, _, stderr = run("compare", folder / "many", folder / "old")
     assert code == 2
     assert "give one of a.json, b.json" in stderr
-    assert run("compare", folder / "nowhere", folder / "old")[0] == 2
+    assert run("compare", folder / "nowhere", folder / "old")[0] == 3
 
 
 def test_a_ci_gets_the_comparison_as_its_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,40 +1,144 @@
-"""What a worker measures of an engine, on one whose times are scripted."""
+"""What a worker measures of an engine, on one whose answers are scripted."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.bench import serving
-from harness.bench.workloads import Requests, equal_requests
+from harness.bench.engines import ENGINES, EngineKind
+from harness.bench.engines.base import EngineSpec
+from harness.bench.figures import Answered
+from harness.bench.workloads import Limits, Requests, equal_requests
 
 REQUESTS = equal_requests(2, 8, 5)()
+Counts = Callable[[Requests], list[int]]
+
+
+def as_asked(requests: Requests) -> list[int]:
+    return [count for _, count in requests]
 
 
 class ScriptedEngine:
-    """Takes the next of ``short_s`` for one token of each request, and ``long_s`` for all of them."""
+    """Takes the next of ``short_s`` for one token of each request, and ``long_s`` for all of them; ``counts`` come back."""
 
-    def __init__(self, short_s: list[float], long_s: float) -> None:
-        self.short_s, self.long_s = iter(short_s), long_s
+    fabric = "own"
+    short_s: Iterator[float]
+    long_s = 3.0
+    counts: Counts
+    log: list[str]
 
-    def generate(self, requests: Requests, temperature: float) -> float:
-        return next(self.short_s) if requests[0][1] == 1 else self.long_s
+    def __init__(self, spec: EngineSpec, folder: Path) -> None:
+        self.log.append("start")
+
+    def generate(self, requests: Requests, temperature: float) -> Answered:
+        seconds = next(self.short_s) if requests[0][1] == 1 else self.long_s
+        return Answered(seconds=seconds, num_tokens=type(self).counts(requests))
 
     def stream(self, requests: Requests, temperature: float) -> list[list[float]]:
-        return []
+        return [[1.0 + number for number in range(count)] for count in type(self).counts(requests)]
+
+    def peak_device_bytes(self) -> int | None:
+        return None
+
+    def close(self) -> None:
+        self.log.append("close")
 
 
-def state_of(engine: ScriptedEngine) -> dict[str, Any]:
-    return {"engine": SimpleNamespace(engine=engine, fresh=lambda requests: requests)}
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A worker's state in which a scripted engine has started, or starts again where it must."""
+    monkeypatch.setitem(ENGINES, "scripted", EngineKind(target=f"{__name__}:ScriptedEngine", needs="torch", devices=("cpu",)))
+    limits = Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64)
+    spec = EngineSpec(folder=tmp_path, tp_size=1, fabric="solo", device="cpu", dtype="float32", vocab_size=99, limits=limits,
+                      sequence_lens=(13,))
+
+    states: list[dict[str, Any]] = []
+
+    def started(counts: Counts = as_asked, *, short_s: tuple[float, ...] = (1.0,) * 9,
+                state: dict[str, Any] | None = None) -> dict[str, Any]:
+        if state is None:
+            ScriptedEngine.log = []
+        ScriptedEngine.counts, ScriptedEngine.short_s = staticmethod(counts), iter(short_s)
+        state = {} if state is None else state
+        states.append(state)
+        serving.start(state, "scripted", spec)
+        return state
+
+    yield started
+    for state in states:
+        serving.stop(state)
 
 
-def test_a_hiccup_in_the_short_run_has_both_runs_made_again() -> None:
-    state = state_of(ScriptedEngine([9.0, 1.0], 3.0))
-    assert serving.run_case(state, REQUESTS, ("decode",), 0.6) == {"ms_per_token": 500.0}
+def test_a_hiccup_in_the_short_run_has_both_runs_made_again(scripted: Callable[..., dict[str, Any]]) -> None:
+    assert serving.run_case(scripted(short_s=(9.0, 1.0)), REQUESTS, ("decode",), 0.6) == {"ms_per_token": 500.0}
 
 
-def test_decode_steps_that_cost_nothing_time_and_again_are_not_reported() -> None:
+def test_decode_steps_that_cost_nothing_time_and_again_are_not_reported(scripted: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="4 more tokens took no longer"):
-        serving.run_case(state_of(ScriptedEngine([9.0, 8.0, 7.0], 3.0)), REQUESTS, ("decode",), 0.6)
+        serving.run_case(scripted(short_s=(9.0, 8.0, 7.0)), REQUESTS, ("decode",), 0.6)
+
+
+def stops_at_once(requests: Requests) -> list[int]:
+    return [1] * len(requests)
+
+
+def one_stops_early(requests: Requests) -> list[int]:
+    return [*as_asked(requests)[:-1], 3]
+
+
+def says_nothing(requests: Requests) -> list[int]:
+    return [0] * len(requests)
+
+
+def loses_a_request(requests: Requests) -> list[int]:
+    return as_asked(requests)[:-1]
+
+
+def goes_on_too_long(requests: Requests) -> list[int]:
+    return [count + 1 for _, count in requests]
+
+
+def counts_its_prompts(requests: Requests) -> list[int]:
+    return [len(prompt) + count for prompt, count in requests]
+
+
+@pytest.mark.parametrize(("counts", "says"), [
+    (stops_at_once, "2 tokens came back of 10 asked for: 2 of 2 requests differ, number 0 with 1 of 5"),
+    (one_stops_early, "8 tokens came back of 10 asked for: 1 of 2 requests differ, number 1 with 3 of 5"),
+    (says_nothing, "0 tokens came back of 10"),
+    (loses_a_request, "1 answers came back for 2 requests"),
+    (goes_on_too_long, "12 tokens came back of 10"),
+    (counts_its_prompts, "26 tokens came back of 10"),
+])
+@pytest.mark.parametrize("figures", [
+    ("throughput", "tpot"), ("itl",), ("ttft",), ("prompt",), ("throughput",), ("decode",)], ids="-".join)
+def test_an_engine_is_paid_only_for_what_it_gave_back(
+    counts: Counts, says: str, figures: tuple[str, ...], scripted: Callable[..., dict[str, Any]]
+) -> None:
+    def but_for_short_runs(requests: Requests) -> list[int]:
+        return as_asked(requests) if requests[0][1] == 1 else counts(requests)
+
+    with pytest.raises(RuntimeError, match=says):
+        serving.run_case(scripted(but_for_short_runs), REQUESTS, figures, 0.6)
+
+
+def test_what_came_back_is_what_a_throughput_counts(scripted: Callable[..., dict[str, Any]]) -> None:
+    assert serving.run_case(scripted(), REQUESTS, ("throughput",), 0.6) == {"output_tokens_per_s": 10 / 3.0}
+    assert serving.run_case(scripted(), REQUESTS, ("throughput", "ttft"), 0.6)["output_tokens_per_s"] == 10 / 5.0
+
+
+def test_an_engine_that_failed_starts_anew_for_the_next_case_and_one_that_did_not_goes_on(
+    scripted: Callable[..., dict[str, Any]]
+) -> None:
+    state = scripted(one_stops_early)
+    with pytest.raises(RuntimeError, match="came back"):
+        serving.run_case(state, REQUESTS, ("ttft",), 0.6)
+    scripted(state=state)
+    assert ScriptedEngine.log == ["start", "close", "start"], "what it had left undone would come back in the next case"
+    serving.run_case(state, REQUESTS, ("ttft",), 0.6)
+    scripted(state=state)
+    assert ScriptedEngine.log == ["start", "close", "start"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from harness.bench.step import Outcome, Step, Watcher
 from harness.bench.worker import Worker, WorkerError
 from harness.bench.workloads import GenerateCase, equal_requests
 from reports.compare import HARDWARE
+from reports.records import RecordError, Report
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import tiny_config
+from tests.reports.builders import a_run
 
 CASE = GenerateCase(case="a case", draw=equal_requests(1, 1, 1), figures=(), rounds=3, axes={"batch_size": 4})
 
@@ -33,6 +36,7 @@ class Scripted(Contender):
     fails_at: int | None = None
     interrupted_at: int | None = None
     opens: bool = True
+    fails_with: str = ""
     turns: int = 0
     bound: float | None = None
     figures: list[float] = field(default_factory=list)
@@ -44,11 +48,11 @@ class Scripted(Contender):
     def measure(self, block: Any) -> Measured:
         turn, self.turns = self.turns, self.turns + 1
         if turn == self.fails_at:
-            raise WorkerError("long story", summary=f"{self.engine} broke")
+            raise WorkerError("long story", summary=f"{self.engine} broke", kind=self.fails_with)
         if turn == self.interrupted_at:
             raise KeyboardInterrupt
         self.log.append(self.engine)
-        return {("a case", self.engine): {"step_ms": 100.0 + turn}}
+        return {("a case", self.engine): {"step_ms": self.figures[turn] if self.figures else 100.0 + turn}}
 
     def memory(self) -> Figures:
         return {"memory_gib": 1.5}
@@ -117,6 +121,28 @@ def test_one_that_breaks_keeps_the_rounds_that_it_has(setting: Setting) -> None:
     assert row.samples == {"step_ms": [101.0]}
     assert "memory_gib" not in row.metrics
     assert [item.reason for item in outcome.missing] == ["peer broke"]
+
+
+def test_one_that_returned_too_little_has_an_error_and_no_figure(setting: Setting) -> None:
+    outcome = run(setting, [*scripted(setting, [], "shardproof"),
+                            *scripted(setting, [], "peer", fails_at=2, fails_with="ShortAnswerError")])
+    assert [row.engine for row in outcome.rows["candidate"]] == ["shardproof"]
+    (item,) = outcome.missing
+    assert (item.engine, item.verdict, item.reason, item.traceback) == ("peer", "error", "peer broke", "long story")
+    assert Report(run=a_run(), benches=outcome.rows["candidate"], not_measured=outcome.missing).exit_code == 3
+
+
+@pytest.mark.parametrize("figure", [0.0, -1.0, math.inf, math.nan])
+def test_a_figure_that_cannot_be_one_costs_its_row_and_not_the_run(setting: Setting, figure: float) -> None:
+    contenders = [*scripted(setting, [], "good"), *scripted(setting, [], "bad", figures=[1.0, 1.0, figure])]
+    try:
+        outcome = run(setting, contenders, rounds=2)
+    except RecordError as error:
+        pytest.fail(f"the run is lost: {error}")
+    assert [row.engine for row in outcome.rows["candidate"]] == ["good"]
+    (item,) = outcome.missing
+    assert (item.engine, item.verdict) == ("bad", "error")
+    assert "samples.step_ms[1]" in item.reason
 
 
 def test_a_failure_of_the_projects_own_engine_is_one_of_the_run(setting: Setting) -> None:

@@ -83,7 +83,8 @@ def a_full_report() -> Report:
         a_check("logits", 1, fabric="solo", error_over_budget=0.25, excused=0.0125),
         a_check("logits", 2, "finding", error_over_budget=float("inf")),
         a_check("kv", 2, "skipped", message="needs <2> GPUs"),
-        a_check("lifecycle", 2, "error", message="rank 1 died"),
+        a_check("kv", 4, "skipped", message="needs <2> GPUs"),
+        a_check("lifecycle", 2, "error", message="rank 1 died", extra={"traceback": f"Traceback …\n  </details> {nasty}"}),
         a_bench(tp_size=1, fabric="solo", metrics={"bound_output_tokens_per_s": 200.0, "memory_gib": 1.5}),
         a_bench(tp_size=2, first={"output_tokens_per_s": 80.0}),
         a_bench(tp_size=1, engine="peer <&>", fabric="own"),
@@ -96,5 +97,7 @@ def a_full_report() -> Report:
             )
             for size in (1, 8, 64)
         ),
-        NotMeasured(workload="decode", engine="vllm", reason="vllm can't be imported <here>"),
+        *(NotMeasured(workload="decode", engine="vllm", tp_size=size, reason="vllm can't be imported <here>") for size in (1, 2)),
+        NotMeasured(workload="decode", engine="nanovllm", case="one", tp_size=1, verdict="error", reason="7 tokens of <8> `came`",
+                    traceback=f"Traceback …\n  </pre> {nasty}"),
     )

@@ -1,13 +1,18 @@
 import json
 import math
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
+from reports import metrics
 from reports.compare import HARDWARE, Comparison, UnlikeMachinesError, compare, fingerprint
 from reports.comparison_data import comparison_json, comparison_junit
-from reports.records import BenchRow, CheckRow
+from reports.markdown import comparison_markdown
+from reports.records import BenchRow, CheckRow, Report, read_report
+from reports.summary import comparison_headline
 from tests.reports.builders import CPU, GPU, a_bench, a_check, a_report, a_run
 
 QUIET = [1.0, 1.004, 0.996, 1.002, 0.998, 1.006, 0.994, 1.001, 0.999, 1.003]
@@ -129,12 +134,52 @@ def test_hardware_that_was_slower_explains_and_fails_nothing() -> None:
     assert (comparison.regressions, comparison.exit_code) == ([], 0)
 
 
-@pytest.mark.parametrize(("machine", "gate", "exit_code"), [(CPU, None, 0), (CPU, True, 1), (GPU, None, 1), (GPU, False, 0)])
-def test_a_slower_row_fails_on_gpus_and_only_on_request_on_cpus(machine: Any, gate: bool | None, exit_code: int) -> None:
-    old, new = a_report(timed(100.0), machine=machine), a_report(timed(120.0), machine=machine)
+@pytest.mark.parametrize(("machine", "gate", "level", "exit_code"), [
+    (CPU, None, 120.0, 0), (CPU, None, 200.0, 1), (CPU, True, 120.0, 1), (CPU, False, 200.0, 0),
+    (GPU, None, 120.0, 1), (GPU, False, 200.0, 0)])
+def test_a_slower_row_fails_on_gpus_and_on_cpus_if_clearly_slower_or_on_request(
+    machine: Any, gate: bool | None, level: float, exit_code: int
+) -> None:
+    old, new = a_report(timed(100.0), machine=machine), a_report(timed(level), machine=machine)
     comparison = compare(old, new, gate=gate)
     assert comparison.speeds[0].verdict == "slower"
     assert comparison.exit_code == exit_code
+
+
+def test_a_cpu_run_whose_rows_are_all_twice_as_slow_is_a_regression() -> None:
+    baseline = read_report("reports/baselines/cpu-2core-amd-epyc/smollm2-quick.json")
+    slower = [row if row.workload == HARDWARE else replace(row, samples={
+        metric: [value / 2 if metrics.direction(metric) == "higher" else 2 * value for value in values]
+        for metric, values in row.samples.items()}) for row in baseline.benches]
+    assert compare(baseline, replace(baseline, benches=slower)).exit_code == 1
+    assert compare(baseline, baseline).exit_code == 0
+
+
+@pytest.mark.parametrize(("machine_lost", "exit_code"), [(1.0, 1), (2.0, 0), (0.5, 1)])
+def test_what_the_machine_itself_lost_is_allowed_for_on_a_cpu(machine_lost: float, exit_code: int) -> None:
+    def report(level: float, rate: float) -> Report:
+        return a_report(timed(level), a_bench(workload=HARDWARE, samples={"copy_gb_per_s": [rate] * 3}))
+
+    comparison = compare(report(100.0, 50.0), report(200.0, 50.0 / machine_lost))
+    assert comparison.exit_code == exit_code
+    assert ("the machine itself was up to 2 times slower" in comparison_headline(comparison).detail) == (machine_lost == 2.0)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.1, 1.2, 1.3])
+def test_the_same_code_on_a_cpu_whose_speed_changes_from_run_to_run_fails_nothing(spread: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        old, new = (a_report(*(timed(100 * float(np.exp(rng.uniform(0, np.log(spread)))), case=str(i)) for i in range(12)))
+                    for _ in range(2))
+        assert compare(old, new).exit_code == 0
+
+
+def test_a_comparison_of_unlike_machines_says_so_where_it_says_anything() -> None:
+    old, new = a_report(timed(100.0)), a_report(timed(300.0), machine=CPU | {"cores": 64})
+    comparison = compare(old, new, allow_unlike=True)
+    assert comparison.exit_code == 0
+    assert "unlike machines: cores 2 → 64" in comparison_headline(comparison).detail
+    assert "The machines differ" in comparison_markdown(comparison)
 
 
 def test_a_slower_row_on_an_unlike_gpu_machine_does_not_fail() -> None:

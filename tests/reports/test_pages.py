@@ -1,3 +1,4 @@
+import html
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -8,10 +9,13 @@ import matplotlib as mpl
 import pytest
 
 from reports.compare import compare
+from reports.markdown import comparison_markdown
 from reports.pages import comparison_html, error_view, report_html
 from reports.plots import bench_plots
-from reports.records import BenchRow, read_report
+from reports.records import BenchRow, NotMeasured, Report, read_report
 from reports.render import write_all, write_comparison
+from reports.tables import checks_pivot
+from reports.text_tables import to_text
 from tests.reports.builders import GPU, a_bench, a_check, a_full_report, a_report
 
 VOID = {"meta", "br", "img", "input", "link", "hr", "col"}
@@ -69,15 +73,15 @@ PAGES: dict[str, Callable[[], str]] = {
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_balanced_and_needs_nothing_from_elsewhere(name: str) -> None:
-    html = PAGES[name]()
-    page = Page(html)
+    source = PAGES[name]()
+    page = Page(source)
     for tag, attrs in page.tags:
         assert tag not in {"script", "link", "iframe", "object", "img"}
         assert not {"src", "onload", "onerror"} & attrs.keys()
         for link in ("href", "xlink:href"):
             assert (attrs.get(link) or "#").startswith("#")
-    assert "@import" not in html
-    assert "url(h" not in html
+    assert "@import" not in source
+    assert "url(h" not in source
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids)), "two plots share ids, and one would be drawn with the other's parts"
 
@@ -112,6 +116,71 @@ def test_findings_come_first_then_what_could_not_run_then_the_rest() -> None:
         "allow_tf32",
     ):
         assert word in text
+
+
+def an_error() -> Report:
+    where = "Traceback (most recent call last):\n  File \"check.py\", line 3\nKeyError: 'lm_head'"
+    return a_report(
+        a_check("logits", 2, "error", message="KeyError: 'lm_head'", extra={"traceback": where}), a_check("weights"),
+        NotMeasured(workload="w1", engine="vllm", verdict="error", reason="7 tokens came back of 8", traceback=f"short\n{where}"))
+
+
+def test_an_error_is_told_with_its_reason_in_every_form_and_its_traceback_is_folded(tmp_path: Path) -> None:
+    paths = write_all(an_error(), tmp_path)
+    texts = {suffix: path.read_text() for suffix, path in paths.items()}
+    for suffix in ("md", "html", "csv"):
+        assert "error" in texts[suffix]
+        assert "KeyError: 'lm_head'" in html.unescape(texts[suffix])
+        assert "7 tokens came back of 8" in texts[suffix]
+    assert "error" in to_text(checks_pivot(an_error().checks))
+    for suffix in ("md", "html"):
+        folded = re.findall(r"<details><summary>Traceback.*?</details>", texts[suffix], re.DOTALL)
+        assert len(folded) == 2, "one of the check, one of the peer"
+        assert all('File "check.py", line 3' in html.unescape(text) for text in folded)
+        assert texts[suffix].count("most recent call last") == 2, "nowhere but there"
+
+
+def test_a_check_that_broke_brings_its_traceback_into_the_comparison() -> None:
+    comparison = compare(a_report(a_check("logits", 2)), an_error())
+    for text in (comparison_html(comparison), comparison_markdown(comparison)):
+        assert re.search(r"<details><summary>Traceback.*most recent call last.*</details>", text, re.DOTALL)
+
+
+def test_equal_skips_are_one_line_with_all_their_sizes(tmp_path: Path) -> None:
+    skipped = [a_check("lifecycle", size, "skipped", message="needs gloo") for size in (1, 3, 4)]
+    other = a_check("lifecycle", 5, "skipped", message="another reason")
+    missing = [NotMeasured(workload="w1", engine="vllm", tp_size=size, reason="not installed") for size in (1, 2)]
+    paths = write_all(a_report(a_check(), *skipped, other, *missing), tmp_path)
+    rows = re.findall(r"<tr><td class=\"text\">lifecycle</td>.*?</tr>", paths["html"].read_text())
+    assert [Page(row).text for row in rows[-2:]] == ["lifecycle1, 3, 4needs gloo", "lifecycle5another reason"]
+    for suffix in ("md", "html"):
+        assert paths[suffix].read_text().count("needs gloo") == paths[suffix].read_text().count("not installed") == 1
+    assert paths["csv"].read_text().count("needs gloo") == 3, "a table for programs has a line for each"
+
+
+def test_the_decimal_points_of_a_column_stand_below_each_other() -> None:
+    errors = [0.5, 0.0625, 12.0, 3.25]
+    rows = [a_check(f"c{i}", 1, "finding", error_over_budget=error, seconds=seconds)
+            for i, (error, seconds) in enumerate(zip(errors, (0.25, 12.0, 3.5, 100.0), strict=True))]
+    source = report_html(a_report(*rows, *(a_bench(str(i), samples={"step_ms": [value]}) for i, value in enumerate(errors))))
+    for kind, numbers in (
+        ("value", ["0|.5", "0|.0625", "12|", "3|.25"]),  # in the table of checks by tp_size
+        ("number", ["0|.5", "0|.0625", "12|", "3|.25"]),  # medians
+        ("number", ["0|.25 s", "12| s", "3|.5 s", "1 min 40| s"]),  # the longest fraction of either has five characters
+    ):
+        for whole, fraction in (number.split("|") for number in numbers):
+            assert re.search(f'class="{kind}"[^>]*>{whole}<span class="fraction" style="width: 5ch">{fraction}</span>', source)
+    assert "font-variant-numeric: tabular-nums" in source
+
+
+def test_a_command_wraps_and_one_click_selects_all_of_it() -> None:
+    source = PAGES["full"]()
+    rules = dict(re.findall(r"^(pre(?:\.command)?) \{([^}]*)\}", source, re.MULTILINE))
+    assert "user-select: all" in rules["pre.command"]
+    assert "white-space: pre-wrap" in rules["pre"]
+    assert "overflow-wrap: anywhere" in rules["pre"]
+    assert "white-space" not in rules["pre.command"], "a line that is not broken is clipped on a narrow screen"
+    assert '<pre class="command">shardproof &lt;x&gt;</pre>' in source
 
 
 def test_every_verdict_is_told_in_words() -> None:

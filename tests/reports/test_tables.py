@@ -1,6 +1,7 @@
 import csv
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -8,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reports.compare import compare
+from reports.records import NotMeasured
+from reports.render import write_all, write_comparison
 from reports.tables import bench_table, bench_tables, checks_pivot, checks_table, rows_table, to_csv
 from reports.text_tables import escape_markdown, format_number, printable, to_markdown, to_text
-from tests.reports.builders import a_bench, a_check, a_full_report
+from tests.reports.builders import a_bench, a_check, a_full_report, a_report
 
 
 def rows_of(table: pd.DataFrame, *names: str) -> list[tuple[Any, ...]]:
@@ -140,12 +144,29 @@ def test_each_workload_has_a_table_of_its_own() -> None:
 def test_csv_holds_every_row_in_full_precision() -> None:
     report = a_full_report()
     lines = list(csv.DictReader(io.StringIO(to_csv(rows_table(report)))))
-    assert [line["kind"] for line in lines] == ["check"] * 6 + ["bench"] * 6 + ["not_measured"]
-    assert float(lines[6]["iqr"]) == 1.0
-    by_check = {(line["check"], line["tp_size"]): line for line in lines[:6]}
+    assert [line["kind"] for line in lines] == ["check"] * 7 + ["bench"] * 6 + ["not_measured"] * 3
+    assert float(lines[7]["iqr"]) == 1.0
+    by_check = {(line["check"], line["tp_size"]): line for line in lines[:7]}
     assert by_check["weights", "2"]["message"] == report.checks[1].message
     assert by_check["logits", "2"]["error_over_budget"] == "inf"
     assert by_check["weights", "1"]["rank"] == ""
+
+
+def test_every_row_of_a_csv_names_its_commit_and_date(tmp_path: Path) -> None:
+    old = a_report(a_check(), a_bench(), commit="b" * 40, started_at="2026-01-30T12:00:00+00:00")
+    new = a_report(a_check(), a_bench(), NotMeasured(workload="w1", engine="vllm", reason="missing"), dirty=True)
+    lines = list(csv.DictReader(io.StringIO(write_all(new, tmp_path)["csv"].read_text())))
+    assert len(lines) == 3
+    for line in lines:
+        assert line.get("commit") == f"{new.run.commit}-dirty"
+        assert (line.get("started_at"), line.get("version")) == (new.run.started_at, "")
+    text = write_comparison(compare(old, new), tmp_path / "compare")["csv"].read_text()
+    changes = list(csv.DictReader(io.StringIO(text)))
+    assert len(changes) == 2
+    for line in changes:
+        assert (line.get("baseline_commit"), line.get("baseline_started_at")) == ("b" * 40, old.run.started_at)
+        assert (line.get("candidate_commit"), line.get("baseline_version")) == (f"{new.run.commit}-dirty", "")
+    assert ",0.1.0\n" in to_csv(rows_table(a_report(a_check(), version="0.1.0")))
 
 
 cells = st.one_of(st.none(), st.integers(), st.floats(), st.booleans(), st.text(max_size=12))

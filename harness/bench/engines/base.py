@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from harness.bench.figures import TokenTimes
+from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Limits, Requests
 
 
@@ -32,14 +32,15 @@ class EngineSpec:
 class Engine(Protocol):
     """An engine that is ready. Its class takes (spec, folder of the weights, without a tokenizer).
 
-    Every request gets exactly the tokens that it asks for: end-of-sequence tokens don't end it.
+    Every request is to get exactly the tokens that it asks for: end-of-sequence tokens don't end it. An engine tells how many
+    came back, counted in its answers and without the prompts: what it was asked for is no evidence.
     """
 
     fabric: str
     """What joins its ranks, for the record; ``own`` for a peer's."""
 
-    def generate(self, requests: Requests, temperature: float) -> float:
-        """Seconds until every request is done, nobody watching."""
+    def generate(self, requests: Requests, temperature: float) -> Answered:
+        """Run until every request is done, nobody watching."""
 
     def stream(self, requests: Requests, temperature: float) -> TokenTimes:
         """When each token of each request came, as somebody sees it who reads along."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from harness.bench.engines.base import EngineSpec
-from harness.bench.figures import TokenTimes
+from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 
 
@@ -41,11 +41,12 @@ class NanoVllmEngine:
             gpu_memory_utilization=min(0.95, 1 - free / total + spec.memory_share),
         )
 
-    def generate(self, requests: Requests, temperature: float) -> float:
+    def generate(self, requests: Requests, temperature: float) -> Answered:
         prompts, params = [prompt for prompt, _ in requests], [self._params(n, temperature) for _, n in requests]
         started = time.perf_counter()
-        self._llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - started
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        return Answered(seconds=seconds, num_tokens=[len(output["token_ids"]) for output in outputs])
 
     def stream(self, requests: Requests, temperature: float) -> TokenTimes:
         started = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from engine import LLM, SamplingParams
 from engine.parallel.ranks import RankContext
 from harness.bench.engines.base import EngineSpec
-from harness.bench.figures import TokenTimes
+from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 
 
@@ -27,11 +27,12 @@ class ShardproofEngine:
         )
         self.fabric = self._llm._ranks.fabric
 
-    def generate(self, requests: Requests, temperature: float) -> float:
+    def generate(self, requests: Requests, temperature: float) -> Answered:
         prompts, params = _split(requests, temperature)
         started = time.perf_counter()
-        self._llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - started
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        return Answered(seconds=seconds, num_tokens=[len(output.outputs[0].token_ids) for output in outputs])
 
     def stream(self, requests: Requests, temperature: float) -> TokenTimes:
         prompts, params = _split(requests, temperature)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from harness.bench.engines.base import EngineSpec
-from harness.bench.figures import TokenTimes
+from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 
 LARGEST_BATCH = 64
@@ -30,9 +30,12 @@ class _TransformersEngine:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, spec.dtype), attn_implementation="sdpa", local_files_only=True
         ).to(self._device).eval()
+        # What a call leaves out is taken from here: the checkpoint's end-of-sequence tokens, penalties and the like.
+        self._model.generation_config = GenerationConfig()
 
-    def generate(self, requests: Requests, temperature: float) -> float:
-        return max(times[-1] for times in self.stream(requests, temperature))
+    def generate(self, requests: Requests, temperature: float) -> Answered:
+        times = self.stream(requests, temperature)
+        return Answered(seconds=max(stamps[-1] for stamps in times if stamps), num_tokens=[len(stamps) for stamps in times])
 
     def stream(self, requests: Requests, temperature: float) -> TokenTimes:
         raise NotImplementedError
@@ -62,17 +65,17 @@ class GenerateEngine(_TransformersEngine):
         return times
 
     def _run(self, requests: Requests, temperature: float, started: float) -> list[float]:
-        """When each of the batch's steps was done."""
+        """When each request of the batch got its tokens: as nothing ends one by itself, all get theirs in the same steps."""
         longest = max(len(prompt) for prompt, _ in requests)
         padded = [[0] * (longest - len(prompt)) + prompt for prompt, _ in requests]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in requests]
         stamps = _Stamps(started, self._device)
         config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=None,
                                   pad_token_id=0, max_new_tokens=max(num_tokens for _, num_tokens in requests))
-        self._model.generate(input_ids=torch.tensor(padded, device=self._device), generation_config=config,
-                             attention_mask=torch.tensor(mask, device=self._device),
-                             stopping_criteria=StoppingCriteriaList([stamps]))
-        return stamps.times
+        answer = self._model.generate(input_ids=torch.tensor(padded, device=self._device), generation_config=config,
+                                      attention_mask=torch.tensor(mask, device=self._device),
+                                      stopping_criteria=StoppingCriteriaList([stamps]))
+        return stamps.times[: answer.shape[1] - longest]
 
 
 class _Stamps(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed
@@ -106,6 +109,8 @@ class ContinuousBatchingEngine(_TransformersEngine):
         started = time.perf_counter()
         ids = [manager.add_request(prompt, max_new_tokens=num_tokens, record_timestamps=True, eos_token_id=-1)
                for prompt, num_tokens in requests]
+        if None in ids:
+            raise RuntimeError("transformers' continuous batching takes no more requests")
         stamps: dict[str, list[float]] = {}
         while len(stamps) < len(ids):
             result = manager.get_result(timeout=1)
@@ -115,7 +120,9 @@ class ContinuousBatchingEngine(_TransformersEngine):
             elif result.error is not None:
                 raise RuntimeError(f"transformers' continuous batching: {result.error}")
             elif result.is_finished():
-                stamps[result.request_id] = [stamp - started for stamp in result.timestamps]
+                # It notes the time of some tokens that it then throws away.
+                num_tokens = len(result.generated_tokens)
+                stamps[result.request_id] = [stamp - started for stamp in result.timestamps[:num_tokens]]
         return [stamps[request_id] for request_id in ids]
 
     def _started_manager(self, temperature: float) -> Any:

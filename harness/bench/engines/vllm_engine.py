@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.bench.engines.base import EngineSpec
-from harness.bench.figures import TokenTimes
+from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 
 
@@ -26,12 +26,13 @@ class VllmEngine:
             gpu_memory_utilization=spec.memory_share,
         )
 
-    def generate(self, requests: Requests, temperature: float) -> float:
+    def generate(self, requests: Requests, temperature: float) -> Answered:
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         params = [self._params(num_tokens, temperature) for _, num_tokens in requests]
         started = time.perf_counter()
-        self._llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - started
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        return Answered(seconds=seconds, num_tokens=[len(output.outputs[0].token_ids) for output in outputs])
 
     def stream(self, requests: Requests, temperature: float) -> TokenTimes:
         engine = self._llm.llm_engine
