@@ -15,6 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from engine.checkpoint_files import CONFIG_FILE
+from reference.building import building
+from reference.elements import CheckpointError
 from reference.exact import compute_in_float64
 
 DTYPES = {
@@ -87,14 +90,20 @@ class Reference:
             "bfloat16", "float16", "float32" or "float64": as transformers computes it. "exact": float64 with
             the norms' float32 taken out too (see ``reference.exact``): what errors are measured against.
 
-        While it loads, transformers sets torch's default dtype and sets it back: load before threads compute.
+        While it loads, transformers sets torch's default dtype and sets it back. Loads wait for each other;
+        load before threads compute.
+
+        Raises
+        ------
+        CheckpointError
+            transformers cannot load it.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {sorted(DTYPES)}")
-        if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"folder={folder} holds no config.json; pass a Hugging Face model folder")
+        if not (Path(folder) / CONFIG_FILE).is_file():
+            raise CheckpointError(f"folder={folder} holds no {CONFIG_FILE}; pass a Hugging Face model folder")
         # Never a live module cast to another dtype: that would round RoPE's inv_freq along.
-        with _no_progress_bars():
+        with building(f"transformers cannot load folder={folder}"), _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],

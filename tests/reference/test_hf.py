@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging as transformers_logging
 
-from reference.checkpoints import random_checkpoint
+from reference.checkpoints import CheckpointError, random_checkpoint
 from reference.hf import DTYPES, Reference
 from tests.reference.tiny import DEVICES, FAMILIES, tiny_config
 
@@ -208,7 +208,7 @@ def test_loading_and_running_leave_torch_and_transformers_as_they_were(folders):
         reference = Reference.load(folders["llama"], dtype)
         reference.greedy([PROMPT], 3)
         reference.activations(PROMPT)
-    with pytest.raises(OSError, match="bad"):
+    with pytest.raises(CheckpointError, match="bad"):
         Reference.load(_broken(folders["llama"]), "float32")
     assert state() == before
 
@@ -236,5 +236,5 @@ def test_wrong_arguments_are_named(llama, call, message):
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         Reference.load(tmp_path)
