@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from engine.checkpoint_files import CONFIG_FILE, CheckpointError, by_model_name, one_line, open_file, read_headers, read_json
-from engine.config_rules import check_values
+from engine.config_rules import LARGEST_SIZE, check_values
 from engine.layers.rotary import rope_tables
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads",
                      "head_dim", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{KEYS.get(name, name)}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise CheckpointError(f"{KEYS.get(name, name)}={getattr(self, name)} must be from 1 to {LARGEST_SIZE}")
         if self.num_q_heads % self.num_kv_heads:
             raise CheckpointError(f"num_attention_heads={self.num_q_heads} is not a multiple of "
                                   f"num_key_value_heads={self.num_kv_heads}: query heads would share KV heads unevenly")

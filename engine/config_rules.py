@@ -18,8 +18,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 1000
+"""What is larger is a mistake, and would take hours, or all memory, to fail."""
+
 Rule = tuple[Callable[[Any], bool], str]
-_COUNT: Rule = (lambda value: _is_whole(value, 1), "a whole number of at least 1")
+_COUNT: Rule = (lambda value: _is_whole(value, 1) and value <= LARGEST_SIZE, f"a whole number from 1 to {LARGEST_SIZE}")
+_LAYERS: Rule = (lambda value: _is_whole(value, 1) and value <= MOST_LAYERS, f"a whole number from 1 to {MOST_LAYERS}")
 _POSITIVE: Rule = (lambda value: _is_number(value) and value > 0, "a number above 0")
 _NUMBER: Rule = (lambda value: _is_number(value) and value >= 0, "a number of at least 0")
 _FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
@@ -29,8 +34,9 @@ _IDS: Rule = (lambda value: all(_is_whole(one, -1) for one in (value if isinstan
 _OBJECT: Rule = (lambda value: isinstance(value, dict), "an object")
 
 _CONFIG_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"), _COUNT),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                     "head_dim", "max_position_embeddings"), _COUNT),
+    "num_hidden_layers": _LAYERS,
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), _FLAG),
     **dict.fromkeys(("hidden_act", "dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _OBJECT),

@@ -52,7 +52,7 @@ class LLM:
         self.model_config = ModelConfig.from_folder(folder)
         self.config = EngineConfig(**options).resolve(self.model_config)
         self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
-        if self.tokenizer is None and tokenizer is not None:
+        if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
         check_checkpoint(folder, self.model_config)
         self._ranks = Ranks(self.config.tensor_parallel_size, fabric=self.config.fabric, device=self.config.device)

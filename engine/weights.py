@@ -157,7 +157,7 @@ def check_written(parameters: Mapping[str, ShardParameter]) -> None:
         raise CheckpointError(f"never written by any loader: {_some(unwritten)}")
 
 
-def _some(names: list[str], most: int = 8) -> str:
+def _some(names: list[str], most: int = 4) -> str:
     if not names:
         return "nothing"
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

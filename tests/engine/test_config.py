@@ -123,8 +123,8 @@ def test_what_the_engine_lacks_is_refused_by_name(tmp_path: Path, changes: dict[
     [
         ({"num_kv_heads": 4}, "num_attention_heads=6 .*num_key_value_heads=4"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
-        ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
-        ({"num_layers": -1}, "num_hidden_layers=-1 must be at least 1"),
+        ({"intermediate_size": 0}, "intermediate_size=0 must be from 1"),
+        ({"num_layers": -1}, "num_hidden_layers=-1 must be from 1"),
     ],
     ids=str,
 )
