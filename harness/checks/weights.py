@@ -99,7 +99,7 @@ def compare_shards(rank: RankContext, folder: Path, config: dict[str, Any], dtyp
                 what = f"is {as_stored[place].item()} in {stored[name].file.name}"
                 if as_stored[place].isfinite():
                     what += f", which {dtype} can't hold"
-                wrong.append(Wrong(name=name, element=str(list(place)), what=what))
+                wrong.append(Wrong(name=stored[name].name, element=str(list(place)), what=what))
             owned = owners(config, name, tuple(whole.shape), rank.tp.size)
             expected = torch.from_numpy(owned.take(bits(whole).numpy(), rank.tp.rank))
             shard = shards[name].cpu()

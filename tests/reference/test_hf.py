@@ -1,3 +1,4 @@
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -211,6 +212,34 @@ def test_loading_and_running_leave_torch_and_transformers_as_they_were(folders):
     with pytest.raises(CheckpointError, match="bad"):
         Reference.load(_broken(folders["llama"]), "float32")
     assert state() == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda reference: reference.logits([PROMPT]),
+        lambda reference: reference.copies_of_logits(PROMPT, 2),
+        lambda reference: reference.margins(PROMPT),
+        lambda reference: reference.greedy([PROMPT], 3),
+        lambda reference: reference.activations(PROMPT),
+    ],
+    ids=["logits", "copies", "margins", "greedy", "activations"],
+)
+def test_logits_that_are_not_finite_are_refused_by_the_weight_to_blame(folders, value, compute):
+    reference = Reference.load(folders["llama"], "exact")
+    with torch.no_grad():
+        reference.model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is {value}"):
+        compute(reference)
+
+
+def test_logits_that_leave_the_dtypes_range_are_said_to(folders):
+    reference = Reference.load(folders["llama"], "float16")
+    with torch.no_grad():
+        reference.model.lm_head.weight.fill_(60000)
+    with pytest.raises(CheckpointError, match="dtype=float16 are not finite, though all weights are"):
+        reference.logits([PROMPT])
 
 
 def _broken(folder):
