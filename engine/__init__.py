@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.checkpoint_files import CheckpointError
     from engine.config import EngineConfig, ModelConfig, UnsupportedModelError
     from engine.llm import LLM, Stream
     from engine.outputs import CompletionOutput, Logprob, RequestOutput
-    from engine.parallel.parameter import CheckpointError
     from engine.sampling import SamplingParams
 
 __all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "Logprob", "ModelConfig", "RequestOutput",
@@ -19,7 +19,7 @@ __all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "Logpro
 _HOME = {
     "LLM": "engine.llm", "SamplingParams": "engine.sampling", "EngineConfig": "engine.config", "ModelConfig": "engine.config",
     "UnsupportedModelError": "engine.config", "CompletionOutput": "engine.outputs", "RequestOutput": "engine.outputs",
-    "CheckpointError": "engine.parallel.parameter", "Logprob": "engine.outputs", "Stream": "engine.llm",
+    "CheckpointError": "engine.checkpoint_files", "Logprob": "engine.outputs", "Stream": "engine.llm",
 }
 
 

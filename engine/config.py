@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,24 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from engine.checkpoint_files import CONFIG_FILE, CheckpointError, by_model_name, one_line, open_file, read_headers, read_json
+from engine.config_rules import LARGEST_SIZE, check_values
+from engine.layers.rotary import rope_tables
+
+logger = logging.getLogger(__name__)
+
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+"""Fields that have another name in ``config.json``."""
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+"""Which tensor stands for which where a config ties the embeddings."""
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(CheckpointError):
     """The model needs something that the engine does not have. The message says what, and what is supported."""
 
 
@@ -51,47 +62,74 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads",
                      "head_dim", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST_SIZE:
+                raise CheckpointError(f"{KEYS.get(name, name)}={getattr(self, name)} must be from 1 to {LARGEST_SIZE}")
         if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise CheckpointError(f"num_attention_heads={self.num_q_heads} is not a multiple of "
+                                  f"num_key_value_heads={self.num_kv_heads}: query heads would share KV heads unevenly")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+            raise CheckpointError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Read ``config.json`` (and ``generation_config.json`` for stop tokens) of a Hugging Face model folder.
 
+        Where the config ties the embeddings, but the checkpoint holds an LM head of its own that differs, they are not tied, as
+        in transformers, and a warning says so.
+
         Raises:
-            FileNotFoundError: if there is no ``config.json``.
+            CheckpointError: naming file and key, if a file is missing, unreadable or broken, or a value can't be.
             UnsupportedModelError: if the model needs what the engine lacks.
         """
         folder = Path(folder)
-        path = folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no config.json in folder={folder}: give a Hugging Face model folder")
-        raw = _read_json(path)
+        path = folder / CONFIG_FILE
+        if not path.exists():
+            raise CheckpointError(f"no {CONFIG_FILE} in folder={folder}: give a Hugging Face model folder")
+        raw = read_json(path)
         model_type = raw.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise UnsupportedModelError(f"model_type={model_type!r} in {path} is not supported; "
+            raise UnsupportedModelError(f"model_type={model_type!r} in file={path} is not supported; "
                                         f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
-        if "quantization_config" in raw:
-            raise UnsupportedModelError(f"quantization_config in {path} is not supported; use an unquantised checkpoint")
-        config = AutoConfig.from_pretrained(folder)
+        if raw.get("quantization_config") is not None:
+            raise UnsupportedModelError(f"quantization_config in file={path} is not supported; use an unquantised checkpoint")
+        check_values(raw, path)
+        for key in ("dtype", "torch_dtype"):
+            if raw.get(key) is not None and raw[key] not in DTYPES:
+                raise UnsupportedModelError(f"{key}={raw[key]!r} in file={path} is not supported; supported: {', '.join(DTYPES)}")
         generation = folder / "generation_config.json"
-        eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.from_hf(config, eos_token_id=eos, where=str(path))
+        eos = None
+        if generation.exists():
+            values = read_json(generation)
+            check_values({"eos_token_id": values.get("eos_token_id")}, generation)
+            eos = values.get("eos_token_id")
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = cls.from_hf(config, eos_token_id=eos)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"file={path}: {error}") from error
+        except Exception as error:  # whatever transformers makes of a config that can't be
+            raise CheckpointError(f"file={path}: {one_line(error)}") from error
+        if model.tie_word_embeddings and _has_a_head_of_its_own(folder):
+            logger.warning("tie_word_embeddings=true in file=%s, but the checkpoint's lm_head.weight differs from its "
+                           "model.embed_tokens.weight: they are not tied, as in transformers; set it to false", path)
+            return replace(model, tie_word_embeddings=False)
+        return model
 
     @classmethod
-    def from_hf(cls, config: Any, *, eos_token_id: int | list[int] | None = None, where: str = "config") -> ModelConfig:
-        """From a transformers config object."""
+    def from_hf(cls, config: Any, *, eos_token_id: int | list[int] | None = None) -> ModelConfig:
+        """From a transformers config object.
+
+        Raises:
+            CheckpointError: if its values can't be.
+            UnsupportedModelError: if the model needs what the engine lacks.
+        """
         model_type = config.model_type
-        _refuse_unsupported(config, where)
+        _refuse_unsupported(config)
         eos = config.eos_token_id if eos_token_id is None else eos_token_id
         eos_ids = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
         attention_bias = bool(getattr(config, "attention_bias", False))
         dtype = getattr(config, "dtype", None) or torch.float32
-        return cls(
+        model = cls(
             model_type=model_type,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -101,7 +139,7 @@ class ModelConfig:
             num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             rms_norm_eps=config.rms_norm_eps,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=usable_positions(config.max_position_embeddings, config.rope_parameters),
             tie_word_embeddings=bool(config.tie_word_embeddings),
             qkv_bias=model_type == "qwen2" or attention_bias,
             o_bias=model_type != "qwen2" and attention_bias,
@@ -112,32 +150,52 @@ class ModelConfig:
             eos_token_ids=tuple(token_id for token_id in eos_ids if 0 <= token_id < config.vocab_size),
             hf_config=config,
         )
+        # Transformers looks at few of RoPE's values; the tables show them all.
+        if not all(table.isfinite().all() for table in rope_tables(config, model.head_dim, 2)):
+            raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite: correct it")
+        return model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def usable_positions(max_position_embeddings: int, rope_parameters: Mapping[str, Any] | None) -> int:
+    """How many positions a sequence can have.
+
+    YaRN reaches ``factor`` times the length that it starts from. A config may hold that product, or the length before it:
+    Qwen documents the latter.
+    """
+    rope = rope_parameters or {}
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or max_position_embeddings
+    return max(max_position_embeddings, int(original * (rope.get("factor") or 1)))
+
+
+def _has_a_head_of_its_own(folder: Path) -> bool:
+    """Whether the checkpoint holds both of the tensors that its config ties, and they differ."""
     try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, expected an object")
-    return raw
+        stored = by_model_name(read_headers(folder), {*TIED, *TIED.values()})
+        pairs = [(stored[copy], stored[original]) for copy, original in TIED.items() if copy in stored and original in stored]
+        for pair in pairs:
+            copy, original = (open_file(one.file).get_tensor(one.name) for one in pair)
+            if copy.shape != original.shape or not (copy == original).all():
+                return True
+        return False
+    except CheckpointError:
+        return False  # said by whoever loads the weights
 
 
-def _refuse_unsupported(config: Any, where: str) -> None:
+def _refuse_unsupported(config: Any) -> None:
     if config.hidden_act != "silu":
-        raise UnsupportedModelError(f"hidden_act={config.hidden_act!r} in {where} is not supported; supported: silu")
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+        raise UnsupportedModelError(f"hidden_act={config.hidden_act!r} is not supported; supported: silu")
+    rope = config.rope_parameters or {}
+    rope_type = rope.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedModelError(f"rope_type={rope_type!r} in {where} is not supported; "
-                                    f"supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
     sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
     if sliding:
-        raise UnsupportedModelError(f"layer_types={sorted(set(sliding))} in {where} is not supported; "
+        raise UnsupportedModelError(f"layer_types={sorted(set(sliding))} is not supported; "
                                     "supported: full_attention (use_sliding_window=false)")
-    if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or \
-            (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError(f"partial_rotary_factor in {where} is not supported; supported: 1.0")
+    if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModelError("partial_rotary_factor is not supported; supported: 1.0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,27 +1,62 @@
-"""Finds a model: a folder on disk, or a hub id whose safetensors are fetched (never pickled weights, never code)."""
+"""Finds a model: smollm2, a folder on disk, or a hub id whose safetensors are fetched (never pickled weights, never code)."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
 
-WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+from engine.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError, DownloadError, shards_of
+
+SMOLLM2 = "smollm2"
+SMOLLM2_FOLDER = "smollm2-135m-instruct"
+# Config and tokenizer; nothing that is code, and nothing that runs code when it is opened.
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+
+
+def cache_folder() -> Path:
+    """Where the project keeps models: ``$SHARDPROOF_CACHE``, or ``~/.cache/shardproof``."""
+    return Path(os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
 
 
 def find_model(model: str | Path) -> Path:
-    """The folder of ``model``: itself, or the hub's snapshot of that id.
+    """The folder of ``model``: smollm2 as fetched, a folder itself, or the hub's snapshot of that id.
 
     Raises:
-        FileNotFoundError: if it is neither.
+        CheckpointError: if there is no such folder, or a downloaded index is broken.
+        DownloadError: if it is not here and can't be downloaded, or smollm2 was not fetched yet.
     """
+    name = str(model)
+    if not name.strip():
+        raise CheckpointError("model='' is empty: give smollm2, a Hugging Face folder, or a hub id")
+    if name == SMOLLM2:
+        folder = cache_folder() / SMOLLM2_FOLDER
+        if not folder.is_dir():
+            raise DownloadError("model='smollm2' is not on this machine yet: fetch it once by `shardproof fetch smollm2`")
+        return folder
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if isinstance(model, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"model={name!r}: there is no such folder")
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(WANTED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise FileNotFoundError(f"model={str(model)!r} is neither a folder nor a model that can be fetched from the hub: "
-                                f"{reason}") from error
+        return _snapshot(name)
+    except CheckpointError:
+        raise
+    except (OSError, HFValidationError) as failure:
+        raise DownloadError(
+            f"model={name!r} is no folder here, and as a model id it could not be downloaded "
+            f"({type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}). Without network: "
+            f"copy its config.json, *.safetensors and tokenizer files into a folder and pass that"
+        ) from failure
+
+
+def _snapshot(name: str) -> Path:
+    """Of the top folder alone, but for weights that an index keeps further down: some models keep a second copy there."""
+    folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SMALL_FILES, SINGLE_FILE], ignore_patterns=["*/*"]))
+    if not (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        shards = [str(file.relative_to(folder)) for file in shards_of(folder / INDEX_FILE)]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=shards))
+    return folder

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from engine.chat import Message, render_chats
+from engine.checkpoint_files import CheckpointError
 from engine.config import EngineConfig, ModelConfig
 from engine.core import start_core
 from engine.driver import Driver
@@ -20,8 +20,10 @@ from engine.hub import find_model
 from engine.ongoing import OngoingRequest
 from engine.outputs import RequestOutput
 from engine.parallel.ranks import Ranks
+from engine.preflight import check_checkpoint
 from engine.requests import Admission, Prompt
 from engine.sampling import SamplingParams
+from engine.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +37,24 @@ class LLM:
     Sampling parameters that a model's ``generation_config.json`` recommends are not applied, its end-of-sequence tokens are.
 
     Args:
-        model: a Hugging Face folder or hub id, safetensors.
+        model: ``smollm2`` once it was fetched, a Hugging Face folder or a hub id, safetensors.
         tokenizer: another folder for the tokenizer.
         options: those of :class:`engine.config.EngineConfig`, ``tensor_parallel_size`` among them.
 
     Raises:
+        CheckpointError: if the model can't be found or run, naming file and key or tensor. No rank was started.
         ValueError: if options and the model's config do not fit.
-        RankFailure: if a rank fails while loading: its message holds the ``CheckpointError``, say, with file and tensor.
+        RankFailure: if a rank fails while loading.
     """
 
     def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, **options: Any) -> None:
         folder = find_model(model)
         self.model_config = ModelConfig.from_folder(folder)
         self.config = EngineConfig(**options).resolve(self.model_config)
-        self.tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
+        self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
+        if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
+            raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
+        check_checkpoint(folder, self.model_config)
         self._ranks = Ranks(self.config.tensor_parallel_size, fabric=self.config.fabric, device=self.config.device)
         try:
             infos = self._ranks.run(start_core, folder, self.model_config, self.config)
@@ -202,10 +208,3 @@ def _deltas(driver: Driver, requests: Sequence[OngoingRequest]) -> Generator[Req
     with closing(driver.follow(requests)) as pauses:
         for _ in pauses:
             yield from (delta for request in requests if (delta := request.delta()) is not None)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None if it holds none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    return AutoTokenizer.from_pretrained(folder)

@@ -6,7 +6,6 @@ simulated rounding of that dtype.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from engine.tokenizer import load_tokenizer
 from harness.simulated import SimulatedRounding
 from harness.subjects import Script
+from reference.checkpoints import read_config
 from reference.hf import Activations, GreedyResult, Reference
 
 TEXTS = (
@@ -55,7 +55,9 @@ class Truth:
         self.script_lengths = script_lengths
         self._activations: dict[tuple[str, int], Activations] = {}
         self._simulated_activations: dict[int, list[Activations]] = {}
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        # Transformers' own reading of config.json: what the file leaves out is there.
+        self.config: dict[str, Any] = read_config(folder).to_dict()
+        self.tokenizer = load_tokenizer(folder)
 
     @cached_property
     def exact(self) -> Reference:
@@ -68,10 +70,10 @@ class Truth:
     @cached_property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
         """Texts through the chat template if the model has a tokenizer, random ids if not."""
-        if not (self.folder / "tokenizer_config.json").is_file():
+        tokenizer = self.tokenizer
+        if tokenizer is None:
             draw = random.Random(self.seed)
             return tuple(tuple(self._random_ids(draw, length)) for length in self.prompt_lengths)
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
         chats = [[{"role": "user", "content": text}] for text in TEXTS]
         if tokenizer.chat_template is None:
             return tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS)

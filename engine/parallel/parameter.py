@@ -13,9 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-
-class CheckpointError(ValueError):
-    """A checkpoint does not fit the model, or can't be read. The message names file and tensor."""
+from engine.checkpoint_files import CheckpointError
 
 
 class LoadedWeight(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import engine.layers.rotary as rotary
-from engine.config import ModelConfig
+from engine.config import ModelConfig, usable_positions
 from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
 from engine.layers.dispatch import pick
 from engine.parallel.ranks import RankContext
@@ -73,9 +73,9 @@ def check_rotary(context: CheckContext) -> Outcome:
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str) -> list[RotaryCase]:
     """Lengths up to, at and beyond the one that the model was first trained on, if its RoPE is a scaled one."""
-    longest = min(config["max_position_embeddings"], MOST_TABLE)
-    original = ((config.get("rope_parameters") or config.get("rope_scaling") or {}).get("original_max_position_embeddings")
-                or longest)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    longest = min(usable_positions(config["max_position_embeddings"], rope), MOST_TABLE)
+    original = rope.get("original_max_position_embeddings") or longest
     lengths = sorted({min(length, longest) for length in (SHORT, original, original + 1, longest)})
     cases = []
     for length in lengths:

@@ -7,15 +7,17 @@ value is the number of its element, so that a wrong element names itself.
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from engine.checkpoint_files import by_model_name, open_file, read_headers
+from engine.config import TIED
 from engine.parallel.ranks import RankContext
 from harness.budgets import bits
 from harness.checks.base import CheckContext, Outcome
@@ -25,8 +27,6 @@ from reference.elements import ElementIndex
 from reference.hf import DTYPES
 from reference.shards import owners
 
-TIED = {"lm_head.weight": "model.embed_tokens.weight"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wrong:
@@ -34,6 +34,11 @@ class Wrong:
 
     name: str
     what: str
+    element: str = ""
+    """``[row, column]``, where it is the file's own element that is wrong."""
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.element} {self.what}" if self.element else f"{self.name}: {self.what}"
 
 
 def check_weights(context: CheckContext) -> Outcome:
@@ -44,7 +49,7 @@ def check_weights(context: CheckContext) -> Outcome:
             if wrong:
                 first = wrong[0]
                 return Outcome(cases=2, compared=compared, rank=rank, module=first.name.rpartition(".")[0],
-                               finding=f"{what}: {len(wrong)} wrong shards on rank {rank}, first {first.name}: {first.what}")
+                               finding=f"{what}: {len(wrong)} wrong shards on rank {rank}, first {first}")
     return Outcome(cases=2, compared=compared)
 
 
@@ -79,15 +84,22 @@ def compare_shards(rank: RankContext, folder: Path, config: dict[str, Any], dtyp
     shards: dict[str, Tensor] = rank.state["subject"].shards()
     wrong: list[Wrong] = []
     compared = 0
-    checkpoint = read_checkpoint(folder)
-    with checkpoint:
-        names = set(checkpoint.names)
-        if config.get("tie_word_embeddings"):
-            names.add("lm_head.weight")
-        wrong += [Wrong(name=name, what="the subject holds no shard of it") for name in sorted(names - shards.keys())]
-        wrong += [Wrong(name=name, what="not in the checkpoint") for name in sorted(shards.keys() - names)]
-        for name in sorted(names & shards.keys()):
-            whole = checkpoint.read(name if name in checkpoint.names else TIED[name]).to(DTYPES[dtype])
+    tied = TIED if config.get("tie_word_embeddings") else {}
+    stored = by_model_name(read_headers(folder), shards.keys() - tied.keys(), tied)
+    stored |= {copy: stored[original] for copy, original in tied.items() if copy not in stored and original in stored}
+    wrong += [Wrong(name=name, what="the subject holds no shard of it") for name in sorted(stored.keys() - shards.keys())]
+    wrong += [Wrong(name=name, what="not in the checkpoint") for name in sorted(shards.keys() - stored.keys())]
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(open_file(file)) for file in sorted({tensor.file for tensor in stored.values()})}
+        for name in sorted(stored.keys() & shards.keys()):
+            as_stored = files[stored[name].file].get_tensor(stored[name].name)
+            whole = as_stored.to(DTYPES[dtype])
+            if len(not_finite := (~whole.isfinite()).nonzero()):
+                place = tuple(not_finite[0].tolist())
+                what = f"is {as_stored[place].item()} in {stored[name].file.name}"
+                if as_stored[place].isfinite():
+                    what += f", which {dtype} can't hold"
+                wrong.append(Wrong(name=stored[name].name, element=str(list(place)), what=what))
             owned = owners(config, name, tuple(whole.shape), rank.tp.size)
             expected = torch.from_numpy(owned.take(bits(whole).numpy(), rank.tp.rank))
             shard = shards[name].cpu()
@@ -133,22 +145,3 @@ def _name(value: float, index: ElementIndex | None) -> str:
         return str(index.decode(value))
     except ValueError:
         return repr(value)
-
-
-class read_checkpoint:  # noqa: N801 - reads as a function
-    """The checkpoint's tensors by the reference's own reading, not by the engine's."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
-        self.names = {name: file for file in self.files for name in file.keys()}  # noqa: SIM118 - not iterable
-
-    def read(self, name: str) -> Tensor:
-        tensor: Tensor = self.names[name].get_tensor(name)
-        return tensor
-
-    def __enter__(self) -> read_checkpoint:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.files.clear()
-        self.names.clear()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from engine.checkpoint_files import CheckpointError
 from engine.config import DTYPES, EngineConfig, ModelConfig, UnsupportedModelError
 from tests.engine.support import FEW, tiny_config
 
@@ -79,14 +80,14 @@ def test_stop_tokens_come_from_the_generation_config_if_it_names_any(
 
 
 def test_a_folder_without_a_config_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"no config.json in folder={tmp_path}: give a Hugging Face model folder"):
+    with pytest.raises(CheckpointError, match=f"no config.json in folder={tmp_path}: give a Hugging Face model folder"):
         ModelConfig.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b'"llama"', b"\xff\xfe\x00"])
 def test_a_config_that_is_no_json_object_names_the_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=str(tmp_path / "config.json")):
+    with pytest.raises(CheckpointError, match=f"file={tmp_path / 'config.json'}"):
         ModelConfig.from_folder(tmp_path)
 
 
@@ -120,10 +121,10 @@ def test_what_the_engine_lacks_is_refused_by_name(tmp_path: Path, changes: dict[
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_kv_heads": 4}, "num_q_heads=6 .*num_kv_heads=4"),
+        ({"num_kv_heads": 4}, "num_attention_heads=6 .*num_key_value_heads=4"),
         ({"head_dim": 7}, "head_dim=7 must be even"),
-        ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
-        ({"num_layers": -1}, "num_layers=-1 must be at least 1"),
+        ({"intermediate_size": 0}, "intermediate_size=0 must be from 1"),
+        ({"num_layers": -1}, "num_hidden_layers=-1 must be from 1"),
     ],
     ids=str,
 )

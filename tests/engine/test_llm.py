@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,7 +16,7 @@ from tokenizers.pre_tokenizers import Split
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from engine import LLM, CheckpointError, RequestOutput, SamplingParams, UnsupportedModelError, hub
+from engine import LLM, CheckpointError, RequestOutput, SamplingParams, UnsupportedModelError
 from engine.parallel.ranks import RankFailure
 from engine.runner import Runner
 from tests.engine.conftest import MakeCheckpoint, MakeReference
@@ -301,9 +302,9 @@ def test_a_cache_smaller_than_the_model_shortens_what_can_run(checkpoint: MakeCh
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"no config.json in folder={tmp_path}"):
+    with pytest.raises(CheckpointError, match=f"no config.json in folder={tmp_path}"):
         LLM(tmp_path)
-    with pytest.raises(FileNotFoundError, match="model='/no/such/folder' is neither a folder nor"):
+    with pytest.raises(CheckpointError, match="model='/no/such/folder': there is no such folder"):
         LLM("/no/such/folder")
 
 
@@ -311,8 +312,8 @@ def test_a_hub_that_fails_without_a_word_is_told_by_its_error(monkeypatch: pytes
     def wordless(*args: Any, **options: Any) -> str:
         raise OSError
 
-    monkeypatch.setattr(hub, "snapshot_download", wordless)
-    with pytest.raises(FileNotFoundError, match=r"model='some/model' is neither .*OSError"):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", wordless)
+    with pytest.raises(CheckpointError, match=r"model='some/model' is no folder .*OSError"):
         LLM("some/model")
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError
 from engine.config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear
-from engine.parallel.parameter import CheckpointError
-from engine.weights import INDEX_FILE, SINGLE_FILE, Checkpoint, CheckpointTensor, LoadReport, load_weights
+from engine.weights import Checkpoint, CheckpointTensor, LoadReport, load_weights
 from harness.budgets import same_bits
 from reference.shards import owners
 from tests.engine.conftest import MakeCheckpoint
@@ -204,7 +204,7 @@ def test_a_truncated_file_is_named(checkpoint: MakeCheckpoint, tmp_path: Path, k
     file = folder / SINGLE_FILE
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(CheckpointError, match=f"file={file} is damaged or truncated"):
+    with pytest.raises(CheckpointError, match=f"file={file} is damaged or cut short"):
         load(folder)
 
 
@@ -235,16 +235,17 @@ def test_a_missing_shard_file_is_named(sharded: Path) -> None:
         load(sharded)
 
 
-def test_an_index_that_names_tensors_which_no_file_holds_is_refused(sharded: Path) -> None:
-    rewrite_index(sharded, lambda weight_map: weight_map.update({"model.ghost": next(iter(weight_map.values()))}))
-    with pytest.raises(CheckpointError, match=r"do not hold the same tensors: .*model\.ghost"):
-        load(sharded)
+def test_what_the_index_says_of_tensors_does_not_matter_only_the_files_it_names_do(sharded: Path) -> None:
+    """As in transformers, which reads all that the named files hold."""
 
+    def change(weight_map: dict[str, str]) -> None:
+        weight_map.update({"model.ghost": next(iter(weight_map.values()))})
+        del weight_map["model.norm.weight"]
 
-def test_a_tensor_that_the_index_forgot_is_refused(sharded: Path) -> None:
-    rewrite_index(sharded, lambda weight_map: weight_map.pop("model.norm.weight"))
-    with pytest.raises(CheckpointError, match=r"do not hold the same tensors: .*model\.norm\.weight"):
-        load(sharded)
+    before, _ = load(sharded)
+    rewrite_index(sharded, change)
+    after, _ = load(sharded)
+    assert all(same_bits(*pair) for pair in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
@@ -263,6 +264,11 @@ def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
         b"[]",
         b"{}",
         b'{"weight_map": null}',
+        b'{"weight_map": {}, "metadata": {}}',
+        b'{"weight_map": {"a": "b.safetensors"}}',
+        b'{"weight_map": {"a": "../b.safetensors"}, "metadata": {}}',
+        b'{"weight_map": {"a": "/b.safetensors"}, "metadata": {}}',
+        b'{"weight_map": {"a": "b.bin"}, "metadata": {}}',
         b'{"weight_map": ["a"]}',
         b'{"weight_map": {"a": 3}}',
         b"\xff\xfe\x00",
@@ -270,7 +276,8 @@ def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
 )
 def test_a_broken_index_is_named(sharded: Path, content: bytes) -> None:
     (sharded / INDEX_FILE).write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"file={sharded / INDEX_FILE} is not a safetensors index"):
+    said = f"file={sharded / INDEX_FILE} (is not (a safetensors index|valid JSON)|holds a list)"
+    with pytest.raises(CheckpointError, match=said):
         load(sharded)
 
 
@@ -283,7 +290,7 @@ def test_pickled_weights_are_refused_and_said_to_be_there(checkpoint: MakeCheckp
 
 def test_a_folder_without_weights_says_what_it_looked_for(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     shutil.copy(checkpoint() / "config.json", tmp_path)
-    with pytest.raises(CheckpointError, match=rf"no {SINGLE_FILE} and no {INDEX_FILE} in folder={tmp_path}$"):
+    with pytest.raises(CheckpointError, match=rf"no {SINGLE_FILE} and no {INDEX_FILE} in folder={tmp_path}: give"):
         load(tmp_path)
 
 
@@ -292,29 +299,29 @@ def add_head(tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 3), (2, 3)])
-def test_an_equal_copy_of_a_tied_tensor_is_accepted_and_read_by_shard(
+def test_an_equal_copy_of_a_tied_tensor_is_accepted_and_not_read_again(
     edited: Callable[..., Path], tp_rank: int, tp_size: int
 ) -> None:
     folder = edited(add_head, tie_word_embeddings=True)
     model, report = load(folder, tp_rank, tp_size)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert report.bytes_read["lm_head.weight"] == report.bytes_read["model.embed_tokens.weight"]
-    assert report.bytes_read["lm_head.weight"] <= 4 * 42 * -(-131 // tp_size)
+    assert report.bytes_read["lm_head.weight"] == 0
+    assert report.bytes_read["model.embed_tokens.weight"] <= 4 * 42 * -(-131 // tp_size)
 
 
 @pytest.mark.parametrize("row", [0, 60, 130])
-def test_a_copy_that_differs_is_refused_by_the_rank_that_owns_the_difference(edited: Callable[..., Path], row: int) -> None:
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_stays_its_own_and_is_told_of(
+    edited: Callable[..., Path], row: int, caplog: pytest.LogCaptureFixture
+) -> None:
     def change(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["lm_head.weight"][row, -1] += 1
 
-    folder = edited(change, tie_word_embeddings=True)
-    for tp_rank in range(3):
-        if tp_rank == row // 44:
-            with pytest.raises(CheckpointError, match=r"lm_head\.weight .*differs.*set tie_word_emb"):
-                load(folder, tp_rank, 3)
-        else:
-            load(folder, tp_rank, 3)
+    model, _ = load(edited(change, tie_word_embeddings=True))
+    differs = (model.lm_head.weight != model.model.embed_tokens.weight).nonzero().tolist()
+    assert differs == [[row, 41]]
+    assert "tie_word_embeddings=true" in caplog.text
+    assert "are not tied" in caplog.text
 
 
 @pytest.mark.parametrize("shape", [(), (131,), (44, 42), (132, 42)])
@@ -337,10 +344,11 @@ def test_an_untied_model_needs_its_head(edited: Callable[..., Path]) -> None:
 def test_buffers_that_follow_from_the_config_are_tolerated_and_not_read(edited: Callable[..., Path]) -> None:
     def change(tensors: Tensors) -> None:
         for layer in range(2):
-            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+            for name in ("inv_freq", "cos_cached", "sin_cached"):
+                tensors[f"model.layers.{layer}.self_attn.rotary_emb.{name}"] = torch.ones(4, dtype=torch.int64)
 
     _, report = load(edited(change))
-    assert {number for name, number in report.bytes_read.items() if "inv_freq" in name} == {0}
+    assert not [name for name in report.bytes_read if "rotary_emb" in name]
 
 
 def test_another_name_with_inv_freq_in_it_is_not_tolerated(edited: Callable[..., Path]) -> None:

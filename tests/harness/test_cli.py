@@ -146,7 +146,7 @@ def delete_a_tensor(file: Path) -> str:
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    return "tensor=model.layers.1.mlp.down_proj.weight is missing"
+    return "missing from the checkpoint: model.layers.1.mlp.down_proj.weight;"
 
 
 def cut_short(file: Path) -> str:
@@ -160,7 +160,7 @@ def change_a_shape(file: Path) -> str:
     name = "model.layers.0.self_attn.o_proj.weight"
     tensors[name] = tensors[name][:, :-2].contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
-    return f"file={file}: tensor={name} has shape=(32, 30), the config asks for (32, 32)"
+    return f"tensor={name} in file={file}: shape=(32, 30) in the checkpoint, but the config asks for (32, 32)"
 
 
 @pytest.mark.parametrize("damage", [delete_a_tensor, cut_short, change_a_shape])

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import engine.parallel.embedding as embedding_module
 import engine.parallel.linear as linear_module
+from engine import CheckpointError
 from engine.parallel.linear import MergedColumnParallelLinear
 from engine.parallel.parameter import ShardParameter
 from engine.weights import CheckpointTensor
 from harness.faults.layouts import LAYOUTS
+from harness.truth import Truth
 from tests.harness.checking import assert_green, run_check
 from tests.harness.conftest import MakeModel
 
@@ -35,6 +40,48 @@ def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
 def test_tensors_that_are_read_whole_and_cut_in_memory_are_green(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_module, "columns_of", lambda loaded, columns: loaded[:][:, columns.start : columns.stop])
     assert_green(run_check("weights", folder, "bfloat16"))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [("model.layers.0.mlp.up_proj.weight", (3, 5)), ("model.norm.weight", (7,)), ("model.embed_tokens.weight", (130, 0))],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_in_the_file_itself(
+    folder: Path, tmp_path: Path, tp_size: int, name: str, element: tuple[int, ...], value: float
+) -> None:
+    changed = with_value(folder, tmp_path, name, element, value)
+    outcome = run_check("weights", changed, "bfloat16", tp_size=tp_size)
+    assert outcome.finding is not None
+    assert f"{name}{list(element)} is {value} in model.safetensors" in outcome.finding
+
+
+def test_a_value_that_the_dtype_can_not_hold_is_found(folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = with_value(folder, tmp_path, name, (3, 5), 2.0**20)
+    assert_green(run_check("weights", changed, "bfloat16"))
+    outcome = run_check("weights", changed, "float16")
+    assert outcome.finding is not None
+    assert f"{name}[3, 5] is 1048576.0 in model.safetensors, which float16 can't hold" in outcome.finding
+
+
+def with_value(folder: Path, scratch: Path, name: str, element: tuple[int, ...], value: float) -> Path:
+    """A copy of the checkpoint with another value for one element."""
+    changed = Path(shutil.copytree(folder, scratch / "changed"))
+    tensors = load_file(changed / "model.safetensors")
+    tensors[name][element] = value
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    return changed
+
+
+@pytest.mark.parametrize("of_it", ["script", "greedy"])
+def test_the_truth_of_weights_that_are_not_finite_names_the_first(folder: Path, tmp_path: Path, of_it: str) -> None:
+    changed = with_value(folder, tmp_path, "model.layers.0.mlp.up_proj.weight", (3, 5), math.nan)
+    truth = Truth(changed, dtype="bfloat16")
+    said = r"not finite: model\.layers\.0\.mlp\.up_proj\.weight\[3, 5\] is nan"
+    with pytest.raises(CheckpointError, match=said):
+        _ = truth.exact_logits if of_it == "script" else truth.greedy
 
 
 def columns_of_rank_0(patch: pytest.MonkeyPatch) -> None:

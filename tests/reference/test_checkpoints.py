@@ -151,10 +151,20 @@ def test_wrong_arguments_are_named(tmp_path, changes, message):
 
 
 def test_one_name_in_two_files_is_refused(tmp_path):
-    folder = random_checkpoint(tmp_path, tiny_config())
-    (folder / "model-copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="in two files"):
+    folder = random_checkpoint(tmp_path, tiny_config(), max_shard_size="30KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match=f"tensor=.* is in file={first} and again in file={second}"):
         checkpoint_shapes(folder)
+
+
+def test_files_that_are_no_part_of_the_checkpoint_are_passed_over(tmp_path):
+    folder = random_checkpoint(tmp_path, tiny_config())
+    shapes = checkpoint_shapes(folder)
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert checkpoint_shapes(folder) == shapes
+    assert resolve(folder) == folder
 
 
 def test_a_folder_resolves_to_itself_and_smollm2_to_the_fetched_one(tmp_path, monkeypatch):
@@ -177,7 +187,7 @@ def test_a_folder_with_a_part_missing_is_refused_by_name(tmp_path):
 def test_pickled_weights_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is refused: convert it to safetensors"):
+    with pytest.raises(CheckpointError, match=r"found pytorch_model\.bin: refused.*convert it to safetensors"):
         resolve(tmp_path)
 
 

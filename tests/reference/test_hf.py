@@ -1,3 +1,4 @@
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging as transformers_logging
 
-from reference.checkpoints import random_checkpoint
+from reference.checkpoints import CheckpointError, random_checkpoint
 from reference.hf import DTYPES, Reference
 from tests.reference.tiny import DEVICES, FAMILIES, tiny_config
 
@@ -208,9 +209,37 @@ def test_loading_and_running_leave_torch_and_transformers_as_they_were(folders):
         reference = Reference.load(folders["llama"], dtype)
         reference.greedy([PROMPT], 3)
         reference.activations(PROMPT)
-    with pytest.raises(OSError, match="bad"):
+    with pytest.raises(CheckpointError, match="bad"):
         Reference.load(_broken(folders["llama"]), "float32")
     assert state() == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda reference: reference.logits([PROMPT]),
+        lambda reference: reference.copies_of_logits(PROMPT, 2),
+        lambda reference: reference.margins(PROMPT),
+        lambda reference: reference.greedy([PROMPT], 3),
+        lambda reference: reference.activations(PROMPT),
+    ],
+    ids=["logits", "copies", "margins", "greedy", "activations"],
+)
+def test_logits_that_are_not_finite_are_refused_by_the_weight_to_blame(folders, value, compute):
+    reference = Reference.load(folders["llama"], "exact")
+    with torch.no_grad():
+        reference.model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(CheckpointError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is {value}"):
+        compute(reference)
+
+
+def test_logits_that_leave_the_dtypes_range_are_said_to(folders):
+    reference = Reference.load(folders["llama"], "float16")
+    with torch.no_grad():
+        reference.model.lm_head.weight.fill_(60000)
+    with pytest.raises(CheckpointError, match="dtype=float16 are not finite, though all weights are"):
+        reference.logits([PROMPT])
 
 
 def _broken(folder):
@@ -236,5 +265,5 @@ def test_wrong_arguments_are_named(llama, call, message):
 
 
 def test_a_folder_without_config_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
         Reference.load(tmp_path)

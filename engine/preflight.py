@@ -1,0 +1,28 @@
+"""Does the checkpoint fit its config? Asked before any rank starts, so that one line says no, and not every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.config import ModelConfig
+from engine.layers.attention_backends import AttentionLayout, TorchBackend
+from engine.models.registry import MODELS
+from engine.parallel.group import SoloGroup
+from engine.parallel.sharding import head_shard
+from engine.weights import load_weights
+
+
+def check_checkpoint(folder: Path, config: ModelConfig) -> None:
+    """Load the headers of the checkpoint's files into a model without memory: the loading itself checks names and shapes.
+
+    Raises:
+        CheckpointError: naming file and tensor, as loading would. Only values that can't be read are still to be found.
+    """
+    meta = torch.device("meta")
+    layout = AttentionLayout(heads=head_shard(config.num_q_heads, config.num_kv_heads, tp_rank=0, tp_size=1),
+                             head_dim=config.head_dim, block_size=16, dtype=torch.float32, device=meta)
+    model = MODELS[config.model_type](config, tp=SoloGroup(), dtype=torch.float32, device=meta, max_model_len=1,
+                                      backend=TorchBackend(layout))
+    load_weights(model, folder, packed=model.packed, tied=model.tied, headers_only=True)

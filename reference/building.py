@@ -1,0 +1,46 @@
+"""Transformers models are built in turn, and what fails then is said to be the checkpoint's."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from engine.checkpoint_files import CheckpointError, one_line
+
+# While it builds a model, transformers sets torch's default dtype, which all threads share, and sets it back
+# to what it found: two at once would leave one model's dtype behind as the default of the process.
+_TURN = threading.RLock()
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Wait for this thread's turn to build a model.
+
+    Raises
+    ------
+    CheckpointError
+        transformers cannot do what is done inside; ``what`` begins the message.
+    """
+    with _TURN:
+        try:
+            yield
+        except (CheckpointError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # there is no saying what transformers makes of values that cannot be
+            raise CheckpointError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def read_config(folder: str | Path) -> Any:
+    """The transformers config of ``folder``.
+
+    Raises
+    ------
+    CheckpointError
+        transformers cannot read it.
+    """
+    with building(f"transformers cannot read the config.json in folder={folder}"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
