@@ -129,7 +129,7 @@ def test_a_file_that_is_no_case_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "case.safetensors"
     save_file({"x": torch.ones(1)}, path)
     code, _, stderr = run("verify", "--case", path)
-    assert code == 2
+    assert code == 3
     assert f"case={path} is not a case file" in stderr
     assert run("verify", "--case", tmp_path / "none")[0] == 3
 
