@@ -47,7 +47,8 @@ def bench(*, model: str, names: tuple[str, ...], tp: str, peers: tuple[str, ...]
     if against is not None:
         prepare_out(out / BASELINE)
         prepare_out(out / "compare")
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(f"preparing {model}", total=None)
         watcher = Watcher(
             on_status=lambda text: bar.update(task, description=escape(text)),

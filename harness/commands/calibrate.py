@@ -40,7 +40,7 @@ def calibrate_command(
         plan = CalibratePlan(models=models, seed=seed)
     prepare_out(out)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         tasks = {}
 
         def on_progress(what: str, done: int, total: int) -> None:

@@ -33,7 +33,7 @@ class RowsShown:
         self._done = 0
         self._started_at = time.monotonic()
         self._bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors,
-                             transient=True, disable=quiet)
+                             transient=True, disable=quiet or not errors.is_terminal)
         self._task = self._bar.add_task("starting", total=None)
 
     def on_start(self, name: str, tp_size: int) -> None:
