@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from harness.shardproof import __version__
 from reports.records import Gpu, Machine, RunInfo
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pandas", "hypothesis", "flash-attn")
@@ -73,7 +74,7 @@ def _first_line(command: list[str]) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    found = {"shardproof": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)

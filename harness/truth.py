@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from harness.errors import one_line
 from harness.simulated import SimulatedRounding
 from harness.subjects import Script
+from reference.checkpoints import CheckpointError
 from reference.hf import Activations, GreedyResult, Reference
 
 TEXTS = (
@@ -71,6 +73,12 @@ class Truth:
         if not (self.folder / "tokenizer_config.json").is_file():
             draw = random.Random(self.seed)
             return tuple(tuple(self._random_ids(draw, length)) for length in self.prompt_lengths)
+        try:
+            return self._tokenized()
+        except Exception as error:  # of any kind: libraries raise what they like over a file that they did not write
+            raise CheckpointError(f"folder={self.folder}: its tokenizer does not work: {one_line(error)}") from error
+
+    def _tokenized(self) -> tuple[tuple[int, ...], ...]:
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         chats = [[{"role": "user", "content": text}] for text in TEXTS]
         if tokenizer.chat_template is None:

@@ -15,8 +15,10 @@ from reports.records import BenchRow, CheckRow, NotMeasured, Report
 from reports.text_tables import format_number, to_markdown, to_text
 
 __all__ = [
+    "BOUND_NOTE",
     "bench_table",
     "bench_tables",
+    "bound_mark",
     "check_changes_table",
     "checks_pivot",
     "checks_table",
@@ -33,6 +35,7 @@ CHECK_COLUMNS = (
     "check", "model", "dtype", "fabric", "tp_size", "verdict", "error_over_budget", "cases", "compared",
     "excused", "seconds", "rank", "module", "message", "replay",
 )  # fmt: skip
+BOUND_NOTE = "(≤1): a bound that right sums reach, so that 1 is no near miss"
 # (key of a row, metric) -> median over its rounds
 _Medians = dict[tuple[tuple[str, str, str, str, str, str, int], str], float]
 
@@ -51,15 +54,17 @@ def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
 def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """Checks down, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
 
+    A bound of rounding, which right sums reach, is marked: ``pass 0.996 (≤1)``.
+
     Model and dtype are columns where they differ, fabric where two of them ran one check and tp_size.
     """
-    table = checks_table(rows)
+    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
     varying = telling_columns(rows)
     sizes = sorted({row.tp_size for row in rows})
     cells: dict[tuple[str, ...], dict[str, object]] = {}
-    for record in table.to_dict("records"):
-        key = tuple(str(record[name]) for name in ("check", *varying))
-        cells.setdefault(key, {})[f"tp {record['tp_size']}"] = verdict_cell(str(record["verdict"]), record["error_over_budget"])
+    for row in sorted(rows, key=lambda row: (order[row.check], *row.key)):
+        key = tuple(str(getattr(row, name)) for name in ("check", *varying))
+        cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget) + bound_mark(row)
     columns = ("check", *varying, *(f"tp {size}" for size in sizes))
     return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
 
@@ -72,6 +77,11 @@ def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
     varying = [name for name in ("model", "dtype") if len({getattr(row, name) for row in rows}) > 1]
     layouts = {(row.check, row.model, row.dtype, row.tp_size) for row in rows}
     return varying if len(layouts) == len(rows) else [*varying, "fabric"]
+
+
+def bound_mark(row: CheckRow) -> str:
+    """Beside the error of a row whose budget is a bound that right sums reach."""
+    return " (≤1)" if row.verdict == "pass" and row.extra.get("bound") == "rounding" else ""
 
 
 def verdict_cell(verdict: str, error_over_budget: float | None) -> str:

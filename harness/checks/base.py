@@ -15,6 +15,8 @@ from harness.truth import Truth
 
 PRELOAD = ("harness.checks",)
 """For ``Ranks``: what every rank needs, and what takes seconds to import."""
+ROUNDING_BOUND = {"bound": "rounding"}
+"""For the ``extra`` of an outcome whose ``error_over_budget`` is one of a bound that right sums reach: 1 is no near miss then."""
 TRACEBACK = "traceback"
 """In the ``extra`` of an outcome and of its row."""
 

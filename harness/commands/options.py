@@ -49,8 +49,8 @@ def check_device(device: str) -> None:
             raise CouldNotRunError(f"device={device!r}, but torch sees no GPU")
 
 
-def prepare_out(out: Path) -> None:
-    """See whether a report can be written to ``out``, and rename an older one there, ``report.md`` to ``report.old.md``.
+def prepare_out(out: Path, *, set_aside: bool = True) -> None:
+    """See whether a report can be written to ``out``, and set an older one there aside, ``report.md`` as ``report.old.md``.
 
     To be called when the options are right and before any work, so that none is lost, and so that no older report is taken for
     that of a run that ends without one.
@@ -67,7 +67,7 @@ def prepare_out(out: Path) -> None:
         for path in (out / f"report.{suffix}" for suffix in SUFFIXES):
             if path.is_dir():
                 raise IsADirectoryError(f"{path} is a folder")
-            if path.exists():
+            if set_aside and path.exists():
                 path.replace(path.with_name(f"report.old{path.suffix}"))
     except OSError as error:
         raise UsageError(f"out={str(out)!r}: no report can be written there: {error.strerror or error} ({place})") from error

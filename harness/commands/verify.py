@@ -143,13 +143,15 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, 
 
 
 def _print(plan: VerifyPlan, report: Report, *, quiet: bool) -> None:
-    from reports.tables import checks_pivot
+    from reports.tables import BOUND_NOTE, bound_mark, checks_pivot
     from reports.text_tables import to_text
 
     if not quiet:
         layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
         sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers "
                          f"are the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
+        if any(map(bound_mark, report.checks)):
+            sys.stdout.write(f"{BOUND_NOTE}\n")
     _print_rows([row for row in report.checks if row.verdict != "pass" and not (quiet and row.verdict == "skipped")])
 
 
