@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 CHECK_NAMES = ("collectives", "weights", "layers", "attention", "kv", "logits", "generation", "lifecycle")
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 FABRICS = ("auto", "gloo", "threads", "nccl")

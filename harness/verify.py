@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from engine.config import DTYPES, ModelConfig
+from engine.config import ModelConfig
 from engine.parallel.fabric import choose_fabric
 from engine.parallel.ranks import RankFailure, Ranks
 from harness import jobs
@@ -25,7 +25,7 @@ from harness.checks.base import PRELOAD, CheckContext, Outcome, raised
 from harness.errors import UsageError, checkpoint_errors, refusal_of, usage
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
-from harness.names import FABRICS
+from harness.names import DTYPES, FABRICS
 from harness.preflight import check_checkpoint
 from harness.truth import NUM_NEW_TOKENS, Truth
 from reference.checkpoints import CheckpointError

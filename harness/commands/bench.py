@@ -12,6 +12,7 @@ from harness.bench.shapes import SHAPES
 from harness.bench.workloads import WORKLOADS
 from harness.commands.options import Fabric
 from harness.errors import UsageError
+from harness.names import DTYPES
 
 BASELINES = Path("reports/baselines")
 
@@ -26,8 +27,8 @@ def bench_command(
         f"Another engine to hold it against, again for more: {', '.join(PEERS)}; or none. Default: the Hugging Face reference "
         "where it takes reasonable time."))] = None,
     fabric: Fabric = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's on a GPU, float32 on a CPU), bfloat16, float16 or float32."
-                                       )] = "auto",
+    dtype: Annotated[str, typer.Option(autocompletion=lambda: ["auto", *DTYPES], help=(
+        f"{', '.join(DTYPES)}; auto is the checkpoint's on a GPU and at least float32 on a CPU."))] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rounds: Annotated[int | None, typer.Option(help="Instead of each workload's own number.")] = None,
     against: Annotated[Path | None, typer.Option(help="Another checkout of this project: takes turns with this one, round by "

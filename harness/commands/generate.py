@@ -24,8 +24,7 @@ def generate_command(
     tp: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
     fabric: Fabric = "auto",
     dtype: Annotated[str, typer.Option(autocompletion=lambda: ["auto", *DTYPES], help=(
-        "bfloat16, float16 or float32; auto is the checkpoint's on a GPU, and float32 on a CPU, where verify takes the "
-        "checkpoint's."))] = "auto",
+        f"{', '.join(DTYPES)}; auto is the checkpoint's on a GPU, and at least float32 on a CPU, unlike in verify."))] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,

@@ -11,7 +11,7 @@ import typer
 
 from harness.bench.shapes import SHAPES
 from harness.errors import CouldNotRunError, UsageError
-from harness.names import DTYPES, FABRICS
+from harness.names import FABRICS
 
 if TYPE_CHECKING:
     from reports.records import Report
@@ -22,8 +22,6 @@ SUFFIXES = ("json", "md", "html", "csv", "xml")
 Model = Annotated[str, typer.Argument(autocompletion=lambda: [DEFAULT_MODEL, *SHAPES], help=(
     f"smollm2, a Hugging Face folder, or a hub id; or a shape with random weights: {', '.join(SHAPES)}."))]
 Fabric = Annotated[str, typer.Option(autocompletion=lambda: list(FABRICS), help=f"{', '.join(FABRICS[:-1])} or {FABRICS[-1]}.")]
-Dtype = Annotated[str, typer.Option(autocompletion=lambda: ["auto", *DTYPES], help=(
-    f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}; auto is the checkpoint's."))]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report's JSON on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is wrong.")]

@@ -42,7 +42,7 @@ def verify_command(
                                                 "as it started.")] = None,
     fabric: Fabric = "auto",
     dtype: Annotated[str, typer.Option(autocompletion=lambda: ["auto", *DTYPES], help=(
-        "bfloat16, float16 or float32; auto is the checkpoint's, on every device."))] = "auto",
+        f"{', '.join(DTYPES)}; auto is the checkpoint's, on every device."))] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     check: Annotated[list[str] | None, typer.Option(autocompletion=lambda: list(CHECK_NAMES), help=(
         f"Only this check (again for more): {', '.join(CHECK_NAMES)}."))] = None,

@@ -260,5 +260,6 @@ def test_a_command_that_is_told_to_end_takes_its_folders_along(tmp_path: Path, m
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert [row.message for row in read_report(tmp_path / "out").checks] == [f"killed-rank-not-seen, {WHY}"]
     assert psutil.wait_procs(family, timeout=5)[1] == []
     assert list(scratch.iterdir()) == []
