@@ -1,6 +1,10 @@
-"""Ctrl-C in the middle of long work: what was finished is not lost."""
+"""Ctrl-C, or SIGTERM, in the middle of long work: what was finished is not lost."""
 
 from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from reports.records import Report
 
@@ -17,3 +21,14 @@ class Interrupted(KeyboardInterrupt):
         super().__init__()
         self.report = report
         """Rows of what was done, and an error for each thing that was not."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While the report of an interrupted run is written: a CI sends one signal after another."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from harness.shardproof import __version__
 from reports.records import Gpu, Machine, RunInfo
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pandas", "hypothesis", "flash-attn", "flash-attn-4")
@@ -31,17 +31,8 @@ def run_info(command: str, *, started_at: datetime, seed: int | None, argv: list
         command=command, argv=argv if argv is not None else ["shardproof", *sys.argv[1:]], commit=commit, dirty=dirty, seed=seed,
         started_at=started_at.isoformat(timespec="seconds"), seconds=(datetime.now(UTC) - started_at).total_seconds(),
         machine=machine(), versions=_versions(), switches=_switches(),
-        version=project_version(),
+        version=__version__,
     )
-
-
-def project_version() -> str:
-    """This project's own version: of the checkout that runs, or else of what is installed."""
-    try:
-        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-        return str(project["version"]) if project["name"] == "shardproof" else version("shardproof")
-    except (OSError, KeyError):
-        return version("shardproof")
 
 
 def machine() -> Machine:

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from engine.tokenizer import load_tokenizer
+from harness.errors import one_line
 from harness.simulated import SimulatedRounding
 from harness.subjects import Script
-from reference.checkpoints import read_config
+from reference.checkpoints import CheckpointError, read_config
 from reference.hf import Activations, GreedyResult, Reference
 
 TEXTS = (
@@ -74,6 +75,13 @@ class Truth:
         if tokenizer is None:
             draw = random.Random(self.seed)
             return tuple(tuple(self._random_ids(draw, length)) for length in self.prompt_lengths)
+        try:
+            return self._tokenized(tokenizer)
+        except Exception as error:  # of any kind: libraries raise what they like over a file that they did not write
+            raise CheckpointError(f"folder={self.folder}: its tokenizer does not work: {one_line(error)}") from error
+
+    @staticmethod
+    def _tokenized(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
         chats = [[{"role": "user", "content": text}] for text in TEXTS]
         if tokenizer.chat_template is None:
             return tuple(tuple(tokenizer(text)["input_ids"]) for text in TEXTS)

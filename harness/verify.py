@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,19 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from engine.config import ModelConfig
 from engine.parallel.fabric import choose_fabric
 from engine.parallel.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.cases import SavedCase, compare_replay, save_case
-from harness.checks import CHECKS
-from harness.checks.base import PRELOAD, CheckContext, Outcome
+from harness.checks import CHECKS, WITHOUT_SUBJECT
+from harness.checks.base import PRELOAD, CheckContext, Outcome, raised
+from harness.errors import UsageError, checkpoint_errors, refusal_of, usage
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
+from harness.names import DTYPES, FABRICS
 from harness.preflight import check_checkpoint
-from harness.truth import Truth
-from reports.records import CheckRow, Report, Verdict
+from harness.truth import NUM_NEW_TOKENS, Truth
+from reference.checkpoints import CheckpointError
+from reports.records import CheckRow, RecordError, Report, Verdict
+
+logger = logging.getLogger(__name__)
 
 LARGEST_GLOO = 4
 """More ranks than this run as threads on a CPU: gloo with many more processes than cores is slow."""
@@ -62,11 +70,19 @@ class VerifyPlan:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.checks if name not in CHECKS]:
-            raise ValueError(f"checks={unknown} are unknown; there are: {', '.join(CHECKS)}")
+            raise UsageError(f"checks={unknown} are unknown; there are: {', '.join(CHECKS)}")
         if not self.tp_sizes or min(self.tp_sizes) < 1:
-            raise ValueError(f"tp_sizes={self.tp_sizes} must be one or several numbers of at least 1")
+            raise UsageError(f"tp_sizes={self.tp_sizes} must be one or several numbers of at least 1")
+        refuse_repeats("tp_sizes", self.tp_sizes)
+        refuse_repeats("checks", self.checks)
+        if self.dtype not in ("auto", *DTYPES):
+            raise UsageError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
+        if self.fabric not in (*FABRICS, "solo"):
+            raise UsageError(f"fabric={self.fabric!r} is unknown; supported: {', '.join(FABRICS)}")
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(f"device={self.device!r} is unknown; supported: cpu, cuda")
         if self.case is not None and len(self.checks) != 1:
-            raise ValueError(f"checks={self.checks}: a case is one check's")
+            raise UsageError(f"checks={self.checks}: a case is one check's")
 
     def fabric_of(self, tp_size: int) -> str:
         """Real processes where that is quick enough, threads above."""
@@ -81,28 +97,26 @@ class VerifyPlan:
 
 def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lambda row: None,
            on_start: OnStart = lambda check, tp_size: None, on_outcome: OnOutcome = lambda outcome: None) -> Report:
-    """Run the plan. Findings are rows of the report; what is wrong with the plan itself is raised.
+    """Run the plan. Findings and exceptions inside checks are rows of the report; what is wrong with the plan is raised.
 
     Args:
         ranks: those to run on, which live elsewhere (torchrun's); None: start some for each of the plan's tp_sizes. The caller
             closes them.
 
     Raises:
-        RankFailure: if given ranks can't read the checkpoint on their hosts.
+        UsageError: if the plan does not fit the model, or the fabric the device.
         UnsupportedModelError: if the engine can't run such a model.
-        CheckpointError: if the checkpoint is damaged, or not whole.
-        ValueError: if the plan does not fit the model.
+        CheckpointError: if the checkpoint is damaged, or not whole, or can't be loaded.
+        RankFailure: if the ranks can't start, or given ranks can't read the checkpoint on their hosts.
         Interrupted: on Ctrl-C, with the report as far as it is done.
+
+    Whatever is raised once there are rows is the reason of those that are missing instead.
     """
     started_at = datetime.now(UTC)
     model_config = ModelConfig.from_folder(plan.folder)
-    if too_many := [tp_size for tp_size in plan.tp_sizes if tp_size > model_config.num_q_heads]:
-        raise ValueError(f"tp_sizes={too_many} are above num_q_heads={model_config.num_q_heads} of the model: every rank needs "
-                         "at least one query head")
+    _check_fit(plan, model_config, ranks)
     check_checkpoint(plan.folder)
     if ranks is not None:
-        if plan.tp_sizes != (ranks.tp_size,):
-            raise ValueError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
         ranks.run(jobs.find_checkpoint, plan.folder)
     dtype = str(model_config.dtype).removeprefix("torch.") if plan.dtype == "auto" else plan.dtype
     truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
@@ -113,9 +127,39 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
                 rows.append(row)
                 on_row(row)
     except KeyboardInterrupt as stop:
-        rows += _rows_not_done(plan, truth, ranks, {(row.check, row.tp_size) for row in rows})
+        rows += _rows_not_done(plan, truth, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
         raise Interrupted(Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)) from stop
+    except Exception as error:
+        if not rows:
+            raise
+        why = Outcome(cases=0, compared=0, error=str(error)) if isinstance(error, checkpoint_errors()) else raised(error)
+        rows += _rows_not_done(plan, truth, ranks, rows, why)
     return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
+
+
+def refuse_repeats(name: str, values: Sequence[object]) -> None:
+    """
+    Raises:
+        UsageError: if something is named twice: two rows that nobody could tell apart.
+    """
+    if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+        raise UsageError(f"{name}={', '.join(twice)} is named more than once: name it once")
+
+
+def _check_fit(plan: VerifyPlan, model_config: ModelConfig, ranks: Ranks | None) -> None:
+    if too_many := [tp_size for tp_size in plan.tp_sizes if tp_size > model_config.num_q_heads]:
+        raise UsageError(f"tp_sizes={too_many} are above num_q_heads={model_config.num_q_heads} of the model: every rank needs "
+                         "at least one query head")
+    if ranks is not None and plan.tp_sizes != (ranks.tp_size,):
+        raise UsageError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
+    with usage():
+        for tp_size in plan.tp_sizes:
+            _fabric_name(plan, tp_size, ranks)
+
+
+def _fabric_name(plan: VerifyPlan, tp_size: int, given: Ranks | None) -> str:
+    """What the ranks' fabric is, or will be."""
+    return given.fabric if given is not None else choose_fabric(tp_size, plan.fabric_of(tp_size), torch.device(plan.device))[0]
 
 
 def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | None, on_start: OnStart,
@@ -123,65 +167,90 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
     with nullcontext(given) if given is not None else Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device,
                                                             job_timeout_s=JOB_TIMEOUT_S, auto_restart=True,
                                                             preload=PRELOAD) as ranks:
-        options = _options(truth)
+        is_loaded = needs_no_subject = WITHOUT_SUBJECT.issuperset(plan.checks)
+        options = {} if needs_no_subject else _options(truth)
         context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed, case=plan.case)
-        loaded = False
         for name in plan.checks:
             if not (ranks.healthy or ranks.can_restart):
-                yield _row(name, plan, truth, ranks, Outcome(cases=0, compared=0, skipped=GONE), 0.0)
+                yield _row(name, plan, truth, ranks.fabric, tp_size, Outcome(cases=0, compared=0, skipped=GONE))
                 continue
             on_start(name, tp_size)
             started = time.perf_counter()
             try:
-                if not (loaded and ranks.healthy):
-                    ranks.run(jobs.load, plan.subject, truth.folder, truth.dtype, options)
-                    loaded = True
+                if not (is_loaded and (ranks.healthy or needs_no_subject)):
+                    _load(plan, truth, ranks, options)
+                    is_loaded = True
                 outcome = CHECKS[name](context)
             except RankFailure as failure:
                 outcome = Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
+            except checkpoint_errors():  # the model's: no other check can do with it
+                raise
+            except Exception as error:
+                logger.exception("check %s raised at tp_size=%d", name, tp_size)
+                outcome = raised(error)
             on_outcome(outcome)
-            yield _row(name, plan, truth, ranks, outcome, time.perf_counter() - started)
+            yield _row(name, plan, truth, ranks.fabric, tp_size, outcome, time.perf_counter() - started)
 
 
-def _rows_not_done(plan: VerifyPlan, truth: Truth, given: Ranks | None, done: set[tuple[str, int]]) -> Iterable[CheckRow]:
-    for tp_size in plan.tp_sizes:
-        fabric = choose_fabric(tp_size, plan.fabric_of(tp_size), torch.device(plan.device))[0] if given is None else given.fabric
-        for name in plan.checks:
-            if (name, tp_size) not in done:
-                yield CheckRow(check=name, model=plan.model, tp_size=tp_size, fabric=fabric, dtype=truth.dtype, cases=0,
-                               compared=0, verdict="error", seconds=0.0, message=WHY)
+def _load(plan: VerifyPlan, truth: Truth, ranks: Ranks, options: Mapping[str, int]) -> None:
+    try:
+        ranks.run(jobs.load, plan.subject, truth.folder, truth.dtype, options)
+    except RankFailure as failure:
+        if (refusal := refusal_of(failure)) is None:
+            raise
+        raise CheckpointError(refusal) from failure
+
+
+def _rows_not_done(plan: VerifyPlan, truth: Truth, given: Ranks | None, done: Sequence[CheckRow],
+                   why: Outcome) -> list[CheckRow]:
+    keys = {(row.check, row.tp_size) for row in done}
+    return [_row(name, plan, truth, _fabric_name(plan, tp_size, given), tp_size, why)
+            for tp_size in plan.tp_sizes for name in plan.checks if (name, tp_size) not in keys]
 
 
 def _options(truth: Truth) -> dict[str, int]:
-    """A cache of small blocks, just large enough for the script and the prompts."""
-    longest = [*map(len, truth.script.sequences), *map(len, truth.greedy_sequences)]
+    """A cache of small blocks, just large enough for the script and the prompts with what is generated."""
+    longest = [*map(len, truth.script.sequences), *(len(prompt) + NUM_NEW_TOKENS for prompt in truth.prompts)]
     block_size = 16
     return {"block_size": block_size, "num_kv_blocks": sum(-(-(length + 1) // block_size) for length in longest) + 1,
             "max_num_batched_tokens": 64, "max_num_seqs": 8}
 
 
-def _row(name: str, plan: VerifyPlan, truth: Truth, ranks: Ranks, outcome: Outcome, seconds: float) -> CheckRow:
-    verdict: Verdict = "finding" if outcome.finding is not None else "skipped" if outcome.skipped is not None else "pass"
-    return CheckRow(
-        check=name, model=plan.model, tp_size=ranks.tp_size, fabric=ranks.fabric, dtype=truth.dtype, cases=outcome.cases,
-        verdict=verdict, compared=outcome.compared, seconds=round(seconds, 3), error_over_budget=outcome.error_over_budget,
-        rank=outcome.rank, module=outcome.module, message=outcome.finding or outcome.skipped or "", excused=outcome.excused,
-        extra=outcome.extra, replay=None if outcome.finding is None else _replay(name, plan, truth, ranks, outcome),
-    )
+def _row(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, outcome: Outcome,
+         seconds: float = 0.0) -> CheckRow:
+    verdict: Verdict = ("error" if outcome.error is not None else "finding" if outcome.finding is not None
+                        else "skipped" if outcome.skipped is not None else "pass")
+    row: dict[str, Any] = {
+        "check": name, "model": plan.model, "tp_size": tp_size, "fabric": fabric, "dtype": truth.dtype, "cases": outcome.cases,
+        "compared": outcome.compared, "seconds": round(seconds, 3), "module": outcome.module, "verdict": verdict,
+        "message": outcome.error or outcome.finding or outcome.skipped or "",
+        "replay": _replay(name, plan, truth, fabric, tp_size, outcome) if verdict == "finding" else None,
+    }
+    try:
+        return CheckRow(**row, error_over_budget=outcome.error_over_budget, rank=outcome.rank, excused=outcome.excused,
+                        extra=outcome.extra)
+    except RecordError as error:  # a value that no record can hold costs its place in the row, and not the run
+        if verdict == "pass":
+            row |= {"verdict": "error", "message": f"the check passed with a value that can't be: {error}"}
+        return CheckRow(**row, extra={"left_out": str(error)})
 
 
-def _replay(name: str, plan: VerifyPlan, truth: Truth, ranks: Ranks, outcome: Outcome) -> str:
+def _replay(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, outcome: Outcome) -> str:
     """The one command that runs the finding again."""
+    words = ("shardproof", "verify", plan.model, "--tp", str(tp_size), "--check", name, "--dtype", plan.dtype, "--device",
+             plan.device, "--seed", str(plan.seed), "--fabric", "auto" if fabric == "solo" else fabric)
     if plan.cases_folder is None:
-        words = ("shardproof", "verify", plan.model, "--tp", str(ranks.tp_size), "--check", name, "--dtype", plan.dtype,
-                 "--device", plan.device, "--seed", str(plan.seed), "--fabric", ranks.fabric)
-        return " ".join(words)
+        return shlex.join(words)
     model = str(plan.folder.resolve()) if Path(plan.model).is_dir() else plan.model
-    path = save_case(plan.cases_folder, SavedCase(
-        check=name, model=model, tp_size=ranks.tp_size, fabric=ranks.fabric, device=plan.device, dtype=truth.dtype,
-        subject=plan.subject, seed=plan.seed, case=outcome.case, finding=outcome.finding or "", tensors=outcome.tensors,
-    ))
-    return f"shardproof verify --case {path}"
+    try:
+        path = save_case(plan.cases_folder, SavedCase(
+            check=name, model=model, tp_size=tp_size, fabric=fabric, device=plan.device, dtype=truth.dtype,
+            subject=plan.subject, seed=plan.seed, case=outcome.case, finding=outcome.finding or "", tensors=outcome.tensors,
+        ))
+    except (OSError, SafetensorError) as error:  # of a full disk, say: the finding matters more
+        logger.warning("folder=%s: the case of this finding was not saved: %s", plan.cases_folder, error)
+        return shlex.join(words)
+    return shlex.join(("shardproof", "verify", "--case", str(path)))
 
 
 def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
@@ -195,4 +264,6 @@ def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
                       dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed, case=saved.case or None)
     report = verify(plan, on_outcome=outcomes.append)
     (outcome,) = outcomes
+    if outcome.error is not None or outcome.skipped is not None:
+        return report, "it did not run"
     return report, compare_replay(saved, outcome.finding, outcome.tensors)

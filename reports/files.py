@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from pathlib import Path
-
-
-def refuse_unwritable(folder: Path) -> None:
-    """Raise OSError naming ``folder`` if nothing can be written there: to be asked before the work whose result would be lost."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"nothing can be written there ({error.strerror})", str(folder)) from error
 
 
 def write_whole(path: Path, text: str) -> None:

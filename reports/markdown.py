@@ -21,6 +21,7 @@ from reports.summary import (
     without_constants,
 )
 from reports.tables import (
+    BOUND_NOTE,
     bench_tables,
     check_changes_table,
     checks_pivot,
@@ -44,7 +45,7 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
         if rows := [row for row in report.checks if row.verdict == verdict]:
             parts += [f"## {heading}\n", *map(_finding, rows)]
     if report.checks:
-        parts += ["## Checks\n", "Verdict, and the worst error as a fraction of its budget.\n"]
+        parts += ["## Checks\n", f"Verdict, and the worst error as a fraction of its budget; {BOUND_NOTE}.\n"]
         parts.append(to_markdown(checks_pivot(report.checks)))
     if len(skipped := skipped_table(report.checks)):
         parts += ["## Skipped\n", to_markdown(skipped)]

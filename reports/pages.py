@@ -31,6 +31,7 @@ from reports.summary import (
 )
 from reports.tables import (
     bench_tables,
+    bound_mark,
     check_changes_table,
     checks_pivot,
     checks_table,
@@ -271,6 +272,8 @@ def _verdict_cell(row: CheckRow | None) -> CellView:
     if row is None:
         return CellView(text=MISSING, kind="none")
     error = error_view(row.error_over_budget) if row.error_over_budget is not None else None
+    if error is not None:
+        error = replace(error, text=error.text + bound_mark(row))
     return CellView(text=row.verdict, tone=TONES[row.verdict], error=error)
 
 

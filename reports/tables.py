@@ -15,8 +15,10 @@ from reports.records import BenchRow, CheckRow, NotMeasured, Report, RunInfo
 from reports.text_tables import format_number, to_markdown, to_text
 
 __all__ = [
+    "BOUND_NOTE",
     "bench_table",
     "bench_tables",
+    "bound_mark",
     "changes_table",
     "check_changes_table",
     "checks_pivot",
@@ -36,6 +38,7 @@ CHECK_COLUMNS = (
     "check", "model", "dtype", "fabric", "tp_size", "verdict", "error_over_budget", "cases", "compared",
     "excused", "seconds", "rank", "module", "message", "replay",
 )  # fmt: skip
+BOUND_NOTE = "(≤1): a bound that right sums reach, so that 1 is no near miss"
 # (key of a row, metric) -> median over its rounds
 _Medians = dict[tuple[tuple[str, str, str, str, str, str, int], str], float]
 
@@ -55,6 +58,8 @@ def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
 def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """Checks down, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
 
+    A bound of rounding, which right sums reach, is marked: ``pass 0.996 (≤1)``.
+
     Model and dtype are columns where they differ, fabric where two of them ran one check and tp_size.
     """
     varying = telling_columns(rows)
@@ -62,7 +67,7 @@ def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     cells: dict[tuple[str, ...], dict[str, object]] = {}
     for row in _in_order(rows):
         key = tuple(getattr(row, name) for name in ("check", *varying))
-        cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget)
+        cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget) + bound_mark(row)
     columns = ("check", *varying, *(f"tp {size}" for size in sizes))
     return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
 
@@ -80,6 +85,11 @@ def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
     varying = [name for name in ("model", "dtype") if len({getattr(row, name) for row in rows}) > 1]
     layouts = {(row.check, row.model, row.dtype, row.tp_size) for row in rows}
     return varying if len(layouts) == len(rows) else [*varying, "fabric"]
+
+
+def bound_mark(row: CheckRow) -> str:
+    """Beside the error of a row whose budget is a bound that right sums reach."""
+    return " (≤1)" if row.verdict == "pass" and row.extra.get("bound") == "rounding" else ""
 
 
 def verdict_cell(verdict: str, error_over_budget: float | None) -> str:

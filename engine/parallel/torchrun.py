@@ -40,6 +40,8 @@ _PURPOSES: tuple[Purpose, ...] = ("jobs", "control")
 _HELLO = struct.Struct("!32sIB")  # the secret, the rank, what the connection is for
 _ADDRESS_KEY = "driver"
 _LOOK_EVERY_S = 0.05
+COULD_NOT_RUN = 3
+"""Exit code of a rank whose driver is gone; 1 would be a finding."""
 _SILENT_S = 5  # a host that vanishes says nothing: after so long without an answer it counts as gone
 
 
@@ -182,7 +184,7 @@ def _join(launch: Launch, welcome: Welcome, interface: str | None, store: Store)
 def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:
     """Be a rank other than 0: run what rank 0 asks, until it says stop. Returns the exit code that it asks for.
 
-    Ends the process with code 1 when rank 0 is gone without having said so.
+    Ends the process with code 3 when rank 0 is gone without having said so.
 
     Raises:
         RuntimeError: if rank 0 is not there within ``start_timeout_s``.
@@ -197,7 +199,7 @@ def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:
         if not leaving.is_set():
             sys.stderr.write(f"rank {launch.rank}: rank 0 is gone or has given up, so this rank ends too\n")
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(COULD_NOT_RUN)
 
     watch = functools.partial(serve_control, control, box, on_gone=driver_is_gone)
     threading.Thread(target=watch, name="rank-control", daemon=True).start()
@@ -206,7 +208,7 @@ def serve(launch: Launch, *, start_timeout_s: float = 120.0) -> int:
         interface = welcome.interface if is_same_host(jobs) else interface_of(jobs)
         if (context := join(launch, welcome, interface, store, jobs)) is None:
             receive_frame(jobs)  # until the driver closes: leaving now would look like a death
-            return 1
+            return COULD_NOT_RUN
         box.append(context)
         del context
         exit_code = serve_jobs(box[0], jobs)

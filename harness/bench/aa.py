@@ -21,11 +21,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.shardproof.command import check_packages
+
+if __name__ == "__main__":
+    check_packages()  # before what may be somebody else's is imported
+
 from harness.bench.bench import run_bench
 from harness.bench.lineup import BASELINE, CANDIDATE, Workers
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
 from harness.bench.worker import CHECKOUT
+from harness.cli import exit_with
+from harness.commands.options import prepare_out
+from harness.errors import UsageError, usage
 from harness.machine import run_info
 from reports.compare import Comparison, compare, fingerprint
 from reports.records import CheckRow, Report, RunInfo, read_report, write_report
@@ -152,16 +160,16 @@ def go_on_from(path: Path, questions: list[Question], now: RunInfo) -> None:
     """Take what an earlier piece has found.
 
     Raises:
-        ValueError: if it asked something else, of other code or on another machine.
+        UsageError: if it asked something else, of other code or on another machine.
     """
     earlier = read_report(path)
     rows = {row.check: row for row in earlier.checks}
     if unknown := set(rows) - {question.name for question in questions}:
-        raise ValueError(f"{path} answers {sorted(unknown)}: other questions; name another folder (--out)")
+        raise UsageError(f"{path} answers {sorted(unknown)}: other questions; name another folder (--out)")
     was, is_ = ({"commit": str(run.commit)} | fingerprint(run) for run in (earlier.run, now))
     if was != is_:
         differs = "; ".join(f"{name}: {was[name]} then, {is_.get(name)} now" for name in was if was[name] != is_.get(name))
-        raise ValueError(f"{path} cannot be gone on from ({differs}); name another folder (--out)")
+        raise UsageError(f"{path} cannot be gone on from ({differs}); name another folder (--out)")
     for question in questions:
         with suppress(KeyError):
             question.take(rows[question.name])
@@ -186,8 +194,10 @@ def main() -> int:
     head = run_info("bench aa", started_at=started_at, seed=None, argv=argv)
     if (options.out / "report.json").is_file():
         go_on_from(options.out / "report.json", questions, head)
-    plan = BenchPlan(model=options.model, folder=model_folder(options.model), workloads=(WORKLOAD,), device="cpu",
-                     dtype="bfloat16", against=CHECKOUT)
+    prepare_out(options.out, set_aside=False)
+    with usage():
+        plan = BenchPlan(model=options.model, folder=model_folder(options.model), workloads=(WORKLOAD,), device="cpu",
+                         dtype="bfloat16", against=CHECKOUT)
     ends_at = time.monotonic() + 60 * (options.minutes or math.inf)
     is_done = False
     with suppress(KeyboardInterrupt):  # between two runs: within one, the run has answered it
@@ -213,4 +223,8 @@ def _say(question: Question) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        exit_code = main()
+    except (Exception, KeyboardInterrupt) as error:
+        exit_code = exit_with(error)
+    sys.exit(exit_code)

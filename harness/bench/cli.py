@@ -1,32 +1,26 @@
-"""``shardproof bench`` and ``shardproof compare``."""
+"""What ``shardproof bench`` and ``shardproof compare`` do once they have their options (``harness.commands.bench``)."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
 
 import torch
-import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from harness.bench.bench import BenchResult, run_bench
-from harness.bench.engines import OWN, PEERS
+from harness.bench.engines import OWN
 from harness.bench.lineup import BASELINE, CANDIDATE
 from harness.bench.plan import BenchPlan
-from harness.bench.shapes import SHAPES, model_folder
+from harness.bench.shapes import model_folder
 from harness.bench.step import Watcher
-from harness.bench.worker import WorkerError
-from harness.bench.workloads import WORKLOADS
-from reference.checkpoints import CheckpointError
-from reports.compare import CLEARLY_SLOWER, HARDWARE, Comparison, UnlikeMachinesError, compare
-from reports.files import refuse_unwritable
+from harness.commands.bench import BASELINES
+from harness.commands.options import check_device, numbers, prepare_out
+from harness.commands.progress import errors
+from harness.errors import COULD_NOT_RUN, CouldNotRunError, UsageError, usage
+from reports.compare import HARDWARE, Comparison, UnlikeMachinesError, compare
 from reports.markdown import comparison_markdown
 from reports.metrics import label
 from reports.records import FILE_NAME, BenchRow, NotMeasured, Report, read_report, write_report
@@ -36,55 +30,26 @@ from reports.tables import bench_tables, check_changes_table, joined, not_measur
 from reports.text_tables import format_number, printable, to_text
 from reports.typed_json import RecordError
 
-USAGE, COULD_NOT_RUN = 2, 3
-BASELINES = Path("reports/baselines")
-COMPARE_OUT = Path("reports/out/compare")
 _CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 
-errors = Console(stderr=True)
 
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command("bench")(bench_command)
-    app.command("compare")(compare_command)
-
-
-def bench_command(
-    model: Annotated[str, typer.Argument(help=f"A shape with random weights: {', '.join(SHAPES)}; or smollm2, a Hugging Face "
-                                              "folder, or a hub id.")] = "smollm2",
-    workload: Annotated[list[str] | None, typer.Option(help=f"Again for more: {', '.join(WORKLOADS)}. Default: quick.")] = None,
-    tp: Annotated[str, typer.Option(help="Numbers of ranks, as 1,2. auto: 1,2, or 1 where there is one GPU.")] = "auto",
-    peer: Annotated[list[str] | None, typer.Option(
-        help=f"Another engine to hold it against, again for more: {', '.join(PEERS)}; or none. Default: the Hugging Face "
-             "reference where it takes reasonable time.")] = None,
-    fabric: Annotated[str, typer.Option(help="auto, gloo, threads or nccl.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    rounds: Annotated[int | None, typer.Option(help="Instead of each workload's own number.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Another checkout of this project: takes turns with this one, round by "
-                                                      "round, and is compared with it.")] = None,
-    save_baseline: Annotated[bool, typer.Option(help=f"Also write {BASELINES}/<machine>/<model>-<workloads>.json.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/bench"),
-) -> None:
-    """Measure throughput, latency, layers, collectives and loading, against peers and the hardware's bounds.
-
-    Exits 0 when all was measured (missing peers are named, and no failure), 1 if --against finds it slower, 2 on wrong usage,
-    3 if it could not run, was interrupted, or has an error in it, such as a peer that returned fewer tokens than asked for.
-    """
-    names = tuple(dict.fromkeys(workload or ["quick"]))
-    peers = None if peer is None else tuple(name for name in dict.fromkeys(peer) if name != "none")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI that gives up is answered as Ctrl-C is
+def bench(*, model: str, names: tuple[str, ...], tp: str, peers: tuple[str, ...] | None, fabric: str, dtype: str, device: str,
+          rounds: int | None, against: Path | None, save_baseline: bool, out: Path) -> int:
+    """Run it, show how it goes and what came of it. Returns the exit code."""
     if tp == "auto":
         tp = "1" if device != "cpu" and torch.cuda.device_count() == 1 else "1,2"
-    try:
-        tp_sizes = tuple(int(number) for number in tp.split(","))
-    except ValueError:
-        _fail(f"tp={tp!r} must be numbers with commas between them, as 1,2", USAGE)
-    with _files_told():
-        for folder in (out, *([BASELINES] if save_baseline else ())):
-            refuse_unwritable(folder)
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors, transient=True) as bar:
+    check_device(device)
+    with usage():  # all that can be wrong about the plan is found before a checkpoint is written
+        plan = BenchPlan(model=model, folder=Path(), workloads=names, tp_sizes=numbers("tp", tp), fabric=fabric, device=device,
+                         dtype=dtype, peers=peers, rounds=rounds, against=against)
+    prepare_out(out)
+    if against is not None:
+        prepare_out(out / BASELINE)
+        prepare_out(out / "compare")
+    if save_baseline:
+        prepare_out(BASELINES, set_aside=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(f"preparing {model}", total=None)
         watcher = Watcher(
             on_status=lambda text: bar.update(task, description=escape(text)),
@@ -92,21 +57,8 @@ def bench_command(
             on_missing=lambda item: bar.console.print(f"[yellow]{escape(_missing_line(item))}[/yellow]", highlight=False,
                                                       soft_wrap=True),
         )
-        try:
-            # All that can be wrong about the plan is found before a checkpoint is written.
-            plan = BenchPlan(model=model, folder=Path(), workloads=names, tp_sizes=tp_sizes, fabric=fabric, device=device,
-                             dtype=dtype, peers=peers, rounds=rounds, against=against)
-            result = run_bench(plan.with_folder(model_folder(model, dtype=dtype)), watcher)
-        except CheckpointError as error:
-            _fail(str(error), COULD_NOT_RUN)
-        except ValueError as error:
-            _fail(str(error), USAGE)
-        except (WorkerError, OSError) as error:
-            _fail(f"could not run: {error}", COULD_NOT_RUN)
-        except KeyboardInterrupt:
-            _fail("interrupted before anything was measured", COULD_NOT_RUN)
-    with _files_told():
-        raise typer.Exit(_finish(result, names, out, save_baseline=save_baseline))
+        result = run_bench(plan.with_folder(model_folder(model, dtype=dtype)), watcher)
+    return _finish(result, names, out, save_baseline=save_baseline)
 
 
 def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_baseline: bool) -> int:
@@ -133,41 +85,20 @@ def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_
     return compared or report.exit_code
 
 
-def compare_command(
-    baseline: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds one.")],
-    candidate: Annotated[Path, typer.Argument(help="The same, of the run to judge.")],
-    gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Whether a slower row fails. Default: on like "
-                                              "machines, with a GPU every one, without one those that are clearly slower, by "
-                                              f"{CLEARLY_SLOWER:g} times.")] = None,
-    allow_unlike: Annotated[bool, typer.Option("--allow-unlike", help="Compare speeds of unlike machines.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html, .csv and .xml (JUnit).")] = COMPARE_OUT,
-) -> None:
-    """Judge a run by a baseline, row by row: faster, slower, the same, or too noisy to tell; checks too.
-
-    Writes Markdown to $GITHUB_STEP_SUMMARY as well, where that is set. Exits 0 if nothing got worse, 1 on a regression, 2 on
-    wrong usage, 3 if it could not compare (a damaged file, unlike machines, no row in both).
-    """
+def compare_reports(baseline: Path, candidate: Path, *, gate: bool | None, allow_unlike: bool, out: Path) -> int:
+    """Compare two records and show what came of it. Returns the exit code."""
     paths = [_report_path(path) for path in (baseline, candidate)]
     if any(path.absolute() == (out / FILE_NAME).absolute() for path in paths):
-        _fail(f"out={out} is where one of the records lies, which would be overwritten: name another folder", USAGE)
-    with _files_told():
-        reports = [read_report(path) for path in paths]
-        try:
-            comparison = compare(*reports, gate=gate, allow_unlike=allow_unlike)
-        except UnlikeMachinesError as error:
-            _fail(f"{error} (--allow-unlike)", COULD_NOT_RUN)
-        raise typer.Exit(_write_comparison(comparison, out))
-
-
-@contextmanager
-def _files_told() -> Iterator[None]:
-    """What is wrong with a file or folder in one line that names it."""
+        raise UsageError(f"out={out} is where one of the records lies, which would be overwritten: name another folder")
+    prepare_out(out)
     try:
-        yield
+        reports = [read_report(path) for path in paths]
+        comparison = compare(*reports, gate=gate, allow_unlike=allow_unlike)
     except RecordError as error:
-        _fail(str(error), COULD_NOT_RUN)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), COULD_NOT_RUN)
+        raise CouldNotRunError(str(error)) from error
+    except UnlikeMachinesError as error:
+        raise CouldNotRunError(f"{error} (--allow-unlike)") from error
+    return _write_comparison(comparison, out)
 
 
 def _write_comparison(comparison: Comparison, out: Path) -> int:
@@ -193,9 +124,9 @@ def _report_path(path: Path) -> Path:
     if FILE_NAME in there:
         return path / FILE_NAME
     if not there:
-        _fail(f"{path} holds no {FILE_NAME}; give a report's file or folder", COULD_NOT_RUN)
+        raise CouldNotRunError(f"{path} holds no {FILE_NAME}; give a report's file or folder")
     if len(there) > 1:
-        _fail(f"{path} holds several records: give one of {', '.join(there)}", USAGE)
+        raise CouldNotRunError(f"{path} holds several records: give one of {', '.join(there)}")
     return path / there[0]
 
 
@@ -232,8 +163,3 @@ def _missing_line(item: NotMeasured) -> str:
     size = "" if item.tp_size is None else f" tp {item.tp_size}"
     what = "error" if item.verdict == "error" else "not measured"
     return f"{what}: {item.workload}{f': {item.case}' if item.case else ''}: {item.engine}{size}: {item.reason}"
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    errors.print(f"[red]error:[/red] {escape(printable(message))}", highlight=False, soft_wrap=True)
-    raise typer.Exit(code)

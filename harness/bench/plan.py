@@ -10,6 +10,7 @@ import torch
 from engine.config import DTYPES, EngineConfig, ModelConfig
 from harness.bench.engines import PEERS, REFERENCE
 from harness.bench.workloads import GenerateCase, GeneratePart, Limits, Part, StartPart, parts_of
+from harness.errors import UsageError, usage
 
 FABRICS = ("auto", "gloo", "threads", "nccl")
 
@@ -79,13 +80,14 @@ class Setting:
     def of(cls, plan: BenchPlan) -> Setting:
         """
         Raises:
-            ValueError: if the model can't be run as planned.
+            UsageError: if the model can't be run as planned.
         """
         config = ModelConfig.from_folder(plan.folder)
         if too_many := [tp_size for tp_size in plan.tp_sizes if tp_size > config.num_q_heads]:
-            raise ValueError(f"tp_sizes={too_many} are above num_q_heads={config.num_q_heads} of the model: every rank needs "
+            raise UsageError(f"tp_sizes={too_many} are above num_q_heads={config.num_q_heads} of the model: every rank needs "
                              "at least one query head")
-        resolved = EngineConfig(device=plan.device, dtype=plan.dtype).resolve(config)
+        with usage():
+            resolved = EngineConfig(device=plan.device, dtype=plan.dtype).resolve(config)
         parts: list[Part] = []
         unfit: list[tuple[str, str, str]] = []
         for part in parts_of(plan.workloads):

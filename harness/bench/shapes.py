@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import DTYPES
-from reference.checkpoints import random_checkpoint, resolve
+from harness.errors import UsageError
+from harness.names import DTYPES
 
 _QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960,
           "rope_theta": 1e6, "num_key_value_heads": 8}
@@ -59,12 +59,16 @@ def model_folder(model: str, *, dtype: str = "auto", cache: Path | None = None) 
 
     Raises:
         CheckpointError: if there is no such model.
-        ValueError: if random weights can't be of this ``dtype``.
+        UsageError: if no model is named, or random weights can't be of this ``dtype``.
     """
+    if not model.strip():
+        raise UsageError(f"model={model!r} names nothing: give smollm2, a folder, a hub id or a shape")
+    from reference.checkpoints import random_checkpoint, resolve  # here: the names alone must cost no import of torch
+
     if model not in SHAPES:
         return resolve(model).absolute()
     if dtype not in ("auto", *DTYPES):
-        raise ValueError(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
+        raise UsageError(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
     root = cache or Path(os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
     dtype = "bfloat16" if dtype == "auto" else dtype
     folder = (root / "shapes" / f"{model}-{dtype}").absolute()

@@ -4,3 +4,6 @@
 ``judge`` holds other seeds, of other shapes, against the constants in ``harness.budgets`` and counts false alarms; ``power``
 plants an error in one rank's part and finds the smallest that is seen; ``report`` makes records of it all.
 """
+
+DEFAULT_MODELS = 15
+"""Float32 models that are judged under each setting, unless told otherwise."""

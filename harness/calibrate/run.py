@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from harness.bench.worker import Worker
+from harness.calibrate import DEFAULT_MODELS
 from harness.calibrate.collect import DTYPES, ORDERS, Pools, sample_models
 from harness.calibrate.judge import DRAWN, SETTINGS, judge_models
 from harness.calibrate.power import TP_SIZES as POWER_TP_SIZES
@@ -21,7 +22,6 @@ from harness.calibrate.report import make_report
 from harness.machine import run_info
 from reports.records import Report
 
-DEFAULT_MODELS = 15
 MODELS_PER_TASK = 3
 SAMPLING, JUDGING, PLANTING = "sampling models", "judging runs of checks", "planting errors"
 OnProgress = Callable[[str, int, int], None]

@@ -22,3 +22,6 @@ CHECKS: dict[str, Check] = {
     "generation": check_generation,
     "lifecycle": check_lifecycle,
 }
+
+WITHOUT_SUBJECT = frozenset({"collectives", "layers", "attention", "lifecycle"})
+"""Checks that build what they test by themselves: they run also where the model does not load."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from engine.parallel.ranks import Ranks
+from harness.errors import one_line
 from harness.truth import Truth
 
 PRELOAD = ("harness.checks",)
 """For ``Ranks``: what every rank needs, and what takes seconds to import."""
+ROUNDING_BOUND = {"bound": "rounding"}
+"""For the ``extra`` of an outcome whose ``error_over_budget`` is one of a bound that right sums reach: 1 is no near miss then."""
+TRACEBACK = "traceback"
+"""In the ``extra`` of an outcome and of its row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,8 @@ class Outcome:
     """What is wrong; None if nothing is."""
     skipped: str | None = None
     """Why nothing was compared; None if something was."""
+    error: str | None = None
+    """What the check raised instead of answering, one line; the traceback stands in ``extra``."""
     error_over_budget: float | None = None
     rank: int | None = None
     module: str | None = None
@@ -55,3 +63,8 @@ class Outcome:
 
 
 Check = Callable[[CheckContext], Outcome]
+
+
+def raised(error: Exception) -> Outcome:
+    """What becomes of an exception inside a check: nothing was found, and nothing has passed."""
+    return Outcome(cases=0, compared=0, error=one_line(error), extra={TRACEBACK: "".join(traceback.format_exception(error))})

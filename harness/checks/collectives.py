@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.parallel.ranks import RankContext
 from harness.budgets import EXACT_INTEGER_LIMIT, reduction, same_bits
-from harness.checks.base import CheckContext, Outcome
+from harness.checks.base import ROUNDING_BOUND, CheckContext, Outcome
 from harness.jobs import digest
 from reference.hf import DTYPES
 
@@ -69,7 +69,7 @@ def check_collectives(context: CheckContext) -> Outcome:
     failing = [number for number in range(len(cases)) if _problem(cases[number], answers[number]) is not None]
     if not failing:
         worst = max(answer.error_over_budget for case_answers in answers for answer in case_answers)
-        return Outcome(cases=len(cases), compared=compared, error_over_budget=worst)
+        return Outcome(cases=len(cases), compared=compared, error_over_budget=worst, extra=ROUNDING_BOUND)
     smallest = min(failing, key=lambda number: math.prod(cases[number].shape))
     case, problem = cases[smallest], _problem(cases[smallest], answers[smallest])
     assert problem is not None, "only cases with a problem are failing"

@@ -9,6 +9,7 @@ whose vocabulary is padded, so that padding would win if it were let in. Before 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
                 if prompt.margins[step] > prompt.ties[step]:
                     return Outcome(
                         cases=len(prompts), compared=compared, rank=0, module="lm_head",
-                        error_over_budget=prompt.margins[step] / prompt.ties[step],
+                        error_over_budget=prompt.margins[step] / prompt.ties[step] if prompt.ties[step] else math.inf,
                         finding=f"prompt {prompt.number}, step {step}: expected token {prompt.expected[step]}, got {token_id} "
                                 f"(reference top-2 margin {prompt.margins[step]:.3g}, ties end at {prompt.ties[step]:.3g})",
                     )
@@ -134,7 +135,7 @@ def _compare(context: CheckContext, truth: Truth, draw: Draw) -> Outcome:
     baseline_flips, baseline_total = _baseline_flips(truth)
     excused = flips / total
     extra = {"flips": flips, "tokens": total, "baseline_flips": baseline_flips, "baseline_tokens": baseline_total,
-             "tie_margin": max(map(max, ties))}
+             "tie_margin": widest if math.isfinite(widest := max(map(max, ties))) else None}  # JSON holds no infinity
     if too_many_flips(flips, total, baseline_flips, baseline_total):
         return Outcome(cases=len(prompts), compared=compared, module="lm_head", rank=0, excused=excused, extra=extra,
                        finding=f"{flips} of {total} greedy tokens differ at near-ties, the baseline turns round "

@@ -87,8 +87,8 @@ def all_cases(fabric: str) -> list[LifecycleCase]:
 
 def check_lifecycle(context: CheckContext) -> Outcome:
     if context.ranks.tp_size != TP_SIZE:
-        return Outcome(cases=0, compared=0, skipped=f"it runs at tp_size={TP_SIZE}: how a rank fails does not depend on how many "
-                                                    "there are")
+        return Outcome(cases=0, compared=0, skipped=f"it is for tp_size={TP_SIZE} alone (--tp {TP_SIZE}): how a rank fails does "
+                                                    "not depend on how many there are")
     processes = "nccl" if context.ranks.fabric == "nccl" else "gloo"
     cases = [*all_cases("threads"), *all_cases(processes)] if context.case is None else [LifecycleCase(**context.case)]
     device = "cuda" if processes == "nccl" else "cpu"

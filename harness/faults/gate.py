@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import torch
 
-from harness.checks import CHECKS
-from harness.checks.base import CheckContext, Outcome
+from harness.checks import CHECKS, WITHOUT_SUBJECT
+from harness.checks.base import TRACEBACK, CheckContext, Outcome, raised
+from harness.errors import UsageError
 from harness.faults import FAULTS, Fault
 from harness.faults.base import LOAD
 from harness.faults.catalogue import BUGS, NOT_PLANTED
 from harness.faults.shrink import smallest_case
-from harness.faults.workshop import BROKE, FABRIC, WITHOUT_SUBJECT, Planted, Workshop
+from harness.faults.workshop import BROKE, FABRIC, Planted, Workshop
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
+from harness.verify import refuse_repeats
 from reports.records import CheckRow, Report, Verdict
 
 logger = logging.getLogger(__name__)
@@ -50,18 +53,24 @@ class FaultPlan:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.only if name not in FAULTS]:
-            raise ValueError(f"only={unknown} are no faults; there are: {', '.join(FAULTS)}")
+            raise UsageError(f"only={unknown} are no faults; there are: {', '.join(FAULTS)}")
         if self.tp_sizes and min(self.tp_sizes) < 2:
-            raise ValueError(f"tp_sizes={self.tp_sizes} must be 2 or more: a fault of tensor parallelism needs ranks")
+            raise UsageError(f"tp_sizes={self.tp_sizes} must be 2 or more: a fault of tensor parallelism needs ranks")
+        refuse_repeats("only", self.only)
+        refuse_repeats("tp_sizes", self.tp_sizes)
         if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device={self.device!r} must be cpu or cuda")
+            raise UsageError(f"device={self.device!r} must be cpu or cuda")
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Those that are meant, planted or not."""
+        return [FAULTS[name] for name in self.only] or list(FAULTS.values())
 
     def cases(self) -> tuple[list[tuple[Fault, int]], list[tuple[Fault, str]]]:
         """What to plant on how many ranks; and what can't be, and why."""
-        chosen = [FAULTS[name] for name in self.only] or list(FAULTS.values())
-        reasons = {fault.name: self._why_not(fault) for fault in chosen}
-        cases = [(fault, tp_size) for fault in chosen if reasons[fault.name] is None for tp_size in self._sizes_of(fault)]
-        return cases, [(fault, reason) for fault in chosen if (reason := reasons[fault.name]) is not None]
+        reasons = {fault.name: self._why_not(fault) for fault in self.faults}
+        cases = [(fault, tp_size) for fault in self.faults if reasons[fault.name] is None for tp_size in self._sizes_of(fault)]
+        return cases, [(fault, reason) for fault in self.faults if (reason := reasons[fault.name]) is not None]
 
     def _why_not(self, fault: Fault) -> str | None:
         """Why this plan does not plant a fault; None if it does."""
@@ -88,6 +97,9 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
 
     Raises:
         Interrupted: on Ctrl-C, with the report as far as it is done.
+
+    An exception is a row with the verdict "error". If there can't be ranks any more, that is the reason of all rows that are
+    missing; it is raised if there are none yet.
     """
     started_at = datetime.now(UTC)
     rows: list[CheckRow] = []
@@ -96,13 +108,21 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
         with Workshop(seed=plan.seed, device=plan.device) as shop:
             for fault, tp_size in cases:
                 on_start(fault.name, tp_size)
-                rows.append(_row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size)))
-                on_row(rows[-1])
+                try:
+                    row = _row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size))
+                except Exception as error:
+                    logger.exception("fault %s could not be examined", fault.name)
+                    row = _not_run(fault.name, raised(error), tp_size)
+                    shop.ranks(tp_size).restart()  # nobody knows what is still planted in these
+                rows.append(row)
+                on_row(row)
     except KeyboardInterrupt as stop:
-        done = {(row.model, row.tp_size) for row in rows}
-        rows += [_not_done(fault.name, WHY, tp_size, verdict="error") for fault, tp_size in cases
-                 if (fault.name, tp_size) not in done]
+        rows += _rows_not_done(cases, rows, Outcome(cases=0, compared=0, error=WHY))
         raise Interrupted(Report(run=run_info("faults", started_at=started_at, seed=plan.seed), checks=rows)) from stop
+    except Exception as error:
+        if not rows:
+            raise
+        rows += _rows_not_done(cases, rows, raised(error))
     rows += [_not_done(fault.name, reason) for fault, reason in invisible]
     if (summary := _localisation(rows)) is not None:
         rows.append(summary)
@@ -116,8 +136,8 @@ class Examination:
     """What the checks said of one fault."""
 
     outcomes: Mapping[str, Outcome]
-    crashed: Mapping[str, str]
-    """Checks that raised instead of answering: a fault must make them red, not break them."""
+    crashed: Mapping[str, Outcome]
+    """Of checks that raised instead of answering: a fault must make them red, not break them."""
     smallest: str
     seconds: float
 
@@ -130,7 +150,7 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
     started = time.perf_counter()
     context = shop.context(fault.layout, tp_size)
     outcomes: dict[str, Outcome] = {}
-    crashed: dict[str, str] = {}
+    crashed: dict[str, Outcome] = {}
     smallest = ""
     with Planted(context.ranks, fault) as planted:
         refusal = planted.load(context)
@@ -147,7 +167,7 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
                     outcomes[name] = planted.run(name, context)
                 except Exception as failure:
                     logger.exception("check %s raised under fault %s", name, fault.name)
-                    crashed[name] = repr(failure)
+                    crashed[name] = raised(failure)
         if not fault.is_control:
             smallest = smallest_case(shop, planted, fault, tp_size, outcomes)
     return Examination(outcomes=outcomes, crashed=crashed, smallest=smallest, seconds=time.perf_counter() - started)
@@ -158,7 +178,7 @@ def _row(fault: Fault, context: CheckContext, examination: Examination) -> Check
     missed = [name for name in fault.checks if name not in red]
     place = examination.outcomes.get("logits", Outcome(cases=0, compared=0))
     module, effect = (place.module, place.extra.get("effect")) if "logits" in red else (None, None)
-    verdict: Verdict = "finding" if missed or examination.crashed or (fault.is_control and red) else "pass"
+    verdict: Verdict = "error" if examination.crashed else "finding" if missed or (fault.is_control and red) else "pass"
     return CheckRow(
         check="faults", model=fault.name, tp_size=context.ranks.tp_size, fabric=context.ranks.fabric, dtype=context.dtype,
         cases=len(examination.outcomes) + len(examination.crashed), compared=len(examination.outcomes), verdict=verdict,
@@ -169,13 +189,14 @@ def _row(fault: Fault, context: CheckContext, examination: Examination) -> Check
             "patched": fault.layer, "layout": fault.layout, "expected": list(fault.checks), "red": red, "missed": missed,
             "smallest": examination.smallest, "module_expected": fault.module, "effect_expected": fault.effect,
             "effect": effect, "effect_text": place.extra.get("effect_text") if module else None,
+            **{f"{TRACEBACK} of {name}": outcome.extra[TRACEBACK] for name, outcome in examination.crashed.items()},
         },
     )
 
 
-def _message(fault: Fault, red: Mapping[str, str], missed: Sequence[str], crashed: Mapping[str, str]) -> str:
+def _message(fault: Fault, red: Mapping[str, str], missed: Sequence[str], crashed: Mapping[str, Outcome]) -> str:
     if crashed:
-        return "checks raised instead of answering: " + " | ".join(f"{name}: {failure}" for name, failure in crashed.items())
+        return "checks raised instead of answering: " + " | ".join(f"{name}: {it.error}" for name, it in crashed.items())
     if fault.is_control:
         return f"no check minds it: {fault.what}" if not red else "a control must stay green: " + _findings(red)
     if missed:
@@ -194,9 +215,19 @@ def _replay(fault: Fault, context: CheckContext) -> str:
     return f"shardproof faults --only {fault.name}{tp} --seed {context.seed}{device}"
 
 
-def _not_done(name: str, reason: str, tp_size: int = 1, *, verdict: Verdict = "skipped") -> CheckRow:
+def _not_done(name: str, reason: str, tp_size: int = 1, *, verdict: Verdict = "skipped",
+              extra: Mapping[str, Any] | None = None) -> CheckRow:
     return CheckRow(check="faults", model=name, tp_size=tp_size, fabric=FABRIC, dtype="", cases=0, compared=0, verdict=verdict,
-                    seconds=0.0, message=f"{name}, {reason}")
+                    seconds=0.0, message=f"{name}, {reason}", extra=dict(extra or {}))
+
+
+def _rows_not_done(cases: Iterable[tuple[Fault, int]], done: Iterable[CheckRow], why: Outcome) -> list[CheckRow]:
+    keys = {(row.model, row.tp_size) for row in done}
+    return [_not_run(fault.name, why, tp_size) for fault, tp_size in cases if (fault.name, tp_size) not in keys]
+
+
+def _not_run(name: str, why: Outcome, tp_size: int) -> CheckRow:
+    return _not_done(name, why.error or "", tp_size, verdict="error", extra=why.extra)
 
 
 def _localisation(rows: Iterable[CheckRow]) -> CheckRow | None:

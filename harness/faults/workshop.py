@@ -10,7 +10,7 @@ from types import TracebackType
 
 from engine.parallel.ranks import RankFailure, Ranks
 from harness import jobs
-from harness.checks import CHECKS
+from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome
 from harness.faults.base import Fault, Patches, plant, uproot
 from harness.faults.layouts import LAYOUTS
@@ -140,7 +140,3 @@ class Planted:
             self._ranks.run(uproot)
         else:  # new processes have no patches
             self._ranks.restart()
-
-
-WITHOUT_SUBJECT = frozenset({"collectives", "layers", "attention", "lifecycle"})
-"""Checks that build what they test by themselves: they run also where the model does not load."""

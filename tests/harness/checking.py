@@ -9,9 +9,8 @@ from typing import Any
 
 from engine.parallel.ranks import Ranks
 from harness import jobs
-from harness.checks import CHECKS
+from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome
-from harness.faults.workshop import WITHOUT_SUBJECT
 from harness.truth import Truth
 
 OPTIONS = {"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8}

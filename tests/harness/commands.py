@@ -173,6 +173,8 @@ def shardproof(words: list[str], inline: bool, selections: Selections) -> str | 
     if not words:
         return None if inline else "a command's name is missing"
     name, *rest = words
+    if name in OWN_OPTIONS and not rest:
+        return None
     if name not in SUBCOMMANDS:
         return f"no command {name}"
     if inline and not rest:
@@ -264,6 +266,8 @@ def shell(words: list[str], inline: bool, selections: Selections) -> str | None:
 
 
 SUBCOMMANDS = typer.main.get_group(app).commands
+OWN_OPTIONS = {option for parameter in typer.main.get_command(app).params for option in parameter.opts} | {"-h", "--help"}
+"""Of ``shardproof`` itself."""
 PROGRAMS: dict[str, Callable[[list[str], bool, Selections], str | None]] = {
     "python": python, "python3": python, "shardproof": shardproof, "tox": tox, "pytest": pytest_selection, "pip": pip, "uv": uv,
     "torchrun": torchrun, "ruff": linter, "mypy": linter, **dict.fromkeys(SHELL, shell),

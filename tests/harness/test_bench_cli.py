@@ -50,7 +50,8 @@ def test_a_comparison_ends_with_its_verdict(folder: Path, level: float, gate: st
     found, stdout, stderr = run("compare", folder / "old", folder / "new", gate, "--out", folder / "out")
     assert (found, stderr) == (code, "")
     assert says in stdout
-    assert {path.suffix for path in (folder / "out").iterdir()} == {".json", ".md", ".html", ".csv", ".xml"}
+    assert {path.name for path in (folder / "out").iterdir()} == {
+        "report.json", "report.md", "report.html", "report.csv", "report.xml", "report.old.md"}
     assert (folder / "out" / "report.md").read_text().startswith("# shardproof compare")
 
 
@@ -111,7 +112,7 @@ def with_nan(text: str) -> str:
     (with_nan, "NaN stands in the file"),
 ], ids=lambda value: value.__name__ if callable(value) else "")
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
-def test_a_bad_record_is_named_with_its_line_and_nothing_is_overwritten(
+def test_a_bad_record_is_named_with_its_line_and_no_older_comparison_stays_in_place(
     folder: Path, damage: Callable[[str], str], says: str, side: str
 ) -> None:
     bad = write_report(folder / "bad", timed(100))
@@ -126,17 +127,17 @@ def test_a_bad_record_is_named_with_its_line_and_nothing_is_overwritten(
     pairs = zip(whole.splitlines(), bad.read_text().splitlines(), strict=False)
     first_wrong = next(number for number, (was, now) in enumerate(pairs, 1) if was != now)
     assert f"line {first_wrong}" in stderr
-    assert [path.name for path in (folder / "out").iterdir()] == ["report.md"]
-    assert (folder / "out" / "report.md").read_text() == "yesterday's"
+    assert [path.name for path in (folder / "out").iterdir()] == ["report.old.md"]
+    assert (folder / "out" / "report.old.md").read_text() == "yesterday's"
 
 
 def test_a_folder_of_several_records_is_not_guessed_at(folder: Path) -> None:
     for name in ("a", "b"):
         write_report(folder / "many" / f"{name}.json", timed(100))
-    code, _, stderr = run("compare", folder / "many", folder / "old")
-    assert code == 2
+    code, _, stderr = run("compare", folder / "many", folder / "old", "--out", folder / "out")
+    assert code == 3
     assert "give one of a.json, b.json" in stderr
-    assert run("compare", folder / "nowhere", folder / "old")[0] == 3
+    assert run("compare", folder / "nowhere", folder / "old", "--out", folder / "out")[0] == 3
 
 
 def test_a_ci_gets_the_comparison_as_its_summary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,14 +107,14 @@ def test_anything_else_is_refused_by_name(tmp_path: Path, damage: Callable[[Path
         load_case(path)
     assert f"case={path}" in str(refusal.value)
     result = CliRunner().invoke(app, ["verify", "--case", str(path), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "is not a case file" in result.stderr
 
 
 def test_a_case_whose_check_is_gone_is_refused(tmp_path: Path, folder: Path) -> None:
     path = save_case(tmp_path, replace(SAVED, check="taste", model=str(folder)))
     result = CliRunner().invoke(app, ["verify", "--case", str(path), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "checks=['taste'] are unknown" in result.stderr
 
 

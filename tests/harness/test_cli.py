@@ -129,7 +129,7 @@ def test_a_file_that_is_no_case_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "case.safetensors"
     save_file({"x": torch.ones(1)}, path)
     code, _, stderr = run("verify", "--case", path)
-    assert code == 2
+    assert code == 3
     assert f"case={path} is not a case file" in stderr
     assert run("verify", "--case", tmp_path / "none")[0] == 3
 
@@ -260,5 +260,6 @@ def test_a_command_that_is_told_to_end_takes_its_folders_along(tmp_path: Path, m
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert [row.message for row in read_report(tmp_path / "out").checks] == [f"killed-rank-not-seen, {WHY}"]
     assert psutil.wait_procs(family, timeout=5)[1] == []
     assert list(scratch.iterdir()) == []

@@ -42,6 +42,7 @@ def test_every_selection_of_tests_that_is_printed_collects_some(tmp_path: Path) 
 
 @pytest.mark.parametrize(("line", "problem"), [
     ("shardproof verfy", "no command verfy"),
+    ("shardproof --versoin", "no command --versoin"),
     ("shardproof verify MODEL --tps 2", "No such option"),
     ("shardproof verify MODEL MODEL", "unexpected extra argument"),
     ("shardproof generate --tp 1", "Missing argument"),

@@ -9,7 +9,7 @@ import pytest
 from engine.parallel.ranks import RankContext, RankFailure, Ranks
 from harness import verify as verify_module
 from harness.checks.base import CheckContext, Outcome
-from harness.cli import _tp_sizes as tp_sizes_of
+from harness.commands.verify import _tp_sizes as tp_sizes_of
 from harness.verify import GONE, VerifyPlan, verify
 from reports.records import read_report
 from tests.engine.test_torchrun import torchrun

@@ -6,8 +6,10 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from harness.bench.engines.base import Engine
+if TYPE_CHECKING:  # it brings numpy, which the command line's help must not wait for
+    from harness.bench.engines.base import Engine
 
 OWN = "shardproof"
 REFERENCE = "transformers"

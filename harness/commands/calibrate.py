@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from engine.parallel.ranks import RankFailure
-from harness.calibrate.run import DEFAULT_MODELS, CalibratePlan, calibrate
-from harness.interrupted import NOTICE
-from reports.calibration import calibration_tables
-from reports.calibration_plots import write_calibration_plots
-from reports.records import Report
-from reports.render import write_all
-from reports.text_tables import to_text
+from harness.calibrate import DEFAULT_MODELS
+from harness.commands.options import Seed, prepare_out, write_report
+from harness.commands.progress import errors
+from harness.errors import COULD_NOT_RUN, usage
 
-USAGE, COULD_NOT_RUN = 2, 3
+if TYPE_CHECKING:
+    from reports.records import Report
+
 SHOWN = ("Tolerances", "False alarms", "Power")
 """Tables for the terminal; the rest stands in the report."""
-
-errors = Console(stderr=True)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("calibrate")(calibrate_command)
 
 
 def calibrate_command(
     models: Annotated[int, typer.Option(help="Float32 models to judge under each setting; all else is drawn in proportion.")
                       ] = DEFAULT_MODELS,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html, .csv and the plots.")] = Path(
         "reports/out/calibrate"),
 ) -> None:
@@ -46,13 +34,13 @@ def calibrate_command(
     instruction sets and in drawn orders; and plants errors in one rank's part of a sum. Exits 0 without a false alarm, 1 with
     one, 2 on wrong usage, 3 if it could not run or was interrupted: then the report holds what was finished.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI that gives up is answered as Ctrl-C is
-    try:
+    from harness.calibrate.run import CalibratePlan, calibrate
+
+    with usage():
         plan = CalibratePlan(models=models, seed=seed)
-    except ValueError as error:
-        _fail(str(error), USAGE)
+    prepare_out(out)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         tasks = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -60,30 +48,27 @@ def calibrate_command(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        try:
-            report, is_interrupted = calibrate(plan, on_progress)
-        except (RankFailure, OSError, RuntimeError) as error:
-            _fail(f"could not run: {error}", COULD_NOT_RUN)
+        report, is_interrupted = calibrate(plan, on_progress)
     raise typer.Exit(_finish(report, out, is_interrupted=is_interrupted))
 
 
 def _finish(report: Report, out: Path, *, is_interrupted: bool) -> int:
-    paths = write_all(report, out)
+    from harness.interrupted import NOTICE
+    from reports.calibration import calibration_tables
+    from reports.calibration_plots import write_calibration_plots
+    from reports.text_tables import to_text
+
     assert report.calibration is not None, "a report of calibrate has a calibration"
-    write_calibration_plots(report.calibration, out)
     tables = calibration_tables(report)
     for heading in (heading for heading in SHOWN if heading in tables):
         sys.stdout.write(f"{heading}\n{to_text(tables[heading][1])}\n")
     for row in report.checks:
         if row.verdict == "finding":
             sys.stdout.write(f"FINDING in {row.check} at tp_size={row.tp_size}, {row.dtype}, {row.model}: {row.message}\n")
-    sys.stdout.write(f"{report.run.seconds:.0f} s; report: {paths['html']}\n")
+    page = write_report(report, out)
+    write_calibration_plots(report.calibration, out)
+    sys.stdout.write(f"{report.run.seconds:.0f} s; report: {page}\n")
     if is_interrupted:
         errors.print(NOTICE, highlight=False)
         return COULD_NOT_RUN
     return report.exit_code
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
-    raise typer.Exit(code)

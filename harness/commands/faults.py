@@ -1,0 +1,63 @@
+"""``shardproof faults``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.commands.options import AsJson, Quiet, Seed, check_device, numbers, prepare_out, write_report
+from harness.commands.progress import RowsShown, errors
+from harness.errors import COULD_NOT_RUN
+
+
+def faults_command(
+    only: Annotated[list[str] | None, typer.Option(help="Only this fault (again for more).")] = None,
+    tp: Annotated[str | None, typer.Option(help="Numbers of ranks, as 2,4; by default the fewest that show each fault.")] = None,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu; or cuda for the faults that only a captured graph can have.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/faults"),
+    names: Annotated[bool, typer.Option("--list", help="Print each fault's name and what it is, and run nothing.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Plant real tensor-parallel bugs in the engine, one at a time, and see whether the checks notice.
+
+    Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if something could not run,
+    raised or was interrupted: then the report holds what was finished.
+    """
+    from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
+    from harness.faults.table import faults_table, gate_summary
+    from harness.interrupted import NOTICE, Interrupted, undisturbed
+    from reports.text_tables import to_text
+
+    plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else numbers("tp", tp), seed=seed, device=device)
+    if names:
+        sys.stdout.writelines(f"{fault.name}\n    {fault.what}\n" for fault in plan.faults)
+        return
+    prepare_out(out)
+    check_device(device)
+    interrupted = False
+    with RowsShown([fault.name for fault, _ in plan.cases()[0]], quiet=quiet) as shown:
+        try:
+            report = run_gate(plan, on_row=lambda row: shown.on_row(row, row.model), on_start=shown.on_start)
+        except Interrupted as stop:
+            report, interrupted = stop.report, True
+    with undisturbed() if interrupted else nullcontext():
+        if not (as_json or quiet):
+            sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
+        for row in report.checks if not as_json else []:
+            if row.verdict in ("finding", "error") or (not quiet and (row.verdict != "pass" or row.model == LOCALISATION)):
+                what = "" if row.verdict in ("skipped", "error") else f" {row.model}:"  # a reason names what was not run
+                sys.stdout.write(f"{row.verdict.upper()}{what} {row.message}\n")
+                if row.verdict == "finding" and row.replay:
+                    sys.stdout.write(f"  run it again: {row.replay}\n")
+        page = write_report(report, out, as_json=as_json)
+        if not as_json and not (quiet and report.exit_code == 0):
+            sys.stdout.write(f"\n{gate_summary(report.checks)}; report: {page}\n")
+    if interrupted:
+        errors.print(NOTICE, highlight=False)
+    raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)

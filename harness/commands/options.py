@@ -1,0 +1,88 @@
+"""What several commands take, and how it is checked before any work."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harness.bench.shapes import SHAPES
+from harness.errors import CouldNotRunError, UsageError
+from harness.names import FABRICS
+
+if TYPE_CHECKING:
+    from reports.records import Report
+
+DEFAULT_MODEL = "smollm2"
+SUFFIXES = ("json", "md", "html", "csv", "xml")
+
+Model = Annotated[str, typer.Argument(autocompletion=lambda: [DEFAULT_MODEL, *SHAPES], help=(
+    f"smollm2, a Hugging Face folder, or a hub id; or a shape with random weights: {', '.join(SHAPES)}."))]
+Fabric = Annotated[str, typer.Option(autocompletion=lambda: list(FABRICS), help=f"{', '.join(FABRICS[:-1])} or {FABRICS[-1]}.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report's JSON on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is wrong.")]
+
+
+def numbers(name: str, text: str) -> tuple[int, ...]:
+    """``"2,3"`` -> ``(2, 3)``."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise UsageError(f"{name}={text!r} must be numbers with commas between them, as 1,2,4") from None
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        CouldNotRunError: if it is a GPU, and there is none.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise CouldNotRunError(f"device={device!r}, but torch sees no GPU")
+
+
+def prepare_out(out: Path, *, set_aside: bool = True) -> None:
+    """See whether a report can be written to ``out``, and set an older one there aside, ``report.md`` as ``report.old.md``.
+
+    To be called when the options are right and before any work, so that none is lost, and so that no older report is taken for
+    that of a run that ends without one.
+
+    Raises:
+        UsageError: if no report can be written there.
+    """
+    place = out
+    try:
+        while not place.is_dir() and not place.is_symlink() and not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        for path in (out / f"report.{suffix}" for suffix in SUFFIXES):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
+            if set_aside and path.exists():
+                path.replace(path.with_name(f"report.old{path.suffix}"))
+    except OSError as error:
+        raise UsageError(f"out={str(out)!r}: no report can be written there: {error.strerror or error} ({place})") from error
+
+
+def write_report(report: Report, out: Path, *, as_json: bool = False) -> Path:
+    """Write the report in all its forms; returns the page's path. ``as_json``: also to standard output.
+
+    Raises:
+        CouldNotRunError: if it can't be written.
+    """
+    from reports.render import write_all
+
+    try:
+        paths = write_all(report, out)
+    except OSError as error:
+        raise CouldNotRunError(f"out={str(out)!r}: the report was not written: {error}") from error
+    if as_json:
+        sys.stdout.write(paths["json"].read_text(encoding="utf-8"))
+    return paths["html"]

@@ -1,0 +1,194 @@
+"""``shardproof verify``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from harness.bench.shapes import model_folder
+from harness.commands.options import (
+    DEFAULT_MODEL,
+    AsJson,
+    Fabric,
+    Model,
+    Quiet,
+    Seed,
+    check_device,
+    numbers,
+    prepare_out,
+    write_report,
+)
+from harness.commands.progress import RowsShown, errors
+from harness.errors import COULD_NOT_RUN, UNEXPECTED, CouldNotRunError, UsageError, told, usage
+from harness.names import CHECK_NAMES, DTYPES
+
+if TYPE_CHECKING:
+    from engine.parallel.ranks import Ranks
+    from harness.verify import VerifyPlan
+    from reports.records import CheckRow, Report
+
+DEFAULT_TP_SIZES = (1, 2, 3, 4)
+
+
+def verify_command(
+    model: Model = DEFAULT_MODEL,
+    tp: Annotated[str | None, typer.Option(help="Numbers of ranks, as 1,2,4; by default 1,2,3,4, and under torchrun as many "
+                                                "as it started.")] = None,
+    fabric: Fabric = "auto",
+    dtype: Annotated[str, typer.Option(autocompletion=lambda: ["auto", *DTYPES], help=(
+        f"{', '.join(DTYPES)}; auto is the checkpoint's, on every device."))] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    check: Annotated[list[str] | None, typer.Option(autocompletion=lambda: list(CHECK_NAMES), help=(
+        f"Only this check (again for more): {', '.join(CHECK_NAMES)}."))] = None,
+    seed: Seed = 0,
+    case: Annotated[Path | None, typer.Option(help="Run one saved finding again; all else comes from the file.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv; findings are saved in its "
+                                           "folder cases.")] = Path("reports/out/verify"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hold a model on several ranks against its single-device reference.
+
+    Under torchrun, on one host or several, the ranks are torchrun's, and the model must be at the same path on every host.
+
+    Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if something could not run, raised or was interrupted: then the
+    report holds what was finished.
+    """
+    from engine.parallel.torchrun import launched
+    from harness.verify import VerifyPlan
+
+    if case is not None:
+        if launched() is not None:
+            raise UsageError("a saved finding runs again on ranks of its own: start --case without torchrun")
+        _replay(case, out, as_json=as_json)
+    plan = VerifyPlan(model=model, folder=Path(), tp_sizes=DEFAULT_TP_SIZES if tp is None else numbers("tp", tp), fabric=fabric,
+                      device=device, dtype=dtype, checks=tuple(check or CHECK_NAMES), seed=seed, cases_folder=out / "cases")
+    with _torchrun_ranks(fabric, device) as ranks:
+        tp_sizes = _tp_sizes(tp, ranks)
+        prepare_out(out)
+        check_device(device)
+        plan = replace(plan, folder=model_folder(model, dtype=dtype), tp_sizes=tp_sizes)
+        _verify(plan, out, ranks, as_json=as_json, quiet=quiet)
+
+
+def _tp_sizes(tp: str | None, ranks: Ranks | None) -> tuple[int, ...]:
+    """What was asked for; by default torchrun's ranks, or else what tells most."""
+    if ranks is None:
+        return DEFAULT_TP_SIZES if tp is None else numbers("tp", tp)
+    if tp is not None and numbers("tp", tp) != (ranks.tp_size,):
+        raise UsageError(f"tp={tp!r}, but torchrun started {ranks.tp_size} ranks: leave --tp out")
+    return (ranks.tp_size,)
+
+
+@contextmanager
+def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
+    """torchrun's ranks, or None if it did not start this process. In its processes of other ranks than 0 all ends here."""
+    from engine.parallel.ranks import Ranks
+    from engine.parallel.torchrun import launched, serve
+    from harness.verify import JOB_TIMEOUT_S
+
+    launch = launched()
+    if launch is None:
+        yield None
+        return
+    try:
+        if launch.rank > 0:
+            served = serve(launch)
+        else:
+            with usage():
+                ranks = Ranks(launch.tp_size, fabric=fabric, device=device, job_timeout_s=JOB_TIMEOUT_S, launch=launch)
+    except RuntimeError as error:  # torch's of a store that nobody answers at, or a rank's
+        raise CouldNotRunError(f"could not run: {error}") from error
+    if launch.rank > 0:
+        raise typer.Exit(served)
+    exit_code = UNEXPECTED
+    try:
+        yield ranks
+    except typer.Exit as leave:
+        exit_code = leave.exit_code
+        raise
+    except BaseException as error:
+        exit_code = (told(error) or ("", UNEXPECTED))[1]
+        raise
+    finally:
+        ranks.close(exit_code=exit_code)
+
+
+def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, quiet: bool) -> NoReturn:
+    """Run the plan and show how it goes and what came of it."""
+    from harness.interrupted import NOTICE, Interrupted, undisturbed
+    from harness.verify import verify
+
+    interrupted = False
+    with RowsShown(plan.checks * len(plan.tp_sizes), quiet=quiet) as shown:
+        try:
+            report = verify(plan, ranks=ranks, on_row=lambda row: shown.on_row(row, row.check), on_start=shown.on_start)
+        except Interrupted as stop:
+            report, interrupted = stop.report, True
+    with undisturbed() if interrupted else nullcontext():
+        if not as_json:
+            _print(plan, report, quiet=quiet)
+        page = write_report(report, out, as_json=as_json)
+        if not as_json and not (quiet and report.exit_code == 0):
+            sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {page}\n")
+    if interrupted:
+        errors.print(NOTICE, highlight=False)
+    raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
+
+
+def _print(plan: VerifyPlan, report: Report, *, quiet: bool) -> None:
+    from reports.tables import BOUND_NOTE, bound_mark, checks_pivot
+    from reports.text_tables import to_text
+
+    if not quiet:
+        layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
+        sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers "
+                         f"are the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
+        if any(map(bound_mark, report.checks)):
+            sys.stdout.write(f"{BOUND_NOTE}\n")
+    _print_rows([row for row in report.checks if row.verdict != "pass" and not (quiet and row.verdict == "skipped")])
+
+
+def _print_rows(rows: Sequence[CheckRow]) -> None:
+    """Each finding, and each other reason once for all the rows that have it."""
+    groups: dict[object, list[CheckRow]] = {}
+    for row in rows:
+        groups.setdefault((row.verdict, row.message, row.replay), []).append(row)
+    for group in groups.values():
+        first = group[0]
+        checks = ", ".join(dict.fromkeys(row.check for row in group))
+        tp_sizes = ", ".join(map(str, dict.fromkeys(row.tp_size for row in group)))
+        sys.stdout.write(f"\n{first.verdict.upper()} in {checks} at tp_size={tp_sizes}: {first.message}\n")
+        if first.replay:
+            sys.stdout.write(f"  run it again: {first.replay}\n")
+
+
+def _replay(case: Path, out: Path, *, as_json: bool) -> NoReturn:
+    """Run a saved finding again, and say how it compares."""
+    from harness.cases import load_case
+    from harness.verify import replay
+
+    try:
+        saved = load_case(case)
+    except ValueError as error:
+        raise CouldNotRunError(str(error)) from error
+    prepare_out(out)
+    check_device(saved.device)
+    folder = model_folder(saved.model, dtype=saved.dtype)
+    try:
+        report, comparison = replay(saved, folder)
+    except UsageError as error:  # what can't be in a file of ours
+        raise CouldNotRunError(f"case={case}: {error}") from error
+    if not as_json:
+        sys.stdout.write(f"{saved.check} at tp_size={saved.tp_size}, found then: {saved.finding}\n")
+        _print_rows([row for row in report.checks if row.verdict != "pass"])
+    page = write_report(report, out, as_json=as_json)
+    if not as_json:
+        sys.stdout.write(f"\n{comparison}; report: {page}\n")
+    raise typer.Exit(report.exit_code)

@@ -1,0 +1,270 @@
+"""What people expect of a command line: help at once, versions, JSON, quiet, lists, progress without a terminal, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.testing import CliRunner
+
+import engine.config
+from engine.parallel.fabric import Fabric
+from harness import names
+from harness.calibrate import run as calibrate_run
+from harness.checks import CHECKS
+from harness.cli import app
+from harness.commands.progress import RowsShown, about
+from harness.faults import FAULTS
+from harness.machine import run_info
+from harness.shardproof import __version__
+from harness.truth import Truth
+from harness.verify import VerifyPlan, verify
+from reference.hf import Reference
+from reports.records import read_report
+from reports.tables import checks_pivot
+from tests.harness.conftest import MakeModel
+from tests.harness.installed import ROOT, environment
+from tests.harness.test_exit_codes import run
+from tests.harness.test_packages import assert_told, make_foreign
+from tests.reference.tiny import small_config
+from tests.reports.builders import a_check
+
+HEAVY = ("torch", "transformers", "numpy", "pandas", "safetensors", "engine", "reference", "reports")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: MakeModel) -> Path:
+    return tiny_model(small_config("llama", num_q_heads=4, num_kv_heads=2))
+
+
+# Light
+
+
+LOOK = """
+import sys
+from harness.cli import main
+sys.argv = ["shardproof", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as leave:
+    assert not leave.code, leave.code
+print("@@", *(name for name in sys.modules if "." not in name))
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"], *([name, "--help"] for name in (
+    "verify", "faults", "generate", "fetch", "bench", "compare", "calibrate"))], ids=" ".join)
+def test_help_loads_nothing_heavy_and_takes_little_time(words: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, "-c", LOOK, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    shown, _, modules = result.stdout.partition("@@ ")
+    assert shown.strip()
+    assert not set(HEAVY) & set(modules.split())
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 3, "1 s on a machine that has nothing else to do"
+
+
+def test_light_names_are_those_of_what_they_name() -> None:
+    assert tuple(CHECKS) == names.CHECK_NAMES
+    assert tuple(engine.config.DTYPES) == names.DTYPES
+    assert set(names.FABRICS) | {"solo"} == set(get_args(Fabric))
+    assert calibrate_run.CalibratePlan().models == calibrate_run.DEFAULT_MODELS
+
+
+def test_a_mistake_in_the_numbers_is_told_before_torch_is_loaded() -> None:
+    script = ("import sys\nfrom typer.testing import CliRunner\nfrom harness.cli import app\n"
+              "result = CliRunner().invoke(app, ['faults', '--no-such'])\nprint(result.exit_code, 'torch' in sys.modules)")
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "2 False\n", result.stderr
+
+
+# Expected
+
+
+def test_the_version_is_the_projects_own_everywhere() -> None:
+    from datetime import UTC, datetime
+
+    assert run("--version").stdout == f"shardproof {__version__}\n"
+    assert run_info("verify", started_at=datetime.now(UTC), seed=0).version == __version__
+
+
+def test_json_alone_is_on_standard_output(model: Path, tmp_path: Path) -> None:
+    words = ("verify", model, "--tp", "2", "--fabric", "threads", "--check", "collectives", "--json", "--out", tmp_path)
+    result = run(*words)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == json.loads((tmp_path / "report.json").read_text())
+    assert "[1/1] tp 2  collectives  pass" in result.stderr
+    assert run(*words, "--quiet").stderr == ""
+    refused = run(*words, "--tp", "x")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+def test_quiet_prints_what_is_wrong_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("verify", model, "--tp", "1", "--check", "collectives", "--check", "lifecycle", "--quiet", "--out", tmp_path)
+    result = run(*words)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert len(read_report(tmp_path).checks) == 2
+    from harness.checks.base import Outcome
+
+    monkeypatch.setitem(CHECKS, "collectives", lambda context: Outcome(cases=1, compared=1, finding="planted"))
+    result = run(*words)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "FINDING in collectives at tp_size=1: planted" in result.stdout
+    assert "lifecycle" not in result.stdout
+
+
+def test_faults_are_listed_with_what_they_are_and_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("faults", "--list")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[::2] == list(FAULTS)
+    assert lines[1::2] == [f"    {fault.what}" for fault in FAULTS.values()]
+    assert run("faults", "--list", "--only", "reduced-twice").stdout.splitlines()[0] == "reduced-twice"
+    assert run("faults", "--list", "--only", "none").exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shell_completes_commands_options_and_names() -> None:
+    def completed(words: str) -> list[str]:
+        result = CliRunner().invoke(app, [], prog_name="shardproof", env={
+            "_SHARDPROOF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)})
+        return result.stdout.split()
+
+    assert "verify" in completed("shardproof ver")
+    assert "--check" in completed("shardproof verify --che")
+    assert completed("shardproof verify --check l") == ["layers", "logits", "lifecycle"]
+    assert "--install-completion" in run("--help").stdout
+
+
+def test_a_long_run_says_how_far_it_is_without_a_terminal(model: Path, tmp_path: Path) -> None:
+    result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "lifecycle",
+                 "--check", "kv", "--out", tmp_path, "--check", "attention")
+    lines = result.stderr.splitlines()
+    assert [line.partition(" ")[0] for line in lines] == [f"[{number}/8]" for number in range(1, 9)]
+    assert all("left" in line for line in lines[:-1])
+    assert "left" not in lines[-1]
+
+
+def test_the_time_left_is_what_the_same_took_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = RowsShown(("a", "b") * 3, quiet=True)
+    for name, seconds in (("a", 10.0), ("b", 100.0), ("a", 20.0)):
+        shown.on_start(name, 1)
+        now[0] += seconds
+        shown.on_row(a_check(name), name)
+    assert shown.seconds_left == 100 + 20 + 100
+    assert (about(0), about(3.2), about(95), about(4000)) == ("", "about 4 s", "about 2 min", "about 67 min")
+
+
+# Nothing is computed that nobody asked for
+
+
+@pytest.mark.parametrize("check", ["collectives", "weights", "kv", "layers"])
+def test_a_check_that_needs_no_reference_loads_none(check: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(Reference, "load", classmethod(lambda cls, *args, **kwargs: loaded.append(args)))
+    report = verify(VerifyPlan(model="tiny", folder=model, tp_sizes=(2,), fabric="threads", checks=(check,)))
+    assert loaded == []
+    assert [row.verdict for row in report.checks] == ["pass"]
+
+
+def test_collectives_load_no_model_and_no_tokenizer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needless(*args: object, **kwargs: object) -> None:
+        raise AssertionError("nobody asked for it")
+
+    monkeypatch.setattr("harness.jobs.load", needless)
+    monkeypatch.setattr(Truth, "prompts", property(needless))
+    report = verify(VerifyPlan(model="tiny", folder=model, tp_sizes=(2,), fabric="threads", checks=("collectives",)))
+    assert [row.verdict for row in report.checks] == ["pass"]
+
+
+def test_the_cache_is_as_large_as_what_is_generated_asks_for(model: Path) -> None:
+    truth = Truth(model, dtype="float32")
+    from harness.verify import _options
+
+    longest = [*map(len, truth.script.sequences), *map(len, truth.greedy_sequences)]
+    assert _options(truth)["num_kv_blocks"] == sum(-(-(length + 1) // 16) for length in longest) + 1
+
+
+# Words
+
+
+def test_a_bound_of_rounding_is_no_near_miss(model: Path, tmp_path: Path) -> None:
+    result = run("verify", model, "--tp", "2", "--fabric", "threads", "--check", "collectives", "--check", "layers", "--out",
+                 tmp_path)
+    collectives, layers = result.stdout.splitlines()[2:4]
+    assert collectives.endswith("(≤1)")
+    assert "≤" not in layers
+    assert "(≤1): a bound that right sums reach" in result.stdout
+    for name in ("report.md", "report.html"):
+        assert "(≤1)" in (tmp_path / name).read_text()
+    rows = [a_check("collectives", 2, error_over_budget=0.996, extra={"bound": "rounding"}),
+            a_check("collectives", 4, "finding", error_over_budget=1.5, extra={"bound": "rounding"})]
+    assert checks_pivot(rows)[["tp 2", "tp 4"]].iloc[0].tolist() == ["pass 0.996 (≤1)", "finding 1.5"]
+
+
+def test_a_skip_says_what_would_run_it(model: Path, tmp_path: Path) -> None:
+    result = run("verify", model, "--tp", "1,3", "--fabric", "threads", "--check", "collectives", "--check", "lifecycle",
+                 "--out", tmp_path)
+    assert "it runs at tp_size=2" not in result.stdout
+    assert result.stdout.count("SKIPPED in lifecycle at tp_size=1, 3: it is for tp_size=2 alone (--tp 2)") == 1
+
+
+# Signals
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "harness", *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 3)])
+def test_a_signal_in_verify_leaves_the_report_of_what_was_finished(number: signal.Signals, code: int, model: Path,
+                                                                   tmp_path: Path) -> None:
+    process = start("verify", model, "--tp", "2", "--check", "collectives", "--check", "lifecycle", "--out", tmp_path)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "[1/2] tp 2  collectives  pass" in line, line + process.stderr.read()
+        time.sleep(1)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, stderr
+    assert [row.verdict for row in read_report(tmp_path).checks] == ["pass", "error"]
+    assert "interrupted: the report holds what was finished" in stderr
+
+
+# Someone else's packages
+
+
+def test_the_study_of_compare_names_what_is_not_ours(tmp_path: Path) -> None:
+    found = make_foreign(tmp_path, "engine.py")
+    result = subprocess.run([sys.executable, "-m", "harness.bench.aa", "--help"], cwd=tmp_path, env=environment(ROOT),
+                            capture_output=True, text=True, timeout=120)
+    assert_told(result, "engine", found)
+
+
+def test_the_study_of_compare_ends_with_2_on_wrong_usage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = subprocess.run([sys.executable, "-m", "harness.bench.aa", "--model", "", "--out", str(tmp_path / "file")], cwd=ROOT,
+                            capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no report can be written there" in result.stderr
+
+

@@ -1,0 +1,435 @@
+"""Exit 1 means a finding or a regression and nothing else: every mistake, in every command that can make it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+import harness.verify
+from engine.parallel.failures import RankError, RankFailure
+from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
+from harness.checks import CHECKS
+from harness.checks.base import CheckContext, Outcome
+from harness.cli import app
+from harness.errors import CouldNotRunError, UsageError, told, usage
+from reference.checkpoints import CheckpointError
+from reports.records import read_report, write_report
+from tests.harness.conftest import MakeModel
+from tests.reference.tiny import small_config
+from tests.reports.builders import a_bench, a_report
+
+WORKS: dict[str, tuple[str, ...]] = {
+    "verify": ("verify", "MODEL", "--tp", "2", "--fabric", "threads", "--check", "collectives"),
+    "faults": ("faults", "--only", "reduced-twice"),
+    "generate": ("generate", "MODEL", "text", "--device", "cpu"),
+    "fetch": ("fetch", "MODEL"),
+    "bench": ("bench", "MODEL", "--device", "cpu"),
+    "calibrate": ("calibrate", "--models", "1"),
+    "compare": ("compare", "RECORD", "RECORD"),
+}
+"""A right command line of each command, but for the folder it writes to."""
+WRITES = ("verify", "faults", "bench", "calibrate", "compare")
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: MakeModel) -> Path:
+    return tiny_model(small_config("llama", num_q_heads=4, num_kv_heads=2))
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return write_report(tmp_path / "record", a_report(a_bench()))
+
+
+def words_of(command: str, model: Path, record: Path) -> list[str]:
+    names = {"MODEL": str(model), "RECORD": str(record)}
+    return [names.get(word, word) for word in WORKS[command]]
+
+
+def assert_one_line(result: Result, code: int, says: str) -> None:
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+
+
+def replaced(words: list[str], option: str, value: str) -> list[str]:
+    """With another value for the option, or the option with it."""
+    if option in words:
+        place = words.index(option) + 1
+        return [*words[:place], value, *words[place + 1 :]]
+    return [*words, option, value]
+
+
+# (mistake, option or place, value, exit code, what the line says), for the commands that can make it
+MISTAKES: list[tuple[tuple[str, ...], str, str, int, str]] = [
+    (("verify", "faults", "bench"), "--tp", "x", 2, "tp='x' must be numbers"),
+    (("verify", "faults", "bench"), "--tp", "", 2, "tp='' must be numbers"),
+    (("verify", "faults", "bench"), "--tp", "2,,3", 2, "tp='2,,3' must be numbers"),
+    (("verify", "faults", "bench"), "--tp", "2,2", 2, "2"),
+    (("verify", "faults", "bench"), "--tp", "3,2,3", 2, "3"),
+    (("verify", "faults", "bench"), "--tp", "0", 2, "0"),
+    (("verify", "faults", "bench"), "--tp", "-2", 2, "-2"),
+    (("verify", "bench"), "--tp", "5", 2, "num_q_heads=4"),
+    (("generate",), "--tp", "5", 2, "num_q_heads=4"),
+    (("generate",), "--tp", "0", 2, "must be a whole number of at least 1"),
+    (("verify", "generate", "bench"), "--dtype", "int8", 2, "dtype='int8' is unknown"),
+    (("verify", "generate", "bench"), "--fabric", "pigeon", 2, "fabric='pigeon' is"),
+    (("verify", "faults", "generate", "bench"), "--device", "tpu", 2, "device='tpu'"),
+    (("verify", "faults", "generate", "bench"), "--device", "cuda", 3, "device='cuda', but torch sees no GPU"),
+    (("verify",), "--check", "taste", 2, "['taste'] are unknown"),
+    (("faults",), "--only", "taste", 2, "['taste'] are no faults"),
+    (("bench",), "--workload", "taste", 2, "['taste'] are unknown"),
+    (("bench",), "--peer", "taste", 2, "['taste'] are unknown"),
+    (("bench",), "--rounds", "0", 2, "rounds=0 must be at least 1"),
+    (("bench",), "--against", "/nowhere", 2, "against=/nowhere"),
+    (("calibrate",), "--models", "0", 2, "models=0 must be at least 1"),
+    (("generate",), "--temperature", "-1", 2, "temperature=-1.0 must"),
+    (("generate",), "--max-tokens", "0", 2, "max_tokens=0 must"),
+    (("generate",), "--top-p", "2", 2, "top_p=2.0 must"),
+    (("generate",), "--top-k", "-2", 2, "top_k=-2 must"),
+    (("generate",), "--stop", "", 2, "none of them empty"),
+    (("generate",), "--n", "0", 2, "n=0 must"),
+    (("generate",), "--n", "2", 2, "greedy completions are all the same"),
+    (("generate",), "--seed", "-1", 2, "seed=-1 must"),
+    (("verify", "generate", "fetch", "bench"), "MODEL", "", 2, "model='' names nothing"),
+    (("verify", "generate", "fetch", "bench"), "MODEL", "/nowhere/at all", 3, "/nowhere/at all"),
+    (("compare",), "RECORD", "/nowhere/at all", 3, "/nowhere/at all"),
+    (("verify",), "--case", "/nowhere/at all", 3, "/nowhere/at all"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "value", "code", "says"), [
+    (command, *rest) for commands, *rest in MISTAKES for command in commands])
+def test_a_mistake_is_one_line_with_one_exit_code_in_every_command(
+    command: str, option: str, value: str, code: int, says: str, model: Path, record: Path, tmp_path: Path,
+) -> None:
+    if option in ("MODEL", "RECORD"):
+        words = [value if word == option else word for word in WORKS[command]]
+        words = [str(model) if word == "MODEL" else word for word in words]
+    else:
+        words = replaced(words_of(command, model, record), option, value)
+    out = ["--out", str(tmp_path / "out")] if command in WRITES else []
+    assert_one_line(run(*words, *out), code, says)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "option"), [("verify", "--check"), ("faults", "--only"), ("bench", "--workload"),
+                                                 ("bench", "--peer")])
+def test_what_is_named_twice_is_refused_before_work(command: str, option: str, model: Path, record: Path, tmp_path: Path) -> None:
+    value = {"--check": "collectives", "--only": "reduced-twice", "--workload": "quick", "--peer": "transformers"}[option]
+    words = [*replaced(words_of(command, model, record), option, value), option, value, "--out", str(tmp_path / "out")]
+    assert_one_line(run(*words), 2, value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", WORKS)
+@pytest.mark.parametrize("words", [["--no-such-option"], ["--seed"], ["a", "b", "c", "d"]])
+def test_what_the_parser_refuses_ends_with_2(command: str, words: list[str]) -> None:
+    result = run(command, *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+# Where the report goes
+
+
+def a_file(folder: Path) -> Path:
+    (folder / "file").write_text("mine")
+    return folder / "file"
+
+
+def below_a_file(folder: Path) -> Path:
+    return a_file(folder) / "deep" / "er"
+
+
+def a_folder_named_as_the_report(folder: Path) -> Path:
+    (folder / "out" / "report.json").mkdir(parents=True)
+    return folder / "out"
+
+
+def below_a_loop(folder: Path) -> Path:
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder / "loop" / "out"
+
+
+def nowhere_by_a_link(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "gone")
+    return folder / "link"
+
+
+def where_nobody_writes(folder: Path) -> Path:
+    return Path("/proc/shardproof/out")
+
+
+def too_long(folder: Path) -> Path:
+    return folder / ("x" * 300)
+
+
+OUTS = [a_file, below_a_file, a_folder_named_as_the_report, below_a_loop, nowhere_by_a_link, where_nobody_writes, too_long]
+
+
+@pytest.mark.parametrize("command", WRITES)
+@pytest.mark.parametrize("make", OUTS)
+def test_where_no_report_can_be_written_no_work_is_done(command: str, make: Callable[[Path], Path], model: Path, record: Path,
+                                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work was done")
+
+    for target in ("harness.verify.verify", "harness.faults.gate.run_gate", "harness.bench.cli.run_bench",
+                   "harness.calibrate.run.calibrate", "harness.bench.cli.write_comparison"):
+        monkeypatch.setattr(target, worked)
+    out = make(tmp_path)
+    assert_one_line(run(*words_of(command, model, record), "--out", out), 2, f"out={str(out)!r}: no report can be written there")
+
+
+def test_an_older_report_does_not_pass_for_that_of_a_run_without_one(model: Path, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    words = [str(model) if word == "MODEL" else word for word in WORKS["verify"]]
+    assert run(*words, "--out", out).exit_code == 0
+    green = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert set(green) == {"report.json", "report.md", "report.html", "report.csv"}
+
+    def dies(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(harness.verify, "Truth", dies)
+    assert run(*words, "--out", out).exit_code == 4
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        name.replace("report.", "report.old."): text for name, text in green.items()}
+    monkeypatch.undo()
+    assert run(*words, "--tp", "x", "--out", out).exit_code == 2
+    assert len(list(out.iterdir())) == 4, "wrong usage leaves all as it was"
+
+
+def test_the_table_is_printed_before_the_report_is_written(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("reports.render.write_report", full)
+    result = run(*[str(model) if word == "MODEL" else word for word in WORKS["verify"]], "--out", tmp_path / "out")
+    assert result.exit_code == 3
+    assert "collectives  pass" in result.stdout
+    assert f"out={str(tmp_path / 'out')!r}: the report was not written" in result.stderr
+    assert "No space left" in result.stderr
+
+
+# What goes wrong inside
+
+
+def raises(context: CheckContext) -> Outcome:
+    raise ValueError("planted deep inside\nwith a second line")
+
+
+def test_an_exception_inside_a_check_is_an_error_row_and_the_others_go_on(model: Path, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch,
+                                                                          caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(CHECKS, "weights", raises)
+    result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "weights",
+                 "--check", "kv", "--out", tmp_path)
+    assert result.exit_code == 3, result.output
+    rows = read_report(tmp_path).checks
+    assert [(row.tp_size, row.check, row.verdict) for row in rows] == [
+        (tp_size, check, verdict) for tp_size in (1, 2)
+        for check, verdict in (("collectives", "pass"), ("weights", "error"), ("kv", "pass"))]
+    row = rows[1]
+    assert row.message == "ValueError: planted deep inside"
+    assert "in raises" in row.extra["traceback"]
+    assert result.stdout.count("ERROR in weights at tp_size=1, 2: ValueError: planted deep inside") == 1
+    assert "in raises" in caplog.text, "main() shows it on standard error"
+
+
+@pytest.mark.parametrize("others", ["finding", "pass"])
+def test_a_finding_beside_an_error_stays_visible(others: str, model: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHECKS, "weights", raises)
+    if others == "finding":
+        monkeypatch.setitem(CHECKS, "collectives", lambda context: Outcome(cases=1, compared=1, finding="planted"))
+    words = ("--check", "collectives", "--check", "weights")
+    result = run("verify", model, "--tp", "1", *words, "--out", tmp_path)
+    assert result.exit_code == (1 if others == "finding" else 3)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("values", [{"extra": {"tie_margin": INF}}, {"extra": {"deep": [{"x": NAN}]}}, {"error_over_budget": NAN},
+                                    {"rank": 7}, {"excused": 2.0}])
+@pytest.mark.parametrize("is_finding", [True, False])
+def test_a_value_that_no_record_holds_does_not_lose_the_run(values: dict[str, Any], is_finding: bool, model: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = Outcome(cases=1, compared=1, finding="planted" if is_finding else None, **values)
+    monkeypatch.setitem(CHECKS, "weights", lambda context: outcome)
+    result = run("verify", model, "--tp", "1", "--check", "collectives", "--check", "weights", "--out", tmp_path)
+    rows = read_report(tmp_path).checks
+    assert [row.verdict for row in rows] == ["pass", "finding" if is_finding else "error"]
+    assert result.exit_code == (1 if is_finding else 3)
+    assert next(iter(values)) in rows[1].extra["left_out"]
+
+
+@pytest.mark.parametrize("command", WORKS)
+def test_what_nobody_expected_ends_with_its_traceback_and_4(command: str, model: Path, record: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    def planted(*args: object, **kwargs: object) -> None:
+        raise ValueError("planted deep inside")
+
+    for target in ("harness.verify.verify", "harness.faults.gate.run_gate", "engine.LLM.stream", "harness.bench.cli.run_bench",
+                   "harness.commands.generate.model_folder", "harness.calibrate.run.calibrate",
+                   "harness.bench.cli.write_comparison"):
+        if target.endswith("model_folder") and command != "fetch":
+            continue
+        if target.endswith("stream"):
+            monkeypatch.setattr("engine.llm.Stream.__next__", planted)
+        else:
+            monkeypatch.setattr(target, planted)
+    out = ["--out", str(tmp_path / "out")] if command in WRITES else []
+    words = words_of(command, model, record)
+    if command == "generate":
+        monkeypatch.setattr("harness.commands.generate._as_chat", lambda llm, prompt: {"prompt_token_ids": [1, 2]})
+    result = run(*words, *out)
+    assert result.exit_code == 4, result.output
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "ValueError: planted deep inside" in result.stderr
+    assert "please report it" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", WORKS)
+def test_ctrl_c_anywhere_is_one_line_and_3(command: str, model: Path, record: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for target in ("harness.verify.verify", "harness.faults.gate.run_gate", "engine.LLM.__init__", "harness.bench.cli.run_bench",
+                   "harness.calibrate.run.calibrate", "harness.bench.cli.write_comparison"):
+        monkeypatch.setattr(target, press)
+    if command == "fetch":
+        monkeypatch.setattr("harness.commands.generate.model_folder", press)
+    out = ["--out", str(tmp_path / "out")] if command in WRITES else []
+    result = run(*words_of(command, model, record), *out)
+    assert (result.exit_code, result.stdout, result.stderr) == (3, "", "interrupted\n")
+
+
+# A checkpoint that can't be loaded
+
+
+def test_a_checkpoint_that_ranks_refuse_is_one_line_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise EnginesCheckpointError("tensor=planted is of no use")
+
+    monkeypatch.setattr("harness.jobs.load", refuse)
+    for tp in ("1,2", "2"):
+        result = run("verify", model, "--tp", tp, "--fabric", "threads", "--check", "collectives", "--check", "weights",
+                     "--check", "logits", "--out", tmp_path / "out")
+        assert_one_line(result, 3, "tensor=planted is of no use")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_refused_later_keeps_the_rows_before_it(model: Path, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(context: CheckContext) -> Outcome:
+        raise CheckpointError("tensor=planted is of no use")
+
+    monkeypatch.setitem(CHECKS, "weights", refuse)
+    result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "weights",
+                 "--out", tmp_path)
+    assert result.exit_code == 3
+    assert [row.verdict for row in read_report(tmp_path).checks] == ["pass", "error", "error", "error"]
+    assert result.stdout.count("tensor=planted is of no use") == 1
+    assert "Traceback" not in result.output
+
+
+def test_ranks_that_cannot_start_are_the_reason_of_what_is_missing(model: Path, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    real = harness.verify.Ranks
+
+    def none_at_2(tp_size: int, **options: Any) -> Any:
+        if tp_size == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(tp_size, **options)
+
+    monkeypatch.setattr(harness.verify, "Ranks", none_at_2)
+    words = ("verify", model, "--fabric", "threads", "--check", "collectives", "--out", tmp_path)
+    result = run(*words, "--tp", "1,2,3")
+    assert result.exit_code == 3
+    assert [row.verdict for row in read_report(tmp_path).checks] == ["pass", "error", "error"]
+    assert "Too many open files" in result.stdout
+    assert_one_line(run(*words, "--tp", "2"), 3, "Too many open files")
+
+
+# Errors and their codes
+
+
+def failure_of(summary: str, *, kind: Any = "raised", phase: str = "generate", job: str = "advance") -> RankFailure:
+    return RankFailure(job, {1: RankError(rank=1, kind=kind, phase=phase, summary=summary)}, tp_size=2, fabric="gloo")
+
+
+CODES: list[tuple[BaseException, int | None]] = [
+    (UsageError("x"), 2), (CouldNotRunError("x"), 3), (CheckpointError("x"), 3), (EnginesCheckpointError("x"), 3),
+    (FileNotFoundError("x"), 3), (PermissionError("x"), 3), (MemoryError(), 3), (KeyboardInterrupt(), 3),
+    (ValueError("x"), None), (RuntimeError("x"), None), (KeyError("x"), None), (AssertionError("x"), None),
+    (failure_of("killed by SIGKILL", kind="died"), 3), (failure_of("stuck in all_reduce", kind="stuck"), 3),
+    (failure_of("CheckpointError: tensor=x", phase="load"), 3), (failure_of("ValueError: no memory is left", phase="load"), 3),
+    (failure_of("OutOfMemoryError: x"), 3), (failure_of("OSError: x"), 3), (failure_of("DistStoreError: x", job="start"), 3),
+    (failure_of("ValueError: deep inside"), None), (failure_of("IndexError: x"), None),
+]
+
+
+@pytest.mark.parametrize(("error", "code"), CODES, ids=lambda value: repr(value)[:50])
+def test_an_error_is_the_inputs_the_machines_or_ours(error: BaseException, code: int | None) -> None:
+    found = told(error)
+    assert (found and found[1]) == code
+
+
+def test_planning_alone_makes_a_value_error_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="planned"), usage():
+        raise ValueError("planned")
+    with pytest.raises(CheckpointError) as kept, usage():
+        raise CheckpointError("the model's")
+    assert not isinstance(kept.value, UsageError)
+    with pytest.raises(KeyError), usage():
+        raise KeyError("ours")
+
+
+# Whatever people type
+
+ODD = st.one_of(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8),
+                st.sampled_from(["1,2", "-1", "0", "9" * 20, "1e9", "nan", "inf", "٣", "2 ", "2;3", "None", "[]", "/", "."]))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(sorted({option for _, option, *_ in MISTAKES if option.startswith("--")} | {"--seed"})), value=ODD,
+       command=st.sampled_from(["verify", "faults", "generate", "bench", "calibrate"]))
+def test_no_value_of_an_option_crashes_or_passes_for_a_finding(name: str, value: str, command: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        def stop(*args: object, **kwargs: object) -> None:
+            raise CouldNotRunError("enough")
+
+        for target in ("harness.commands.verify.model_folder", "harness.commands.generate.model_folder",
+                       "harness.bench.cli.model_folder", "harness.faults.gate.run_gate", "harness.calibrate.run.calibrate"):
+            patch.setattr(target, stop)
+        for module in ("verify", "faults", "calibrate"):
+            patch.setattr(f"harness.commands.{module}.prepare_out", lambda out: None)
+        patch.setattr("harness.bench.cli.prepare_out", lambda out: None)
+        words = ["generate", "model", "text"] if command == "generate" else [command]
+        result = run(*words, name, value)
+    assert result.exit_code in (2, 3), result.output
+    assert "Traceback" not in result.stderr
+
+
+def test_the_one_place_stands_for_all_commands() -> None:
+    """No command ends the process by itself but with the exit code of its work."""
+    sources = Path(harness.verify.__file__).parent.glob("commands/*.py")
+    for source in sources:
+        assert not re.search(r"sys\.exit|SystemExit|typer\.Exit\((USAGE|2|1)\)", source.read_text()), source
