@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from engine.checkpoint_files import CheckpointError
+
 if TYPE_CHECKING:
     from engine.parallel.failures import RankError, RankFailure
 
@@ -31,21 +33,10 @@ def usage() -> Iterator[None]:
     """Around what plans the work: a ValueError there is the command line's. Elsewhere it is a mistake of ours."""
     try:
         yield
-    except UsageError:
+    except (UsageError, CheckpointError):
         raise
     except ValueError as error:
-        if isinstance(error, checkpoint_errors()):
-            raise
         raise UsageError(str(error)) from error
-
-
-def checkpoint_errors() -> tuple[type[Exception], ...]:
-    """What is raised about a model's folder, by engine and reference. For ``except``."""
-    import engine.config
-    import engine.parallel.parameter
-    import reference.checkpoints
-
-    return (engine.config.UnsupportedModelError, engine.parallel.parameter.CheckpointError, reference.checkpoints.CheckpointError)
 
 
 def refusal_of(failure: RankFailure) -> str | None:
@@ -66,7 +57,7 @@ def told(error: BaseException) -> tuple[str, int] | None:
     """What to say of an error, and the exit code; None if nobody expected it."""
     if isinstance(error, UsageError):
         return str(error), USAGE
-    if isinstance(error, CouldNotRunError):
+    if isinstance(error, (CouldNotRunError, CheckpointError)):
         return str(error), COULD_NOT_RUN
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", COULD_NOT_RUN
@@ -77,12 +68,8 @@ def told(error: BaseException) -> tuple[str, int] | None:
 
         from engine.parallel.ranks import RankFailure
         from harness.bench.worker import WorkerError
-
-        known = checkpoint_errors()
     except ImportError:  # then it is none of these
         return None
-    if isinstance(error, known):
-        return str(error), COULD_NOT_RUN
     if isinstance(error, (WorkerError, torch.OutOfMemoryError)):
         return f"could not run: {error}", COULD_NOT_RUN
     if isinstance(error, RankFailure):

@@ -22,7 +22,7 @@ from harness import jobs
 from harness.cases import SavedCase, compare_replay, save_case
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import PRELOAD, CheckContext, Outcome, raised
-from harness.errors import UsageError, checkpoint_errors, refusal_of, usage
+from harness.errors import UsageError, refusal_of, usage
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.names import DTYPES, FABRICS
@@ -132,7 +132,7 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
     except Exception as error:
         if not rows:
             raise
-        why = Outcome(cases=0, compared=0, error=str(error)) if isinstance(error, checkpoint_errors()) else raised(error)
+        why = Outcome(cases=0, compared=0, error=str(error)) if isinstance(error, CheckpointError) else raised(error)
         rows += _rows_not_done(plan, truth, ranks, rows, why)
     return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
 
@@ -183,7 +183,7 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
                 outcome = CHECKS[name](context)
             except RankFailure as failure:
                 outcome = Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
-            except checkpoint_errors():  # the model's: no other check can do with it
+            except CheckpointError:  # the model's: no other check can do with it
                 raise
             except Exception as error:
                 logger.exception("check %s raised at tp_size=%d", name, tp_size)

@@ -55,7 +55,7 @@ def compare_command(
     baseline: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds one.")],
     candidate: Annotated[Path, typer.Argument(help="The same, of the run to judge.")],
     gate: Annotated[bool | None, typer.Option("--gate/--no-gate", help="Whether a slower row fails. Default: on like "
-                                              "machines, with a GPU every one, without one those that are clearly slower.")] = None,
+                                              "machines, with a GPU every one, else those that are clearly slower.")] = None,
     allow_unlike: Annotated[bool, typer.Option("--allow-unlike", help="Compare speeds of unlike machines.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html, .csv and .xml (JUnit).")] = Path(
         "reports/out/compare"),
