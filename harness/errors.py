@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from engine.checkpoint_files import CheckpointError
-
 if TYPE_CHECKING:
     from engine.parallel.failures import RankError, RankFailure
 
@@ -31,6 +29,8 @@ class CouldNotRunError(Exception):
 @contextmanager
 def usage() -> Iterator[None]:
     """Around what plans the work: a ValueError there is the command line's. Elsewhere it is a mistake of ours."""
+    from engine.checkpoint_files import CheckpointError
+
     try:
         yield
     except (UsageError, CheckpointError):
@@ -57,7 +57,7 @@ def told(error: BaseException) -> tuple[str, int] | None:
     """What to say of an error, and the exit code; None if nobody expected it."""
     if isinstance(error, UsageError):
         return str(error), USAGE
-    if isinstance(error, (CouldNotRunError, CheckpointError)):
+    if isinstance(error, CouldNotRunError):
         return str(error), COULD_NOT_RUN
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", COULD_NOT_RUN
@@ -66,10 +66,13 @@ def told(error: BaseException) -> tuple[str, int] | None:
     try:
         import torch
 
+        from engine.checkpoint_files import CheckpointError
         from engine.parallel.ranks import RankFailure
         from harness.bench.worker import WorkerError
     except ImportError:  # then it is none of these
         return None
+    if isinstance(error, CheckpointError):
+        return str(error), COULD_NOT_RUN
     if isinstance(error, (WorkerError, torch.OutOfMemoryError)):
         return f"could not run: {error}", COULD_NOT_RUN
     if isinstance(error, RankFailure):

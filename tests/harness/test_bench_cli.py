@@ -80,7 +80,7 @@ def test_unlike_machines_are_refused_unless_allowed(folder: Path) -> None:
     assert (code, stdout) == (3, "")
     assert "cores: 2 against 64" in stderr
     assert "--allow-unlike" in stderr
-    assert (folder / "out" / "report.md").read_text() == "yesterday's"
+    assert (folder / "out" / "report.old.md").read_text() == "yesterday's"
     assert run("compare", folder / "old", folder / "new", "--allow-unlike", "--out", folder / "out")[0] == 0
 
 
