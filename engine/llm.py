@@ -149,6 +149,7 @@ class LLM:
         return self.tokenizer
 
     def _admit(self, prompts: Prompt | Sequence[Prompt], params: Params, *, streams: bool) -> list[OngoingRequest]:
+        self._driver.check_usable()
         requests = self._admission.admit(prompts, params, streams=streams)
         for request in requests:
             if request.output.error:
@@ -156,7 +157,10 @@ class LLM:
         return requests
 
     def close(self) -> None:
-        """Stop the ranks. Nothing is left behind; calling it again does nothing."""
+        """Stop the ranks, from any thread. Nothing is left behind; calling it again does nothing.
+
+        Calls and streams that are under way end with a RuntimeError, and so do later calls.
+        """
         self._driver.close()
 
     def __enter__(self) -> LLM:
