@@ -183,5 +183,14 @@ class Driver:
                 if request is not None:
                     if news.finish_reason is not None:
                         self._running.pop(news.request_id, None)
+                    if news.finish_reason == "error":
+                        request.cause = _cause_of_not_finite([report.not_finite_weight for report in reports])
                     request.inbox.append(news)
         return reports[0].has_work
+
+
+def _cause_of_not_finite(weights: Sequence[str | None]) -> str:
+    """Whose weights they come from, as far as can be told. All ranks have the same logits, whoever spoilt them."""
+    found = [f"rank {rank}'s part of {weight} holds a NaN or an infinity" for rank, weight in enumerate(weights) if weight]
+    where = "rank 0" if len(weights) == 1 else f"all {len(weights)} ranks"
+    return "; ".join(found) or f"on {where}, where every weight is finite: an overflow, or a damaged KV cache"

@@ -65,7 +65,8 @@ class LLM:
         """Complete prompts: text, token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``.
 
         A prompt that can't run (empty, too long, an id outside the vocabulary) is refused before anything runs: its output
-        carries ``error`` and the others go on.
+        carries ``error`` and the others go on. So does one whose logits turn out not to be finite, with what it has so far and
+        ``finish_reason="error"``: also where that happens to every prompt, nothing is raised.
 
         Args:
             sampling_params: one for all prompts, or one for each.
