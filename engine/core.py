@@ -18,7 +18,7 @@ from engine.kv_cache import BlockManager
 from engine.parallel.ranks import RankContext
 from engine.runner import Drawn, Runner
 from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Request, Sequence, TokenLogprobs
+from engine.sequence import NO_TOKEN, Request, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,7 @@ class News(NamedTuple):
 
     request_id: int
     token_id: int
+    """``NO_TOKEN`` where the logits were not finite; the request ends with "error" then."""
     finish_reason: str | None = None
     num_cached_prompt_tokens: int = 0
     logprobs: TokenLogprobs | None = None
@@ -49,6 +50,8 @@ class Progress:
     news: list[News]
     digest: bytes
     has_work: bool
+    not_finite_weight: str | None = None
+    """Where a request ended with "error": a weight of this rank's that is not finite, if there is one."""
 
 
 class EngineCore:
@@ -119,4 +122,5 @@ def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], nu
         )
     ids = array("q", [number for item in news for number in (item.request_id, item.token_id)])
     digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-    return Progress(news=news if rank.tp.rank == 0 else [], digest=digest, has_work=core.has_work)
+    not_finite = core.runner.not_finite_weight if NO_TOKEN in ids else None
+    return Progress(news=news if rank.tp.rank == 0 else [], digest=digest, has_work=core.has_work, not_finite_weight=not_finite)

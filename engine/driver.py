@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from engine.core import Progress, advance
 from engine.ongoing import OngoingRequest
-from engine.parallel.ranks import Ranks, Ticket
+from engine.parallel.ranks import Ranks, RanksClosed, Ticket
 from engine.sequence import Request
 
 STEPS_PER_MESSAGE = 4
@@ -41,13 +41,14 @@ class Driver:
         self._aborts: list[int] = []
         self._in_flight: deque[Ticket] = deque()
         self._failure: str | None = None
+        self._closed = False
 
     def follow(self, requests: Sequence[OngoingRequest]) -> Generator[None, None, None]:
         """Run requests to their end, pausing whenever something has come. Closed early, it aborts what still runs.
 
         Raises:
             RankFailure: if a rank fails.
-            RuntimeError: if ranks drew different tokens, or the engine broke before.
+            RuntimeError: if ranks drew different tokens, or the engine broke before, or is closed meanwhile.
         """
         self._add(requests)
         try:
@@ -71,9 +72,18 @@ class Driver:
         self._tidy_up()
 
     def close(self) -> None:
-        """End the ranks."""
-        self._failure = self._failure or "it was closed"
+        """End the ranks, from any thread. Calls under way end with an error; returns when the ranks are gone."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._ranks.close()
+
+    def check_usable(self) -> None:
+        """Raise RuntimeError if no request can run any more."""
+        if self._closed:
+            raise RuntimeError("this engine was closed: make a new one")
+        if self._failure is not None:
+            raise RuntimeError(f"this engine can't be used any more, make a new one: {self._failure}")
 
     def _add(self, requests: Sequence[OngoingRequest]) -> None:
         with self._changed:
@@ -98,10 +108,11 @@ class Driver:
     def _tidy_up(self) -> None:
         """Tell the ranks what to drop, and wait for them if nothing runs any more. Who drives meanwhile does both in turn."""
         with self._changed:
-            if self._is_driven or self._failure is not None:
+            # The ranks are gone too where the interpreter ends and a stream is still open.
+            if self._is_driven or not self._ranks.healthy:
                 return
             self._is_driven = True
-        with self._released_afterwards():
+        with self._released_afterwards(), suppress(RanksClosed):
             if self._aborts:
                 self._send(0)
             while self._in_flight and not self._running:
@@ -110,10 +121,20 @@ class Driver:
     def _advance(self, waiting: Sequence[OngoingRequest]) -> None:
         """Wait until something has come for one of ``waiting``; drive the ranks by one message if nobody else does."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._is_driven or any(request.inbox for request in waiting))
+            self._changed.wait_for(lambda: self._closed or not self._is_driven or any(request.inbox for request in waiting))
             if any(request.inbox for request in waiting):
                 return
+            if self._closed:
+                raise self._closed_under(waiting)
+            self.check_usable()
             self._is_driven = True
+        try:
+            self._drive()
+        except RanksClosed:
+            raise self._closed_under(waiting) from None
+
+    def _drive(self) -> None:
+        """Run the ranks by one message."""
         with self._released_afterwards():
             while len(self._in_flight) < self._max_in_flight:
                 is_watched = any(request.is_watched for request in list(self._running.values()))
@@ -121,6 +142,11 @@ class Driver:
             has_work = self._collect()
             if not (has_work or self._in_flight or self._new) and self._running:
                 raise RuntimeError(f"the ranks are idle, and requests {sorted(self._running)} are not finished")
+
+    @staticmethod
+    def _closed_under(waiting: Sequence[OngoingRequest]) -> RuntimeError:
+        ids = ", ".join(str(request.output.request_id) for request in waiting)
+        return RuntimeError(f"the engine was closed while it ran request_id={ids}: what was not finished is lost")
 
     @contextmanager
     def _released_afterwards(self) -> Iterator[None]:
@@ -133,8 +159,6 @@ class Driver:
                 self._changed.notify_all()
 
     def _send(self, num_steps: int) -> None:
-        if self._failure is not None:
-            raise RuntimeError(f"this engine can't be used any more, make a new one: {self._failure}")
         with self._changed:
             new, self._new = self._new, []
             aborts, self._aborts = self._aborts, []
@@ -159,5 +183,14 @@ class Driver:
                 if request is not None:
                     if news.finish_reason is not None:
                         self._running.pop(news.request_id, None)
+                    if news.finish_reason == "error":
+                        request.cause = _cause_of_not_finite([report.not_finite_weight for report in reports])
                     request.inbox.append(news)
         return reports[0].has_work
+
+
+def _cause_of_not_finite(weights: Sequence[str | None]) -> str:
+    """Whose weights they come from, as far as can be told. All ranks have the same logits, whoever spoilt them."""
+    found = [f"rank {rank}'s part of {weight} holds a NaN or an infinity" for rank, weight in enumerate(weights) if weight]
+    where = "rank 0" if len(weights) == 1 else f"all {len(weights)} ranks"
+    return "; ".join(found) or f"on {where}, where every weight is finite: an overflow, or a damaged KV cache"

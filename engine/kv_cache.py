@@ -102,6 +102,11 @@ class BlockManager:
                 self.hash_of_block[block] = block_hash
         sequence.num_registered = num_full
 
+    def forget(self, sequence: Sequence) -> None:
+        """Offer the sequence's blocks to nobody any more: what they hold is not to be trusted."""
+        for block in sequence.blocks:
+            self._forget(block)
+
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks. The last ones are handed out again first: a prefix is worth more than its tail."""
         for block in reversed(sequence.blocks):

@@ -71,7 +71,8 @@ class LLM:
         """Complete prompts: text, token ids, or ``{"prompt": ...}`` / ``{"prompt_token_ids": ...}``.
 
         A prompt that can't run (empty, too long, an id outside the vocabulary) is refused before anything runs: its output
-        carries ``error`` and the others go on.
+        carries ``error`` and the others go on. So does one whose logits turn out not to be finite, with what it has so far and
+        ``finish_reason="error"``: also where that happens to every prompt, nothing is raised.
 
         Args:
             sampling_params: one for all prompts, or one for each.
@@ -155,6 +156,7 @@ class LLM:
         return self.tokenizer
 
     def _admit(self, prompts: Prompt | Sequence[Prompt], params: Params, *, streams: bool) -> list[OngoingRequest]:
+        self._driver.check_usable()
         requests = self._admission.admit(prompts, params, streams=streams)
         for request in requests:
             if request.output.error:
@@ -162,7 +164,10 @@ class LLM:
         return requests
 
     def close(self) -> None:
-        """Stop the ranks. Nothing is left behind; calling it again does nothing."""
+        """Stop the ranks, from any thread. Nothing is left behind; calling it again does nothing.
+
+        Calls and streams that are under way end with a RuntimeError, and so do later calls.
+        """
         self._driver.close()
 
     def __enter__(self) -> LLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,8 @@ from engine.core import News
 from engine.detokenizer import Detokenizer
 from engine.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.sequence import Request, TokenLogprobs
+
+logger = logging.getLogger(__name__)
 
 
 class OngoingCompletion:
@@ -42,7 +45,10 @@ class OngoingCompletion:
         self._num_shown, self._num_tokens_shown, self._end_shown = 0, 0, False
 
     def take(self, news: News) -> None:
-        """Add a token."""
+        """Add a token, or end without one."""
+        if news.finish_reason == "error":
+            self.finish("error")
+            return
         output = self.output
         output.token_ids.append(news.token_id)
         if news.logprobs is not None:
@@ -116,6 +122,7 @@ class OngoingRequest:
         self.output = output
         self.completions = completions
         self.inbox: deque[News | None] = deque()
+        self.cause = ""  # why the ranks could go on no more
         output.outputs = [completion.output for completion in completions.values()]
 
     @property
@@ -135,6 +142,9 @@ class OngoingRequest:
             if completion.output.finished():  # the ranks have run ahead of a stop string
                 continue
             completion.take(news)
+            if completion.output.finish_reason == "error":
+                self._tell_error(completion.output)
+                continue
             self.output.num_generated_tokens += 1
             if completion.output.index == 0:
                 self.output.num_cached_tokens = news.num_cached_prompt_tokens
@@ -147,6 +157,11 @@ class OngoingRequest:
         """What is new since the last call, if anything is."""
         deltas = [delta for completion in self.completions.values() if (delta := completion.delta()) is not None]
         return replace(self.output, outputs=deltas) if deltas else None
+
+    def _tell_error(self, completion: CompletionOutput) -> None:
+        self.output.error = (f"request_id={self.output.request_id}, completion {completion.index}: logits are not finite at step "
+                             f"{len(completion.token_ids)}: {self.cause}; `shardproof verify` says more")
+        logger.warning("%s", self.output.error)
 
     def _abort(self) -> list[int]:
         running = [number for number, completion in self.completions.items() if not completion.output.finished()]

@@ -31,7 +31,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     """For each token of ``token_ids``: the drawn token's and those of the best, by token id, the drawn one first."""
     finish_reason: str | None = None
-    """``"stop"``, ``"length"`` or ``"abort"``; None while it runs."""
+    """``"stop"``, ``"length"``, ``"abort"`` or, where the model's logits are not finite, ``"error"``; None while it runs."""
     stop_reason: int | str | None = None
     """The stop string, or the token of ``stop_token_ids``, that ended it; None for an end-of-sequence token."""
 
@@ -54,7 +54,8 @@ class RequestOutput:
     num_generated_tokens: int = 0
     """Tokens of all completions so far."""
     error: str | None = None
-    """Why the prompt was refused before it ran; ``outputs`` is empty then."""
+    """Why the prompt was refused before it ran (``outputs`` is empty then), or why its last completion with
+    ``finish_reason="error"`` could not go on: at which step, and which rank's weight is to blame if one is."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -174,6 +175,14 @@ class Runner:
         return [TokenLogprobs(logprob, rank, tuple(zip(*top, strict=True)))
                 for logprob, rank, *top in zip(*(column.tolist() for column in drawn.logprobs), strict=True)]
 
+    @cached_property
+    def not_finite_weight(self) -> str | None:
+        """A weight of this rank's that holds a NaN or an infinity, if one does. Looks at all of them: for errors."""
+        for name, weight in self.model.named_parameters():
+            if weight.numel() and not all(bound.isfinite() for bound in weight.detach().aminmax()):
+                return name
+        return None
+
     def _readback(self, x: Tensor) -> Tensor | TokenReadback:
         return TokenReadback(x) if self.device.type == "cuda" else x
 
@@ -216,7 +225,8 @@ class Runner:
             # A token in flight is the last, and only, one of its sequence in this step.
             last_S = batch.cu_seqlens_S1[1:].long() - 1
             known_S = batch.token_ids_T[last_S]
-            fed_S = torch.where(known_S == IN_FLIGHT, self.last_token_M[batch.rows_S], known_S)
+            # Where none could be drawn, token 0 runs, for nobody.
+            fed_S = torch.where(known_S == IN_FLIGHT, self.last_token_M[batch.rows_S].clamp(min=0), known_S)
             batch = replace(batch, token_ids_T=batch.token_ids_T.index_copy(0, last_S, fed_S))
         hidden_TE: Tensor = self.model(batch, self.caches)
         return hidden_TE

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from engine.kv_cache import BlockManager
-from engine.sequence import Sequence
+from engine.sequence import NO_TOKEN, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,8 @@ class Scheduler:
             is_last = sequence.append(token_id)
             if sequence.row >= 0:
                 self.blocks.register(sequence)
+            if token_id == NO_TOKEN:
+                self.blocks.forget(sequence)
             if is_last:
                 self._retire(sequence)
             news.append((sequence, token_id))

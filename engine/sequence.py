@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from engine.sampling import SamplingParams
 
+NO_TOKEN = -1
+"""What is drawn from logits that are not finite. All ranks see the same logits, and hence the same of this."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -85,6 +88,9 @@ class Sequence:
     def append(self, token_id: int) -> bool:
         """Take a token that was in flight, and finish if it is the last one. Returns whether it was."""
         self.num_in_flight -= 1
+        if token_id == NO_TOKEN:
+            self.finish_reason = "error"
+            return True
         self.token_ids.append(token_id)
         num_known = len(self.token_ids) - self.num_prompt_tokens
         if token_id in self.request.stop_token_ids:

@@ -24,7 +24,7 @@ def _decode_inputs_kernel(
     slot = tl.where(length > 0, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)
     known = tl.load(token + seqs, mask=keep, other=0)
     drawn = tl.load(last_token + tl.load(row + seqs, mask=keep, other=0), mask=keep, other=0)
-    tl.store(token_out + seqs, tl.where(known < 0, drawn, known), mask=keep)
+    tl.store(token_out + seqs, tl.where(known < 0, tl.maximum(drawn, 0), known), mask=keep)
     tl.store(position_out + seqs, position, mask=keep)
     tl.store(slot_out + seqs, slot, mask=keep)
     tl.store(length_out + seqs, length, mask=keep)
@@ -46,7 +46,7 @@ def decode_inputs(
     row_S          ``[S]`` int64, each within ``[0, M)``
     context_S      ``[S]`` int32: tokens up to and with this one; 0 marks padding, whose position is 0 and whose slot is -1
     tables_SB      ``[S, B]`` int32; entries past a sequence's length are never read
-    last_token_M   ``[M]`` int64
+    last_token_M   ``[M]`` int64; one below 0, where none could be drawn, runs as token 0, for nobody
     overlap        whether to launch as :mod:`engine.kernels.overlap` describes; by default, where the device can
     """
     num_seqs = token_S.shape[0]
@@ -76,4 +76,4 @@ def decode_inputs_torch(
     position_S = (length_S - 1).clamp(min=0)
     block_S = tables_SB.gather(1, (position_S // block_size)[:, None])[:, 0].long()
     slot_S = torch.where(length_S > 0, block_S * block_size + position_S % block_size, -1)
-    return torch.where(token_S < 0, last_token_M[row_S], token_S), position_S, slot_S, length_S
+    return torch.where(token_S < 0, last_token_M[row_S].clamp(min=0), token_S), position_S, slot_S, length_S

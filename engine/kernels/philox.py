@@ -196,7 +196,7 @@ def _gumbel_chunk_kernel(
 def _gumbel_row_kernel(
     chunk_values, chunk_indices, values, indices, num_chunks, vocab_start, CHUNKS_PAD: tl.constexpr, OVERLAP: tl.constexpr
 ):
-    """One program per row: the best of its chunks."""
+    """One program per row: the best of its chunks, and -1 for its index where it is not finite."""
     wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.arange(0, CHUNKS_PAD)
@@ -206,7 +206,8 @@ def _gumbel_row_kernel(
     best = tl.max(best_values, axis=0)
     index = tl.min(tl.where(best_values == best, columns, 2147483647), axis=0)
     tl.store(values + row, best)
-    tl.store(indices + row, index.to(tl.int64) + vocab_start)
+    is_finite = (best > float("-inf")) & (best < float("inf"))
+    tl.store(indices + row, tl.where(is_finite, index.to(tl.int64) + vocab_start, -1))
 
 
 def gumbel_argmax(
@@ -231,9 +232,9 @@ def gumbel_argmax(
     Returns ``(value [R] float32, index [R] int64)``: the largest ``logit / temperature + noise`` (the largest
     logit in greedy rows) and its index in the whole vocabulary; of equal values, the lowest index. The noise
     of a column depends on seed, position and its index in the whole vocabulary alone, hence the best of all
-    ranks' pairs is what one rank would have found. A NaN counts as +inf, so that it is seen and its index is
-    a valid one. The uniform numbers are the twin's bit for bit; the noise made of them is within 1e-5 of exact, so that
-    only scores as close as that may be ranked otherwise than the twin does.
+    ranks' pairs is what one rank would have found. A NaN counts as +inf, and where the largest value is infinite
+    there is nothing to draw: the index is -1. The uniform numbers are the twin's bit for bit; the noise made of them
+    is within 1e-5 of exact, so that only scores as close as that may be ranked otherwise than the twin does.
 
     Raises ``ValueError`` for dtypes other than bfloat16, float16, float32 and for rows without columns.
     """
@@ -286,4 +287,4 @@ def gumbel_argmax_torch(
     value_R = scores_RV.amax(dim=1)
     columns = torch.arange(scores_RV.shape[1], device=scores_RV.device)
     index_R = torch.where(scores_RV == value_R[:, None], columns, scores_RV.shape[1]).amin(dim=1)
-    return value_R, index_R + vocab_start
+    return value_R, torch.where(value_R.isfinite(), index_R + vocab_start, -1)

@@ -32,7 +32,7 @@ class LogprobTensors(NamedTuple):
 
 
 def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
-    """Token ids ``[R]`` int64 from whole, unpadded logits."""
+    """Token ids ``[R]`` int64 from whole, unpadded logits; -1 (``NO_TOKEN``) where a logit is NaN or +inf, or all are -inf."""
     if sampling.banned_row_X.numel():
         logits_RV = logits_RV.index_put((sampling.banned_row_X, sampling.banned_token_X), logits_RV.new_tensor(-torch.inf))
     if sampling.filters:
@@ -68,7 +68,7 @@ def logprobs_of(logits_RV: Tensor, token_R: Tensor, row_L: Tensor, num_top: int)
     In float32, or in float64 if the logits are.
     """
     logprob_LV = logits_RV[row_L].to(torch.promote_types(torch.float32, logits_RV.dtype)).log_softmax(dim=-1)
-    drawn_L1 = logprob_LV.gather(1, token_R[row_L, None])
+    drawn_L1 = logprob_LV.gather(1, token_R[row_L, None].clamp(min=0))  # without a token there is nothing to tell of it
     top_LK = logprob_LV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
     return LogprobTensors(
         logprob_L=drawn_L1.squeeze(1),

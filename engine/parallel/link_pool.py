@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -26,6 +28,23 @@ class LinkPool(Generic[AnyLink]):
     def __init__(self) -> None:
         self._links: dict[int, AnyLink] = {}
         self._selector = selectors.DefaultSelector()
+        self._wakes, self._wake = socket.socketpair()
+        self._wakes.setblocking(False)
+        self._wake.setblocking(False)
+        self._selector.register(self._wakes, selectors.EVENT_READ, self._woken)
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):  # gone, or woken many times over
+            self._wake.send(b"!")
+
+    def _woken(self, deliver: Deliver) -> None:
+        self._wakes.recv(64)
+
+    def _release(self) -> None:
+        """Close all that this class has opened, the links apart."""
+        self._selector.close()
+        self._wake.close()
+        self._wakes.close()
 
     def _adopt(self, link: AnyLink) -> None:
         self._links[link.rank] = link

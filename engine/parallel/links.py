@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,11 @@ class ProcessLink(Link):
     process: Any
     dump: socket.socket
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid or 0
+    def signal(self, number: int) -> None:
+        """Send a signal, if there is a process to get it: pid 0, of one that never started, is this process and its group."""
+        if self.process.pid and self.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has died this moment
+                os.kill(self.process.pid, number)
 
     def read_dump(self) -> str:
         """What faulthandler wrote since the last time."""
@@ -61,13 +64,9 @@ class ProcessLink(Link):
                 parts.append(part)
         return b"".join(parts).decode(errors="replace")
 
-    def kill(self) -> None:
-        if self.pid and self.process.is_alive():
-            self.process.kill()
-
     def close(self) -> None:
         """Give back the sockets of a rank that was ended."""
-        if self.pid:
+        if self.process.pid:
             self.process.join(5.0)
             if self.process.exitcode is not None:
                 self.process.close()

@@ -20,7 +20,7 @@ Deliver = Callable[[int, Kind, int, Any], None]
 
 
 class Pool(Protocol):
-    """tp_size ranks. One driver thread calls all of this."""
+    """tp_size ranks. One driver thread calls all of this, but for ``wake``."""
 
     def start(self) -> None:
         """Begin to start the ranks. Each delivers DONE for job number 0 when it is ready."""
@@ -30,6 +30,9 @@ class Pool(Protocol):
 
     def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
         """Wait for messages, at most ``timeout_s``, and deliver what is there; maybe nothing."""
+
+    def wake(self) -> None:
+        """End a ``poll`` that waits, or the next one. From any thread, also when the ranks are gone."""
 
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         """Where these ranks are now, those that can say so within ``timeout_s``.

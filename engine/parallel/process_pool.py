@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.forkserver
@@ -11,8 +12,9 @@ import selectors
 import signal
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch leaves it out of __all__
@@ -26,6 +28,8 @@ from engine.parallel.pool import Deliver
 from engine.parallel.rank_process import RankSetup
 from engine.parallel.rendezvous import make_store
 
+_MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes; what is longer, bind() refuses
+_SHORT_FOLDERS = ("/tmp", "/var/tmp")
 _DUMP_S = 0.3  # how long faulthandler gets to write the stacks of a rank that does not answer
 
 
@@ -49,7 +53,17 @@ class ProcessPool(LinkPool[ProcessLink]):
                 "this script starts ranks while it is imported by a rank that it started: "
                 'put what it runs under `if __name__ == "__main__":`'
             )
+        if multiprocessing.current_process().daemon:
+            raise RuntimeError(
+                f"{self._tp_size} ranks are processes, and a daemonic process such as a worker of multiprocessing.Pool may not "
+                "start any: start this one with daemon=False (those of concurrent.futures.ProcessPoolExecutor are), or take "
+                "fabric='threads'"
+            )
         self._store = make_store()
+        with importable_main():
+            self._start_processes(self._store.port)
+
+    def _start_processes(self, store_port: int) -> None:
         # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([fork_server.__name__, *_preload(), *self._preload])
@@ -60,7 +74,7 @@ class ProcessPool(LinkPool[ProcessLink]):
                 tp_size=self._tp_size,
                 backend=self._backend,
                 device=f"cuda:{rank}" if self._backend == "nccl" else "cpu",
-                store_port=self._store.port,
+                store_port=store_port,
                 driver_pid=self._owner_pid,
                 start_timeout_s=self._start_timeout_s,
                 collective_timeout_s=self._collective_timeout_s,
@@ -97,12 +111,14 @@ class ProcessPool(LinkPool[ProcessLink]):
     def _press(self, silent: Sequence[ProcessLink]) -> None:
         # Where the control thread can't run, something holds the interpreter, or the process is stopped.
         for link in silent:
-            os.kill(link.pid, signal.SIGUSR1)
+            link.signal(signal.SIGUSR1)
         time.sleep(_DUMP_S)
         for link in silent:
             link.report = RankReport(phase=link.phase, stacks=link.read_dump(), log=None)
 
     def stop(self, exit_code: int = 0) -> None:
+        if os.getpid() != self._owner_pid:
+            return
         for link in self._links.values():
             link.jobs.send(Kind.STOP)
         deadline = time.monotonic() + 5.0
@@ -114,12 +130,54 @@ class ProcessPool(LinkPool[ProcessLink]):
         if os.getpid() != self._owner_pid:
             return  # a fork of the driver exits: the ranks are not its own
         for link in self._links.values():
-            link.kill()
+            link.signal(signal.SIGKILL)
         for link in self._links.values():
             link.close()
         self._links = {}
-        self._selector.close()
+        self._release()
         self._store = None
+
+
+@contextlib.contextmanager
+def importable_main() -> Iterator[None]:
+    """Ranks import the main module anew, unless it has no file. The name of what is no file, such as <stdin>, is hidden here."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if file is None or main.__spec__ is not None or os.path.isfile(file):
+        yield
+        return
+    main.__file__ = None
+    try:
+        yield
+    finally:
+        main.__file__ = file
+
+
+def socket_folder() -> str:
+    """multiprocessing's folder of this process, where its fork server listens. A socket's path may not be long.
+
+    Raises:
+        RuntimeError: if it is too long, and can't be helped.
+    """
+    before = tempfile.gettempdir()
+    usable = (folder for folder in (before, *_SHORT_FOLDERS) if _fits(f"{folder}/pymp-12345678") and _may_write(folder))
+    tempfile.tempdir = next(usable, before)
+    try:
+        folder = multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = before
+    if not _fits(folder):
+        raise RuntimeError(f"the fork server of the ranks would listen in folder={folder!r}, whose name is too long for a socket "
+                           f"of at most {_MAX_SOCKET_PATH} bytes: set TMPDIR to a shorter folder, such as /tmp")
+    return folder
+
+
+def _fits(folder: str) -> bool:
+    return len(os.fsencode(f"{folder}/listener-12345678")) <= _MAX_SOCKET_PATH
+
+
+def _may_write(folder: str) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _start_fork_server() -> None:
@@ -127,7 +185,7 @@ def _start_fork_server() -> None:
 
     Left to itself, Python 3.11 has it look in the current folder first, where ``engine`` may be someone else's.
     """
-    told = {fork_server.FOLDER: multiprocessing.util.get_temp_dir(), "PYTHONSAFEPATH": "1",
+    told = {fork_server.FOLDER: socket_folder(), "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)

@@ -41,6 +41,9 @@ class SoloPool:
         else:
             deliver(0, Kind.RAISED, number, (rank_error(context, raised), raised))
 
+    def wake(self) -> None:
+        """Nobody waits: the job runs in the caller's thread."""
+
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {}
 
@@ -63,7 +66,7 @@ class ThreadPool:
         self._groups = ThreadGroup.create(tp_size, timeout_s=collective_timeout_s)
         self._contexts = [RankContext(tp=group, device=device) for group in self._groups]
         self._inboxes: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in self._groups]
-        self._outbox: queue.SimpleQueue[tuple[int, Kind, int, Any]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[int, Kind, int, Any] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._num_threads_before = torch.get_num_threads()
 
@@ -109,7 +112,11 @@ class ThreadPool:
             message = self._outbox.get(timeout=timeout_s)
         except queue.Empty:
             return
-        deliver(*message)
+        if message is not None:
+            deliver(*message)
+
+    def wake(self) -> None:
+        self._outbox.put(None)
 
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {rank: report(self._contexts[rank], [self._threads[rank].ident or 0]) for rank in ranks}

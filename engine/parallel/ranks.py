@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -29,11 +30,15 @@ from engine.parallel.rank_threads import SoloPool, ThreadPool
 from engine.parallel.torchrun import Launch, check_launch
 from engine.parallel.torchrun_pool import TorchrunPool
 
-__all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "Ticket"]
+__all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "RanksClosed", "Ticket"]
 
 _GRACE_S = 2.0  # after the first failure: how long the other ranks get to finish or fail by themselves
 _FIRST_CHECK_S = 0.25  # after the first answer: when to look whether others wait for that rank in vain
 _INSPECT_S = 1.5  # how long ranks get to say where they are, before they are killed
+
+
+class RanksClosed(RuntimeError):  # noqa: N818
+    """The ranks were closed: before the call, or by another thread while it waited for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,8 @@ class Ranks:
                           one server, if this is the process's first start of such ranks. They may not touch a GPU.
 
     Process ranks take arguments and give results by value (pickled; tensors arrive on the CPU). Thread ranks
-    get copies of the arguments too; a solo rank gets the arguments themselves. One thread drives all ranks.
+    get copies of the arguments too; a solo rank gets the arguments themselves. One thread at a time drives all ranks: calls
+    from others wait for their turn, but for ``close``, which ends whatever the ranks are doing.
     No deadline can stop a solo rank, and a thread that hangs outside a collective is left behind.
 
     A script that makes process ranks must have ``if __name__ == "__main__":`` around what it runs, as with
@@ -95,6 +101,8 @@ class Ranks:
         self._preload = tuple(preload)
         self._numbers = itertools.count(1)
         self._running: dict[int, PendingJob] = {}
+        self._turn = threading.RLock()  # whose turn it is to use the pool, which knows one thread only
+        self._collector: int | None = None  # the thread that waits for ranks
         self._closed = False
         self._broken_by: str | None = None
         self._dead: dict[int, RankError] = {}
@@ -112,8 +120,8 @@ class Ranks:
 
     @property
     def healthy(self) -> bool:
-        """Whether the next job can run on the ranks that are there."""
-        return not self._closed and self._broken_by is None
+        """Whether the next job can run on the ranks that are there. They end with the interpreter, if not before."""
+        return not self._closed and self._broken_by is None and self._finalizer.alive
 
     @property
     def can_restart(self) -> bool:
@@ -132,19 +140,30 @@ class Ranks:
 
     def submit(self, job: Job, *args: Any, on_event: OnEvent | None = None) -> Ticket:
         """Hand a job to every rank and return at once. Each rank runs its jobs in the order of submission."""
-        if self._closed:
-            raise RuntimeError(f"these ranks (tp_size={self.tp_size}, fabric={self.fabric!r}) are closed")
-        if self._broken_by is not None:
-            if not self.auto_restart and self.can_restart:
-                raise RuntimeError(f"these ranks broke and need restart(): {self._broken_by}")
-            self.restart()
-        number = next(self._numbers)
-        self._pool.send(number, job, args)
-        self._expect(number, job_name(job), on_event)
-        return Ticket(number, job_name(job))
+        with self._turn:
+            self._check_open()
+            if self._broken_by is not None:
+                if not self.auto_restart and self.can_restart:
+                    raise RuntimeError(f"these ranks broke and need restart(): {self._broken_by}")
+                self.restart()
+            number = next(self._numbers)
+            self._pool.send(number, job, args)
+            self._expect(number, job_name(job), on_event)
+            return Ticket(number, job_name(job))
 
     def collect(self, ticket: Ticket, timeout_s: float | None = None) -> list[Any]:
-        """Wait for a submitted job; the results in rank order. Raises as ``run`` does."""
+        """Wait for a submitted job; the results in rank order. Raises as ``run`` does; RanksClosed if that comes first."""
+        with self._turn:
+            before, self._collector = self._collector, threading.get_ident()
+            try:
+                return self._collect(ticket, timeout_s)
+            finally:
+                self._collector = before
+                if self._closed and before is None:
+                    self._end()
+
+    def _collect(self, ticket: Ticket, timeout_s: float | None) -> list[Any]:
+        self._check_open()
         if ticket.number not in self._running:
             why = f": {self._broken_by}" if self._broken_by else ""
             raise RuntimeError(f"{ticket} was collected before, or was lost with the ranks it ran on{why}")
@@ -163,7 +182,7 @@ class Ranks:
         except RankFailure:
             raise
         except BaseException as failure:
-            # Ctrl-C, or an on_event that raised: the ranks are in the middle of a job that nobody waits for.
+            # Closed meanwhile, Ctrl-C, or an on_event that raised: the ranks are in the middle of a job that nobody waits for.
             self._break(f"{type(failure).__name__} while job {ticket.job!r} ran")
             raise
         finally:
@@ -172,27 +191,40 @@ class Ranks:
 
     def restart(self) -> None:
         """Replace all ranks by new ones, with empty state. Jobs under way are lost."""
-        if self._closed:
-            raise RuntimeError(f"these ranks (tp_size={self.tp_size}, fabric={self.fabric!r}) are closed")
-        if not self.can_restart:
-            raise RuntimeError(f"ranks that torchrun started can't be replaced: {self._broken_by or 'start anew'}")
-        self._break("restarted")
-        self._start()
-        self._broken_by = None
+        with self._turn:
+            self._check_open()
+            if not self.can_restart:
+                raise RuntimeError(f"ranks that torchrun started can't be replaced: {self._broken_by or 'start anew'}")
+            self._break("restarted")
+            self._start()
+            self._broken_by = None
 
     def close(self, *, exit_code: int = 0) -> None:
         """End the ranks: in good order if they are idle, at once if not. Closing twice does nothing.
 
+        From any thread: a call of another that waits for the ranks ends with RanksClosed, a solo rank's once its job is done.
+
         ``exit_code``: what ``serve`` returns in torchrun's other processes, for each host to know how it went.
         """
-        if self._closed:
-            return
         self._closed = True
+        self._pool.wake()
+        if self._collector == threading.get_ident():
+            return  # from a signal handler, or an on_event: the wait that this has interrupted ends the ranks
+        with self._turn:
+            self._end(exit_code)
+
+    def _end(self, exit_code: int = 0) -> None:
+        if not self._finalizer.alive:
+            return  # ended before
         if self._broken_by is None and not self._running:
             self._pool.stop(exit_code)
         self._pool.kill("the ranks were closed")
         self._finalizer.detach()
         self._running.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RanksClosed(f"these ranks (tp_size={self.tp_size}, fabric={self.fabric!r}) are closed")
 
     def _start(self) -> None:
         self._pool = self._make_pool()
@@ -251,6 +283,7 @@ class Ranks:
         """Until all ranks answered, the deadline, or until the rest won't answer. Returns why it gave up."""
         next_check, pause = math.inf, _FIRST_CHECK_S
         while job.unanswered:
+            self._check_open()
             now = time.monotonic()
             limit = min(deadline, job.failed_at + _GRACE_S)
             if now >= limit:

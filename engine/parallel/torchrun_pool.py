@@ -57,11 +57,8 @@ class TorchrunPool(LinkPool[Link]):
         self._polling = False
         self._restore_signal: Any = None
         self._own_rank: threading.Thread | None = None
-        self._wakes, self._wake = socket.socketpair()
 
     def start(self) -> None:
-        self._wake.setblocking(False)
-        self._selector.register(self._wakes, selectors.EVENT_READ, self._woken)
         if threading.current_thread() is threading.main_thread():
             self._restore_signal = signal.signal(signal.SIGTERM, self._on_sigterm)
         self._store = open_store(self._start_timeout_s)
@@ -126,11 +123,7 @@ class TorchrunPool(LinkPool[Link]):
             raise SystemExit(_TOLD)
         if self._told_to_end is None:
             self._told_to_end = time.monotonic()
-        with contextlib.suppress(OSError):
-            self._wake.send(b"!")
-
-    def _woken(self, deliver: Deliver) -> None:
-        self._wakes.recv(64)
+        self.wake()
 
     def _hung_up(self, link: Link, channel: Channel, deliver: Deliver) -> None:
         if channel is not link.jobs or self._ending:
@@ -162,9 +155,7 @@ class TorchrunPool(LinkPool[Link]):
         if self._own_rank is not None:
             # An interpreter that ends around a thread inside a collective is aborted, and its exit code lost.
             self._own_rank.join(_LEAVE_S)
-        self._selector.close()
-        self._wake.close()
-        self._wakes.close()
+        self._release()
         if self._restore_signal is not None and threading.current_thread() is threading.main_thread():
             # Ranks that are given up end with an error, upon which torchrun asks this process to end too. What it has
             # to report is worth more than the haste: torchrun waits 30 s before it insists.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from engine import LLM
 from engine.parallel.ranks import Ranks
@@ -69,8 +70,9 @@ def reference() -> MakeReference:
 
 @pytest.fixture(scope="session")
 def fork_server() -> None:
-    """Start multiprocessing's helpers, so that they do not count as left behind by the first test."""
+    """Start multiprocessing's helpers and tqdm's, so that they do not count as left behind by the first test."""
     Ranks(2, fabric="gloo").close()
+    tqdm(disable=True).close()  # a thread watches over all bars there will be
     torch.cuda.device_count()  # keeps a file of the driver's open
 
 

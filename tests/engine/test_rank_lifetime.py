@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines have its stubs
 import pytest
 import torch
 
+from engine.parallel.channel import Channel
 from engine.parallel.fabric import choose_fabric
-from engine.parallel.ranks import Ranks
+from engine.parallel.links import ProcessLink
+from engine.parallel.process_pool import ProcessPool, socket_folder
+from engine.parallel.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import (
     ROOT,
     failing_within,
@@ -156,14 +163,20 @@ if __name__ == "__main__":
 """
 
 
-def start_driver(tmp_path: Path, script: str, *args: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files with a name short enough for sockets, which pytest's own may not be."""
+    with tempfile.TemporaryDirectory(prefix="ranks-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def start_driver(tmp_path: Path, script: str, *args: str, scratch: Path) -> subprocess.Popen[str]:
     path = tmp_path / "driver.py"
     path.write_text(script)
-    (tmp_path / "scratch").mkdir()
     return subprocess.Popen(
         [sys.executable, str(path), *args],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "scratch")},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -179,31 +192,31 @@ def is_empty_soon(folder: Path) -> bool:
 
 @multirank
 @pytest.mark.parametrize("how", ["killed", "forks", "closes"])
-def test_ranks_do_not_outlive_a_driver_that_is_killed(tmp_path: Path, how: str) -> None:
-    with start_driver(tmp_path, DRIVER, how) as driver:
+def test_ranks_do_not_outlive_a_driver_that_is_killed(tmp_path: Path, scratch: Path, how: str) -> None:
+    with start_driver(tmp_path, DRIVER, how, scratch=scratch) as driver:
         assert driver.stdout is not None
         pids = [int(word) for word in driver.stdout.readline().split()]
         assert len(pids) == 2
         child = int(driver.stdout.readline()) if how == "forks" else None
         time.sleep(0.3)
         assert all(map(is_alive, pids)) is (how != "closes")
-        assert len(os.listdir(tmp_path / "scratch")) == 1, "where multiprocessing's fork server listens"
+        assert len(os.listdir(scratch)) == 1, "where multiprocessing's fork server listens"
         driver.kill()
         assert wait_until_gone(pids, 3) == []
         if child is not None:
             os.kill(child, signal.SIGKILL)
-        assert is_empty_soon(tmp_path / "scratch"), "the fork server has tidied up"
+        assert is_empty_soon(scratch), "the fork server has tidied up"
 
 
 @multirank
-def test_a_driver_that_forgets_to_close_leaves_nothing_and_prints_nothing(tmp_path: Path) -> None:
-    with start_driver(tmp_path, DRIVER, "leaves") as driver:
+def test_a_driver_that_forgets_to_close_leaves_nothing_and_prints_nothing(tmp_path: Path, scratch: Path) -> None:
+    with start_driver(tmp_path, DRIVER, "leaves", scratch=scratch) as driver:
         out, err = driver.communicate(timeout=60)
     assert driver.returncode == 0
     assert wait_until_gone([int(word) for word in out.split()], 3) == []
     assert len(out.split()) == 2
     assert err == ""
-    assert is_empty_soon(tmp_path / "scratch")
+    assert is_empty_soon(scratch)
 
 
 UNGUARDED = """
@@ -214,10 +227,102 @@ with Ranks(2, fabric="gloo") as ranks:
 
 
 @multirank
-def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
-    with start_driver(tmp_path, UNGUARDED) as driver:
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path, scratch: Path) -> None:
+    with start_driver(tmp_path, UNGUARDED, scratch=scratch) as driver:
         out, err = driver.communicate(timeout=60)
     assert driver.returncode == 1
     assert out == ""
     assert 'if __name__ == "__main__"' in err
     assert "job 'start' failed" in err
+
+
+LISTENER = """
+import glob, os, tempfile
+from engine.parallel.ranks import Ranks
+if __name__ == "__main__":
+    with Ranks(2, fabric="gloo") as ranks:
+        print("started", len(glob.glob(os.path.join(tempfile.gettempdir(), "pymp-*"))))
+"""
+
+
+@multirank
+@pytest.mark.parametrize(("length", "in_there"), [(40, 1), (72, 1), (100, 0), (200, 0)])
+def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(
+    tmp_path: Path, scratch: Path, length: int, in_there: int
+) -> None:
+    folder = scratch / ("long" * 50)[: length - len(str(scratch)) - 1]
+    folder.mkdir()
+    assert len(str(folder)) == length
+    with start_driver(tmp_path, LISTENER, scratch=folder) as driver:
+        out, err = driver.communicate(timeout=60)
+    assert (out, err) == (f"started {in_there}\n", "")
+
+
+def test_a_folder_that_is_too_long_for_a_socket_and_cannot_be_helped_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/x" * 60)
+    with pytest.raises(RuntimeError, match=r"too long for a socket of at most 10\d bytes: set TMPDIR to a shorter folder"):
+        socket_folder()
+
+
+ON_STANDARD_INPUT = """
+from engine.parallel.ranks import Ranks
+def main():
+    with Ranks(2, fabric="gloo") as ranks:
+        print("started", len(ranks.run(print)))
+        print(__file__)
+if __name__ == "__main__":
+    main()
+"""
+
+
+@multirank
+@pytest.mark.parametrize("dash", [True, False])
+def test_a_script_may_come_from_standard_input(dash: bool) -> None:
+    done = subprocess.run([sys.executable, *["-"] * dash], input=ON_STANDARD_INPUT, cwd=ROOT, capture_output=True, text=True,
+                          timeout=100, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (0, ["started 2", "<stdin>"]), done.stderr
+
+
+def in_a_daemon(context: RankContext) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        Ranks(2, fabric="gloo")
+    Ranks(2, fabric="threads").close()
+    return str(caught.value)
+
+
+@multirank
+def test_a_daemonic_process_is_told_that_it_may_not_start_ranks() -> None:
+    with Ranks(1, fabric="gloo") as ranks:
+        (said,) = ranks.run(in_a_daemon)
+    assert said.startswith("2 ranks are processes, and a daemonic process such as a worker of multiprocessing.Pool may not")
+    assert "daemon=False" in said
+    assert "fabric='threads'" in said
+
+
+def test_a_process_that_never_started_is_sent_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    process = multiprocessing.get_context("forkserver").Process(target=print)
+    (jobs, other), (control, another), (dump, third) = (socket.socketpair() for _ in range(3))
+    link = ProcessLink(rank=0, process=process, jobs=Channel(jobs), control=Channel(control), dump=dump)
+    pool = ProcessPool(1, "gloo", start_timeout_s=1.0, collective_timeout_s=1.0)
+    pool._adopt(link)
+    reports = pool.inspect([0], 0.01, lambda *message: None, insist=True)
+    assert reports[0].log is None
+    pool.kill("it never started")
+    assert sent == [], "pid 0 is this process and its whole group"
+    for sock in (other, another, third):
+        sock.close()
+
+
+@multirank
+def test_a_rank_that_dies_while_it_is_asked_for_its_stacks_is_sent_no_signal_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ranks(2, fabric="gloo") as ranks:
+        (victim, _) = ranks._pool._links.values()
+        pid_before = victim.process.pid
+        os.kill(pid_before, signal.SIGKILL)
+        assert wait_until_gone([pid_before], 3) == []
+        monkeypatch.setattr(victim.process, "is_alive", lambda: True)  # as it was a moment ago
+        victim.signal(signal.SIGUSR1)

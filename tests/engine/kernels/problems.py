@@ -171,6 +171,7 @@ def decode_inputs_problem(
 
     token = torch.where(integers(0, 2, num_seqs) > 0, integers(0, 1000, num_seqs), -1)
     context = integers(0, 7 * block_size + 1, num_seqs) * (integers(0, 4, num_seqs) > 0)
-    state = integers(0, 1000, num_seqs + 3)
+    state = integers(-1, 1000, num_seqs + 3)
+    state[::5] = -1  # nothing could be drawn there
     rows, tables = integers(0, num_seqs + 3, num_seqs), integers(0, 10_000, num_seqs, 7).int()
     return token.to(device), rows.to(device), context.int().to(device), tables.to(device), state.to(device), block_size

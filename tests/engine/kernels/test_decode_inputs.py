@@ -9,19 +9,19 @@ from tests.engine.kernels.problems import decode_inputs_problem
 
 
 def test_inputs_are_what_the_lengths_and_tables_say() -> None:
-    tables = torch.tensor([[7, 2, 99], [5, 99, 99], [99, 99, 99], [3, 1, 4]], dtype=torch.int32)
+    tables = torch.tensor([[7, 2, 99], [5, 99, 99], [99, 99, 99], [3, 1, 4], [6, 6, 6]], dtype=torch.int32)
     token, position, slot, length = decode_inputs_torch(
-        torch.tensor([-1, 50, -1, 60]),
-        torch.tensor([2, 0, 1, 2]),
-        torch.tensor([5, 4, 0, 12], dtype=torch.int32),
+        torch.tensor([-1, 50, -1, 60, -1]),
+        torch.tensor([2, 0, 1, 2, 3]),
+        torch.tensor([5, 4, 0, 12, 1], dtype=torch.int32),
         tables,
-        torch.tensor([10, 11, 12]),
+        torch.tensor([10, 11, 12, -1]),
         4,
     )
-    assert token.tolist() == [12, 50, 11, 60]
-    assert position.tolist() == [4, 3, 0, 11]
-    assert slot.tolist() == [2 * 4 + 0, 5 * 4 + 3, -1, 4 * 4 + 3]
-    assert length.tolist() == [5, 4, 0, 12]
+    assert token.tolist() == [12, 50, 11, 60, 0]
+    assert position.tolist() == [4, 3, 0, 11, 0]
+    assert slot.tolist() == [2 * 4 + 0, 5 * 4 + 3, -1, 4 * 4 + 3, 6 * 4]
+    assert length.tolist() == [5, 4, 0, 12, 1]
 
 
 def test_slots_of_a_drawn_problem_are_those_of_each_sequence_alone() -> None:

@@ -77,11 +77,13 @@ def test_greedy_rows_take_the_lowest_of_equal_maxima() -> None:
     assert index.tolist() == [101, 101]
 
 
-def test_a_nan_is_chosen_so_that_it_is_seen() -> None:
-    logits = torch.tensor([[1.0, math.nan, 9.0]])
-    value, index = gumbel_argmax_torch(logits, torch.zeros(1), torch.zeros(1).long(), torch.zeros(1).long())
-    assert value.item() == math.inf
-    assert index.item() == 1
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_from_logits_that_are_not_finite_nothing_is_drawn(temperature: float) -> None:
+    rows = [[1.0, math.nan, 9.0], [1.0, math.inf, 9.0], [-math.inf] * 3, [math.nan] * 3, [-math.inf, 2.0, -math.inf]]
+    ids = torch.arange(5)
+    value, index = gumbel_argmax_torch(torch.tensor(rows), torch.full((5,), temperature), ids, ids, vocab_start=7)
+    assert value[:4].tolist() == [math.inf, math.inf, -math.inf, math.inf]
+    assert index.tolist() == [-1, -1, -1, -1, 8]
 
 
 def test_samples_follow_the_softmax_at_their_temperature() -> None:

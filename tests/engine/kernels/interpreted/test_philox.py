@@ -52,18 +52,22 @@ def test_the_kernel_takes_the_same_samples(num_columns: int, vocab_start: int, d
 
 
 def test_ties_nan_and_masked_columns_are_settled_as_in_the_twin() -> None:
-    logits = torch.zeros(4, 5000)
+    logits = torch.zeros(6, 5000)
     logits[0, [70, 4000]] = 3.0
     logits[1] = -math.inf
     logits[2, 4321] = math.nan
     logits[3, :2500] = -math.inf
-    zeros, ids = torch.zeros(4), torch.arange(4)
+    logits[4, 17] = math.inf
+    logits[5] = math.nan
+    zeros, ids = torch.zeros(6), torch.arange(6)
     for ours, twins in zip(
         gumbel_argmax(logits, zeros, ids, ids, 9),
         gumbel_argmax_torch(logits, zeros, ids, ids, 9),
         strict=True,
     ):
         assert torch.equal(ours, twins)
+    _, index = gumbel_argmax(logits, zeros + 1.0, ids, ids, 9)
+    assert (index < 0).tolist() == [False, True, True, False, True, True]
 
 
 def test_a_shard_without_columns_is_refused() -> None:
