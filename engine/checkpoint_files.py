@@ -72,43 +72,35 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint in ``folder``, each seen to be there.
 
-    The file that config.json names as ``transformers_weights``, or else a whole ``model.safetensors``, or else the files that
-    an index names. All other files are passed over, such as a second copy of the weights, or an index beside a whole file.
-
     Raises:
         CheckpointError: if there are none, one is missing, the index is broken, or a name leaves the folder.
+    """
+    files = named_files(folder)
+    if not files:
+        raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE} in folder={folder}{_refused(folder)}")
+    for file in files:
+        if not os.path.isfile(file):  # for names too long, Path.is_file raises
+            raise CheckpointError(f"file={file} is missing, but {CONFIG_FILE} or an index names it: fetch it again")
+    return files
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files that make up the checkpoint in ``folder``, whether they are there or not; nothing if none is named.
+
+    The file that config.json names as ``transformers_weights``, or else a whole ``model.safetensors``, or else the files that
+    an index names. All other files are passed over, such as a second copy of the weights, or an index beside a whole file.
     """
     config = folder / CONFIG_FILE
     named = read_json(config).get("transformers_weights") if config.is_file() else None
     if named is not None:
         path = _inside(folder, named, f"transformers_weights in file={config}", (".safetensors", ".safetensors.index.json"))
+    elif (folder / SINGLE_FILE).is_file():
+        path = folder / SINGLE_FILE
+    elif (folder / INDEX_FILE).is_file():
+        path = folder / INDEX_FILE
     else:
-        path = folder / (SINGLE_FILE if (folder / SINGLE_FILE).is_file() else INDEX_FILE)
-        if not path.is_file():
-            raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE} in folder={folder}{_refused(folder)}")
-    files = shards_of(path) if path.name.endswith(".json") else [path]
-    for file in files:
-        if not os.path.isfile(file):  # for names too long, Path.is_file raises
-            raise CheckpointError(f"file={file} is missing, but {CONFIG_FILE if file == path else path.name} names it: fetch it "
-                                  "again")
-    return files
-
-
-def shards_of(index: Path) -> list[Path]:
-    """The files that ``index`` names, whether they are there or not.
-
-    Raises:
-        CheckpointError: if it is not an index, or a name leaves the index's folder.
-    """
-    where = f"file={index} is not a safetensors index"
-    values = read_json(index)
-    weight_map = values.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{where}: weight_map={_short(weight_map)} must be an object of tensors and files: fetch it again")
-    # Of no use to anyone, but transformers reads it.
-    if not isinstance(values.get("metadata"), dict):
-        raise CheckpointError(f"{where}: metadata={_short(values.get('metadata'))} must be an object: add \"metadata\": {{}}")
-    return sorted({_inside(index.parent, name, where, (".safetensors",)) for name in weight_map.values()})
+        return []
+    return _shards_of(path, folder) if path.name.endswith(".json") else [path]
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -175,12 +167,30 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
+def short(value: object) -> str:
+    """``repr``, in not too many characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _shards_of(index: Path, folder: Path) -> list[Path]:
+    where = f"file={index} is not a safetensors index"
+    values = read_json(index)
+    weight_map = values.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: weight_map={short(weight_map)} must be an object of tensors and files: fetch it again")
+    # Of no use to anyone, but transformers reads it.
+    if not isinstance(values.get("metadata"), dict):
+        raise CheckpointError(f"{where}: metadata={short(values.get('metadata'))} must be an object: add \"metadata\": {{}}")
+    return sorted({_inside(folder, name, where, (".safetensors",)) for name in weight_map.values()})
+
+
 def _inside(folder: Path, name: object, where: str, suffixes: tuple[str, ...]) -> Path:
     """The file of that name. One that is reached from outside the folder, or whose opening may run code, is refused."""
     if not isinstance(name, str) or not name.endswith(suffixes):
-        raise CheckpointError(f"{where}: name={name!r} must be a file name that ends with {' or '.join(suffixes)}")
+        raise CheckpointError(f"{where}: name={short(name)} must be a file name that ends with {' or '.join(suffixes)}")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not name.isprintable():
-        raise CheckpointError(f"{where}: name={name!r} leaves the folder, or can't be printed: put the file inside")
+        raise CheckpointError(f"{where}: name={short(name)} leaves the folder, or can't be printed: put the file inside")
     return folder / name
 
 
@@ -188,8 +198,3 @@ def _refused(folder: Path) -> str:
     names = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     return (f"; found {', '.join(names)}: refused, for pickled checkpoints can run code; convert it to safetensors"
             if names else ": give a Hugging Face model folder with its weights")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -13,11 +12,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from engine.checkpoint_files import CONFIG_FILE, CheckpointError, by_model_name, one_line, open_file, read_headers, read_json
+from engine.checkpoint_files import (
+    CONFIG_FILE,
+    CheckpointError,
+    by_model_name,
+    one_line,
+    open_file,
+    read_headers,
+    read_json,
+    short,
+)
 from engine.config_rules import LARGEST_SIZE, check_values
 from engine.layers.rotary import rope_tables
-
-logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
@@ -75,7 +81,7 @@ class ModelConfig:
         """Read ``config.json`` (and ``generation_config.json`` for stop tokens) of a Hugging Face model folder.
 
         Where the config ties the embeddings, but the checkpoint holds an LM head of its own that differs, they are not tied, as
-        in transformers, and a warning says so.
+        in transformers.
 
         Raises:
             CheckpointError: naming file and key, if a file is missing, unreadable or broken, or a value can't be.
@@ -88,14 +94,15 @@ class ModelConfig:
         raw = read_json(path)
         model_type = raw.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
-            raise UnsupportedModelError(f"model_type={model_type!r} in file={path} is not supported; "
+            raise UnsupportedModelError(f"model_type={short(model_type)} in file={path} is not supported; "
                                         f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
         if raw.get("quantization_config") is not None:
             raise UnsupportedModelError(f"quantization_config in file={path} is not supported; use an unquantised checkpoint")
         check_values(raw, path)
         for key in ("dtype", "torch_dtype"):
             if raw.get(key) is not None and raw[key] not in DTYPES:
-                raise UnsupportedModelError(f"{key}={raw[key]!r} in file={path} is not supported; supported: {', '.join(DTYPES)}")
+                raise UnsupportedModelError(f"{key}={short(raw[key])} in file={path} is not supported; "
+                                            f"supported: {', '.join(DTYPES)}")
         generation = folder / "generation_config.json"
         eos = None
         if generation.exists():
@@ -110,8 +117,6 @@ class ModelConfig:
         except Exception as error:  # whatever transformers makes of a config that can't be
             raise CheckpointError(f"file={path}: {one_line(error)}") from error
         if model.tie_word_embeddings and _has_a_head_of_its_own(folder):
-            logger.warning("tie_word_embeddings=true in file=%s, but the checkpoint's lm_head.weight differs from its "
-                           "model.embed_tokens.weight: they are not tied, as in transformers; set it to false", path)
             return replace(model, tie_word_embeddings=False)
         return model
 

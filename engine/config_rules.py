@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint_files import CheckpointError
+from engine.checkpoint_files import CheckpointError, short
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -60,4 +60,4 @@ def check_values(raw: Mapping[str, Any], path: Path) -> None:
         for key, (holds, rule) in rules.items():
             value = values.get(key)
             if key in values and not (value is None and key in _MAY_BE_NULL) and not holds(value):
-                raise CheckpointError(f"file={path}: {where}{key}={value!r} must be {rule}: correct it")
+                raise CheckpointError(f"file={path}: {where}{key}={short(value)} must be {rule}: correct it")

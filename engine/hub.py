@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from engine.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError, DownloadError, shards_of
+from engine.checkpoint_files import SINGLE_FILE, CheckpointError, DownloadError, named_files
 
 SMOLLM2 = "smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"
@@ -54,9 +54,8 @@ def find_model(model: str | Path) -> Path:
 
 
 def _snapshot(name: str) -> Path:
-    """Of the top folder alone, but for weights that an index keeps further down: some models keep a second copy there."""
+    """Of the top folder alone, but for weights that are named further down: some models keep a second copy there."""
     folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SMALL_FILES, SINGLE_FILE], ignore_patterns=["*/*"]))
-    if not (folder / SINGLE_FILE).is_file() and (folder / INDEX_FILE).is_file():
-        shards = [str(file.relative_to(folder)) for file in shards_of(folder / INDEX_FILE)]
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=shards))
+    if shards := [str(file.relative_to(folder)) for file in named_files(folder) if file != folder / SINGLE_FILE]:
+        huggingface_hub.snapshot_download(name, allow_patterns=shards)
     return folder

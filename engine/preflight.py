@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -13,9 +14,13 @@ from engine.parallel.group import SoloGroup
 from engine.parallel.sharding import head_shard
 from engine.weights import load_weights
 
+logger = logging.getLogger(__name__)
+
 
 def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     """Load the headers of the checkpoint's files into a model without memory: the loading itself checks names and shapes.
+
+    Warns where the config ties the embeddings, but the checkpoint holds two that differ.
 
     Raises:
         CheckpointError: naming file and tensor, as loading would. Only values that can't be read are still to be found.
@@ -26,3 +31,6 @@ def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     model = MODELS[config.model_type](config, tp=SoloGroup(), dtype=torch.float32, device=meta, max_model_len=1,
                                       backend=TorchBackend(layout))
     load_weights(model, folder, packed=model.packed, tied=model.tied, headers_only=True)
+    if config.hf_config.tie_word_embeddings and not config.tie_word_embeddings:
+        logger.warning("tie_word_embeddings=true in folder=%s, but the checkpoint's lm_head.weight differs from its "
+                       "model.embed_tokens.weight: they are not tied, as in transformers; set it to false", folder)

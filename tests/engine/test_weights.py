@@ -20,6 +20,7 @@ from engine.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError
 from engine.config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear
+from engine.preflight import check_checkpoint
 from engine.weights import Checkpoint, CheckpointTensor, LoadReport, load_weights
 from harness.budgets import same_bits
 from reference.shards import owners
@@ -317,7 +318,9 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_stays_its_own_and_
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["lm_head.weight"][row, -1] += 1
 
-    model, _ = load(edited(change, tie_word_embeddings=True))
+    folder = edited(change, tie_word_embeddings=True)
+    model, _ = load(folder)
+    check_checkpoint(folder, model.config)
     differs = (model.lm_head.weight != model.model.embed_tokens.weight).nonzero().tolist()
     assert differs == [[row, 41]]
     assert "tie_word_embeddings=true" in caplog.text

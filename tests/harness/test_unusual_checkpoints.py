@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine import LLM, CheckpointError, SamplingParams
 from engine.config import ModelConfig
+from harness.preflight import check_checkpoint
 from harness.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint, resolve
 from reference.hf import Reference
@@ -112,6 +113,12 @@ def explicit_file(folder: Path) -> None:
     reconfig(transformers_weights="weights.safetensors")(folder)
 
 
+def explicit_index(folder: Path) -> None:
+    sharded(in_subfolder)(folder)
+    (folder / INDEX).rename(folder / "parts" / INDEX)
+    reconfig(transformers_weights=f"parts/{INDEX}")(folder)
+
+
 TIED = {"tie_word_embeddings": True}
 KINDS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
     "no prefix": (small_config("qwen3", **TIED), rename(lambda name: name.removeprefix("model."))),
@@ -131,7 +138,8 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[Path], None]]] = {
         {"lm_head.weight": weight_map["model.norm.weight"], "model.norm.weight": weight_map["lm_head.weight"]}))),
     "shards in a sub-folder": (small_config(), sharded(in_subfolder)),
     "a second copy": (small_config(), second_copy),
-    "files named by the config": (small_config(), explicit_file),
+    "a file named by the config": (small_config(), explicit_file),
+    "an index named by the config": (small_config(), explicit_index),
     "quantization_config null": (small_config(), reconfig(quantization_config=None)),
     "tied, saved under lm_head": (small_config(**TIED), retensor(under_its_head_alone)),
     "tied, under lm_head, no prefix": (small_config(**TIED), lambda folder: (
@@ -195,10 +203,12 @@ def test_a_tied_head_that_differs_is_told_of(tmp_path: Path, caplog: pytest.LogC
     assert ModelConfig.from_folder(folder).tie_word_embeddings
     retensor(with_head(1.0))(folder)
     assert ModelConfig.from_folder(folder).tie_word_embeddings
+    check_checkpoint(folder)
     assert caplog.text == ""
     retensor(lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] * 2})(folder)
     assert not ModelConfig.from_folder(folder).tie_word_embeddings
-    assert f"tie_word_embeddings=true in file={folder / 'config.json'}" in caplog.text
+    check_checkpoint(folder)
+    assert f"tie_word_embeddings=true in folder={folder}" in caplog.text
 
 
 @pytest.mark.parametrize(
