@@ -232,7 +232,7 @@ def _not_run(name: str, why: Outcome, tp_size: int) -> CheckRow:
 
 def _localisation(rows: Iterable[CheckRow]) -> CheckRow | None:
     """One row for all: how often the module named is the one that the fault is in."""
-    placed = [row for row in rows if row.extra.get("module_expected")]
+    placed = [row for row in rows if row.extra.get("module_expected") and row.verdict != "error"]
     if not placed:
         return None
     wrong = [row for row in placed if row.module != row.extra["module_expected"]]

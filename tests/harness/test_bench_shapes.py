@@ -41,7 +41,7 @@ def test_a_shape_that_could_not_be_written_whole_is_not_there(cache: Path, monke
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "random_checkpoint", half)
+    monkeypatch.setattr("reference.checkpoints.random_checkpoint", half)
     with pytest.raises(KeyboardInterrupt):
         model_folder("tiny-shape")
     assert not list((cache / "shapes").iterdir())

@@ -20,6 +20,7 @@ from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
 from harness.cli import app
 from harness.errors import CouldNotRunError, UsageError, told, usage
+from harness.faults import gate
 from reference.checkpoints import CheckpointError
 from reports.records import read_report, write_report
 from tests.harness.conftest import MakeModel
@@ -442,3 +443,32 @@ def test_the_one_place_stands_for_all_commands() -> None:
     sources = Path(harness.verify.__file__).parent.glob("commands/*.py")
     for source in sources:
         assert not re.search(r"sys\.exit|SystemExit|typer\.Exit\((USAGE|2|1)\)", source.read_text()), source
+
+
+# The same in faults
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_exceptions_in_faults_are_error_rows_and_the_other_faults_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = gate.smallest_case
+    for name in set(CHECKS) - {"collectives", "weights"}:  # for speed
+        monkeypatch.delitem(CHECKS, name)
+    monkeypatch.setitem(CHECKS, "weights", raises)
+
+    def raises_once(shop: Any, planted: Any, fault: Any, *rest: Any) -> str:
+        if fault.name == "minimum-became-a-sum":
+            raise KeyError("planted beside the checks")
+        return real(shop, planted, fault, *rest)
+
+    monkeypatch.setattr(gate, "smallest_case", raises_once)
+    only = ("minimum-became-a-sum", "reduced-twice")
+    result = run("faults", *(word for name in only for word in ("--only", name)), "--out", tmp_path)
+    assert result.exit_code == 3, result.output
+    rows = {row.model: row for row in read_report(tmp_path).checks}
+    assert [rows[name].verdict for name in only] == ["error", "error"]
+    assert "KeyError: 'planted beside the checks'" in rows[only[0]].message
+    assert "in raises_once" in rows[only[0]].extra["traceback"]
+    assert rows[only[1]].message == "checks raised instead of answering: weights: ValueError: planted deep inside"
+    assert "in raises" in rows[only[1]].extra["traceback of weights"]
+    assert rows[only[1]].compared == 1, "collectives went on"
