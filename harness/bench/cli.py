@@ -68,7 +68,7 @@ def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_
         paths = write_all(side, out if name == CANDIDATE else out / name, peers=_peers_in(side))
         if name == CANDIDATE:
             sys.stdout.write(f"\nreport: {paths['html']}\n")
-    if result.interrupted or result.failed or not report.benches:
+    if result.interrupted or result.failed or all(row.workload == HARDWARE for row in report.benches):
         what = "interrupted" if result.interrupted else "not all of it ran"
         errors.print(f"[red]{what}[/red]: the report holds what was measured, and names what was not", highlight=False)
         if save_baseline:

@@ -9,6 +9,7 @@ import torch
 
 from engine.config import DTYPES, EngineConfig, ModelConfig
 from harness.bench.engines import PEERS, REFERENCE
+from harness.bench.memory import Memory, too_large
 from harness.bench.workloads import GenerateCase, GeneratePart, Limits, Part, StartPart, parts_of
 from harness.errors import UsageError, usage
 
@@ -100,7 +101,19 @@ class Setting:
                 parts.append(StartPart(limits=_limits(part.limits, config.max_position_embeddings), rounds=part.rounds))
             else:
                 parts.append(part)
-        return cls(plan=plan, config=config, device=resolved.device, dtype=resolved.dtype, parts=tuple(parts), unfit=tuple(unfit))
+        setting = cls(plan=plan, config=config, device=resolved.device, dtype=resolved.dtype, parts=tuple(parts),
+                      unfit=tuple(unfit))
+        return setting if setting.device == "cuda" else setting._within_memory()
+
+    def _within_memory(self) -> Setting:
+        """Without the cases for which the memory of a CPU is too small: what it would lack shows only when all are at work."""
+        serving = [part for part in self.parts if isinstance(part, GeneratePart)]
+        refused = too_large(Memory(config=self.config, itemsize=DTYPES[self.dtype].itemsize), serving, self.peers_of,
+                            tp_sizes=self.plan.tp_sizes, num_sides=1 if self.plan.against is None else 2)
+        parts = [replace(part, cases=tuple(case for case in part.cases if (part.workload, case.case) not in refused))
+                 if isinstance(part, GeneratePart) else part for part in self.parts]
+        return replace(self, parts=tuple(part for part in parts if not isinstance(part, GeneratePart) or part.cases),
+                       unfit=(*self.unfit, *((workload, case, why) for (workload, case), why in refused.items())))
 
     def rounds_of(self, own: int) -> int:
         """The plan's rounds, or else the workload's own."""

@@ -9,6 +9,10 @@ from typing import Protocol
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Limits, Requests
 
+LARGEST_BATCH = 64
+"""Of transformers' ``generate``, which pads every sequence of a batch to the longest, in a cache that is copied when it grows;
+larger batches of ragged requests run out of memory. Batches hold requests of like length."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:

@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from harness.bench.engines.base import EngineSpec
+from harness.bench.engines.base import LARGEST_BATCH, EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
-
-LARGEST_BATCH = 64
-"""``generate`` pads every sequence of a batch to the longest, in a cache that is copied when it grows; larger batches of
-ragged requests run out of memory. Batches hold requests of like length."""
 
 
 class _TransformersEngine:
