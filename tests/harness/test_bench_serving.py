@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from harness.bench import serving
+from harness.bench import figures, serving
 from harness.bench.engines import ENGINES, EngineKind
 from harness.bench.engines.base import EngineSpec
-from harness.bench.figures import Answered
 from harness.bench.workloads import Limits, Requests, equal_requests
 
 REQUESTS = equal_requests(2, 8, 5)()
@@ -34,9 +33,9 @@ class ScriptedEngine:
     def __init__(self, spec: EngineSpec, folder: Path) -> None:
         self.log.append("start")
 
-    def generate(self, requests: Requests, temperature: float) -> Answered:
+    def generate(self, requests: Requests, temperature: float) -> figures.Answered:
         seconds = next(self.short_s) if requests[0][1] == 1 else self.long_s
-        return Answered(seconds=seconds, num_tokens=type(self).counts(requests))
+        return figures.Answered(seconds=seconds, num_tokens=type(self).counts(requests))
 
     def stream(self, requests: Requests, temperature: float) -> list[list[float]]:
         return [[1.0 + number for number in range(count)] for count in type(self).counts(requests)]
@@ -114,16 +113,16 @@ def counts_its_prompts(requests: Requests) -> list[int]:
     (goes_on_too_long, "12 tokens came back of 10"),
     (counts_its_prompts, "26 tokens came back of 10"),
 ])
-@pytest.mark.parametrize("figures", [
+@pytest.mark.parametrize("asked_for", [
     ("throughput", "tpot"), ("itl",), ("ttft",), ("prompt",), ("throughput",), ("decode",)], ids="-".join)
 def test_an_engine_is_paid_only_for_what_it_gave_back(
-    counts: Counts, says: str, figures: tuple[str, ...], scripted: Callable[..., dict[str, Any]]
+    counts: Counts, says: str, asked_for: tuple[str, ...], scripted: Callable[..., dict[str, Any]]
 ) -> None:
     def but_for_short_runs(requests: Requests) -> list[int]:
         return as_asked(requests) if requests[0][1] == 1 else counts(requests)
 
     with pytest.raises(RuntimeError, match=says):
-        serving.run_case(scripted(but_for_short_runs), REQUESTS, figures, 0.6)
+        serving.run_case(scripted(but_for_short_runs), REQUESTS, asked_for, 0.6)
 
 
 def test_what_came_back_is_what_a_throughput_counts(scripted: Callable[..., dict[str, Any]]) -> None:
