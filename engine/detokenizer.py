@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import enum
+import re
+from collections.abc import Sequence
+from typing import Any
 
 REPLACEMENT = "\ufffd"
 NUM_CONTEXT_TOKENS = 8
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+class Kind(enum.Enum):
+    """What a token can do to the text around it."""
+
+    WHOLE = enum.auto()
+    """Text of its own. What stands before it can't change any more."""
+    PART = enum.auto()
+    """Bytes of a byte-level vocabulary that are no text alone: a part of a character, or nothing that can be read."""
+    BYTE = enum.auto()
+    """One byte, as vocabularies with a fall-back to bytes have them. A run of these is read as a whole: as text or not at all."""
+    NOTHING = enum.auto()
+    """Left out of every text: a special token that is skipped, or an id that the tokenizer does not know."""
+
+
+class Pieces:
+    """What the single tokens of a vocabulary are. One for all completions: each token is looked at once.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool) -> None:
+        self.tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._special = {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+        self._known: dict[int, tuple[Kind, str]] = {}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+        return text
+
+    def __getitem__(self, token_id: int) -> tuple[Kind, str]:
+        """The token's kind, and its text where it stands alone."""
+        known = self._known.get(token_id)
+        if known is None:
+            known = self._known[token_id] = self._look_at(token_id)
+        return known
+
+    def _look_at(self, token_id: int) -> tuple[Kind, str]:
+        piece, alone = self.tokenizer.convert_ids_to_tokens(token_id), self.decode([token_id])
+        if not alone and (piece is None or (self._skip and token_id in self._special)):
+            return Kind.NOTHING, alone
+        if piece is not None and _BYTE.fullmatch(piece) and alone != piece:
+            return Kind.BYTE, alone
+        if REPLACEMENT in alone and REPLACEMENT not in (piece or ""):
+            return Kind.PART, alone
+        return Kind.WHOLE, alone
 
 
 class Detokenizer:
-    """The text of one completion, which only ever grows.
+    """The text of one completion, which only ever grows. In the end it is what the tokenizer makes of all tokens at once.
 
-    A token is decoded together with the ones before it, since what it stands for may depend on them: the first token of a
-    text often loses its space. U+FFFD at the end is kept back until the rest of the character has come; a character that never
-    becomes whole is left out. The text is a function of the token ids, however they arrive.
+    A token is decoded together with the one before it, since what it stands for may depend on that: the first token of a text
+    often loses its space. What the next tokens may still change is kept back: U+FFFD for the beginning of a character, and runs
+    of single bytes. However many come, each token is decoded a few times only.
 
     Args:
-        decode: token ids to text.
+        pieces: of the tokenizer.
         prompt_token_ids: what stands before the completion.
         stop: strings that end the text.
         include_stop: whether the stop string belongs to the text.
@@ -28,63 +80,88 @@ class Detokenizer:
         stop_string: the one that was found. Nothing may be pushed after that.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt_token_ids: Sequence[int] = (), *, stop: Sequence[str] = (),
+    def __init__(self, pieces: Pieces, prompt_token_ids: Sequence[int] = (), *, stop: Sequence[str] = (),
                  include_stop: bool = False, min_tokens: int = 0) -> None:
         self.text = ""
         self.num_safe = 0
         self.stop_string: str | None = None
-        self._decode = decode
+        self._pieces = pieces
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._num_exempt_tokens = min_tokens
         self._num_exempt = 0  # characters in which a stop string may not end
         self._num_tokens = 0
-        # Tokens that the next ones are decoded with: the last whose text is out, then those that end inside a character.
+        # A window on the tokens: the context, whose text is out, and then those of whose text something may not be out.
         self._ids = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
-        self._context_text = decode(self._ids)
-        if self._context_text.endswith(REPLACEMENT):  # the prompt itself ends inside a character
-            self._ids, self._context_text = [], ""
-        self._num_context = len(self._ids)
-        self._num_out = 0  # characters after the context that are out
+        self._num_context, self._context_text = len(self._ids), pieces.decode(self._ids)
+        self._num_out = 0  # characters after the context's that are out
+        self._last_text: str | None = self._context_text  # of the window up to now, where that is known
+        if self._context_text.endswith(REPLACEMENT) and pieces[self._ids[-1]][0] is not Kind.WHOLE:
+            self._set_window([], 0)  # the prompt itself ends inside a character
 
     def push(self, token_id: int) -> None:
         """Take the next token."""
         assert self.stop_string is None, f"token_id={token_id} comes after the stop string {self.stop_string!r}"
         self._num_tokens += 1
+        kind, alone = self._pieces[token_id]
+        if kind is Kind.NOTHING:
+            return
         self._ids.append(token_id)
-        text = self._decode(self._ids)
-        whole = self._after_context(text)
-        self._take(whole[self._num_out :])
-        if whole and not text.endswith(REPLACEMENT):
-            self._ids = self._ids[self._num_context :]
-            self._num_context, self._context_text, self._num_out = len(self._ids), self._decode(self._ids), 0
+        if kind is Kind.BYTE:
+            self._last_text = None
+            return
+        before, text = self._last_text, self._window_text()
+        whole = text[len(self._context_text) :]
+        if kind is Kind.PART and text.endswith(REPLACEMENT):
+            # Only the last one may be the beginning of a character: what came before it, this token has settled.
+            self._put_out(whole[:-1])
+            self._last_text = text
+            if before is not None and before + alone == text:  # the token continues nothing: a character may begin with it
+                self._set_window([token_id], 0)
+                self._num_out, self._last_text = len(alone) - 1, alone
+            return
+        self._put_out(whole)
+        if whole:
+            self._set_window([] if kind is Kind.PART else [token_id], 0 if kind is Kind.PART else 1)
         else:
-            self._num_out = max(self._num_out, len(whole))
+            self._last_text = text
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Take all tokens at once: the same text as by ``push``, in a fraction of the time where there are no stop strings."""
-        text = self._decode([*self._ids, *token_ids])
-        if self._stop or REPLACEMENT in text:
-            for token_id in token_ids:
-                if self.stop_string is None:
-                    self.push(token_id)
+        """Take all tokens that are left: the same text as by ``push``, in a fraction of the time where there are no stop strings.
+        ``finish`` must follow.
+        """
+        if not self._stop:
+            self._num_tokens += len(token_ids)
+            self._ids.extend(token_ids)
             return
-        self._num_tokens += len(token_ids)
-        self._ids.extend(token_ids)
-        whole = self._after_context(text)
-        self._take(whole[self._num_out :])
-        self._num_out = len(whole)
+        for token_id in token_ids:
+            if self.stop_string is None:
+                self.push(token_id)
 
     def finish(self) -> None:
-        """No token follows: what was held back comes out, but for an unfinished character at the end."""
+        """No token follows: what was held back comes out."""
+        if self.stop_string is None and len(self._ids) > self._num_context:
+            self._put_out(self._window_text()[len(self._context_text) :])
+            self._set_window([], 0)
         self.num_safe = len(self.text)
 
-    def _after_context(self, text: str) -> str:
-        """The whole characters that the tokens after the context stand for, ``text`` being that of both."""
+    def _window_text(self) -> str:
+        text = self._pieces.decode(self._ids)
         if not text.startswith(self._context_text):
-            # A byte that fits nowhere can turn what came before it to U+FFFD. That is out already.
-            return self._decode(self._ids[self._num_context :]).rstrip(REPLACEMENT)
-        return text[len(self._context_text) :].rstrip(REPLACEMENT)
+            # The prompt ended in bytes, and these turn them into something else. That is not for us to show.
+            self._set_window(self._ids[self._num_context :], 0)
+            text = self._pieces.decode(self._ids)
+        return text
+
+    def _set_window(self, token_ids: list[int], num_context: int) -> None:
+        self._ids, self._num_context, self._num_out = token_ids, num_context, 0
+        self._context_text = self._pieces[token_ids[0]][1] if num_context else ""
+        self._last_text = self._context_text
+
+    def _put_out(self, whole: str) -> None:
+        """``whole``: the text after the context that will stand."""
+        self._take(whole[self._num_out :])
+        self._num_out = max(self._num_out, len(whole))
 
     def _take(self, new: str) -> None:
         """Add text, stop at a stop string, hold back what may become one."""

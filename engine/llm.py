@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,11 +19,13 @@ from engine.config import EngineConfig, ModelConfig
 from engine.core import start_core
 from engine.driver import Driver
 from engine.hub import find_model
+from engine.layers.attention_backends import check_name
 from engine.ongoing import OngoingRequest
 from engine.outputs import RequestOutput
 from engine.parallel.ranks import Ranks
 from engine.preflight import check_checkpoint
-from engine.requests import Admission, Prompt
+from engine.prompts import Prompt
+from engine.requests import Admission
 from engine.sampling import SamplingParams
 from engine.tokenizer import load_tokenizer
 
@@ -43,14 +47,16 @@ class LLM:
 
     Raises:
         CheckpointError: if the model can't be found or run, naming file and key or tensor. No rank was started.
-        ValueError: if options and the model's config do not fit.
+        TypeError: for an option that there is none of.
+        ValueError: if an option breaks its rule, or options and the model's config do not fit.
         RankFailure: if a rank fails while loading.
     """
 
     def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, **options: Any) -> None:
+        config = _engine_config(options)
         folder = find_model(model)
         self.model_config = ModelConfig.from_folder(folder)
-        self.config = EngineConfig(**options).resolve(self.model_config)
+        self.config = config.resolve(self.model_config)
         self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
         if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
@@ -127,9 +133,15 @@ class LLM:
         if add_generation_prompt and continue_final_message:
             raise ValueError("continue_final_message=True must come with add_generation_prompt=False: either the last message "
                              "is open, or a new one is")
-        return render_chats(self.tokenizer, messages, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
-                            continue_final_message=continue_final_message, tools=list(tools) if tools else None,
-                            **(chat_template_kwargs or {}))
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise ValueError(f"tools={tools!r} must be a list of JSON schemas")
+        options = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt,
+                   "continue_final_message": continue_final_message, "tools": list(tools) if tools else None}
+        own = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(own, Mapping) or {*options, "tokenize"} & set(own):
+            raise ValueError(f"chat_template_kwargs={own!r} must be a mapping of the template's own variables, none of them "
+                             f"called {', '.join(options)} or tokenize")
+        return render_chats(self.tokenizer, messages, **options, **own)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Stream:
         """As :meth:`generate`, but the text comes as it grows. For conversations: ``stream(preprocess_chat(messages))``.
@@ -213,3 +225,14 @@ def _deltas(driver: Driver, requests: Sequence[OngoingRequest]) -> Generator[Req
     with closing(driver.follow(requests)) as pauses:
         for _ in pauses:
             yield from (delta for request in requests if (delta := request.delta()) is not None)
+
+
+def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    known = [field.name for field in fields(EngineConfig)]
+    if unknown := sorted(set(options) - set(known)):
+        near = [close for name in unknown for close in get_close_matches(name, known, n=1)]
+        hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise TypeError(f"LLM has no option {', '.join(unknown)}: {hint}")
+    config = EngineConfig(**options)
+    check_name(config.attention_backend)
+    return config

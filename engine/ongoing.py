@@ -6,11 +6,9 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from engine.core import News
-from engine.detokenizer import Detokenizer
+from engine.detokenizer import Detokenizer, Pieces
 from engine.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.sequence import Request, TokenLogprobs
 
@@ -22,23 +20,23 @@ class OngoingCompletion:
 
     Args:
         request: as the ranks know it.
-        tokenizer: None for a model without one; texts stay empty then.
+        pieces: of the tokenizer; None for a model without one: texts stay empty then.
         eos_token_ids: those of its stop tokens that are the model's own.
         streams: whether somebody reads the text while it grows. If not, and if no stop string is asked for, it is made at the
             end, in a fraction of the time.
     """
 
-    def __init__(self, request: Request, index: int, tokenizer: Any, eos_token_ids: Sequence[int], *, streams: bool) -> None:
+    def __init__(self, request: Request, index: int, pieces: Pieces | None, eos_token_ids: Sequence[int], *,
+                 streams: bool) -> None:
         params = request.params
         self.request = request
         self.output = CompletionOutput(index=index)
         self.is_watched = streams or bool(params.stop_strings)
         self._eos_token_ids = eos_token_ids
-        self._tokenizer = tokenizer
+        self._pieces = pieces
         self._detokenizer: Detokenizer | None = None
-        if tokenizer is not None:
-            decode = partial(tokenizer.decode, skip_special_tokens=params.skip_special_tokens, clean_up_tokenization_spaces=False)
-            self._detokenizer = Detokenizer(decode, request.prompt_token_ids, stop=params.stop_strings,
+        if pieces is not None:
+            self._detokenizer = Detokenizer(pieces, request.prompt_token_ids, stop=params.stop_strings,
                                             include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens)
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
@@ -109,7 +107,7 @@ class OngoingCompletion:
         self.output.cumulative_logprob += at.logprob
 
     def _text_of(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token_id])
+        return None if self._pieces is None else str(self._pieces.tokenizer.decode([token_id]))
 
 
 class OngoingRequest:

@@ -22,8 +22,8 @@ class CompletionOutput:
 
     index: int
     text: str = ""
-    """Without the stop string or stop token, unless they were asked for. A character that the last token leaves unfinished is
-    left out."""
+    """Without the stop string or stop token, unless they were asked for. What is no character is U+FFFD, as the tokenizer's own
+    ``decode`` has it."""
     token_ids: list[int] = field(default_factory=list)
     """All tokens drawn up to the end, those of the stop string and the stop token among them."""
     cumulative_logprob: float | None = None

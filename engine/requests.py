@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Sequence
 from itertools import count
-from numbers import Integral
 from typing import Any
 
 from engine.config import ModelConfig
+from engine.detokenizer import Pieces
 from engine.ongoing import OngoingCompletion, OngoingRequest
 from engine.outputs import RequestOutput
-from engine.sampling import SamplingParams
+from engine.prompts import Prompt, list_prompts, read_prompt
+from engine.sampling import SamplingParams, is_integer
 from engine.sequence import Request
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class Admission:
@@ -28,6 +28,8 @@ class Admission:
     def __init__(self, model_config: ModelConfig, tokenizer: Any, *, max_model_len: int, seed: int) -> None:
         self.model_config = model_config
         self.tokenizer = tokenizer
+        self._pieces = {skip: None if tokenizer is None else Pieces(tokenizer, skip_special_tokens=skip)
+                        for skip in (True, False)}
         self.max_model_len = max_model_len
         self.seed = seed
         self._request_numbers = count()
@@ -40,21 +42,22 @@ class Admission:
         Raises:
             ValueError: if there are prompts and all were refused, or the numbers of prompts and parameters differ.
         """
-        prompt_list = _as_list(prompts)
+        prompt_list = list_prompts(prompts)
         each = _one_each(params, len(prompt_list))
-        requests = [self._admit(prompt, own, streams) for prompt, own in zip(prompt_list, each, strict=True)]
+        requests = [self._admit(place, prompt, own, streams)
+                    for place, (prompt, own) in enumerate(zip(prompt_list, each, strict=True))]
         errors = [request.output.error for request in requests if request.output.error]
         if errors and len(errors) == len(requests):
             raise ValueError("; ".join(errors))
         return requests
 
-    def _admit(self, prompt: Prompt, params: SamplingParams, streams: bool) -> OngoingRequest:
+    def _admit(self, place: int, prompt: Prompt, params: SamplingParams, streams: bool) -> OngoingRequest:
         output = RequestOutput(request_id=next(self._request_numbers), prompt=None, prompt_token_ids=[])
         try:
-            output.prompt, output.prompt_token_ids = self._tokenize(prompt)
-            self._check(output.prompt_token_ids, params)
+            output.prompt, token_ids = read_prompt(prompt, self.tokenizer)
+            output.prompt_token_ids = self._check(token_ids, params)
         except ValueError as refusal:
-            output.error, output.finished = f"prompt {output.request_id}: {refusal}", True
+            output.error, output.finished = f"prompt {place}: {refusal}", True
             return OngoingRequest(output, {})
         room = self.max_model_len - len(output.prompt_token_ids)
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
@@ -70,25 +73,12 @@ class Admission:
                 max_tokens=min(room, params.max_tokens or room),
                 stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
             )
-            completions[request.request_id] = OngoingCompletion(request, index, self.tokenizer, eos, streams=streams)
+            completions[request.request_id] = OngoingCompletion(request, index, self._pieces[params.skip_special_tokens], eos,
+                                                                streams=streams)
         return OngoingRequest(output, completions)
 
-    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        text: Any = None
-        if isinstance(prompt, Mapping):
-            if not {"prompt", "prompt_token_ids"} & set(prompt):
-                raise ValueError(f"prompt has the keys {sorted(map(str, prompt))} and must have prompt or prompt_token_ids")
-            text = prompt.get("prompt")
-            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a text prompt needs a tokenizer, and the model folder holds none: give token ids")
-            return prompt, list(self.tokenizer(prompt)["input_ids"])
-        if not isinstance(prompt, Iterable):
-            raise ValueError(f"prompt={prompt!r} must be text, token ids, or a mapping with one of them")
-        return text, list(prompt)
-
-    def _check(self, token_ids: Sequence[Any], params: SamplingParams) -> None:
+    def _check(self, token_ids: Sequence[Any], params: SamplingParams) -> list[int]:
+        """The ids as plain ints, of a prompt that the model can run."""
         if not token_ids:
             raise ValueError("len(token_ids)=0: an empty prompt can't be completed")
         if len(token_ids) >= self.max_model_len:
@@ -99,11 +89,14 @@ class Admission:
             if _are_ints_below(vocab_size, ids):
                 continue
             for token_id in ids:
-                if not isinstance(token_id, Integral) or not 0 <= int(token_id) < vocab_size:
+                if not is_integer(token_id):
+                    raise ValueError(f"{name}={reprlib.repr(token_id)} must be an integer")
+                if not 0 <= int(token_id) < vocab_size:
                     raise ValueError(f"{name}={token_id!r} is outside the vocabulary of vocab_size={vocab_size}")
         if params.stop_strings and self.tokenizer is None:
             raise ValueError(f"stop={params.stop_strings!r} needs a tokenizer, and the model folder holds none: "
                              "give stop_token_ids")
+        return [int(token_id) for token_id in token_ids]
 
 
 def _are_ints_below(limit: int, values: Sequence[Any]) -> bool:
@@ -115,16 +108,6 @@ def derive_seed(what: str, seed: int, number: int) -> int:
     """A key of random numbers, below 2**63, of its own for each ``what`` and ``number``."""
     digest = hashlib.blake2b(f"{what}:{seed}:{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several: a flat list of ints is one."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts={prompts!r} must be text, token ids, a mapping with one of them, or a list of such prompts")
-    items: list[Any] = list(prompts)
-    return [items] if items and all(isinstance(item, Integral) for item in items) else items
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:

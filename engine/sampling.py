@@ -11,6 +11,7 @@ from typing import Any
 GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 1e6
 MAX_LOGPROBS = 20
+MAX_N = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,8 @@ class SamplingParams:
     """Names and defaults as in vLLM. What a model's ``generation_config.json`` recommends is not applied.
 
     Attributes:
-        n: completions per prompt. They share the prompt's blocks in the cache, and the first is the one that ``n=1`` gives.
+        n: completions per prompt, up to 16,384. They share the prompt's blocks in the cache, and the first is the one that
+            ``n=1`` gives.
         temperature: below 1e-5 is greedy; otherwise logits are divided by it.
         top_k: keep the k best tokens; -1 or 0 keeps all.
         top_p: keep the smallest set of best tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020).
@@ -52,34 +54,40 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        _check("n", self.n, _is_integer(self.n) and self.n >= 1, "must be at least 1")
+        _check("n", self.n, is_integer(self.n) and 1 <= self.n <= MAX_N, f"must be at least 1, and at most {MAX_N}")
         _check("temperature", self.temperature, _is_number(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
                f"must lie in [0, {MAX_TEMPERATURE:g}]; 0 is greedy")
         _check("n", self.n, self.n == 1 or not self.is_greedy,
                f"must be 1 with temperature={self.temperature}: greedy completions are all the same")
-        _check("top_k", self.top_k, _is_integer(self.top_k) and self.top_k >= -1, "must be -1 or 0 (all), or above")
+        _check("top_k", self.top_k, is_integer(self.top_k) and self.top_k >= -1, "must be -1 or 0 (all), or above")
         _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "must lie in (0, 1]")
-        _check("seed", self.seed, self.seed is None or (_is_integer(self.seed) and 0 <= self.seed < 2**63),
+        _check("seed", self.seed, self.seed is None or (is_integer(self.seed) and 0 <= self.seed < 2**63),
                "must lie in [0, 2**63), or be None")
-        _check("max_tokens", self.max_tokens, self.max_tokens is None or (_is_integer(self.max_tokens) and self.max_tokens >= 1),
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or (is_integer(self.max_tokens) and self.max_tokens >= 1),
                "must be at least 1, or None")
-        _check("min_tokens", self.min_tokens, _is_integer(self.min_tokens) and self.min_tokens >= 0
+        _check("min_tokens", self.min_tokens, is_integer(self.min_tokens) and self.min_tokens >= 0
                and (self.max_tokens is None or self.min_tokens <= self.max_tokens),
                f"must lie between 0 and max_tokens={self.max_tokens}")
         _check("logprobs", self.logprobs,
-               self.logprobs is None or (_is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+               self.logprobs is None or (is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
                f"must lie between 0 and {MAX_LOGPROBS}, or be None")
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be True or False")
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
-        _check("stop", self.stop, isinstance(stop, Sequence) and all(isinstance(each, str) and each for each in stop),
+        _check("stop", self.stop, _is_list(stop) and all(isinstance(each, str) and each for each in stop),
                "must be a string or a list of strings, none of them empty")
         stop_ids: Any = self.stop_token_ids
         stop_ids = () if stop_ids is None else stop_ids  # None is vLLM's default
-        _check("stop_token_ids", self.stop_token_ids, isinstance(stop_ids, Sequence) and
-               all(_is_integer(each) and each >= 0 for each in stop_ids), "must be a list of token ids")
+        _check("stop_token_ids", self.stop_token_ids, _is_list(stop_ids) and
+               all(is_integer(each) and each >= 0 for each in stop_ids), "must be a list of token ids")
+        # Plain numbers from here on, whatever library they came from.
+        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else int(value))
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, stop_ids)))
 
     @property
     def is_greedy(self) -> bool:
@@ -95,7 +103,11 @@ def _check(name: str, value: Any, holds: bool, rule: str) -> None:
         raise ValueError(f"{name}={value!r} {rule}")
 
 
-def _is_integer(value: Any) -> bool:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
+def is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -183,8 +183,10 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
                 outcome = CHECKS[name](context)
             except RankFailure as failure:
                 outcome = Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
-            except CheckpointError:  # the model's: no other check can do with it
-                raise
+            except CheckpointError as error:
+                if not is_loaded:
+                    raise  # no other check can do with this model
+                outcome = Outcome(cases=0, compared=0, error=str(error))
             except Exception as error:
                 logger.exception("check %s raised at tp_size=%d", name, tp_size)
                 outcome = raised(error)

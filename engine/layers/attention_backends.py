@@ -132,6 +132,12 @@ AUTO = ("triton", "torch")
 """What ``auto`` tries, in this order, and what a backend that was asked for by name gives way to."""
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError if there is no such backend, installed or not."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"attention_backend={name!r} is unknown; supported: auto, {', '.join(BACKENDS)}")
+
+
 def select_backend(name: str, layout: AttentionLayout) -> AttentionBackend:
     """The backend of that name, or for ``auto`` the first that serves this layout.
 
@@ -141,8 +147,7 @@ def select_backend(name: str, layout: AttentionLayout) -> AttentionBackend:
     Raises:
         ValueError: if the name is unknown, or the backend's package is not installed.
     """
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"attention_backend={name!r} is unknown; supported: auto, {', '.join(BACKENDS)}")
+    check_name(name)
     if name != "auto" and not BACKENDS[name].is_installed():
         installed = ", ".join(other for other, backend in BACKENDS.items() if backend.is_installed())
         raise ValueError(f"attention_backend={name!r} is not installed: it needs {BACKENDS[name].requires}; "

@@ -21,8 +21,12 @@ from tests.engine.served import (
 )
 
 BAD_PARAMS = [
-    ({"n": 0}, "n=0 must be at least 1"),
+    ({"n": 0}, "n=0 must be at least 1, and at most 16384"),
+    ({"n": 10**9}, "n=1000000000 must be at least 1, and at most 16384"),
     ({"n": True}, "n=True must be at least 1"),
+    ({"stop_token_ids": b"ab"}, "stop_token_ids=b'ab' must be a list of token ids"),
+    ({"stop_token_ids": ""}, "stop_token_ids='' must be a list of token ids"),
+    ({"stop": b""}, "stop=b'' must be a string or a list of strings"),
     ({"n": 2, "temperature": 0.0}, r"n=2 must be 1 with temperature=0\.0"),
     ({"temperature": "hot"}, "temperature='hot' must lie in"),
     ({"top_k": 1.5}, r"top_k=1\.5 must be"),
@@ -65,7 +69,7 @@ BAD_CALLS: list[tuple[Any, Any, str]] = [
     ([None], None, "prompt=None must be text"),
     ([[]], None, "an empty prompt"),
     ([1, 14], None, "token_id=14 is outside the vocabulary of vocab_size=14"),
-    ([[1, "a"]], None, "token_id='a' is outside"),
+    ([[1, "a"]], None, "token_id='a' must be an integer"),
     ([[1, -1]], None, "token_id=-1 is outside"),
     ({"text": "a"}, None, r"the keys \['text'\] and must have prompt or prompt_token_ids"),
     ([1] * 192, None, r"len\(token_ids\)=192 leaves no room to generate in max_model_len=192"),
@@ -88,7 +92,7 @@ def test_a_refused_prompt_leaves_the_others_alone(served: MakeLLM) -> None:
     assert plain([good]) == plain(llm.generate(PROMPTS[0], SAMPLED))
     assert bad.finished
     assert bad.outputs == []
-    assert bad.error == f"prompt {bad.request_id}: token_id=99 is outside the vocabulary of vocab_size=14"
+    assert bad.error == "prompt 1: token_id=99 is outside the vocabulary of vocab_size=14"
     refused, *items = llm.stream([[99], PROMPTS[0]], SAMPLED)
     assert refused.error is not None
     assert "token_id=99" in refused.error

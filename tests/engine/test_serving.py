@@ -71,7 +71,7 @@ def test_a_stop_token_is_counted_but_not_shown(served: MakeLLM) -> None:
         params = replace(SAMPLED, stop_token_ids=[stop], include_stop_str_in_output=include)
         ((cut,),) = plain(llm.generate(PROMPTS[0], params))
         assert cut.token_ids == whole.token_ids[:count]
-        assert cut.text == decode(whole.token_ids[: count if include else count - 1]).rstrip("\ufffd")
+        assert cut.text == decode(whole.token_ids[: count if include else count - 1])
         assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
 
 

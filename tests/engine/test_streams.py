@@ -46,7 +46,7 @@ def test_the_text_is_what_the_tokens_stand_for(served: MakeLLM, tp_size: int) ->
     decode = partial(llm.get_tokenizer().decode, skip_special_tokens=True)
     for output in llm.generate(PROMPTS, SAMPLED):
         (completion,) = output.outputs
-        assert completion.text == decode(completion.token_ids).rstrip("\ufffd")
+        assert completion.text == decode(completion.token_ids)
         assert len(completion.token_ids) == 40
     assert any("漢" in completion.text for (completion,) in plain(llm.generate(PROMPTS, SAMPLED)))
 

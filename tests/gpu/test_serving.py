@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from engine import LLM, CompletionOutput, RequestOutput, SamplingParams
+from engine.parallel.ranks import RankContext
 from harness.budgets import computation
 from reference.hf import Reference
 from tests.gpu.support import DEVICE, OPTIONS, MakeModel
@@ -88,3 +90,33 @@ def test_an_aborted_request_leaves_the_others_their_tokens(small_model: MakeMode
         for number, tokens in zip(stream.request_ids, expected, strict=True):
             assert tokens[: len(found[number])] == found[number]
             assert number == stream.request_ids[1] or len(found[number]) == 40
+
+
+def spoil(rank: RankContext, token_id: int) -> None:
+    """Job: plants a NaN in the embedding of a token."""
+    with torch.inference_mode():
+        rank.state["core"].runner.model.get_parameter("model.embed_tokens.weight")[token_id] = math.nan
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+def test_a_request_that_meets_a_nan_ends_there_and_the_others_go_on(small_model: MakeModel, enforce_eager: bool) -> None:
+    params = [SamplingParams(temperature=temperature, seed=3, top_p=top_p, max_tokens=30, logprobs=logprobs)
+              for temperature, top_p, logprobs in [(0.0, 1.0, None), (1.0, 1.0, 2), (1.5, 0.8, None)] * 2]
+    prompts = prompts_of(6)
+    with served(small_model(small_config(), "float32"), enforce_eager=enforce_eager) as llm:
+        before = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        others = [{*prompt, *ids} for prompt, ids in zip(prompts, before, strict=True)]
+        victim, step = next((number, step) for number, ids in enumerate(before) for step in range(4, 20)
+                            if not any(ids[step] in met for other, met in enumerate(others) if other != number)
+                            and ids[step] not in (*prompts[number], *ids[:step]))
+        llm._ranks.run(spoil, before[victim][step])
+        for _ in range(2):
+            outputs = llm.generate(prompts, params)
+            for number, output in enumerate(outputs):
+                (completion,) = output.outputs
+                if number != victim:
+                    assert completion.token_ids == before[number]
+                    continue
+                assert completion.finish_reason == "error"
+                assert completion.token_ids == before[victim][: step + 1]
+                assert f"not finite at step {step + 1}: rank 0's part of model.embed_tokens.weight" in str(output.error)
