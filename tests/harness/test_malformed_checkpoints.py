@@ -201,6 +201,8 @@ def attempt(what: Callable[[], Any]) -> str | None:
         return str(refusal)
     except Started:
         pass
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
     return None
 
 

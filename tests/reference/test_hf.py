@@ -230,8 +230,9 @@ def test_logits_that_are_not_finite_are_refused_by_the_weight_to_blame(folders, 
     reference = Reference.load(folders["llama"], "exact")
     with torch.no_grad():
         reference.model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-    with pytest.raises(CheckpointError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is {value}"):
+    with pytest.raises((CheckpointError, IndexError)) as refusal:
         compute(reference)
+    assert f"model.layers.1.mlp.up_proj.weight[3, 5] is {value}" in str(refusal.value)
 
 
 def test_logits_that_leave_the_dtypes_range_are_said_to(folders):
