@@ -5,11 +5,13 @@ Here every mistake becomes its line and its exit code; what each command takes a
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -42,7 +44,8 @@ class Commands(TyperGroup):
 def exit_with(error: BaseException) -> int:
     """Say what is wrong on standard error: one line, or the traceback of what nobody expected. Returns the exit code."""
     if isinstance(error, BrokenPipeError):  # who reads standard output has seen enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(io.UnsupportedOperation):  # else Python complains when it flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return COULD_NOT_RUN
     if isinstance(error, KeyboardInterrupt):
         errors.print("[red]interrupted[/red]", highlight=False)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from harness.commands.options import AsJson, Quiet, Seed, check_device, numbers, prepare_out, write_report
 from harness.commands.progress import RowsShown, errors
 from harness.errors import COULD_NOT_RUN
+
+if TYPE_CHECKING:
+    from reports.records import Report
 
 
 def faults_command(
@@ -29,10 +32,9 @@ def faults_command(
     Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if something could not run,
     raised or was interrupted: then the report holds what was finished.
     """
-    from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
-    from harness.faults.table import faults_table, gate_summary
+    from harness.faults.gate import FaultPlan, run_gate
+    from harness.faults.table import gate_summary
     from harness.interrupted import NOTICE, Interrupted, undisturbed
-    from reports.text_tables import to_text
 
     plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else numbers("tp", tp), seed=seed, device=device)
     if names:
@@ -47,17 +49,28 @@ def faults_command(
         except Interrupted as stop:
             report, interrupted = stop.report, True
     with undisturbed() if interrupted else nullcontext():
-        if not (as_json or quiet):
-            sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
-        for row in report.checks if not as_json else []:
-            if row.verdict in ("finding", "error") or (not quiet and (row.verdict != "pass" or row.model == LOCALISATION)):
-                what = "" if row.verdict in ("skipped", "error") else f" {row.model}:"  # a reason names what was not run
-                sys.stdout.write(f"{row.verdict.upper()}{what} {row.message}\n")
-                if row.verdict == "finding" and row.replay:
-                    sys.stdout.write(f"  run it again: {row.replay}\n")
-        page = write_report(report, out, as_json=as_json)
+        try:
+            if not as_json:
+                _print(report, quiet=quiet)
+        finally:  # also where nobody reads standard output any more
+            page = write_report(report, out, as_json=as_json)
         if not as_json and not (quiet and report.exit_code == 0):
             sys.stdout.write(f"\n{gate_summary(report.checks)}; report: {page}\n")
     if interrupted:
         errors.print(NOTICE, highlight=False)
     raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
+
+
+def _print(report: Report, *, quiet: bool) -> None:
+    from harness.faults.gate import LOCALISATION
+    from harness.faults.table import faults_table
+    from reports.text_tables import to_text
+
+    if not quiet:
+        sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
+    for row in report.checks:
+        if row.verdict in ("finding", "error") or (not quiet and (row.verdict != "pass" or row.model == LOCALISATION)):
+            what = "" if row.verdict in ("skipped", "error") else f" {row.model}:"  # a reason names what was not run
+            sys.stdout.write(f"{row.verdict.upper()}{what} {row.message}\n")
+            if row.verdict == "finding" and row.replay:
+                sys.stdout.write(f"  run it again: {row.replay}\n")

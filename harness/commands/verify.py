@@ -132,9 +132,11 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, 
         except Interrupted as stop:
             report, interrupted = stop.report, True
     with undisturbed() if interrupted else nullcontext():
-        if not as_json:
-            _print(plan, report, quiet=quiet)
-        page = write_report(report, out, as_json=as_json)
+        try:
+            if not as_json:
+                _print(plan, report, quiet=quiet)
+        finally:  # also where nobody reads standard output any more
+            page = write_report(report, out, as_json=as_json)
         if not as_json and not (quiet and report.exit_code == 0):
             sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {page}\n")
     if interrupted:
