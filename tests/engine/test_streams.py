@@ -51,6 +51,17 @@ def test_the_text_is_what_the_tokens_stand_for(served: MakeLLM, tp_size: int) ->
     assert any("漢" in completion.text for (completion,) in plain(llm.generate(PROMPTS, SAMPLED)))
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_text_is_the_tokenizers_own_to_its_last_character(served: MakeLLM, skip: bool) -> None:
+    llm = served(1)
+    params = [SamplingParams(seed=seed, max_tokens=1 + seed % 12, ignore_eos=True, skip_special_tokens=skip)
+              for seed in range(60)]
+    prompts = [PROMPTS[0]] * len(params)
+    decode = partial(llm.get_tokenizer().decode, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    for completions in (*plain(llm.generate(prompts, params)), *joined(list(llm.stream(prompts, params)))):
+        assert completions[0].text == decode(completions[0].token_ids)
+
+
 @BOTH
 @pytest.mark.parametrize("steps", [(1, 1), (3, 5), (50, 50)])
 def test_results_do_not_depend_on_the_steps_per_message(
