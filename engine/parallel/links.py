@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,9 @@ class ProcessLink(Link):
         if self.process.pid and self.process.is_alive():
             with contextlib.suppress(ProcessLookupError):  # it has died this moment
                 os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
 
     def read_dump(self) -> str:
         """What faulthandler wrote since the last time."""

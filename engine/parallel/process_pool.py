@@ -130,7 +130,7 @@ class ProcessPool(LinkPool[ProcessLink]):
         if os.getpid() != self._owner_pid:
             return  # a fork of the driver exits: the ranks are not its own
         for link in self._links.values():
-            link.signal(signal.SIGKILL)
+            link.kill()
         for link in self._links.values():
             link.close()
         self._links = {}
