@@ -60,6 +60,7 @@ def generate_command(
 def _print(stream: Stream, n: int) -> None:
     """The first completion as it comes, the others after it. What was begun ends its line, whatever ends it."""
     later: dict[int, list[str]] = {index: [] for index in range(1, n)}
+    has_begun = False
     try:
         for item in stream:
             if item.error is not None:
@@ -69,9 +70,13 @@ def _print(stream: Stream, n: int) -> None:
                     later[completion.index].append(completion.text)
                 else:
                     sys.stdout.write(completion.text)
+                    has_begun = has_begun or completion.text != ""
             sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")
+    except BaseException:
+        if has_begun:
+            sys.stdout.write("\n")
+        raise
+    sys.stdout.write("\n")
     for texts in later.values():
         sys.stdout.write(f"\n{''.join(texts)}\n")
 

@@ -61,6 +61,24 @@ def assert_one_line(result: Result, code: int, says: str) -> None:
     assert says in line
 
 
+INSIDE = {
+    "verify": "harness.verify.Truth", "faults": "harness.faults.gate.FaultPlan.cases", "generate": "engine.llm.Stream.__next__",
+    "fetch": "reference.checkpoints.resolve", "bench": "harness.bench.bench.Setting.of",
+    "calibrate": "harness.calibrate.run.CalibratePlan.tasks", "compare": "harness.bench.cli.write_comparison",
+}
+"""What each command calls in the middle of its work."""
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, command: str, error: BaseException) -> None:
+    """Have the command's work raise."""
+    def planted(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(INSIDE[command], planted)
+    # The tiny model has no tokenizer.
+    monkeypatch.setattr("engine.requests.Admission._tokenize", lambda admission, prompt: (None, [1, 2]))
+
+
 def replaced(words: list[str], option: str, value: str) -> list[str]:
     """With another value for the option, or the option with it."""
     if option in words:
@@ -180,12 +198,7 @@ OUTS = [a_file, below_a_file, a_folder_named_as_the_report, below_a_loop, nowher
 @pytest.mark.parametrize("make", OUTS)
 def test_where_no_report_can_be_written_no_work_is_done(command: str, make: Callable[[Path], Path], model: Path, record: Path,
                                                         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def worked(*args: object, **kwargs: object) -> None:
-        raise AssertionError("work was done")
-
-    for target in ("harness.verify.verify", "harness.faults.gate.run_gate", "harness.bench.cli.run_bench",
-                   "harness.calibrate.run.calibrate", "harness.bench.cli.write_comparison"):
-        monkeypatch.setattr(target, worked)
+    plant(monkeypatch, command, AssertionError("work was done"))
     out = make(tmp_path)
     assert_one_line(run(*words_of(command, model, record), "--out", out), 2, f"out={str(out)!r}: no report can be written there")
 
@@ -296,23 +309,9 @@ def test_a_value_that_no_record_holds_does_not_lose_the_run(values: dict[str, An
 @pytest.mark.parametrize("command", WORKS)
 def test_what_nobody_expected_ends_with_its_traceback_and_4(command: str, model: Path, record: Path, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    def planted(*args: object, **kwargs: object) -> None:
-        raise ValueError("planted deep inside")
-
-    for target in ("harness.verify.verify", "harness.faults.gate.run_gate", "engine.LLM.stream", "harness.bench.cli.run_bench",
-                   "harness.commands.generate.model_folder", "harness.calibrate.run.calibrate",
-                   "harness.bench.cli.write_comparison"):
-        if target.endswith("model_folder") and command != "fetch":
-            continue
-        if target.endswith("stream"):
-            monkeypatch.setattr("engine.llm.Stream.__next__", planted)
-        else:
-            monkeypatch.setattr(target, planted)
+    plant(monkeypatch, command, ValueError("planted deep inside"))
     out = ["--out", str(tmp_path / "out")] if command in WRITES else []
-    words = words_of(command, model, record)
-    if command == "generate":
-        monkeypatch.setattr("harness.commands.generate._as_chat", lambda llm, prompt: {"prompt_token_ids": [1, 2]})
-    result = run(*words, *out)
+    result = run(*words_of(command, model, record), *out)
     assert result.exit_code == 4, result.output
     assert "Traceback (most recent call last)" in result.stderr
     assert "ValueError: planted deep inside" in result.stderr
@@ -322,14 +321,7 @@ def test_what_nobody_expected_ends_with_its_traceback_and_4(command: str, model:
 @pytest.mark.parametrize("command", WORKS)
 def test_ctrl_c_anywhere_is_one_line_and_3(command: str, model: Path, record: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    def press(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    for target in ("harness.verify.verify", "harness.faults.gate.run_gate", "engine.LLM.__init__", "harness.bench.cli.run_bench",
-                   "harness.calibrate.run.calibrate", "harness.bench.cli.write_comparison"):
-        monkeypatch.setattr(target, press)
-    if command == "fetch":
-        monkeypatch.setattr("harness.commands.generate.model_folder", press)
+    plant(monkeypatch, command, KeyboardInterrupt())
     out = ["--out", str(tmp_path / "out")] if command in WRITES else []
     result = run(*words_of(command, model, record), *out)
     assert (result.exit_code, result.stderr) == (3, "interrupted\n")

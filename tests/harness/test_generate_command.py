@@ -109,7 +109,12 @@ def test_ctrl_c_ends_the_line_and_says_so(plain: Path, monkeypatch: pytest.Monke
 
 
 def test_a_request_that_ends_with_an_error_is_told(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Stream] = []
+
     def refused(stream: Stream) -> Any:
+        if asked:
+            raise StopIteration
+        asked.append(stream)
         return RequestOutput(request_id=0, prompt="ba", prompt_token_ids=[1], finished=True, error="planted: step 3")
 
     monkeypatch.setattr(Stream, "__next__", refused)
