@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint_files import weight_files
 from engine.config import EngineConfig, ModelConfig
 from engine.parallel.ranks import RankContext
 from engine.runner import Runner
@@ -50,7 +51,7 @@ def load(rank: RankContext, folder: Path, dtype: str, case: str) -> Loaded:
 
 
 def _drop_from_page_cache(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         fd = os.open(path, os.O_RDONLY)
         try:
             with suppress(AttributeError, OSError):  # not on every system

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from engine.checkpoint_files import CONFIG_FILE, INDEX_FILE, weight_files
 from harness.bench.engines import ENGINES
 from harness.bench.engines.base import Engine, EngineSpec
 from harness.bench.figures import (
@@ -168,8 +169,10 @@ def _peak_resident_bytes() -> int | None:
 
 def _weights_alone(folder: Path, scratch: Path) -> Path:
     """``folder`` without its tokenizer: prompts and answers are token ids, and no engine spends time on text."""
-    for path in folder.iterdir():
-        if path.name in ("config.json", "generation_config.json") or ".safetensors" in path.name:
-            (scratch / path.name).symlink_to(path.resolve())
+    others = (folder / name for name in (CONFIG_FILE, "generation_config.json", INDEX_FILE))
+    for path in (*filter(Path.is_file, others), *weight_files(folder)):
+        link = scratch / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
     return scratch
 

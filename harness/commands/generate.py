@@ -40,15 +40,11 @@ def generate_command(
         prompt = _from_standard_input()
     check_device(device)
     from engine import LLM, SamplingParams
-    from engine.config import ModelConfig
-    from harness.preflight import check_checkpoint
 
     with usage():
         params = SamplingParams(n=n, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, max_tokens=max_tokens,
                                 seed=seed)
     folder = model_folder(model, dtype=dtype)
-    ModelConfig.from_folder(folder)  # what can't run at all is refused before the checkpoint is looked at
-    check_checkpoint(folder)
     with usage():
         llm = LLM(folder, tensor_parallel_size=tp, fabric=fabric, dtype=dtype, device=device)
     with llm:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.checkpoint_files import INDEX_FILE, read_headers
 from harness.bench import figures, serving
 from harness.bench.engines import ENGINES, EngineKind
 from harness.bench.engines.base import EngineSpec
 from harness.bench.workloads import Limits, Requests, equal_requests
+from reference.checkpoints import random_checkpoint
+from tests.reference.tiny import small_config
 
 REQUESTS = equal_requests(2, 8, 5)()
 Counts = Callable[[Requests], list[int]]
@@ -141,3 +145,19 @@ def test_an_engine_that_failed_starts_anew_for_the_next_case_and_one_that_did_no
     serving.run_case(state, REQUESTS, ("ttft",), 0.6)
     scripted(state=state)
     assert ScriptedEngine.log == ["start", "close", "start"]
+
+
+def test_an_engine_gets_the_files_of_the_checkpoint_wherever_they_lie_and_no_tokenizer(tmp_path: Path) -> None:
+    whole, scratch = tmp_path / "whole", tmp_path / "scratch"
+    scratch.mkdir()
+    random_checkpoint(whole, small_config("llama"), max_shard_size="40KB")
+    index = json.loads((whole / INDEX_FILE).read_text())
+    (whole / "shards").mkdir()
+    for name in set(index["weight_map"].values()):
+        (whole / name).rename(whole / "shards" / name)
+    index["weight_map"] = {tensor: f"shards/{name}" for tensor, name in index["weight_map"].items()}
+    (whole / INDEX_FILE).write_text(json.dumps(index))
+    (whole / "tokenizer.json").write_text("{}")
+    linked = serving._weights_alone(whole, scratch)
+    assert not (linked / "tokenizer.json").exists()
+    assert read_headers(linked).keys() == read_headers(whole).keys()
