@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import harness.verify
 from harness.checks import CHECKS
@@ -79,3 +80,16 @@ def test_a_job_that_hangs_is_a_finding_and_the_next_check_runs(tiny_model: MakeM
                                checks=("collectives", "weights")))
     assert [row.verdict for row in report.checks] == ["finding", "pass"]
     assert "no answer within timeout_s=10" in report.checks[0].message
+
+
+def test_a_nan_in_a_checkpoint_is_a_finding_of_weights_at_every_tp_size_and_stops_no_other_check(tmp_path: Path) -> None:
+    folder = random_checkpoint(tmp_path, small_config())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = verify(VerifyPlan(model="tiny", folder=folder, tp_sizes=(1, 2), fabric="threads",
+                               checks=("logits", "weights", "layers")))
+    assert [row.verdict for row in report.checks] == ["error", "finding", "pass"] * 2
+    for row in report.checks[:2]:
+        assert "model.layers.0.mlp.up_proj.weight[3, 5] is nan" in row.message
+    assert report.exit_code == 1
