@@ -56,7 +56,8 @@ def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     """A worker's state in which a scripted engine has started, or starts again where it must."""
     monkeypatch.setitem(ENGINES, "scripted", EngineKind(target=f"{__name__}:ScriptedEngine", needs="torch", devices=("cpu",)))
     limits = Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64)
-    spec = EngineSpec(folder=tmp_path, tp_size=1, fabric="solo", device="cpu", dtype="float32", vocab_size=99, limits=limits,
+    folder = random_checkpoint(tmp_path / "model", small_config("llama"))
+    spec = EngineSpec(folder=folder, tp_size=1, fabric="solo", device="cpu", dtype="float32", vocab_size=99, limits=limits,
                       sequence_lens=(13,))
 
     states: list[dict[str, Any]] = []

@@ -249,13 +249,13 @@ def test_a_fault_that_is_missed_a_control_that_is_minded_and_a_wrong_module_are_
 
 
 @pytest.mark.multirank
-def test_a_check_that_raises_under_a_fault_is_a_finding_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_under_a_fault_is_an_error_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(context: CheckContext) -> Outcome:
         raise IndexError("no such row")
 
     monkeypatch.setitem(CHECKS, "weights", broken)
     (row,) = run_gate(FaultPlan(only=("minimum-became-a-sum",))).checks
-    assert (row.verdict, "weights: IndexError('no such row')" in row.message) == ("finding", True)
+    assert (row.verdict, "weights: IndexError: no such row" in row.message) == ("error", True)
     assert "collectives" in row.extra["red"]
 
 
