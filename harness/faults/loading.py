@@ -153,7 +153,7 @@ class _Changed:
     """A checkpoint tensor with other values: for loaders, which ask for its shape and slices alone."""
 
     def __init__(self, tensor: Any, change: Any) -> None:
-        self.name, self.file, self.shape = tensor.name, tensor.file, tensor.shape
+        self.name, self.stored, self.shape = tensor.name, tensor.stored, tensor.shape
         self._whole = change(tensor[:])
 
     def __getitem__(self, index: Any) -> Any:
