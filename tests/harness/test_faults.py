@@ -187,8 +187,9 @@ def test_sizes_are_told_in_words() -> None:
 
 
 # One of each layer of the engine, caught by different checks.
-REPRESENTATIVE = ("same-rows-on-every-rank", "row-bias-on-every-rank", "reduced-twice", "logits-of-the-step-before",
-                  "last-slot-of-a-block-missed", "seed-of-each-rank", "row-bias-through-the-weights-loader")
+REPRESENTATIVE = ("same-rows-on-every-rank", "bias-left-at-zero", "row-bias-on-every-rank", "reduced-twice",
+                  "logits-of-the-step-before", "last-slot-of-a-block-missed", "seed-of-each-rank",
+                  "row-bias-through-the-weights-loader")
 CONTROLS = ("residual-kept-in-float32", "sums-in-two-messages")
 
 
