@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -63,13 +62,15 @@ def model_folder(model: str, *, dtype: str = "auto", cache: Path | None = None) 
     """
     if not model.strip():
         raise UsageError(f"model={model!r} names nothing: give smollm2, a folder, a hub id or a shape")
-    from reference.checkpoints import random_checkpoint, resolve  # here: the names alone must cost no import of torch
+    # Here: the names alone must cost no import of torch.
+    from engine.hub import cache_folder
+    from reference.checkpoints import random_checkpoint, resolve
 
     if model not in SHAPES:
         return resolve(model).absolute()
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype={dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
-    root = cache or Path(os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
+    root = cache or cache_folder()
     dtype = "bfloat16" if dtype == "auto" else dtype
     folder = (root / "shapes" / f"{model}-{dtype}").absolute()
     if not folder.is_dir():

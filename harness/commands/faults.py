@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.commands.options import AsJson, Quiet, Seed, check_device, numbers, prepare_out, write_report
-from harness.commands.progress import RowsShown, errors
-from harness.errors import COULD_NOT_RUN
+from harness.commands.options import AsJson, Quiet, Seed, check_device, end_of_run, numbers, prepare_out
+from harness.commands.progress import RowsShown
 
 if TYPE_CHECKING:
     from reports.records import Report
@@ -34,7 +32,7 @@ def faults_command(
     """
     from harness.faults.gate import FaultPlan, run_gate
     from harness.faults.table import gate_summary
-    from harness.interrupted import NOTICE, Interrupted, undisturbed
+    from harness.interrupted import Interrupted
 
     plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else numbers("tp", tp), seed=seed, device=device)
     if names:
@@ -48,17 +46,8 @@ def faults_command(
             report = run_gate(plan, on_row=lambda row: shown.on_row(row, row.model), on_start=shown.on_start)
         except Interrupted as stop:
             report, interrupted = stop.report, True
-    with undisturbed() if interrupted else nullcontext():
-        try:
-            if not as_json:
-                _print(report, quiet=quiet)
-        finally:  # also where nobody reads standard output any more
-            page = write_report(report, out, as_json=as_json)
-        if not as_json and not (quiet and report.exit_code == 0):
-            sys.stdout.write(f"\n{gate_summary(report.checks)}; report: {page}\n")
-    if interrupted:
-        errors.print(NOTICE, highlight=False)
-    raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
+    end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=interrupted, as_json=as_json, quiet=quiet,
+               summary=gate_summary(report.checks))
 
 
 def _print(report: Report, *, quiet: bool) -> None:

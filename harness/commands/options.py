@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from harness.bench.shapes import SHAPES
-from harness.errors import CouldNotRunError, UsageError
+from harness.commands.progress import errors
+from harness.errors import COULD_NOT_RUN, CouldNotRunError, UsageError
 from harness.names import FABRICS
 
 if TYPE_CHECKING:
@@ -69,6 +72,24 @@ def prepare_out(out: Path, *, set_aside: bool = True) -> None:
                 path.replace(path.with_name(f"report.old{path.suffix}"))
     except OSError as error:
         raise UsageError(f"out={str(out)!r}: no report can be written there: {error.strerror or error} ({place})") from error
+
+
+def end_of_run(report: Report, out: Path, *, show: Callable[[], None], summary: str, interrupted: bool, as_json: bool,
+               quiet: bool) -> NoReturn:
+    """Show what came of a run, write its report and leave with its exit code."""
+    from harness.interrupted import NOTICE, undisturbed
+
+    with undisturbed() if interrupted else nullcontext():
+        try:
+            if not as_json:
+                show()
+        finally:  # also where nobody reads standard output any more
+            page = write_report(report, out, as_json=as_json)
+        if not as_json and not (quiet and report.exit_code == 0):
+            sys.stdout.write(f"\n{summary}; report: {page}\n")
+    if interrupted:
+        errors.print(NOTICE, highlight=False)
+    raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
 
 
 def write_report(report: Report, out: Path, *, as_json: bool = False) -> Path:

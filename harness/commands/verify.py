@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -20,12 +20,13 @@ from harness.commands.options import (
     Quiet,
     Seed,
     check_device,
+    end_of_run,
     numbers,
     prepare_out,
     write_report,
 )
-from harness.commands.progress import RowsShown, errors
-from harness.errors import COULD_NOT_RUN, UNEXPECTED, CouldNotRunError, UsageError, told, usage
+from harness.commands.progress import RowsShown
+from harness.errors import UNEXPECTED, CouldNotRunError, UsageError, told, usage
 from harness.names import CHECK_NAMES, DTYPES
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
 
 def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, quiet: bool) -> NoReturn:
     """Run the plan and show how it goes and what came of it."""
-    from harness.interrupted import NOTICE, Interrupted, undisturbed
+    from harness.interrupted import Interrupted
     from harness.verify import verify
 
     interrupted = False
@@ -131,17 +132,8 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, 
             report = verify(plan, ranks=ranks, on_row=lambda row: shown.on_row(row, row.check), on_start=shown.on_start)
         except Interrupted as stop:
             report, interrupted = stop.report, True
-    with undisturbed() if interrupted else nullcontext():
-        try:
-            if not as_json:
-                _print(plan, report, quiet=quiet)
-        finally:  # also where nobody reads standard output any more
-            page = write_report(report, out, as_json=as_json)
-        if not as_json and not (quiet and report.exit_code == 0):
-            sys.stdout.write(f"\n{'all green' if report.exit_code == 0 else 'NOT green'}; report: {page}\n")
-    if interrupted:
-        errors.print(NOTICE, highlight=False)
-    raise typer.Exit(COULD_NOT_RUN if interrupted else report.exit_code)
+    end_of_run(report, out, show=lambda: _print(plan, report, quiet=quiet), interrupted=interrupted, as_json=as_json, quiet=quiet,
+               summary="all green" if report.exit_code == 0 else "NOT green")
 
 
 def _print(plan: VerifyPlan, report: Report, *, quiet: bool) -> None:
