@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,3 +15,11 @@ pytest_plugins = ["harness.plugin", "pytester"]
 def interpreters_of_tests_are_no_workers() -> None:
     """A pytest that a test starts is not one of the workers that share this run, though it inherits their environment."""
     os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts a process in the background has it ignore Ctrl-C, and what that starts too: here it must not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

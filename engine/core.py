@@ -103,6 +103,11 @@ def start_core(rank: RankContext, folder: str | Path, model_config: ModelConfig,
     return CoreInfo(num_kv_blocks=num_blocks, max_model_len=min(longest, num_blocks * core.block_size))
 
 
+def stop_core(rank: RankContext) -> None:
+    """Job: let go of this rank's engine, with its weights and cache."""
+    rank.state.pop("core", None)
+
+
 def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], num_steps: int) -> Progress:
     """Job: take in requests and aborts, run up to ``num_steps`` steps, say what came out."""
     rank.phase = "generate"

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from engine.core import Progress, advance
+from engine.core import Progress, advance, stop_core
 from engine.ongoing import OngoingRequest
-from engine.parallel.ranks import Ranks, RanksClosed, Ticket
+from engine.parallel.ranks import RankFailure, Ranks, RanksClosed, Ticket
 from engine.sequence import Request
 
 STEPS_PER_MESSAGE = 4
@@ -24,10 +24,15 @@ STEPS_WHILE_WATCHED = 1
 
 
 class Driver:
-    """Feeds the ranks. Calls may come from several threads: one at a time drives the ranks, for all of them."""
+    """Feeds the ranks. Calls may come from several threads: one at a time drives the ranks, for all of them.
 
-    def __init__(self, ranks: Ranks) -> None:
+    Args:
+        owns_ranks: close the ranks with the engine, or when it breaks. If not, what runs there is ended, and they live on.
+    """
+
+    def __init__(self, ranks: Ranks, *, owns_ranks: bool) -> None:
         self._ranks = ranks
+        self._owns_ranks = owns_ranks
         # A solo rank runs its steps in this very thread: a message under way would only be run too late.
         self._max_in_flight = 1 if ranks.fabric == "solo" else 2
         # Guards all below, and is never held while the ranks work. Reentrant: a stream that nobody holds any more may be
@@ -72,11 +77,14 @@ class Driver:
         self._tidy_up()
 
     def close(self) -> None:
-        """End the ranks, from any thread. Calls under way end with an error; returns when the ranks are gone."""
+        """End the engine, from any thread. Calls under way end with an error; returns when the ranks are gone, or free."""
         with self._changed:
-            self._closed = True
+            was_closed, self._closed = self._closed, True
             self._changed.notify_all()
-        self._ranks.close()
+            if not (self._owns_ranks or was_closed):
+                self._changed.wait_for(lambda: not self._is_driven)
+        if not was_closed or self._owns_ranks:
+            self._leave_ranks()
 
     def check_usable(self) -> None:
         """Raise RuntimeError if no request can run any more."""
@@ -109,7 +117,7 @@ class Driver:
         """Tell the ranks what to drop, and wait for them if nothing runs any more. Who drives meanwhile does both in turn."""
         with self._changed:
             # The ranks are gone too where the interpreter ends and a stream is still open.
-            if self._is_driven or not self._ranks.healthy:
+            if self._is_driven or self._closed or self._failure is not None or not self._ranks.healthy:
                 return
             self._is_driven = True
         with self._released_afterwards(), suppress(RanksClosed):
@@ -175,7 +183,7 @@ class Driver:
         except BaseException as failure:
             # Also when it was interrupted: nobody knows how far the ranks have come.
             self._failure = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            self._ranks.close()
+            self._leave_ranks()
             raise
         with self._changed:
             for news in reports[0].news:
@@ -187,6 +195,17 @@ class Driver:
                         request.cause = _cause_of_not_finite([report.not_finite_weight for report in reports])
                     request.inbox.append(news)
         return reports[0].has_work
+
+    def _leave_ranks(self) -> None:
+        """Close the ranks, or free those of somebody else from all that runs there."""
+        if self._owns_ranks:
+            self._ranks.close()
+            return
+        with suppress(RankFailure, RuntimeError):  # the ranks' owner sees what became of them
+            while self._in_flight and self._ranks.healthy:
+                self._ranks.collect(self._in_flight.popleft())
+            if self._ranks.healthy:
+                self._ranks.run(stop_core)
 
 
 def _cause_of_not_finite(weights: Sequence[str | None]) -> str:

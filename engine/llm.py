@@ -43,6 +43,7 @@ class LLM:
     Args:
         model: ``smollm2`` once it was fetched, a Hugging Face folder or a hub id, safetensors.
         tokenizer: another folder for the tokenizer.
+        ranks: live ones to run on, which stay open when the engine closes; ``fabric`` is theirs. None: start some.
         options: those of :class:`engine.config.EngineConfig`, ``tensor_parallel_size`` among them.
 
     Raises:
@@ -52,7 +53,8 @@ class LLM:
         RankFailure: if a rank fails while loading.
     """
 
-    def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, ranks: Ranks | None = None,
+                 **options: Any) -> None:
         config = _engine_config(options)
         folder = find_model(model)
         self.model_config = ModelConfig.from_folder(folder)
@@ -61,15 +63,20 @@ class LLM:
         if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
         check_checkpoint(folder, self.model_config)
-        self._ranks = Ranks(self.config.tensor_parallel_size, fabric=self.config.fabric, device=self.config.device)
+        tp_size, device = self.config.tensor_parallel_size, self.config.device
+        if ranks is not None and (ranks.tp_size, ranks.device.type) != (tp_size, device.partition(":")[0]):
+            raise ValueError(f"{ranks} do not fit tensor_parallel_size={tp_size}, device={device}: give both alike")
+        owns_ranks = ranks is None
+        self._ranks = ranks or Ranks(tp_size, fabric=self.config.fabric, device=device)
         try:
             infos = self._ranks.run(start_core, folder, self.model_config, self.config)
         except BaseException:
-            self._ranks.close()
+            if owns_ranks:
+                self._ranks.close()
             raise
         self.num_kv_blocks = infos[0].num_kv_blocks
         self.max_model_len = infos[0].max_model_len
-        self._driver = Driver(self._ranks)
+        self._driver = Driver(self._ranks, owns_ranks=owns_ranks)
         self._admission = Admission(self.model_config, self.tokenizer, max_model_len=self.max_model_len, seed=self.config.seed)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *,

@@ -178,3 +178,47 @@ def test_an_interpreter_ends_in_silence_around_an_open_stream(talking: Path, tmp
     done = subprocess.run([sys.executable, str(script), str(talking), kind[0], str(kind[1])], cwd=ROOT, capture_output=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_ranks_of_somebody_else_live_on(talking: Path, kind: tuple[str, int]) -> None:
+    """Closed in good order, closed over an open stream, broken by ranks that disagree: the next engine starts on them."""
+    fabric, tp_size = kind
+    expected = None
+    with Ranks(tp_size, fabric=fabric) as ranks:
+        for _ in range(2):
+            with open_llm(talking, tp_size, ranks=ranks) as llm:
+                ids = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, LONG, use_tqdm=False)]
+                assert ids == (expected or ids)
+                expected = ids
+                stream = llm.stream(PROMPTS, LONG)
+                next(stream)
+            with pytest.raises(RuntimeError, match=AFTER):
+                llm.generate(PROMPTS, LONG, use_tqdm=False)
+            assert ranks.run(has_core) == [False] * tp_size
+        if tp_size > 1:
+            llm = open_llm(talking, tp_size, ranks=ranks)
+            ranks.run(draw_something_else, tp_size - 1)
+            with pytest.raises(RuntimeError, match="drew other token ids than rank 0"):
+                llm.generate(PROMPTS, LONG, use_tqdm=False)
+            assert ranks.healthy
+            assert ranks.run(has_core) == [False] * tp_size
+
+
+def test_ranks_that_do_not_fit_are_refused_and_live_on(talking: Path) -> None:
+    with Ranks(2, fabric="threads") as ranks:
+        with pytest.raises(ValueError, match="do not fit tensor_parallel_size=3"):
+            open_llm(talking, 3, ranks=ranks)
+        assert ranks.healthy
+
+
+def has_core(rank: RankContext) -> bool:
+    return "core" in rank.state
+
+
+def draw_something_else(rank: RankContext, wrong: int) -> None:
+    """Job: from now on this rank's tokens are others."""
+    if rank.tp.rank == wrong:
+        runner = rank.state["core"].runner
+        collect = runner.collect
+        runner.collect = lambda drawn: [token_id ^ 1 for token_id in collect(drawn)]

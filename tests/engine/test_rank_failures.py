@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -288,14 +288,6 @@ def test_a_result_that_the_driver_cannot_read_is_the_ranks_failure() -> None:
         with pytest.raises(RankFailure, match="ImportError: not here"):
             ranks.run(explosive, os.getpid())
         assert ranks.run(echo, 1) == [1, 1]
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell that starts a process in the background has it ignore Ctrl-C: here it must not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
