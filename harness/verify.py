@@ -1,4 +1,4 @@
-"""``shardproof verify``: every check on every tp_size, one row each."""
+"""``shardproof verify``: every check on every tp_size, one row each, or one a kind of its cases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from harness.names import DTYPES, FABRICS
 from harness.preflight import check_checkpoint
 from harness.truth import NUM_NEW_TOKENS, Truth
 from reference.checkpoints import CheckpointError
-from reports.records import CheckRow, RecordError, Report, Verdict
+from reports.records import CheckRow, RecordError, Report, Verdict, whole_checks
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
     """Run the plan. Findings and exceptions inside checks are rows of the report; what is wrong with the plan is raised.
 
     Args:
+        on_row: gets one row for each check that is done, whatever kinds it has.
         ranks: those to run on, which live elsewhere (torchrun's); None: start some for each of the plan's tp_sizes. The caller
             closes them.
 
@@ -123,9 +124,10 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
     rows: list[CheckRow] = []
     try:
         for tp_size in plan.tp_sizes:
-            for row in _verify_one(plan, truth, tp_size, ranks, on_start, on_outcome):
-                rows.append(row)
-                on_row(row)
+            for of_check in _verify_one(plan, truth, tp_size, ranks, on_start, on_outcome):
+                rows += of_check
+                for row in whole_checks(of_check):
+                    on_row(row)
     except KeyboardInterrupt as stop:
         rows += _rows_not_done(plan, truth, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
         raise Interrupted(Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)) from stop
@@ -163,7 +165,8 @@ def _fabric_name(plan: VerifyPlan, tp_size: int, given: Ranks | None) -> str:
 
 
 def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | None, on_start: OnStart,
-                on_outcome: OnOutcome) -> Iterable[CheckRow]:
+                on_outcome: OnOutcome) -> Iterable[list[CheckRow]]:
+    """The rows of each check."""
     with nullcontext(given) if given is not None else Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device,
                                                             job_timeout_s=JOB_TIMEOUT_S, auto_restart=True,
                                                             preload=PRELOAD) as ranks:
@@ -172,12 +175,12 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
         context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed, case=plan.case)
         for name in plan.checks:
             if not (ranks.healthy or ranks.can_restart):
-                yield _row(name, plan, truth, ranks.fabric, tp_size, Outcome(cases=0, compared=0, skipped=GONE))
+                yield [_row(name, plan, truth, ranks.fabric, tp_size, Outcome(cases=0, compared=0, skipped=GONE))]
                 continue
             on_start(name, tp_size)
             started = time.perf_counter()
             try:
-                if not (is_loaded and (ranks.healthy or needs_no_subject)):
+                if not is_loaded or (name not in WITHOUT_SUBJECT and not all(ranks.run(jobs.is_loaded))):
                     _load(plan, truth, ranks, options)
                     is_loaded = True
                 outcome = CHECKS[name](context)
@@ -191,7 +194,8 @@ def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | Non
                 logger.exception("check %s raised at tp_size=%d", name, tp_size)
                 outcome = raised(error)
             on_outcome(outcome)
-            yield _row(name, plan, truth, ranks.fabric, tp_size, outcome, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            yield [_row(name, plan, truth, ranks.fabric, tp_size, part, seconds) for part in outcome.kinds or (outcome,)]
 
 
 def _load(plan: VerifyPlan, truth: Truth, ranks: Ranks, options: Mapping[str, int]) -> None:
@@ -223,8 +227,9 @@ def _row(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, o
     verdict: Verdict = ("error" if outcome.error is not None else "finding" if outcome.finding is not None
                         else "skipped" if outcome.skipped is not None else "pass")
     row: dict[str, Any] = {
-        "check": name, "model": plan.model, "tp_size": tp_size, "fabric": fabric, "dtype": truth.dtype, "cases": outcome.cases,
-        "compared": outcome.compared, "seconds": round(seconds, 3), "module": outcome.module, "verdict": verdict,
+        "check": name, "kind": outcome.kind, "model": plan.model, "tp_size": tp_size, "fabric": fabric, "dtype": truth.dtype,
+        "cases": outcome.cases, "compared": outcome.compared, "seconds": round(seconds, 3), "module": outcome.module,
+        "verdict": verdict,
         "message": outcome.error or outcome.finding or outcome.skipped or "",
         "replay": _replay(name, plan, truth, fabric, tp_size, outcome) if verdict == "finding" else None,
     }
@@ -247,7 +252,8 @@ def _replay(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int
     try:
         path = save_case(plan.cases_folder, SavedCase(
             check=name, model=model, tp_size=tp_size, fabric=fabric, device=plan.device, dtype=truth.dtype,
-            subject=plan.subject, seed=plan.seed, case=outcome.case, finding=outcome.finding or "", tensors=outcome.tensors,
+            subject=plan.subject, seed=plan.seed, case=outcome.case, finding=outcome.finding or "", kind=outcome.kind,
+            tensors=outcome.tensors,
         ))
     except (OSError, SafetensorError) as error:  # of a full disk, say: the finding matters more
         logger.warning("folder=%s: the case of this finding was not saved: %s", plan.cases_folder, error)
@@ -265,7 +271,8 @@ def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
     plan = VerifyPlan(model=saved.model, folder=folder, tp_sizes=(saved.tp_size,), fabric=saved.fabric, device=saved.device,
                       dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed, case=saved.case or None)
     report = verify(plan, on_outcome=outcomes.append)
-    (outcome,) = outcomes
+    (whole,) = outcomes
+    outcome = next((part for part in whole.kinds if part.kind == saved.kind), whole)
     if outcome.error is not None or outcome.skipped is not None:
         return report, "it did not run"
     return report, compare_replay(saved, outcome.finding, outcome.tensors)

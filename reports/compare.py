@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from reports import metrics
 from reports.bootstrap import can_be_sure, interval_of_gain, interval_of_paired_gain
-from reports.records import BenchRow, CheckRow, Report, RunInfo
+from reports.records import BenchRow, CheckRow, Report, RunInfo, whole_checks
 
 SpeedVerdict = Literal["slower", "too noisy", "faster", "same", "only in baseline", "only in candidate"]
 CheckVerdict = Literal[
@@ -68,9 +68,11 @@ class SpeedChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckChange:
-    """One check and layout, before and after; ``message``, ``replay`` and ``traceback`` are the candidate's."""
+    """One check and layout (of a check that has kinds, one kind there), before and after; ``message``, ``replay`` and
+    ``traceback`` are the candidate's."""
 
     check: str
+    kind: str = ""
     model: str
     dtype: str
     fabric: str
@@ -83,6 +85,11 @@ class CheckChange:
     message: str = ""
     replay: str | None = None
     traceback: str = ""
+
+    @property
+    def name(self) -> str:
+        """As ``CheckRow.name``."""
+        return f"{self.check}: {self.kind}" if self.kind else self.check
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,14 +275,16 @@ def _speed_verdict(gain: float, low: float, high: float, effect: float) -> Speed
 
 
 def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], spread: float) -> list[CheckChange]:
-    old, new = {row.key: row for row in old_rows}, {row.key: row for row in new_rows}
+    # Where one side has no kinds (an older record, a check that could not run), the other side's are taken together.
+    whole = {row.layout for row in (*old_rows, *new_rows) if not row.kind}
+    old, new = ({row.key: row for row in _with_whole(rows, whole)} for rows in (old_rows, new_rows))
     changes = []
     for key in dict.fromkeys((*old, *new)):
         before, after = old.get(key), new.get(key)
         row = after or old[key]
         changes.append(
             CheckChange(
-                **{name: getattr(row, name) for name in ("check", "model", "dtype", "fabric")},
+                **{name: getattr(row, name) for name in ("check", "kind", "model", "dtype", "fabric")},
                 tp_size=row.tp_size,
                 verdict=_check_verdict(before, after, spread),
                 baseline=before.verdict if before else "",
@@ -288,6 +297,13 @@ def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], 
             )
         )
     return changes
+
+
+def _with_whole(rows: Sequence[CheckRow], layouts: Set[tuple[str, str, str, str, int]]) -> Iterator[CheckRow]:
+    """The rows, those of each of ``layouts`` as one."""
+    wholes = {row.layout: row for row in whole_checks(rows)}
+    return (wholes.pop(row.layout) if row.layout in layouts else row for row in rows
+            if row.layout not in layouts or row.layout in wholes)
 
 
 def _check_verdict(old: CheckRow | None, new: CheckRow | None, spread: float) -> CheckVerdict:

@@ -67,7 +67,7 @@ def _group(change: SpeedChange | CheckChange) -> str:
 def _name(change: SpeedChange | CheckChange) -> str:
     layout = f"{change.model} {change.dtype} {change.fabric} tp{change.tp_size}"
     if isinstance(change, CheckChange):
-        return printable(f"{change.check} {layout}")
+        return printable(f"{change.name} {layout}")
     return printable(f"{change.case} {change.engine} {layout} {change.metric}")
 
 

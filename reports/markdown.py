@@ -25,6 +25,7 @@ from reports.tables import (
     bench_tables,
     check_changes_table,
     checks_pivot,
+    checks_table,
     joined,
     not_measured_table,
     skipped_table,
@@ -47,6 +48,9 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
     if report.checks:
         parts += ["## Checks\n", f"Verdict, and the worst error as a fraction of its budget; {BOUND_NOTE}.\n"]
         parts.append(to_markdown(checks_pivot(report.checks)))
+        every_row = checks_table(report.checks).drop(columns=["rank", "module", "message", "replay"])
+        parts.append("<details><summary>Every row, with cases, values compared and seconds</summary>\n\n"
+                     f"{_compact(every_row)}\n</details>\n")
     if len(skipped := skipped_table(report.checks)):
         parts += ["## Skipped\n", to_markdown(skipped)]
     for heading, (text, table) in calibration_tables(report).items():
@@ -122,7 +126,7 @@ def _finding(row: CheckRow) -> str:
     where = [f"tp_size {row.tp_size}", row.dtype, row.fabric]
     where += [f"rank {row.rank}"] if row.rank is not None else []
     where += [row.module] if row.module is not None else []
-    text = f"### {escape_markdown(row.check)} · {escape_markdown(' · '.join(where))}\n\n"
+    text = f"### {escape_markdown(row.name)} · {escape_markdown(' · '.join(where))}\n\n"
     if row.error_over_budget is not None:
         text += f"Error over budget: {verdict_cell('', row.error_over_budget).strip()}\n\n"
     text += fenced(row.message)
@@ -150,7 +154,7 @@ def _changes(table: pd.DataFrame) -> str:
 
 
 def _change_details(change: CheckChange) -> str:
-    head = f"### {escape_markdown(change.check)} · tp_size {change.tp_size} · {change.verdict}"
+    head = f"### {escape_markdown(change.name)} · tp_size {change.tp_size} · {change.verdict}"
     text = f"{head}\n\n{fenced(change.message)}"
     text += f"\nRun it again:\n\n{fenced(change.replay)}" if change.replay else ""
     return text + (f"\n{_folded('Traceback', change.traceback)}" if change.traceback else "")

@@ -260,7 +260,7 @@ def _pivot(rows: Sequence[CheckRow]) -> TableView:
     sizes = [str(name) for name in table.columns if str(name).startswith("tp ")]
     view = _table(table)
     varying = telling_columns(rows)
-    found = {(row.check, *(getattr(row, name) for name in varying), f"tp {row.tp_size}"): row for row in rows}
+    found = {(row.name, *(getattr(row, name) for name in varying), f"tp {row.tp_size}"): row for row in rows}
     keys = [tuple(line[name] for name in ("check", *varying)) for line in table.to_dict("records")]
     cells = [[CellView(text=format_cell(name)) for name in names] for names in zip(*keys, strict=True)]
     cells += [[_verdict_cell(found.get((*key, size))) for key in keys] for size in sizes]
@@ -285,7 +285,7 @@ def error_view(error: float) -> ErrorView:
 
 def _row_issue(row: CheckRow) -> IssueView:
     return IssueView(
-        check=row.check,
+        check=row.name,
         verdict=row.verdict,
         tone=TONES[row.verdict],
         layout=f"tp_size {row.tp_size} · {row.dtype} · {row.fabric} · {row.model}",
@@ -301,7 +301,7 @@ def _row_issue(row: CheckRow) -> IssueView:
 def _change_issue(change: CheckChange) -> IssueView:
     error = change.candidate_error
     return IssueView(
-        check=change.check,
+        check=change.name,
         verdict=change.verdict,
         tone=TONES[change.verdict],
         layout=f"tp_size {change.tp_size} · {change.dtype} · {change.fabric} · {change.model}",

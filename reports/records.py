@@ -1,10 +1,10 @@
 """The file format between harness and reports: the only place that knows it.
 
-A report is one JSON file: what ran (`RunInfo`), one row a check and layout (`CheckRow`), one row a benchmark
-case (`BenchRow`), one row for each that was asked for and has no figures (`NotMeasured`), and of a calibration
-how far correct code is off and what is seen of planted errors (`Calibration`). Rows are written one a line, so
-that a diff of two reports reads row by row. Everything is checked when it is made, by the same rules in Python
-and from a file.
+A report is one JSON file: what ran (`RunInfo`), one row a check and layout (`CheckRow`; of some checks one
+a kind of case), one row a benchmark case (`BenchRow`), one row for each that was asked for and has no
+figures (`NotMeasured`), and of a calibration how far correct code is off and what is seen of planted errors
+(`Calibration`). Rows are written one a line, so that a diff of two reports reads row by row. Everything is
+checked when it is made, by the same rules in Python and from a file.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from reports.rows import (
     Tolerance,
     Verdict,
     refuse_twins,
+    whole_checks,
 )
 from reports.typed_json import RecordError, conform, plain
 
@@ -55,6 +56,7 @@ __all__ = [
     "Tolerance",
     "Verdict",
     "read_report",
+    "whole_checks",
     "write_report",
 ]
 

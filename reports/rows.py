@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -122,8 +122,9 @@ class RunInfo(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRow(Record):
-    """One check on one layout.
+    """One check on one layout, or one kind of its cases there.
 
+    kind               of a check that tells its cases apart by kind: which one, such as ``row with bias``
     cases              examples drawn and run
     compared           values compared; a pass with none is refused, for nothing uncompared passes
     error_over_budget  worst error as a fraction of its budget, over 1 in a finding; infinite if the candidate
@@ -131,6 +132,7 @@ class CheckRow(Record):
                        not about size
     excused            share of greedy ids excused as near-ties, 0 to 1
     rank, module       where it first goes wrong
+    seconds            of the check, all of its kinds together
     message            why: needed unless it passed
     replay             the one command that runs the finding again
     extra              whatever else the check has to tell; ``traceback``: where an error came from
@@ -145,6 +147,7 @@ class CheckRow(Record):
     verdict: Verdict
     compared: int
     seconds: float
+    kind: str = ""
     error_over_budget: float | None = None
     rank: int | None = None
     module: str | None = None
@@ -177,9 +180,34 @@ class CheckRow(Record):
         return str(self.extra.get("traceback") or "")
 
     @property
-    def key(self) -> tuple[str, str, str, str, int]:
-        """What makes two rows the same row."""
+    def name(self) -> str:
+        """For people: ``logits``, ``layers: row with bias``."""
+        return f"{self.check}: {self.kind}" if self.kind else self.check
+
+    @property
+    def layout(self) -> tuple[str, str, str, str, int]:
+        """What the rows of one check that differ in kind alone have in common."""
         return (self.check, self.model, self.dtype, self.fabric, self.tp_size)
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int, str]:
+        """What makes two rows the same row."""
+        return (*self.layout, self.kind)
+
+
+def whole_checks(rows: Iterable[CheckRow]) -> list[CheckRow]:
+    """One row a check and layout: of several kinds the worst, with the cases and values of all of them."""
+    groups: dict[tuple[Any, ...], list[CheckRow]] = {}
+    for row in rows:
+        groups.setdefault(row.layout, []).append(row)
+    return [group[0] if len(group) == 1 and not group[0].kind else _whole_check(group) for group in groups.values()]
+
+
+def _whole_check(kinds: Sequence[CheckRow]) -> CheckRow:
+    order: tuple[Verdict, ...] = ("finding", "error", "skipped", "pass")
+    worst = min(kinds, key=lambda row: (order.index(row.verdict), -(row.error_over_budget or 0.0)))
+    return replace(worst, kind="", cases=sum(row.cases for row in kinds), compared=sum(row.compared for row in kinds),
+                   message=f"{worst.kind}: {worst.message}" if worst.kind and worst.message else worst.message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Literal
 import pandas as pd
 
 from reports.compare import HARDWARE, Comparison
-from reports.records import Report, RunInfo
+from reports.records import Report, RunInfo, whole_checks
 from reports.text_tables import MISSING, format_cell, format_number
 
 Tone = Literal["good", "bad", "warn", "quiet"]
@@ -35,7 +35,8 @@ class Headline:
 
 def report_headline(report: Report) -> Headline:
     """The verdict on a run, agreeing with its exit code."""
-    counts = Counter[str](row.verdict for row in report.checks)
+    checks = whole_checks(report.checks)
+    counts = Counter[str](row.verdict for row in checks)
     measured = f"{plural(len(report.benches), 'benchmark case')} measured"
     compared = sum(row.compared for row in report.checks)
     parts = [f"{counts[name]} {word}" for name, word in (
@@ -43,7 +44,7 @@ def report_headline(report: Report) -> Headline:
     ) if counts[name]]  # fmt: skip
     if report.checks:
         values = f"{format_number(compared)} values compared"
-        detail = f"{plural(len(report.checks), 'check')}: {', '.join(parts)}; {values}"
+        detail = f"{plural(len(checks), 'check')}: {', '.join(parts)}; {values}"
     else:
         detail = ""
     if report.benches:
@@ -52,7 +53,8 @@ def report_headline(report: Report) -> Headline:
     if report.not_measured:
         detail += f"; {len(report.not_measured)} not measured"
     if counts["finding"]:
-        return Headline(text=plural(counts["finding"], "finding"), detail=detail, tone="bad")
+        findings = sum(row.verdict == "finding" for row in report.checks)
+        return Headline(text=plural(findings, "finding"), detail=detail, tone="bad")
     if counts["error"]:
         return Headline(text=f"{plural(counts['error'], 'check')} could not run", detail=detail, tone="warn")
     if report.exit_code:

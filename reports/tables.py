@@ -1,4 +1,4 @@
-"""Records as pandas tables: one row a check and layout, one row a benchmark case and metric."""
+"""Records as pandas tables: one row a check (or kind of its cases) and layout, one row a benchmark case and metric."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ BENCH_KEYS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size
 
 
 def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    """One row a `CheckRow`: checks in the order of their first row, then model, dtype, fabric, tp_size."""
-    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} for row in _in_order(rows)]
+    """One row a `CheckRow`: checks and their kinds in the order of their first row, then model, dtype, fabric, tp_size."""
+    lines = [{name: getattr(row, name) for name in CHECK_COLUMNS} | {"check": row.name} for row in _in_order(rows)]
     for line in lines:
         line["message"] = line["message"] or None  # an empty message is none, as in every other column
         if (error := line["error_over_budget"]) is not None and math.isnan(error):
@@ -56,7 +56,7 @@ def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
 
 
 def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    """Checks down, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
+    """Checks down, each with a row a kind, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
 
     A bound of rounding, which right sums reach, is marked: ``pass 0.996 (≤1)``.
 
@@ -66,15 +66,16 @@ def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
     sizes = sorted({row.tp_size for row in rows})
     cells: dict[tuple[str, ...], dict[str, object]] = {}
     for row in _in_order(rows):
-        key = tuple(getattr(row, name) for name in ("check", *varying))
+        key = (row.name, *(getattr(row, name) for name in varying))
         cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget) + bound_mark(row)
     columns = ("check", *varying, *(f"tp {size}" for size in sizes))
     return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
 
 
 def _in_order(rows: Sequence[CheckRow]) -> list[CheckRow]:
-    order = {name: i for i, name in enumerate(dict.fromkeys(row.check for row in rows))}
-    return sorted(rows, key=lambda row: (order[row.check], *row.key))
+    checks = list(dict.fromkeys(row.check for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
+    return sorted(rows, key=lambda row: (checks.index(row.check), names.index(row.name), *row.key))
 
 
 def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
@@ -83,7 +84,7 @@ def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
     One rank alone is always ``solo``, so a fabric that goes with tp_size tells nothing new.
     """
     varying = [name for name in ("model", "dtype") if len({getattr(row, name) for row in rows}) > 1]
-    layouts = {(row.check, row.model, row.dtype, row.tp_size) for row in rows}
+    layouts = {(row.name, row.model, row.dtype, row.tp_size) for row in rows}
     return varying if len(layouts) == len(rows) else [*varying, "fabric"]
 
 
@@ -153,7 +154,7 @@ def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
     order = {name: i for i, name in enumerate(get_args(CheckVerdict))}
     lines: list[dict[str, object]] = []
     for change in sorted(changes, key=lambda change: order[change.verdict]):
-        line: dict[str, object] = {name: getattr(change, name) for name in columns}
+        line: dict[str, object] = {name: getattr(change, name) for name in columns} | {"check": change.name}
         line["baseline"] = verdict_cell(change.baseline, change.baseline_error) or None
         line["candidate"] = verdict_cell(change.candidate, change.candidate_error) or None
         lines.append(line)
@@ -187,7 +188,7 @@ def not_measured_table(rows: Sequence[NotMeasured]) -> pd.DataFrame:
 
 def skipped_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """The skipped ones of ``rows`` and why: one line for those of a check with one reason."""
-    lines = [{"check": row.check, "model": row.model, "tp_size": row.tp_size, "reason": row.message}
+    lines = [{"check": row.name, "model": row.model, "tp_size": row.tp_size, "reason": row.message}
              for row in rows if row.verdict == "skipped"]
     table = joined(_frame(lines, ("check", "model", "tp_size", "reason")))
     return table if table["model"].nunique() > 1 else table.drop(columns="model")

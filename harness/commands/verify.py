@@ -137,14 +137,16 @@ def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, 
 
 
 def _print(plan: VerifyPlan, report: Report, *, quiet: bool) -> None:
+    from reports.records import whole_checks
     from reports.tables import BOUND_NOTE, bound_mark, checks_pivot
     from reports.text_tables import to_text
 
     if not quiet:
-        layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in report.checks if row.check == plan.checks[0])
-        sys.stdout.write(f"{to_text(checks_pivot(report.checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers "
+        checks = whole_checks(report.checks)
+        layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in checks if row.check == plan.checks[0])
+        sys.stdout.write(f"{to_text(checks_pivot(checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers "
                          f"are the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
-        if any(map(bound_mark, report.checks)):
+        if any(map(bound_mark, checks)):
             sys.stdout.write(f"{BOUND_NOTE}\n")
     _print_rows([row for row in report.checks if row.verdict != "pass" and not (quiet and row.verdict == "skipped")])
 
@@ -156,7 +158,7 @@ def _print_rows(rows: Sequence[CheckRow]) -> None:
         groups.setdefault((row.verdict, row.message, row.replay), []).append(row)
     for group in groups.values():
         first = group[0]
-        checks = ", ".join(dict.fromkeys(row.check for row in group))
+        checks = ", ".join(dict.fromkeys(row.name for row in group))
         tp_sizes = ", ".join(map(str, dict.fromkeys(row.tp_size for row in group)))
         sys.stdout.write(f"\n{first.verdict.upper()} in {checks} at tp_size={tp_sizes}: {first.message}\n")
         if first.replay:

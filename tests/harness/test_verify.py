@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import harness.verify
 from harness.checks import CHECKS
-from harness.checks.base import CheckContext, Outcome
+from harness.checks.base import CheckContext, Outcome, together
 from harness.strategies import model_configs
 from harness.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint
-from reports.records import Report
+from reports.records import CheckRow, Report, whole_checks
 from tests.engine.rank_jobs import nap
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
@@ -33,7 +33,7 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
     options.setdefault("checks", QUICK)
     report = verify(VerifyPlan(model="tiny", folder=folder, tp_sizes=tp_sizes, fabric=fabric, **options))
     assert [row.message for row in report.checks if row.verdict != "pass"] == []
-    assert [(row.tp_size, row.check) for row in report.checks] == [
+    assert [(row.tp_size, row.check) for row in whole_checks(report.checks)] == [
         (tp_size, check) for tp_size in tp_sizes for check in options["checks"]]
     assert report.exit_code == 0
     return report
@@ -57,7 +57,7 @@ def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, famil
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_processes_are_green_too(tiny_model: MakeModel, family: str) -> None:
     report = green(tiny_model(small_config(family, num_q_heads=9, num_kv_heads=3), "bfloat16"), (1, 2, 3), "auto")
-    assert [row.fabric for row in report.checks if row.check == "logits"] == ["solo", "gloo", "gloo"]
+    assert [row.fabric for row in report.checks if row.name == "logits: model"] == ["solo", "gloo", "gloo"]
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -66,6 +66,25 @@ def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -
     config = data.draw(model_configs(tp_size))
     with tempfile.TemporaryDirectory() as folder:
         green(random_checkpoint(folder, config, dtype=dtype), (tp_size,), "threads")
+
+
+def test_a_check_of_several_kinds_has_a_row_for_each(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind in which nothing was judged is an error, and the findings of the others are told."""
+    kinds = (Outcome(kind="a", cases=2, compared=5), Outcome(kind="b", cases=3, compared=0),
+             Outcome(kind="c", cases=1, compared=7, finding="off", error_over_budget=2.0))
+    done: list[CheckRow] = []
+
+    def rows(*parts: Outcome) -> list[CheckRow]:
+        monkeypatch.setitem(CHECKS, "collectives", lambda context: together(parts))
+        return verify(VerifyPlan(model="tiny", folder=tiny_model(small_config()), tp_sizes=(1,), checks=("collectives",)),
+                      on_row=done.append).checks
+
+    assert [(row.name, row.verdict, row.cases, row.compared) for row in rows(*kinds)] == [
+        ("collectives: a", "pass", 2, 5), ("collectives: b", "error", 3, 0), ("collectives: c", "finding", 1, 7)]
+    assert [(row.name, row.verdict, row.cases, row.message) for row in done] == [("collectives", "finding", 6, "c: off")]
+    _, empty = rows(*kinds[:2])
+    assert (empty.verdict, done[-1].verdict) == ("error", "error")
+    assert "kind='b': nothing was judged in cases=3" in empty.message
 
 
 @pytest.mark.multirank
@@ -89,7 +108,7 @@ def test_a_nan_in_a_checkpoint_is_a_finding_of_weights_at_every_tp_size_and_stop
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     report = verify(VerifyPlan(model="tiny", folder=folder, tp_sizes=(1, 2), fabric="threads",
                                checks=("logits", "weights", "layers")))
-    assert [row.verdict for row in report.checks] == ["error", "finding", "pass"] * 2
+    assert [row.verdict for row in whole_checks(report.checks)] == ["error", "finding", "pass"] * 2
     for row in report.checks[:2]:
         assert "model.layers.0.mlp.up_proj.weight[3, 5] is nan" in row.message
     assert report.exit_code == 1

@@ -82,6 +82,8 @@ def a_full_report() -> Report:
         ),
         a_check("logits", 1, fabric="solo", error_over_budget=0.25, excused=0.0125),
         a_check("logits", 2, "finding", error_over_budget=float("inf")),
+        a_check("layers", 2, kind="row", cases=4),
+        a_check("layers", 2, kind="row with bias", cases=3, error_over_budget=0.5),
         a_check("kv", 2, "skipped", message="needs <2> GPUs"),
         a_check("kv", 4, "skipped", message="needs <2> GPUs"),
         a_check("lifecycle", 2, "error", message="rank 1 died", extra={"traceback": f"Traceback …\n  </details> {nasty}"}),

@@ -225,6 +225,29 @@ def test_a_check_is_told_by_what_it_was_and_is(
     assert comparison.exit_code == exit_code
 
 
+def of_kind(kind: str, verdict: str = "pass", error: float | None = 0.2) -> CheckRow:
+    return a_check("layers", kind=kind, verdict=verdict, error_over_budget=error)
+
+
+@pytest.mark.parametrize(("before", "after", "verdicts"), [
+    # Kind by kind where both sides have them.
+    ([of_kind("row"), of_kind("row with bias")], [of_kind("row"), of_kind("row with bias", "finding", 3.0)],
+     {"layers: row": "same", "layers: row with bias": "broken"}),
+    ([of_kind("row"), of_kind("column")], [of_kind("row")], {"layers: row": "same", "layers: column": "only in baseline"}),
+    # All kinds together where one side has none: a check that could not run, a record from before there were kinds.
+    ([of_kind("row"), of_kind("row with bias")], [of_kind("", "error", None)], {"layers": "broken"}),
+    ([of_kind("")], [of_kind("row"), of_kind("row with bias")], {"layers": "same"}),
+    ([of_kind("")], [of_kind("row"), of_kind("row with bias", error=0.9)], {"layers": "worse error"}),
+    ([of_kind("")], [of_kind("row"), of_kind("row with bias", "finding", None)], {"layers": "broken"}),
+    ([of_kind("")], [], {"layers": "only in baseline"}),
+])
+def test_kinds_of_a_check_are_held_against_their_own(before: list[CheckRow], after: list[CheckRow],
+                                                     verdicts: dict[str, str]) -> None:
+    comparison = compare(a_report(*before), a_report(*after))
+    assert {change.name: change.verdict for change in comparison.checks} == verdicts
+    assert all(f"| {name} " in comparison_markdown(comparison) for name in verdicts)
+
+
 def test_the_spread_of_errors_that_counts_is_a_setting() -> None:
     old, new = a_report(check_with("pass", 0.2)), a_report(check_with("pass", 0.46))
     assert compare(old, new, error_spread=0.3).checks[0].verdict == "same"

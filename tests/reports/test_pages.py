@@ -53,7 +53,7 @@ class Page(HTMLParser):
 def full_comparison_html() -> str:
     new = a_full_report()
     old = a_report(
-        *(a_check(row.check, row.tp_size, fabric=row.fabric) for row in new.checks),
+        *(a_check(row.check, row.tp_size, kind=row.kind, fabric=row.fabric) for row in new.checks),
         *new.benches[:-1],
         machine=GPU,
     )

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def check_rows(draw: st.DrawFn) -> CheckRow:
         draw(names),
         tp_size,
         verdict,
+        kind=draw(st.just("") | texts),
         cases=draw(st.integers(0, 10**6)),
         compared=draw(st.integers(1 if verdict == "pass" else 0, 10**12)),
         error_over_budget=draw(st.none() | errors),
@@ -47,6 +49,13 @@ def check_rows(draw: st.DrawFn) -> CheckRow:
         excused=draw(st.none() | st.floats(0, 1)),
         extra=draw(st.dictionaries(texts, json_values, max_size=3)),
     )
+
+
+def test_a_row_from_before_there_were_kinds_has_none(tmp_path: Path) -> None:
+    path = write_report(tmp_path, a_report(a_check()))
+    path.write_text(path.read_text().replace('"kind": "", ', ""))
+    assert '"kind"' not in path.read_text()
+    assert read_report(path).checks == [a_check()]
 
 
 @st.composite

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reports.compare import compare
-from reports.records import NotMeasured
+from reports.records import NotMeasured, whole_checks
 from reports.render import write_all, write_comparison
 from reports.tables import bench_table, bench_tables, checks_pivot, checks_table, rows_table, to_csv
 from reports.text_tables import escape_markdown, format_number, printable, to_markdown, to_text
@@ -47,6 +47,31 @@ def test_the_pivot_has_a_row_a_check_and_a_column_a_tp_size() -> None:
         ("weights", "pass", "pass", None),
         ("logits", None, "pass 0.123", "finding ∞"),
     ]
+
+
+def test_a_kind_of_a_check_is_a_row_with_its_own_cases_and_values() -> None:
+    rows = [a_check("layers", tp_size, kind=kind, cases=cases, compared=10 * cases)
+            for tp_size in (1, 2) for kind, cases in (("row with bias", 3), ("column", 4))]
+    rows.insert(2, a_check("logits", 1))
+    assert rows_of(checks_table(rows), "check", "tp_size", "cases", "compared") == [
+        ("layers: row with bias", 1, 3, 30), ("layers: row with bias", 2, 3, 30),
+        ("layers: column", 1, 4, 40), ("layers: column", 2, 4, 40), ("logits", 1, 10, 1000),
+    ]
+    assert rows_of(checks_pivot(rows), "check", "tp 2")[:2] == [("layers: row with bias", "pass"), ("layers: column", "pass")]
+    table = rows_table(a_report(*rows))
+    assert rows_of(table, "kind", "check", "cases")[0] == ("check", "layers: row with bias", 3)
+
+
+def test_the_kinds_of_a_check_together_are_as_bad_as_the_worst() -> None:
+    rows = [a_check("layers", kind="a", error_over_budget=0.2), a_check("layers", kind="b", error_over_budget=0.9),
+            a_check("logits"), a_check("layers", 4, kind="a"),
+            a_check("layers", 4, "finding", kind="b", message="off", compared=7, error_over_budget=2.0, rank=3),
+            a_check("layers", 4, "error", kind="c")]
+    whole = whole_checks(rows)
+    assert [(row.name, row.tp_size, row.verdict, row.error_over_budget, row.cases, row.compared) for row in whole] == [
+        ("layers", 2, "pass", 0.9, 20, 2000), ("logits", 2, "pass", None, 10, 1000), ("layers", 4, "finding", 2.0, 30, 1007)]
+    assert (whole[2].message, whole[2].rank) == ("b: off", 3)
+    assert whole[1] is rows[2]
 
 
 def test_the_pivot_tells_fabrics_apart_where_one_layout_ran_on_two() -> None:
@@ -144,9 +169,9 @@ def test_each_workload_has_a_table_of_its_own() -> None:
 def test_csv_holds_every_row_in_full_precision() -> None:
     report = a_full_report()
     lines = list(csv.DictReader(io.StringIO(to_csv(rows_table(report)))))
-    assert [line["kind"] for line in lines] == ["check"] * 7 + ["bench"] * 6 + ["not_measured"] * 3
-    assert float(lines[7]["iqr"]) == 1.0
-    by_check = {(line["check"], line["tp_size"]): line for line in lines[:7]}
+    assert [line["kind"] for line in lines] == ["check"] * 9 + ["bench"] * 6 + ["not_measured"] * 3
+    assert float(lines[9]["iqr"]) == 1.0
+    by_check = {(line["check"], line["tp_size"]): line for line in lines[:9]}
     assert by_check["weights", "2"]["message"] == report.checks[1].message
     assert by_check["logits", "2"]["error_over_budget"] == "inf"
     assert by_check["weights", "1"]["rank"] == ""
