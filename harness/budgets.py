@@ -270,6 +270,13 @@ def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: i
     return 1 - fewer < 1e-3
 
 
+def batch_flips(dtype: str) -> int:
+    """How many completions may differ between a batch and another one by rounding: of some hundred drawn tokens, each with a
+    chance of about 1e-6 in float32 that two candidates are so close, two differ with 1e-8; in float64 one does with 1e-13.
+    """
+    return 0 if dtype == "float64" else 1
+
+
 IMPROBABLE = 1e-9
 """Chance with which tokens that were drawn as they should be are called improbable."""
 

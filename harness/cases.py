@@ -24,6 +24,7 @@ class SavedCase:
     """One finding.
 
     model     what ``verify`` was given: a name, or a folder's whole path
+    kind      of a check that has kinds of cases; files from before it was noted have none
     case      what the check drew; empty for checks that draw from the seed alone
     finding   what was wrong
     tensors   what was given, found and expected
@@ -39,15 +40,17 @@ class SavedCase:
     seed: int
     case: dict[str, Any]
     finding: str
+    kind: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def file_name(self) -> str:
-        return f"{self.check}-tp{self.tp_size}-{self.fabric}.safetensors"
+        name = "-".join([self.check, *self.kind.split()])
+        return f"{name}-tp{self.tp_size}-{self.fabric}.safetensors"
 
 
 def save_case(folder: Path, saved: SavedCase) -> Path:
-    """Write a case file into ``folder`` and return its path. An older one of the same check and layout is replaced."""
+    """Write a case file into ``folder`` and return its path. An older one of the same check, kind and layout is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / saved.file_name
     header = {name: value for name, value in asdict(saved).items() if name != "tensors"}
@@ -69,7 +72,7 @@ def load_case(path: Path) -> SavedCase:
         with safe_open(path, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})[HEADER])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not iterable
-        if set(header) != {item.name for item in fields(SavedCase)} - {"tensors"}:
+        if {"kind"} | set(header) != {item.name for item in fields(SavedCase)} - {"tensors"}:
             raise ValueError(f"it holds {sorted(header)}")
         return SavedCase(**header, tensors=tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -28,6 +28,28 @@ def load(rank: RankContext, subject: str, folder: Path, dtype: str, options: Map
     rank.state["subject"] = candidate
 
 
+def load_beside(rank: RankContext, subject: str, folder: Path, dtype: str, options: Mapping[str, Any]) -> None:
+    """Let another checkpoint take the place of the one that the rank holds, until ``put_back``."""
+    rank.state["before"] = rank.state.pop("subject")
+    load(rank, subject, folder, dtype, options)
+
+
+def put_back(rank: RankContext) -> None:
+    """End what ``load_beside`` began, whether or not it came to its end."""
+    if "before" in rank.state:
+        rank.state["subject"] = rank.state.pop("before")
+
+
+def unload(rank: RankContext) -> None:
+    """Let go of the subject."""
+    rank.state.pop("subject", None)
+
+
+def is_loaded(rank: RankContext) -> bool:
+    """Whether there is a subject."""
+    return rank.state.get("subject") is not None
+
+
 def find_checkpoint(rank: RankContext, folder: Path) -> None:
     """Raise CheckpointError where the folder is not: ranks may be on hosts of their own."""
     if not (folder / "config.json").is_file():

@@ -24,6 +24,9 @@ LARGEST_WEIGHT, LARGEST_INPUT, LARGEST_BIAS = 3, 3, 8
 OUTLIER = 64.0
 """How much larger a few input features are, as in real models, if the case has outliers."""
 NUM_TOKEN_IDS = 29
+WITH_BIAS = " with bias"
+NAMES = tuple(kind + bias for kind in KINDS for bias in ("", WITH_BIAS) if (kind, bias) != ("embedding", WITH_BIAS))
+"""Kinds of case to be told apart; an embedding has no bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,11 @@ class LayerCase:
     """No result is positive: zeros that pad a vocabulary would win."""
 
     @property
+    def name(self) -> str:
+        """One of ``NAMES``."""
+        return self.kind + (WITH_BIAS if self.bias else "")
+
+    @property
     def config(self) -> dict[str, Any]:
         """As in a config.json, for ``reference.shards``."""
         return {"model_type": "llama", "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
@@ -69,6 +77,11 @@ class LayerCase:
             "embedding": [("embed_tokens", vocab, hidden)],
             "lm_head": [("lm_head", vocab, hidden)],
         }[self.kind]
+
+    @property
+    def num_weights(self) -> int:
+        """How large it is."""
+        return sum(out * into for _, out, into in self.parts)
 
     def __str__(self) -> str:
         sizes = {"replicated": f"{self.hidden_size}->{self.intermediate_size}",

@@ -22,8 +22,10 @@ from engine.config import EngineConfig, ModelConfig
 from engine.core import EngineCore
 from engine.kv_cache import BlockManager
 from engine.layers.norm import RMSNorm
+from engine.llm import LLM
+from engine.outputs import RequestOutput
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
-from engine.parallel.ranks import RankContext
+from engine.parallel.ranks import RankContext, Ranks
 from engine.runner import Runner
 from engine.sampling import SamplingParams
 from engine.scheduler import Chunk
@@ -198,3 +200,30 @@ class EngineSubject:
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"engine": EngineSubject}
+
+
+class EngineGenerator:
+    """``LLM`` itself, on ranks that are somebody else's. A context manager; its end frees the ranks."""
+
+    def __init__(self, ranks: Ranks, folder: Path, device: str, options: Mapping[str, Any]) -> None:
+        self._llm = LLM(folder, ranks=ranks, tensor_parallel_size=ranks.tp_size, device=device, **options)
+        self.stream, self.abort = self._llm.stream, self._llm.abort
+        self.block_size = self._llm.config.block_size
+
+    def params(self, values: Mapping[str, Any]) -> SamplingParams:
+        """Sampling parameters of these fields."""
+        return SamplingParams(**values)
+
+    def generate(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """One output a prompt, in the prompts' order."""
+        return self._llm.generate(prompts, params, use_tqdm=False)
+
+    def __enter__(self) -> EngineGenerator:
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        self._llm.close()
+
+
+GENERATORS: dict[str, Callable[[Ranks, Path, str, Mapping[str, Any]], EngineGenerator]] = {"engine": EngineGenerator}
+"""What takes requests, in the driver's process: ranks, model folder, device and the engine's options -> vLLM's interface."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ class Truth:
         """Texts through the chat template if the model has a tokenizer, random ids if not."""
         tokenizer = self.tokenizer
         if tokenizer is None:
-            draw = random.Random(self.seed)
-            return tuple(tuple(self._random_ids(draw, length)) for length in self.prompt_lengths)
+            return self._random_sequences(random.Random(self.seed), self.prompt_lengths)
         try:
             return self._tokenized(tokenizer)
         except Exception as error:  # of any kind: libraries raise what they like over a file that they did not write
@@ -93,20 +93,21 @@ class Truth:
         """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
         lengths = tuple(min(length, self.config["max_position_embeddings"]) for length in self.script_lengths)
-        sequences = [self._random_ids(draw, length) for length in lengths]
-        return Script(sequences=tuple(map(tuple, sequences)), steps=mixed_steps(lengths, draw))
+        return Script(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
 
-    def _random_ids(self, draw: random.Random, length: int) -> list[int]:
+    def _random_sequences(self, draw: random.Random, lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Ids of these lengths, a third of them where a vocabulary is cut: borders of the shards of 2 ranks, of 3, and so on."""
         last = self.config["vocab_size"] - 1
-        ids = [draw.randint(0, last) for _ in range(length)]
-        # Where a vocabulary is cut: its ends, and the borders of shards for any number of ranks up to 8.
-        borders = sorted({0, last, *(cut for ranks in range(2, 9) for at in range(1, ranks)
-                                     for cut in (at * -(-(last + 1) // ranks) - 1, at * -(-(last + 1) // ranks)) if cut <= last)})
-        places = draw.sample(range(length), min(length // 3 + 1, len(borders)))
-        # Always the last id: it is the one that goes missing where a vocabulary is cut without its remainder.
-        for place, token_id in zip(places, [last, *draw.choices(borders, k=len(places))], strict=False):
-            ids[place] = token_id
-        return ids
+        cuts = (at * -(-(last + 1) // ranks) for ranks in range(2, 9) for at in range(1, ranks))
+        borders = iter(dict.fromkeys([*(token_id for cut in cuts if cut <= last for token_id in (cut - 1, cut)), 0]))
+        sequences = []
+        for length in lengths:
+            ids = [draw.randint(0, last) for _ in range(length)]
+            # Always the last id: it is the one that goes missing where a vocabulary is cut without its remainder.
+            for place, token_id in zip(draw.sample(range(length), length // 3 + 1), chain([last], borders), strict=False):
+                ids[place] = token_id
+            sequences.append(tuple(ids))
+        return tuple(sequences)
 
     @cached_property
     def exact_logits(self) -> list[Tensor]:

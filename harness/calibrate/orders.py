@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.parallel.ranks import RankContext, Ranks
+from engine.parallel.ranks import RankContext, Ranks, Ticket
 from harness.simulated import EveryProduct
 
 LANES = (1, 1, 2, 4, 8, 16, 32)
@@ -99,12 +99,22 @@ class InDrawnOrders:
 
     def __init__(self, ranks: Ranks, seed: int) -> None:
         self.ranks = ranks
-        self.tp_size, self.fabric = ranks.tp_size, ranks.fabric
+        self.tp_size, self.fabric, self.device = ranks.tp_size, ranks.fabric, ranks.device
         self.seed = seed
+        self.collect = ranks.collect
+
+    @property
+    def healthy(self) -> bool:
+        """As ``Ranks.healthy``."""
+        return self.ranks.healthy
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
         """As ``Ranks.run``."""
-        return self.ranks.run(_run_in_drawn_orders, self.seed, job, args)
+        return self.collect(self.submit(job, *args))
+
+    def submit(self, job: Callable[..., Any], *args: Any) -> Ticket:
+        """As ``Ranks.submit``."""
+        return self.ranks.submit(_run_in_drawn_orders, self.seed, job, args)
 
 
 def _run_in_drawn_orders(rank: RankContext, seed: int, job: Callable[..., Any], args: Sequence[Any]) -> Any:

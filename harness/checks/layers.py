@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from engine.parallel.linear import (
 from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import scale_range
 from harness.budgets import rounding
-from harness.checks.base import CheckContext, Outcome
-from harness.layer_cases import KINDS, LayerCase, LayerProblem, RankPart
+from harness.checks.base import CheckContext, Outcome, together
+from harness.layer_cases import KINDS, NAMES, LayerCase, LayerProblem, RankPart
 from reference.hf import DTYPES
 
 NUM_DRAWN = 6
@@ -47,21 +47,30 @@ class LayerAnswer:
 
 def check_layers(context: CheckContext) -> Outcome:
     if context.case is None:
-        cases = draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.ranks.tp_size)
+        cases, names = draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.ranks.tp_size), NAMES
     else:
         cases = [LayerCase(**context.case)]
+        names = (cases[0].name,)
     by_rank = context.ranks.run(run_cases, cases)
-    compared = sum(answer.compared for answers in by_rank for answer in answers)
-    failing = [number for number in range(len(cases)) if any(answers[number].problem for answers in by_rank)]
+    answers = list(zip(cases, zip(*by_rank, strict=True), strict=True))
+    parts = [_judge(name, [(case, by_rank) for case, by_rank in answers if case.name == name]) for name in names]
+    failing = [part for part in parts if part.finding is not None]
+    return together(parts, told=min(failing, key=lambda part: LayerCase(**part.case).num_weights, default=None))
+
+
+def _judge(name: str, answers: Sequence[tuple[LayerCase, Sequence[LayerAnswer]]]) -> Outcome:
+    """One kind of layer: its cases, and what every rank saw of each."""
+    everything = [answer for _, by_rank in answers for answer in by_rank]
+    found = Outcome(kind=name, cases=sum(any(answer.compared for answer in by_rank) for _, by_rank in answers),
+                    compared=sum(answer.compared for answer in everything))
+    failing = [(case, by_rank) for case, by_rank in answers if any(answer.problem for answer in by_rank)]
     if not failing:
-        worst = max((answer.error_over_budget or 0.0 for answers in by_rank for answer in answers), default=None)
-        return Outcome(cases=len(cases), compared=compared, error_over_budget=worst)
-    smallest = min(failing, key=lambda number: sum(out * into for _, out, into in cases[number].parts))
-    case = cases[smallest]
-    rank, answer = next((rank, answers[smallest]) for rank, answers in enumerate(by_rank) if answers[smallest].problem)
-    return Outcome(cases=len(cases), compared=compared, rank=rank, module=case.kind, case=asdict(case),
-                   tensors=answer.tensors, error_over_budget=answer.error_over_budget, extra={"smallest_case": str(case)},
-                   finding=f"{len(failing)} of {len(cases)} cases fail, the smallest {case}: rank {rank}: {answer.problem}")
+        return replace(found, error_over_budget=max((answer.error_over_budget or 0.0 for answer in everything), default=None))
+    case, by_rank = min(failing, key=lambda pair: pair[0].num_weights)
+    rank, answer = next((rank, answer) for rank, answer in enumerate(by_rank) if answer.problem)
+    return replace(found, rank=rank, module=case.kind, case=asdict(case), tensors=answer.tensors,
+                   error_over_budget=answer.error_over_budget, extra={"smallest_case": str(case)},
+                   finding=f"{len(failing)} of {len(answers)} cases fail, the smallest {case}: rank {rank}: {answer.problem}")
 
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size: int) -> list[LayerCase]:

@@ -1,20 +1,94 @@
-"""Are the logits of the whole model within budget: prefill in chunks, mixed with decode steps, several sequences at once?"""
+"""Are the logits of the whole model within budget: prefill in chunks, mixed with decode steps, several sequences at once?
+
+Twice: the model's own; and those of a small twin of the same layout in which the rows that a norm is given have mean squares
+near the config's eps. Hidden states of most models have mean squares so far above it that no logits show a wrong eps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness import jobs
 from harness.budgets import computation
-from harness.checks.base import CheckContext, Outcome
+from harness.checks.base import CheckContext, Outcome, together
+from harness.checks.weights import small_twin
 from harness.localise import localise
+from harness.truth import Truth
+from reference.checkpoints import random_checkpoint
+from reference.hf import DTYPES
+
+MODEL, NEAR_EPS = "model", "near eps"
+TWIN_SCRIPT_LENGTHS = (17, 11, 5)
+TWIN_OPTIONS = {"num_kv_blocks": 8, "block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+TWIN_SCALES = {"embed_tokens": 0.5, "o_proj": 1.0, "down_proj": 2.0}
+"""Times the square root of eps; the MLP's are larger since its activations are smaller. What the layers add to the embeddings
+then is about as large as these, and no row is far above eps."""
+SHARPER = 2.0
+"""Times the weights of norms of queries and keys: of an almost flat softmax nobody sees how large its scores are."""
 
 
 def check_logits(context: CheckContext) -> Outcome:
+    own = compare_logits(context)
+    with near_eps_twin(context) as twin:
+        near_eps = compare_logits(twin)
+    if near_eps.finding is not None:
+        config = twin.truth.config
+        what = f"a twin of {config['num_hidden_layers']} layers with mean squares near eps={config['rms_norm_eps']:g}"
+        near_eps = replace(near_eps, finding=f"{what}: {near_eps.finding}", extra={**near_eps.extra, "smallest_case": what})
+    return together([replace(own, kind=MODEL), replace(near_eps, kind=NEAR_EPS)])
+
+
+@contextmanager
+def near_eps_twin(context: CheckContext) -> Iterator[CheckContext]:
+    """The same for the twin, which takes the model's place on the ranks as long as this lasts."""
+    ranks = context.ranks
+    config = small_twin(context.truth.config, ranks.tp_size)
+    config["vocab_size"] += 60  # of few logits the median row tells nothing
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        folder = near_eps_checkpoint(Path(scratch), config, dtype=context.dtype, seed=context.seed)
+        twin = Truth(folder, dtype=context.dtype, seed=context.seed, device=context.truth.device,
+                     script_lengths=TWIN_SCRIPT_LENGTHS)
+        try:
+            ranks.run(jobs.load_beside, context.subject, folder, context.dtype, TWIN_OPTIONS)
+            yield replace(context, truth=twin, options=TWIN_OPTIONS)
+        finally:
+            if ranks.healthy:  # others are replaced, and load the model again
+                ranks.run(jobs.put_back)
+
+
+def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
+    """A random model in which no row that is normed has a mean square far from eps, unless the dtype can't hold so small ones."""
+    random_checkpoint(folder, config, dtype=dtype, seed=seed)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    # Some way above the smallest number that the dtype holds in full, or whose square float32 does.
+    least = 16 * max(torch.finfo(DTYPES[dtype]).tiny, torch.finfo(torch.float32).tiny ** 0.5)
+    size = max(config["rms_norm_eps"] ** 0.5, least)
+    has_head_norms = any(name.endswith("q_norm.weight") for name in tensors)
+    for name, tensor in tensors.items():
+        module = name.split(".")[-2]
+        if module == "embed_tokens":
+            tensor *= size * TWIN_SCALES[module] / tensor.double().square().mean().sqrt()
+        elif module in TWIN_SCALES:
+            tensor *= size * TWIN_SCALES[module]
+        elif module in ("q_norm", "k_norm"):
+            tensor *= SHARPER
+        elif has_head_norms and module in ("q_proj", "k_proj"):
+            tensor *= size
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def compare_logits(context: CheckContext) -> Outcome:
+    """What is loaded on the ranks against ``context.truth``."""
     truth, script = context.truth, context.truth.script
     answers = context.ranks.run(jobs.logits, script)
     cases = len(script.sequences)

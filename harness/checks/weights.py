@@ -1,7 +1,8 @@
 """Is every element of the checkpoint where it belongs, bit for bit, and nothing else anywhere?
 
 Twice: the model's own checkpoint, as it was loaded for the other checks; and a small one of the same layout whose every
-value is the number of its element, so that a wrong element names itself.
+value is the number of its element, so that a wrong element names itself. Where embeddings are tied, a third time, with a
+checkpoint that holds an LM head all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.checkpoint_files import by_model_name, open_file, read_headers
@@ -22,10 +24,12 @@ from engine.parallel.ranks import RankContext
 from harness.budgets import bits
 from harness.checks.base import CheckContext, Outcome
 from harness.subjects import SUBJECTS
-from reference.checkpoints import index_checkpoint
+from reference.checkpoints import as_config, index_checkpoint
 from reference.elements import ElementIndex
 from reference.hf import DTYPES
 from reference.shards import owners
+
+LONG_VOCABULARY = 1009
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +47,17 @@ class Wrong:
 
 def check_weights(context: CheckContext) -> Outcome:
     compared = 0
-    for what, found in (("the model's checkpoint", _own_checkpoint(context)), ("an index-valued checkpoint", _indexed(context))):
-        for rank, (num_elements, wrong) in enumerate(found):
+    parts = {"the model's checkpoint": _own_checkpoint, "an index-valued checkpoint": _indexed}
+    if context.truth.config.get("tie_word_embeddings"):
+        parts["a checkpoint with an LM head beside the embedding that it is tied to"] = _with_a_head_of_its_own
+    for what, compare in parts.items():
+        for rank, (num_elements, wrong) in enumerate(compare(context)):
             compared += num_elements
             if wrong:
                 first = wrong[0]
-                return Outcome(cases=2, compared=compared, rank=rank, module=first.name.rpartition(".")[0],
+                return Outcome(cases=len(parts), compared=compared, rank=rank, module=first.name.rpartition(".")[0],
                                finding=f"{what}: {len(wrong)} wrong shards on rank {rank}, first {first}")
-    return Outcome(cases=2, compared=compared)
+    return Outcome(cases=len(parts), compared=compared)
 
 
 def _own_checkpoint(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
@@ -62,6 +69,20 @@ def _indexed(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         config = small_twin(context.truth.config, context.ranks.tp_size)
         folder = index_checkpoint(Path(scratch) / "indexed", config)
+        return context.ranks.run(load_and_compare, context.subject, folder, config)
+
+
+def _with_a_head_of_its_own(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
+    """Where an LM head is stored that differs from the embedding, if only in its last row, transformers does not tie them."""
+    with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
+        config = {**small_twin(context.truth.config, context.ranks.tp_size), "vocab_size": LONG_VOCABULARY}
+        folder = index_checkpoint(Path(scratch) / "headed", {**config, "tie_word_embeddings": False})
+        as_config(config).save_pretrained(folder)
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[-1] = 0
+        save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
         return context.ranks.run(load_and_compare, context.subject, folder, config)
 
 

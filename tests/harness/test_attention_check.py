@@ -16,6 +16,7 @@ import engine.kernels.rope as rope
 import engine.layers.rotary as rotary
 from engine.batch import StepBatch
 from engine.layers.attention_backends import AttentionLayout, LayerCache, TorchBackend
+from harness.checks.attention import NUM_CASES
 from harness.checks.base import Outcome
 from harness.faults.layouts import LAYOUTS
 from tests.harness.checking import again, assert_green, run_check
@@ -35,6 +36,13 @@ def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
     outcome = run_check("attention", folder, dtype, tp_size=tp_size)
     assert_green(outcome)
     assert outcome.extra["backends"] == ["torch"]
+
+
+@pytest.mark.parametrize(("tp_size", "compared"), [(1, 50_128), (2, 41_512)])
+def test_every_case_is_judged_by_all_of_its_values(folder: Path, tp_size: int, compared: int) -> None:
+    """Four lengths of rotary tables, the drawn steps and the long prompt."""
+    outcome = run_check("attention", folder, tp_size=tp_size)
+    assert (outcome.cases, outcome.compared) == (4 + NUM_CASES + 1, compared)
 
 
 @pytest.mark.parametrize("layout", ["qwen3", "llama-nine-heads"])

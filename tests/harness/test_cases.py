@@ -21,7 +21,7 @@ from harness.verify import VerifyPlan, replay, verify
 from tests.harness.conftest import MakeModel
 
 SAVED = SavedCase(check="layers", model="no/such", tp_size=2, fabric="threads", device="cpu", dtype="bfloat16", subject="engine",
-                  seed=3, case={"kind": "row", "sizes": [1, 2]}, finding="rank 1: off",
+                  seed=3, case={"kind": "row", "sizes": [1, 2]}, finding="rank 1: off", kind="row with bias",
                   tensors={"found": torch.tensor([1.0, -0.0, float("nan")], dtype=torch.bfloat16), "none": torch.zeros(0, 3)})
 
 
@@ -32,7 +32,7 @@ def folder(tiny_model: MakeModel) -> Path:
 
 def test_a_case_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     path = save_case(tmp_path / "new" / "folder", SAVED)
-    assert path.name == "layers-tp2-threads.safetensors"
+    assert path.name == "layers-row-with-bias-tp2-threads.safetensors"
     loaded = load_case(path)
     assert {name: value for name, value in vars_of(loaded).items() if name != "tensors"} == \
         {name: value for name, value in vars_of(SAVED).items() if name != "tensors"}
@@ -43,11 +43,20 @@ def vars_of(saved: SavedCase) -> dict[str, object]:
     return asdict(replace(saved, tensors={})) | {"tensors": saved.tensors}
 
 
-def test_a_later_finding_of_the_same_check_and_layout_takes_the_place(tmp_path: Path) -> None:
+def test_a_later_finding_of_the_same_check_kind_and_layout_takes_the_place(tmp_path: Path) -> None:
     save_case(tmp_path, SAVED)
     save_case(tmp_path, replace(SAVED, finding="another"))
     (path,) = tmp_path.iterdir()
     assert load_case(path).finding == "another"
+    save_case(tmp_path, replace(SAVED, kind="row"))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_from_before_there_were_kinds_is_read(tmp_path: Path) -> None:
+    path = save_case(tmp_path, SAVED)
+    header = {name: value for name, value in header_of(path).items() if name != "kind"}
+    save_file(SAVED.tensors, path, metadata={HEADER: json.dumps(header)})
+    assert load_case(path).kind == ""
 
 
 def test_how_a_replay_compares_is_told_in_words() -> None:
@@ -134,15 +143,25 @@ def test_a_finding_runs_again_alone_from_its_file(folder: Path, tmp_path: Path, 
     with monkeypatch.context() as patch:
         all_reduce = TPGroup.all_reduce
         patch.setattr(TPGroup, "all_reduce", lambda self, x: all_reduce(self, x * 2 if self.rank else x))
-        (row,) = verify(plan).checks
-        assert row.verdict == "finding"
-        saved = load_case(tmp_path / f"{check}-tp2-threads.safetensors")
-        assert row.replay == f"shardproof verify --case {tmp_path / f'{check}-tp2-threads.safetensors'}"
-        assert (saved.check, saved.seed, saved.dtype, saved.finding) == (check, 1, "float32", row.message)
+        rows = [row for row in verify(plan).checks if row.verdict == "finding"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            f"{check}{row.kind and '-'}{row.kind.replace(' ', '-')}-tp2-threads.safetensors" for row in rows)
+        saved_cases = []
+        for row in rows:
+            assert row.replay is not None
+            command, _, path = row.replay.rpartition(" ")
+            assert command == "shardproof verify --case"
+            saved = load_case(Path(path))
+            assert (saved.check, saved.kind, saved.finding) == (check, row.kind, row.message)
+            assert (saved.seed, saved.dtype) == (1, "float32")
+            report, words = replay(saved, folder)
+            assert words.startswith("it fails again")
+            again = next(it for it in report.checks if it.kind == row.kind)
+            assert again.verdict == "finding"
+            if saved.case:
+                assert (again.cases, len(report.checks)) == (1, 1)
+            saved_cases.append(saved)
+    assert saved_cases
+    for saved in saved_cases:
         report, words = replay(saved, folder)
-        assert report.checks[0].verdict == "finding"
-        assert words.startswith("it fails again")
-        if saved.case:
-            assert report.checks[0].cases == 1
-    report, words = replay(saved, folder)
-    assert (report.checks[0].verdict, words) == ("pass", "it passes now")
+        assert ({row.verdict for row in report.checks}, words) == ({"pass"}, "it passes now")

@@ -397,7 +397,7 @@ def test_exceptions_in_faults_are_error_rows_and_the_other_faults_go_on(tmp_path
         return real(shop, planted, fault, *rest)
 
     monkeypatch.setattr(gate, "smallest_case", raises_once)
-    only = ("minimum-became-a-sum", "reduced-twice")
+    only = ("minimum-became-a-sum", "one-barrier-more")
     result = run("faults", *(word for name in only for word in ("--only", name)), "--out", tmp_path)
     assert result.exit_code == 3, result.output
     rows = {row.model: row for row in read_report(tmp_path).checks}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import engine.layers.sampler as sampler
+import engine.runner as runner
 import harness.checks.draws as draws_check
 from engine.batch import SamplingBatch
 from engine.layers.sampler import filter_top_k_top_p, sample
@@ -22,11 +23,13 @@ from engine.parallel.ranks import RankContext, Ranks
 from harness.budgets import improbability, improbable_counts, near_tie_margins
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.draws import DrawCase, check_draws, draw_cases, run_cases
-from harness.checks.generation import NUM_SAMPLED, SAMPLING, _compare, negative_logits_checkpoint
+from harness.checks.generation import KINDS, NUM_SAMPLED, SAMPLING, compare
+from harness.checks.talker import negative_logits_checkpoint
 from harness.checks.weights import small_twin
 from harness.faults.layouts import LAYOUTS
-from harness.truth import Truth
-from tests.harness.checking import assert_green
+from harness.truth import NUM_NEW_TOKENS, Truth
+from tests.harness.checking import assert_green, run_check
+from tests.harness.conftest import MakeModel
 
 NUM_DRAWS = 60
 
@@ -149,7 +152,7 @@ def test_a_fault_in_the_sampler_is_seen_and_can_be_replayed(plant: Plant, monkey
         assert_green(check_draws(replace(context, case=outcome.case)))
 
 
-def flipped(step: int, *, other_rank: list[int] | None = None) -> Outcome:
+def flipped(step: int, *, drop_last: bool = False) -> Outcome:
     """What comes of the second-best token in this step of five. Rounding may turn steps 0 and 1 round, the first by far."""
     generator = torch.Generator().manual_seed(0)
     exact_TV = torch.randn(5, 40, generator=generator, dtype=torch.float64)
@@ -170,24 +173,45 @@ def flipped(step: int, *, other_rank: list[int] | None = None) -> Outcome:
         exact=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]),
         baseline=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]))
 
-    def draw(prompts: Any, params: Any) -> list[list[list[int]]]:
-        if params["temperature"]:
-            return [[[0, 1, 2]], [[0, 1, 2]]]
+    def draw(prompts: Any, params: Any) -> list[list[int]]:
         done = len(prompts[0]) - 2
-        return [[drawn[done:] if done <= step else ids[done:]], [other_rank or (drawn[done:] if done <= step else ids[done:])]]
+        greedy = drawn[done:] if done <= step else ids[done:]
+        sampled = list(range(own["max_tokens"])) if (own := params[-1])["temperature"] else []
+        return [greedy[:-1] if drop_last else greedy, *([sampled] if sampled else [])]
 
-    return _compare(cast(CheckContext, SimpleNamespace(dtype="bfloat16", seed=0)), cast(Truth, truth), draw)
+    return compare(cast(Truth, truth), 0, draw)
 
 
 def test_a_tie_is_excused_by_what_its_own_row_allows() -> None:
-    assert flipped(0).finding is None
-    assert flipped(1).finding is None
+    for step in (0, 1):
+        outcome = flipped(step)
+        assert outcome.finding is None
+        assert outcome.compared == 5 + NUM_SAMPLED
     for step in (2, 3, 4):
         finding = flipped(step).finding
         assert finding is not None
         assert finding.startswith(f"prompt 0, step {step}: expected token")
 
 
-def test_ranks_that_draw_different_ids_are_the_finding_even_at_a_tie() -> None:
-    outcome = flipped(0, other_rank=[3, 3, 3, 3, 3])
-    assert (outcome.rank, "differ between ranks" in (outcome.finding or "")) == (1, True)
+def test_an_answer_that_is_too_short_is_a_finding() -> None:
+    assert "has 4 tokens, max_tokens=5" in (flipped(0, drop_last=True).finding or "")
+
+
+@pytest.mark.parametrize(("name", "tp_size"), [("llama", 1), ("llama", 2), ("qwen3", 2)])
+def test_what_is_judged_is_counted_kind_by_kind(tiny_model: MakeModel, name: str, tp_size: int) -> None:
+    outcome = run_check("generation", tiny_model(LAYOUTS[name].config), tp_size=tp_size)
+    assert_green(outcome)
+    sampler, model, requests = outcome.kinds
+    assert [part.kind for part in outcome.kinds] == list(KINDS)
+    assert (sampler.cases, sampler.compared) == (draws_check.NUM_CASES, draws_check.NUM_CASES * 13 * draws_check.NUM_DRAWS)
+    # Four prompts, each greedy and sampled; a tie that rounding turned round costs no token.
+    assert (model.cases, model.compared) == (8, 4 * (NUM_NEW_TOKENS + NUM_SAMPLED))
+    assert requests.cases == 50
+    assert requests.compared > 1500
+
+
+def test_always_the_same_token_is_seen_where_the_real_model_runs(tiny_model: MakeModel,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "sample", lambda logits, sampling: torch.full((len(logits),), 7))
+    outcome = run_check("generation", tiny_model(LAYOUTS["llama"].config))
+    assert [part.kind for part in outcome.kinds if part.finding is not None] == ["model"]

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import engine.parallel.linear as linear_module
+import harness.checks.layers as layers_check
 from engine.layers.matmul import linear
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 from harness.checks.layers import _compare, draw_cases
 from harness.faults.layouts import LAYOUTS
-from harness.layer_cases import LayerCase, LayerProblem
+from harness.layer_cases import KINDS, LayerCase, LayerProblem
 from harness.strategies import random_config
 from tests.harness.checking import again, assert_green, run_check
 from tests.harness.conftest import MakeModel
@@ -35,6 +36,24 @@ def folder(tiny_model: MakeModel) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
     assert_green(run_check("layers", folder, dtype, tp_size=tp_size))
+
+
+@pytest.mark.parametrize(("tp_size", "compared"), [(1, 11_139), (2, 22_892)])
+def test_every_kind_is_judged_with_and_without_bias(folder: Path, tp_size: int, compared: int) -> None:
+    outcome = run_check("layers", folder, tp_size=tp_size)
+    cases = {f"{kind}{bias}": 4 for kind in KINDS for bias in ("", " with bias")} | {"embedding": 8}
+    del cases["embedding with bias"]
+    assert {part.kind: part.cases for part in outcome.kinds} == cases
+    assert (outcome.cases, outcome.compared) == (64, compared)
+    assert all(part.compared >= part.cases * tp_size for part in outcome.kinds)
+
+
+def test_a_kind_that_nobody_drew_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers_check, "draw_cases", lambda *how: [
+        case for case in draw_cases(*how) if (case.kind, case.bias) != ("row", True)])
+    outcome = run_check("layers", folder)
+    assert outcome.error == "kind='row with bias': nothing was judged in cases=0, and what is not judged does not pass"
+    assert [part.kind for part in outcome.kinds if part.error is not None] == ["row with bias"]
 
 
 # An Intel Xeon with AVX-512 was refused this one, on one rank as on two: 40 addends, few columns, and outliers.
@@ -133,6 +152,9 @@ def test_a_fault_in_a_layer_is_seen_and_can_be_replayed(folder: Path, plant: Pla
         outcome = run_check("layers", folder, seed=seed)
         found_again = again("layers", folder, outcome, seed=seed)
     assert outcome.module in kinds
+    assert {part.module for part in outcome.kinds if part.finding is not None} <= kinds
+    assert any(part.finding is None for part in outcome.kinds)
     assert found_again.finding is not None
+    assert [part.cases for part in found_again.kinds] == [1]
     assert found_again.tensors.keys() == {"given", "found", "expected", "exact"}
     assert_green(again("layers", folder, outcome, seed=seed))

@@ -11,7 +11,7 @@ from harness import verify as verify_module
 from harness.checks.base import CheckContext, Outcome
 from harness.commands.verify import _tp_sizes as tp_sizes_of
 from harness.verify import GONE, VerifyPlan, verify
-from reports.records import read_report
+from reports.records import read_report, whole_checks
 from tests.engine.test_torchrun import torchrun
 from tests.harness.conftest import MakeModel
 from tests.harness.test_cli import run
@@ -28,7 +28,7 @@ def test_verify_runs_on_the_ranks_of_two_hosts(tiny_model: MakeModel, tmp_path: 
     assert (code_0, code_1) == (0, 0), output_0 + output_1
     assert "all green" in output_0
     assert "tp 2" not in output_1, "rank 0 alone reports"
-    rows = read_report(tmp_path).checks
+    rows = whole_checks(read_report(tmp_path).checks)
     assert [(row.check, row.tp_size, row.fabric, row.verdict) for row in rows] == [
         (check, 2, "gloo", "pass") for check in ("weights", "collectives", "logits")]
 

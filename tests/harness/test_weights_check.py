@@ -37,6 +37,13 @@ def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
     assert_green(run_check("weights", folder, dtype, tp_size=tp_size))
 
 
+@pytest.mark.parametrize(("tp_size", "compared"), [(1, 132_831), (2, 139_410)])
+def test_every_element_of_the_three_checkpoints_is_judged_on_every_rank_that_holds_it(folder: Path, tp_size: int,
+                                                                                compared: int) -> None:
+    outcome = run_check("weights", folder, "bfloat16", tp_size=tp_size)
+    assert (outcome.cases, outcome.compared) == (3, compared)
+
+
 def test_tensors_that_are_read_whole_and_cut_in_memory_are_green(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_module, "columns_of", lambda loaded, columns: loaded[:][:, columns.start : columns.stop])
     assert_green(run_check("weights", folder, "bfloat16"))

@@ -1,0 +1,137 @@
+"""The logits check sees a wrong eps in any norm, which only rows near eps show; and it compares every logit of every kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import harness.checks.logits as logits_check
+from engine.layers.norm import RMSNorm
+from engine.parallel.ranks import RankContext, RankFailure
+from harness import jobs
+from harness.cases import load_case
+from harness.checks import CHECKS
+from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_twin
+from harness.faults.layouts import LAYOUTS
+from harness.truth import SCRIPT_LENGTHS
+from harness.verify import VerifyPlan, replay, verify
+from tests.harness.checking import assert_green, context_of, run_check
+from tests.harness.conftest import MakeModel
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+SEEDS = 10
+NORMS = {
+    "every norm": ("",), "the final norm": ("model.norm",), "norms before attention": ("input_layernorm",),
+    "norms before the MLP": ("post_attention_layernorm",), "the last layer's first norm": ("layers.1.input_layernorm",),
+    "the last layer's second norm": ("layers.1.post_attention_layernorm",), "norms of heads": ("q_norm", "k_norm"),
+    "the last layer's norms of heads": ("layers.1.self_attn.q_norm", "layers.1.self_attn.k_norm"),
+}
+"""Which norms are wrong, by how their modules' names end."""
+
+
+def set_eps(rank: RankContext, ends: tuple[str, ...], times: float, eps: float) -> None:
+    """Job: ``times * eps`` in the norms whose names end so, ``eps`` in the others."""
+    model = rank.state["subject"].runner.model
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm):
+            module.eps = times * eps if name.endswith(ends) else eps
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_every_logit_of_every_token_is_judged_in_both_kinds(tiny_model: MakeModel, tp_size: int) -> None:
+    outcome = run_check("logits", tiny_model(LAYOUTS["llama"].config), tp_size=tp_size)
+    vocab_size = 60 + 7 * tp_size + (tp_size > 1)
+    assert {part.kind: (part.cases, part.compared) for part in outcome.kinds} == {
+        MODEL: (3, sum(SCRIPT_LENGTHS) * 131), NEAR_EPS: (3, (17 + 11 + 5) * vocab_size)}
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: MakeModel, family: str, dtype: str, tp_size: int,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_check, "localise", lambda *_: None)  # it takes longer than all the rest
+    missed = []
+    with context_of(tiny_model(LAYOUTS[family].config), dtype, tp_size=tp_size) as context:
+        for seed in range(SEEDS):
+            with near_eps_twin(replace(context, seed=seed)) as twin:
+                assert_green(compare_logits(twin))
+                plants = [("every norm", times) for times in (0.1, 10.0, 0.0)]
+                plants += [(norms, 0.1) for norms in NORMS if seed < 2 and (family == "qwen3" or "heads" not in norms)]
+                for norms, times in plants:
+                    twin.ranks.run(set_eps, NORMS[norms], times, twin.truth.config["rms_norm_eps"])
+                    if compare_logits(twin).finding is None:
+                        missed.append(f"{times} eps in {norms}, seed={seed}")
+    assert not missed
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-12])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float16_is_green_however_small_eps_is(tiny_model: MakeModel, family: str, eps: float, tp_size: int) -> None:
+    """Its smallest numbers are larger than the square root of some models' eps."""
+    with context_of(tiny_model({**LAYOUTS[family].config, "rms_norm_eps": eps}), "float16", tp_size=tp_size) as context:
+        for seed in range(SEEDS if eps == 1e-5 else 1):
+            with near_eps_twin(replace(context, seed=seed)) as twin:
+                assert_green(compare_logits(twin))
+
+
+def test_no_row_that_is_normed_is_far_from_eps(tiny_model: MakeModel) -> None:
+    for family in FAMILIES:
+        with context_of(tiny_model(LAYOUTS[family].config), "bfloat16") as context, near_eps_twin(context) as twin:
+            eps, exact = twin.truth.config["rms_norm_eps"], twin.truth.exact_activations(0)
+            hidden = exact.outputs["model.embed_tokens"]
+            for number in range(2):
+                for branch in ("self_attn.o_proj", "mlp.down_proj"):
+                    sizes_T = hidden.square().mean(-1) / eps
+                    assert 0.1 < sizes_T.median() < 4
+                    hidden = hidden + exact.outputs[f"model.layers.{number}.{branch}"]
+                if family == "qwen3":
+                    for name in ("q_proj", "k_proj"):
+                        heads = exact.outputs[f"model.layers.{number}.self_attn.{name}"].unflatten(-1, (-1, 4))
+                        assert 0.1 < (heads.square().mean(-1) / eps).median() < 4
+            assert 0.1 < (hidden.square().mean(-1) / eps).median() < 4
+
+
+def tenth(patch: pytest.MonkeyPatch) -> None:
+    init = RMSNorm.__init__
+    patch.setattr(RMSNorm, "__init__", lambda self, size, eps, **how: init(self, size, eps / 10, **how))
+
+
+def test_a_wrong_eps_is_a_finding_of_its_kind_names_the_first_norm_and_runs_again(
+        tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(LAYOUTS["llama"].config, "bfloat16")
+    plan = VerifyPlan(model=str(folder), folder=folder, tp_sizes=(2,), fabric="threads", checks=("logits",),
+                      cases_folder=tmp_path)
+    with monkeypatch.context() as patch:
+        tenth(patch)
+        model, near_eps = verify(plan).checks
+        assert (model.kind, model.verdict) == (MODEL, "pass")
+        assert (near_eps.kind, near_eps.verdict) == (NEAR_EPS, "finding")
+        assert near_eps.module == "model.layers.0.input_layernorm"
+        assert near_eps.message.startswith("a twin of 2 layers with mean squares near eps=1e-05: logits of ")
+        saved = load_case(tmp_path / "logits-near-eps-tp2-threads.safetensors")
+        assert replay(saved, folder)[1] == "it fails again, to the bit"
+    assert replay(saved, folder)[1] == "it passes now"
+
+
+def test_the_model_is_back_on_its_ranks_whatever_became_of_the_twin(tiny_model: MakeModel,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(rank: RankContext) -> int:
+        return int(rank.state["subject"].model_config.vocab_size)
+
+    def planted(*arguments: Any) -> None:
+        raise ValueError("planted")
+
+    with context_of(tiny_model(LAYOUTS["llama"].config), "float32") as context:
+        assert_green(CHECKS["logits"](context))
+        assert context.ranks.run(own) == [131, 131]
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "load", planted)
+            with pytest.raises(RankFailure, match="planted"):
+                CHECKS["logits"](context)
+        assert context.ranks.run(own) == [131, 131]
+        assert_green(CHECKS["logits"](context))
