@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from harness.faults import cache, collectives, controls, graphs, layers, lifecycle, loading, own, sampling, vocabulary
+from harness.faults import (
+    blind,
+    cache,
+    collectives,
+    controls,
+    graphs,
+    layers,
+    lifecycle,
+    loading,
+    model_fields,
+    norms,
+    own,
+    parameters,
+    rows,
+    sampling,
+    vocabulary,
+)
 from harness.faults.base import FAULTS, Fault
 
-__all__ = ["FAULTS", "Fault", "cache", "collectives", "controls", "graphs", "layers", "lifecycle", "loading", "own", "sampling",
-           "vocabulary"]
+__all__ = ["FAULTS", "Fault", "blind", "cache", "collectives", "controls", "graphs", "layers", "lifecycle", "loading",
+           "model_fields", "norms", "own", "parameters", "rows", "sampling", "vocabulary"]

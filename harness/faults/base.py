@@ -2,7 +2,8 @@
 
 A fault is a bug that was found in public in some tensor-parallel engine, planted in this one while it runs: functions of
 classes and modules are replaced inside the rank's process, before the subject is loaded, and put back afterwards. The engine
-has no switch for any of it. What goes wrong in the driver, which starts and watches the ranks, is planted there.
+has no switch for any of it. What goes wrong in the driver, which takes requests, makes texts and watches the ranks, is planted
+there, and what both read, in both.
 
 Ranks must be processes of their own. Threads share their classes, so a patch of one rank would be a patch of all.
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from engine.parallel.group import TPGroup
+from engine.parallel.group import SoloGroup, TPGroup
 from engine.parallel.ranks import RankContext
 from harness.classify import Kind
 
@@ -45,7 +46,8 @@ class Patches:
 
 
 Plant = Callable[[Patches, TPGroup], None]
-PlantInDriver = Callable[[Patches], None]
+"""Patches one process. A rank gives its group; the driver, which has no place in it, one of its own."""
+Where = Literal["ranks", "driver", "both"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +58,9 @@ class Fault:
     rows: tuple[int, ...]
     """Rows of the catalogue of public bugs that it recreates; none for bugs of our own making."""
     what: str
-    plant: Plant | None
-    """Patches one rank, whose group it is given. All ranks plant, each for itself."""
-    plant_in_driver: PlantInDriver | None
-    """Patches the driver, while it runs the checks."""
+    plant: Plant
+    where: Where = "ranks"
+    """Who plants: all ranks, each for itself, the driver while it runs the checks, or all of them."""
     layout: str
     """The model of ``layouts.LAYOUTS`` on which it is visible."""
     tp_sizes: tuple[int, ...]
@@ -72,6 +73,8 @@ class Fault:
     """What arithmetic tells of it, if it does."""
     device: str = "cpu"
     """``cuda`` for what only a captured graph can get wrong."""
+    field: str = ""
+    """What it gets wrong, where that is a field of one of the engine's dataclasses: ``SamplingParams.top_k``."""
 
     @property
     def is_control(self) -> bool:
@@ -80,8 +83,7 @@ class Fault:
     @property
     def layer(self) -> str:
         """The part of the engine that is patched: the name of the file that plants it."""
-        function = self.plant or self.plant_in_driver
-        return function.__module__.rpartition(".")[2] if function else ""
+        return self.plant.__module__.rpartition(".")[2]
 
 
 FAULTS: dict[str, Fault] = {}
@@ -89,54 +91,54 @@ FAULTS: dict[str, Fault] = {}
 
 
 def fault(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,), checks: tuple[str, ...],
-          module: str | None = None, effect: Kind | None = None, device: str = "cpu") -> Callable[[Plant], Plant]:
-    """Register a function that plants a fault in a rank. Its name is the fault's, its docstring says what goes wrong."""
+          module: str | None = None, effect: Kind | None = None, device: str = "cpu", where: Where = "ranks", field: str = "",
+          name: str | None = None, what: str | None = None) -> Callable[[Plant], Plant]:
+    """Register a function that plants a fault. Its name is the fault's, its docstring says what goes wrong.
+
+    Args:
+        name, what: instead of those two, for a function that a table makes.
+    """
 
     def register(plant: Plant) -> Plant:
-        _register(plant.__name__, plant.__doc__, rows=rows, plant=plant, plant_in_driver=None, layout=layout, tp_sizes=tp_sizes,
-                  checks=checks, module=module, effect=effect, device=device)
+        own_name, own_what = name or plant.__name__.replace("_", "-"), what or plant.__doc__
+        assert own_what, f"fault {own_name} must say what it does"
+        assert own_name not in FAULTS, f"there are two faults of the name {own_name}"
+        FAULTS[own_name] = Fault(name=own_name, rows=rows, what=" ".join(own_what.split()), plant=plant, where=where,
+                                 layout=layout, tp_sizes=tp_sizes, checks=checks, module=module, effect=effect, device=device,
+                                 field=field)
         return plant
 
     return register
 
 
-def driver_fault(*, rows: tuple[int, ...] = (), checks: tuple[str, ...]) -> Callable[[PlantInDriver], PlantInDriver]:
-    """Register a function that plants a fault in the driver."""
-
-    def register(plant: PlantInDriver) -> PlantInDriver:
-        _register(plant.__name__, plant.__doc__, rows=rows, plant=None, plant_in_driver=plant, layout="llama", tp_sizes=(2,),
-                  checks=checks, module=None, effect=None)
-        return plant
-
-    return register
-
-
-def _register(function_name: str, what: str | None, **fields: Any) -> None:
-    name = function_name.replace("_", "-")
-    assert what, f"fault {name} must say what it does"
-    assert name not in FAULTS, f"there are two faults of the name {name}"
-    FAULTS[name] = Fault(name=name, what=" ".join(what.split()), **fields)
-
-
-def control(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,)) -> Callable[[Plant], Plant]:
+def control(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,),
+            where: Where = "ranks") -> Callable[[Plant], Plant]:
     """Register a change that no check may mind."""
-    return fault(rows=rows, layout=layout, tp_sizes=tp_sizes, checks=())
+    return fault(rows=rows, layout=layout, tp_sizes=tp_sizes, checks=(), where=where)
 
 
 def plant(rank: RankContext, name: str) -> None:
-    """Job: plant a fault in this rank, until ``uproot``. A patch that fails half way is taken back."""
+    """Job: plant a fault in this rank, until ``uproot``."""
     if rank.tp.fabric == "threads":
         raise ValueError("fabric=threads: ranks that are threads share what a fault patches, take processes (gloo, nccl)")
-    planted = FAULTS[name].plant
-    if planted is None:
-        return
+    if FAULTS[name].where != "driver":
+        rank.state["patches"] = planted(FAULTS[name], rank.tp)
+
+
+def planted_in_driver(fault: Fault) -> Patches:
+    """What of a fault is the driver's, planted in this process until it is closed."""
+    return planted(fault, SoloGroup()) if fault.where != "ranks" else Patches()
+
+
+def planted(fault: Fault, tp: TPGroup) -> Patches:
+    """The fault, planted in this process until it is closed. One that fails half way is taken back."""
     patches = Patches()
     try:
-        planted(patches, rank.tp)
+        fault.plant(patches, tp)
     except BaseException:
         patches.close()
         raise
-    rank.state["patches"] = patches
+    return patches
 
 
 def uproot(rank: RankContext) -> None:

@@ -64,6 +64,16 @@ BUGS: dict[int, str] = {
     84: "ranks outlive their driver (vLLM)",
     86: "killed rank not seen (TensorRT-LLM)",
     88: "too little shared memory (vLLM)",
+    # From here on bugs of serving, which need no ranks.
+    101: "min_tokens bans stop_token_ids and not the end of sequence (vLLM)",
+    102: "stop strings end a text below min_tokens (vLLM)",
+    103: "temperature applied twice (RL-Kernel)",
+    104: "log-probabilities after temperature and filters (vLLM)",
+    105: "stop strings looked for token by token (OpenVINO GenAI)",
+    106: "end of sequence read from config.json alone (TensorRT-Model-Connect)",
+    107: "ignore_eos, and the end of sequence of generation_config.json ends a text (vLLM)",
+    108: "include_stop_str_in_output not kept for stop tokens (vLLM)",
+    109: "end-of-sequence token in the output (vLLM)",
 }
 
 _QUANTISED = "the engine runs unquantised checkpoints alone"

@@ -22,6 +22,11 @@ from engine.parallel.linear import RowParallelLinear
 from harness.faults.base import Patches, control
 
 
+def _widened(x: Tensor) -> Tensor:
+    """In float32, or in float64 as it is: a step down would be no mere rounding."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @control(rows=(39,))
 def bias_on_rank_0_before_the_reduce(patch: Patches, tp: TPGroup) -> None:
     """Rank 0 alone adds the bias to its part: reported as a bug once, and none."""
@@ -61,10 +66,10 @@ def sums_in_two_messages(patch: Patches, tp: TPGroup) -> None:
 
 @control(rows=(47,))
 def residual_kept_in_float32(patch: Patches, tp: TPGroup) -> None:
-    """The residual is added and handed on in float32: other rounding than the baseline's, and no bug."""
+    """The residual is added and handed on in at least float32: other rounding than the baseline's, and no bug."""
 
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **launch: Any) -> tuple[Tensor, Tensor]:
-        total = x.float() + residual.float()
+        total = _widened(x) + _widened(residual)
         return rms_norm_torch(total, weight, eps).to(x.dtype), total
 
     patch.replace(norm_module, "add_rms_norm_torch", lambda original: add_rms_norm)
@@ -72,13 +77,14 @@ def residual_kept_in_float32(patch: Patches, tp: TPGroup) -> None:
 
 @control(layout="qwen3")
 def products_added_in_two_halves(patch: Patches, tp: TPGroup) -> None:
-    """A matmul adds the first half of the features up, then the second, in float32."""
+    """A matmul adds the first half of the features up, then the second, in at least float32."""
 
     def make(original: Any) -> Any:
         def linear_in_halves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             half = x.shape[1] // 2
-            y = x[:, :half].float() @ weight[:, :half].T.float() + x[:, half:].float() @ weight[:, half:].T.float()
-            return (y if bias is None else y + bias.float()).to(x.dtype)
+            wide_x, wide_weight = _widened(x), _widened(weight)
+            y = wide_x[:, :half] @ wide_weight[:, :half].T + wide_x[:, half:] @ wide_weight[:, half:].T
+            return (y if bias is None else y + _widened(bias)).to(x.dtype)
 
         return linear_in_halves
 

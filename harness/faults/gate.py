@@ -22,7 +22,7 @@ from harness.faults import FAULTS, Fault
 from harness.faults.base import LOAD
 from harness.faults.catalogue import BUGS, NOT_PLANTED
 from harness.faults.shrink import smallest_case
-from harness.faults.workshop import BROKE, FABRIC, Planted, Workshop
+from harness.faults.workshop import FABRIC, Planted, Workshop
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.verify import refuse_repeats
@@ -35,7 +35,7 @@ LEAST_NAMED = 0.9
 LOCALISATION = "localisation"
 """Stands in the place of a fault's name for all faults together."""
 OF_THE_DRIVER = frozenset({"lifecycle"})
-"""Checks that start ranks of their own, again and again: run where the driver is what is patched."""
+"""Checks that start ranks of their own, again and again: no control runs them but those of the driver."""
 
 OnRow = Callable[[CheckRow], None]
 OnStart = Callable[[str, int], None]
@@ -156,13 +156,8 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
         refusal = planted.load(context)
         if refusal is not None:
             outcomes[LOAD] = Outcome(cases=1, compared=0, finding=refusal)
-        for name in CHECKS:
-            # Where ranks had to be replaced, or the model does not load, only what must see the fault is tried.
-            is_hard = refusal is not None or any(outcome.extra.get(BROKE) for outcome in outcomes.values())
-            is_wanted = name in fault.checks or not is_hard
-            if name in OF_THE_DRIVER:
-                is_wanted = fault.plant_in_driver is not None
-            if is_wanted and (refusal is None or name in WITHOUT_SUBJECT):
+        for name in checks_of(fault):
+            if refusal is None or name in WITHOUT_SUBJECT:
                 try:
                     outcomes[name] = planted.run(name, context)
                 except Exception as failure:
@@ -171,6 +166,13 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
         if not fault.is_control:
             smallest = smallest_case(shop, planted, fault, tp_size, outcomes)
     return Examination(outcomes=outcomes, crashed=crashed, smallest=smallest, seconds=time.perf_counter() - started)
+
+
+def checks_of(fault: Fault) -> list[str]:
+    """What to run: the checks that must see it, ``logits`` among them where it has a module; for a control all of them."""
+    if not fault.is_control:
+        return [name for name in CHECKS if name in fault.checks]
+    return [name for name in CHECKS if name not in OF_THE_DRIVER or fault.where != "ranks"]
 
 
 def _row(fault: Fault, context: CheckContext, examination: Examination) -> CheckRow:

@@ -42,11 +42,11 @@ LAYOUTS: dict[str, Layout] = {
     "llama-nine-heads": Layout(dtype="bfloat16", config={
         **_COMMON, "model_type": "llama", "hidden_size": 45, "intermediate_size": 52, "num_attention_heads": 9,
         "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 131, "tie_word_embeddings": True}),
-    # Stretched to four times the positions that it was first trained on.
+    # Stretched to four times the positions that it was first trained on, and no default among the rotary parameters.
     "llama-yarn": Layout(dtype="bfloat16", config={
         **_COMMON, "model_type": "llama", "hidden_size": 48, "intermediate_size": 52, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 131, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0,
                             "original_max_position_embeddings": 48}}),
     # Several KV heads a rank, and biases of queries, keys and values.
     "qwen2": Layout(dtype="float32", config={

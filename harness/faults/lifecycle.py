@@ -8,14 +8,15 @@ from typing import Any
 
 import engine.parallel.pending_job as pending_job_module
 from engine.parallel.failures import RankError, RankFailure
+from engine.parallel.group import TPGroup
 from engine.parallel.link_pool import LinkPool
 from engine.parallel.links import ProcessLink
 from engine.parallel.process_pool import ProcessPool
-from harness.faults.base import Patches, driver_fault
+from harness.faults.base import Patches, control, fault
 
 
-@driver_fault(rows=(86,), checks=("lifecycle",))
-def killed_rank_not_seen(patch: Patches) -> None:
+@fault(where="driver", rows=(86,), checks=("lifecycle",))
+def killed_rank_not_seen(patch: Patches, tp: TPGroup) -> None:
     """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
 
     def make(original: Any) -> Any:
@@ -27,8 +28,8 @@ def killed_rank_not_seen(patch: Patches) -> None:
     patch.replace(ProcessPool, "_bury", make)
 
 
-@driver_fault(rows=(84,), checks=("lifecycle",))
-def ranks_outlive_their_driver(patch: Patches) -> None:
+@fault(where="driver", rows=(84,), checks=("lifecycle",))
+def ranks_outlive_their_driver(patch: Patches, tp: TPGroup) -> None:
     """Ranks that are given up are neither ended nor told, so that they stay for ever."""
     given_up: list[ProcessLink] = []
 
@@ -45,8 +46,8 @@ def ranks_outlive_their_driver(patch: Patches) -> None:
     patch.replace(ProcessLink, "kill", lambda original: put_off(original, lambda self: given_up.append(self)))
 
 
-@driver_fault(checks=("lifecycle",))
-def consequence_taken_for_a_cause(patch: Patches) -> None:
+@fault(where="driver", checks=("lifecycle",))
+def consequence_taken_for_a_cause(patch: Patches, tp: TPGroup) -> None:
     """A rank whose connection broke because another one died is blamed like that one."""
 
     def make(original: Any) -> Any:
@@ -60,8 +61,8 @@ def consequence_taken_for_a_cause(patch: Patches) -> None:
     patch.replace(pending_job_module, "make_failure", make)
 
 
-@driver_fault(checks=())
-def answers_awaited_in_short_naps(patch: Patches) -> None:
+@control(where="driver")
+def answers_awaited_in_short_naps(patch: Patches, tp: TPGroup) -> None:
     """The driver wakes up every 20 ms to see whether ranks have said something: wasteful, and right."""
 
     def make(original: Any) -> Any:

@@ -139,7 +139,7 @@ def drawn_as_soon_as_past_the_prompt(patch: Patches, tp: TPGroup) -> None:
     patch.replace(Scheduler, "_take", lambda original: take)
 
 
-@fault(checks=("generation",))
+@fault(checks=("generation",), field="SamplingParams.top_k")
 def nucleus_of_the_whole_vocabulary(patch: Patches, tp: TPGroup) -> None:
     """With top_k and top_p both, top_p is held against the probability of all tokens, not of the top_k that are left."""
 

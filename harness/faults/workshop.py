@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,9 @@ from engine.parallel.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome
-from harness.faults.base import Fault, Patches, plant, uproot
+from harness.faults.base import Fault, Patches, plant, planted_in_driver, uproot
 from harness.faults.layouts import LAYOUTS
-from harness.truth import PROMPT_LENGTHS, SCRIPT_LENGTHS, Truth
+from harness.truth import SCRIPT_LENGTHS, Truth
 from reference.checkpoints import random_checkpoint
 
 FABRIC = "gloo"
@@ -30,14 +31,13 @@ JOB_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large a case is: layers of the model, tokens of the script's sequences and of the prompts."""
+    """How large a case is: layers of the model, tokens of the script's sequences."""
 
     num_layers: int
     script_lengths: tuple[int, ...]
-    prompt_lengths: tuple[int, ...]
 
 
-FULL = Size(num_layers=2, script_lengths=SCRIPT_LENGTHS, prompt_lengths=PROMPT_LENGTHS)
+FULL = Size(num_layers=2, script_lengths=SCRIPT_LENGTHS)
 
 
 class Workshop:
@@ -68,8 +68,7 @@ class Workshop:
         folder = Path(self._scratch.name) / f"{layout_name}-{size.num_layers}"
         if not folder.is_dir():
             random_checkpoint(folder, layout.config | {"num_hidden_layers": size.num_layers}, dtype=layout.dtype, seed=self.seed)
-        return Truth(folder, dtype=layout.dtype, seed=self.seed, device=self.device, prompt_lengths=size.prompt_lengths,
-                     script_lengths=size.script_lengths)
+        return Truth(folder, dtype=layout.dtype, seed=self.seed, device=self.device, script_lengths=size.script_lengths)
 
     def close(self) -> None:
         """End the ranks and remove the models."""
@@ -95,18 +94,22 @@ class Planted:
         self._loaded: tuple[Path, str] | None = None
 
     def load(self, context: CheckContext) -> str | None:
-        """Plant the fault, and load the context's model under it. What went wrong, if it did."""
+        """Plant the fault, and load the context's model under it. What went wrong in loading, if it did.
+
+        Raises:
+            RankFailure: the fault could not be planted. Nothing can be said of the checks then.
+        """
+        self._plant()
         try:
-            self._plant()
             self._load(context)
         except RankFailure as failure:
             return str(failure)
         return None
 
     def run(self, name: str, context: CheckContext) -> Outcome:
-        """One check under the fault. A failing rank is a finding, as in ``verify``."""
+        """One check under the fault. A failing rank is a finding, as in ``verify``; not one that fails while it is planted."""
+        self._plant()
         try:
-            self._plant()
             if name not in WITHOUT_SUBJECT:
                 self._load(context)
             return CHECKS[name](context)
@@ -124,19 +127,21 @@ class Planted:
 
     def _load(self, context: CheckContext) -> None:
         truth = context.truth
-        if self._loaded != (truth.folder, truth.dtype):
+        if self._loaded != (truth.folder, truth.dtype) or not all(self._ranks.run(jobs.is_loaded)):
             self._loaded = None
             self._ranks.run(jobs.load, context.subject, truth.folder, truth.dtype, context.options)
             self._loaded = truth.folder, truth.dtype
 
     def __enter__(self) -> Planted:
-        if self._fault.plant_in_driver is not None:
-            self._fault.plant_in_driver(self._driver_patches)
+        self._driver_patches = planted_in_driver(self._fault)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._driver_patches.close()
-        if self._ranks.healthy:
-            self._ranks.run(uproot)
-        else:  # new processes have no patches
+        if kind is not None and not issubclass(kind, Exception):
+            return  # on Ctrl-C the ranks end, and nothing may hide it
+        with suppress(RankFailure):  # of a rank that the fault has killed, and nobody has asked since
+            if self._ranks.healthy:
+                self._ranks.run(uproot)
+        if not self._ranks.healthy:  # new processes have no patches
             self._ranks.restart()

@@ -28,7 +28,7 @@ from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
 from harness.cli import app
 from harness.interrupted import WHY
-from reports.records import read_report
+from reports.records import read_report, whole_checks
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
 
@@ -61,7 +61,18 @@ def test_verify_ends_with_0_and_writes_its_report(model: Path, tmp_path: Path) -
     assert code == 0, stderr
     assert "all green" in stdout
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".html", ".csv"}
-    assert [row.check for row in read_report(tmp_path).checks] == ["weights", "logits"]
+    assert [row.check for row in whole_checks(read_report(tmp_path).checks)] == ["weights", "logits"]
+
+
+def test_the_table_of_verify_has_one_line_a_check_and_its_pages_one_a_kind(model: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "layers", "--out", tmp_path)
+    assert code == 0, stderr
+    assert [line.split()[0] for line in stdout.splitlines() if "layers" in line] == ["layers"]
+    assert [line.split()[0] for line in stderr.splitlines() if "layers" in line] == ["[1/2]", "[2/2]"]
+    kinds = [row.kind for row in read_report(tmp_path).checks if row.tp_size == 2]
+    assert {"row", "row with bias", "embedding"} < set(kinds)
+    for page in ("report.md", "report.html", "report.csv"):
+        assert all(f"layers: {kind}" in (tmp_path / page).read_text() for kind in kinds)
 
 
 def test_ctrl_c_loses_nothing_that_is_done(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +102,9 @@ def test_a_finding_ends_with_1_and_runs_again_from_its_case_file(model: Path, tm
                           "--out", tmp_path)
     assert code == 1
     assert "NOT green" in stdout
-    rows = {row.check: row for row in read_report(tmp_path).checks}
-    assert rows["logits"].module == "model.layers.0.self_attn.o_proj"
+    rows = {row.name: row for row in read_report(tmp_path).checks if row.verdict == "finding"}
+    assert {name for name in rows if name.startswith("layers")} == {"layers: row with bias", "layers: attention_output with bias"}
+    assert rows["logits: model"].module == "model.layers.0.self_attn.o_proj"
     for row in rows.values():
         assert row.replay is not None
         assert row.replay in stdout

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,23 +13,27 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from engine.batch import SamplingBatch, StepBatch
 from engine.config import ModelConfig
 from engine.parallel.group import ThreadGroup, TPGroup
 from engine.parallel.ranks import RankContext
+from engine.sampling import SamplingParams
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
 from harness.classify import Kind
 from harness.cli import app
 from harness.faults import FAULTS, base
-from harness.faults.base import LOAD, Fault, Patches
+from harness.faults.base import LOAD, Fault, Patches, Where
 from harness.faults.catalogue import BUGS, NOT_PLANTED
-from harness.faults.gate import LOCALISATION, FaultPlan, run_gate
+from harness.faults.gate import LOCALISATION, FaultPlan, checks_of, run_gate
 from harness.faults.layouts import LAYOUTS
-from harness.faults.shrink import LADDER, describe
+from harness.faults.shrink import LADDER, describe, smallest_case
 from harness.interrupted import WHY
 from harness.localise import points
 from reference.checkpoints import as_config
+from reports.by_seed import CONTROL
 from reports.records import CheckRow, Report, read_report
+from tests.harness.installed import ROOT
 
 everyone = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 
@@ -48,14 +54,14 @@ def the_engine() -> dict[tuple[str, str], int]:
     return found
 
 
-def patches(fault: Fault, rank: int) -> Patches:
-    """The fault, planted in this process as in that rank."""
-    planted = Patches()
-    if fault.plant is not None:
-        fault.plant(planted, TPGroup(rank, fault.tp_sizes[0], "alone"))
-    if fault.plant_in_driver is not None:
-        fault.plant_in_driver(planted)
-    return planted
+@contextmanager
+def planted(fault: Fault, rank: int) -> Iterator[None]:
+    """The fault, in this process as in that rank."""
+    patches = base.planted(fault, TPGroup(rank, fault.tp_sizes[0], "alone"))
+    try:
+        yield
+    finally:
+        patches.close()
 
 
 def test_there_are_faults_enough_and_controls_enough() -> None:
@@ -71,7 +77,7 @@ def test_a_fault_declares_what_it_must(fault: Fault) -> None:
     assert set(fault.rows) <= BUGS.keys()
     assert set(fault.checks) <= {LOAD, *CHECKS}
     assert fault.layout in LAYOUTS
-    assert (fault.plant is None) != (fault.plant_in_driver is None)
+    assert fault.where in get_args(Where)
     model = ModelConfig.from_hf(as_config(LAYOUTS[fault.layout].config))
     assert fault.tp_sizes
     fewest = 1 if fault.device == "cuda" else 2  # a graph can be wrong on one rank alone
@@ -96,15 +102,44 @@ def test_a_fault_changes_the_engine_and_taking_it_out_restores_it(fault: Fault) 
     before = the_engine()
     was_changed = False
     for rank in range(fault.tp_sizes[0]):
-        planted = patches(fault, rank)
-        was_changed |= the_engine() != before
-        planted.close()
+        with planted(fault, rank):
+            was_changed |= the_engine() != before
         assert the_engine() == before
     assert was_changed
 
 
+@pytest.mark.parametrize(("name", "in_rank", "in_driver"), [
+    ("reduced-twice", True, False), ("killed-rank-not-seen", False, True), ("first-eos-alone", True, True)])
+def test_a_fault_is_planted_where_it_belongs(name: str, in_rank: bool, in_driver: bool) -> None:
+    before, rank = the_engine(), alone(0, 2)
+    base.plant(rank, name)
+    assert (the_engine() != before) is in_rank
+    base.uproot(rank)
+    patches = base.planted_in_driver(FAULTS[name])
+    assert (the_engine() != before) is in_driver
+    patches.close()
+    assert the_engine() == before
+
+
+NEEDS_NO_FAULT = {
+    **dict.fromkeys(("StepBatch.num_decodes", "StepBatch.prefill_cu_seqlens_S1", "StepBatch.max_decode_context_len",
+                     "StepBatch.max_prefill_len"), "the kernels of a GPU alone read it, and the gate's ranks run on a CPU"),
+    "StepBatch.sampling": "its own fields have faults",
+    "ModelConfig.rms_norm_eps": "planted in the norms that compute with it, not where it is read",
+}
+"""Reasons, by field."""
+
+
+def test_every_field_that_a_request_a_model_or_a_step_has_is_got_wrong_by_some_fault() -> None:
+    there = {f"{kind.__name__}.{field.name}" for kind in (SamplingParams, ModelConfig, SamplingBatch, StepBatch)
+             for field in fields(kind)}
+    wrong = {fault.field for fault in FAULTS.values() if not fault.is_control} - {""}
+    assert wrong | NEEDS_NO_FAULT.keys() == there
+    assert not wrong & NEEDS_NO_FAULT.keys()
+
+
 def test_no_two_faults_patch_the_same_thing_in_the_same_way() -> None:
-    assert len({fault.plant or fault.plant_in_driver for fault in FAULTS.values()}) == len(FAULTS)
+    assert len({fault.plant for fault in FAULTS.values()}) == len(FAULTS)
     assert len({fault.what for fault in FAULTS.values()}) == len(FAULTS)
 
 
@@ -164,6 +199,14 @@ def test_each_fault_runs_on_the_fewest_ranks_that_show_it_unless_told() -> None:
     assert [fault.name for fault, _ in invisible] == ["reduced-twice"]
 
 
+def test_a_fault_runs_the_checks_that_must_see_it_and_a_control_all_of_them() -> None:
+    assert checks_of(FAULTS["minimum-became-a-sum"]) == ["collectives"]
+    assert checks_of(FAULTS["row-bias-through-the-weights-loader"]) == ["layers"], "to load is no check"
+    assert checks_of(FAULTS["killed-rank-not-seen"]) == ["lifecycle"]
+    assert checks_of(FAULTS["one-barrier-more"]) == [name for name in CHECKS if name != "lifecycle"]
+    assert checks_of(FAULTS["answers-awaited-in-short-naps"]) == list(CHECKS)
+
+
 def test_on_a_gpu_what_needs_graphs_is_planted_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     cases, rest = FaultPlan(device="cuda").cases()
@@ -182,8 +225,16 @@ def test_what_is_not_visible_at_the_sizes_asked_for_is_skipped_and_told() -> Non
 
 
 def test_sizes_are_told_in_words() -> None:
-    assert describe(LADDER[0], "logits") == "1 layer, one sequence of 1 token"
-    assert describe(LADDER[-1], "generation") == "2 layers, 4 prompts of 5, 17, 9, 12 tokens"
+    assert describe(LADDER[0]) == "1 layer, one sequence of 1 token"
+    assert describe(LADDER[-1]) == "2 layers, 3 sequences of 41, 37, 23 tokens"
+
+
+def test_only_the_logits_climb_the_ladder() -> None:
+    shop: Any = None  # no smaller model is made
+    red = Outcome(cases=1, compared=1, finding="other ids\nat step 3")
+    for outcome, smallest in ((red, "generation: other ids"),
+                              (replace(red, extra={"smallest_case": "two requests"}), "generation: two requests")):
+        assert smallest_case(shop, shop, FAULTS["seeds-in-reverse"], 2, {"generation": outcome}) == smallest
 
 
 # One of each layer of the engine, caught by different checks.
@@ -255,23 +306,36 @@ def test_a_check_that_raises_under_a_fault_is_an_error_and_the_others_go_on(monk
         raise IndexError("no such row")
 
     monkeypatch.setitem(CHECKS, "weights", broken)
-    (row,) = run_gate(FaultPlan(only=("minimum-became-a-sum",))).checks
+    (row,) = [row for row in run_gate(FaultPlan(only=("tensor-never-loaded",))).checks if row.model != LOCALISATION]
     assert (row.verdict, "weights: IndexError: no such row" in row.message) == ("error", True)
-    assert "collectives" in row.extra["red"]
+    assert "logits" in row.extra["red"]
+
+
+def cannot_plant(rank: RankContext, name: str) -> None:
+    raise LookupError(f"no text to edit for {name}")
+
+
+@pytest.mark.multirank
+def test_a_fault_that_cannot_be_planted_is_an_error_and_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.faults.workshop.plant", cannot_plant)
+    row, *others = run_gate(FaultPlan(only=("reduced-twice",))).checks
+    assert (row.verdict, row.extra.get("red", {})) == ("error", {})
+    assert "no text to edit for reduced-twice" in str(row.extra)
+    assert others == []
 
 
 @pytest.mark.multirank
 def test_ctrl_c_loses_no_fault_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, calls = CHECKS["weights"], []
+    collectives, calls = CHECKS["collectives"], []
 
     def press_at_the_second(context: CheckContext) -> Outcome:
         calls.append(context)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return weights(context)
+        return collectives(context)
 
-    monkeypatch.setitem(CHECKS, "weights", press_at_the_second)
-    names = ("minimum-became-a-sum", "reduced-twice", "last-rank-left-out")
+    monkeypatch.setitem(CHECKS, "collectives", press_at_the_second)
+    names = ("minimum-became-a-sum", "last-rank-left-out", "reduced-twice")
     result = CliRunner().invoke(app, ["faults", *(word for name in names for word in ("--only", name)), "--out", str(tmp_path)])
     assert result.exit_code == 3
     assert "interrupted" in result.stderr
@@ -280,6 +344,14 @@ def test_ctrl_c_loses_no_fault_that_is_done(tmp_path: Path, monkeypatch: pytest.
     assert (done.model, done.verdict) == (names[0], "pass")
     assert [(row.model, row.verdict, row.message) for row in rest] == [
         (name, "error", f"{name}, {WHY}") for name in names[1:]]
+
+
+def test_the_table_by_seed_has_every_fault_and_each_as_it_must_be() -> None:
+    lines = (ROOT / "docs" / "faults_by_seed.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]
+    must = {name: ", ".join(fault.checks) or CONTROL for name, fault in FAULTS.items() if fault.device == "cpu"}
+    assert {fault: checks for _, fault, _, checks, _, _ in cells} == must
+    assert {tuple(row[4:]) for row in cells} == {("0–9", "–")}
 
 
 def test_an_unknown_fault_is_wrong_usage(tmp_path: Path) -> None:

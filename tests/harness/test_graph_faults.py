@@ -65,9 +65,7 @@ def planted() -> Iterator[Patches]:
 
 
 def plant(patches: Patches, name: str, tp: TPGroup | None = None) -> None:
-    planter = FAULTS[name].plant
-    assert planter is not None
-    planter(patches, tp or SoloGroup())
+    FAULTS[name].plant(patches, tp or SoloGroup())
 
 
 def differing(found: list[dict[str, list[int]]], right: list[dict[str, list[int]]]) -> dict[str, int]:
