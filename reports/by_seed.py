@@ -40,7 +40,7 @@ def _ranges(seeds: pd.Series[int]) -> str:
 
 
 def main() -> None:
-    """Entry point of ``python -m reports.by_seed``."""
+    """The table of the reports that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", help="reports of shardproof faults, one a seed")
     sys.stdout.write(to_markdown(faults_by_seed(map(read_report, parser.parse_args().folders))))

@@ -115,7 +115,7 @@ _declare(
 )
 _declare(
     "zero-is-none",
-    "seed=0 and logprobs=0 are taken for None.",
+    "A seed of 0 and logprobs=0 are taken for None.",
     ("generation",),
     (SamplingParams, "__post_init__",
      "None if value is None else int(value)",
@@ -124,7 +124,7 @@ _declare(
 )
 _declare(
     "token-in-flight-not-counted",
-    "min_tokens does not count the token that is in flight: stop tokens are banned for one token too many.",
+    "The token in flight does not count for min_tokens: stop tokens are banned for one token too many.",
     ("generation",),
     (batch_module, "_build_sampling",
      "if position - chunk.sequence.num_prompt_tokens",
