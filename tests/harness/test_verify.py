@@ -48,7 +48,9 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
                                                     dtype: str) -> None:
     folder = tiny_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
-    report = green(folder, MANY_SIZES, "threads")
+    report = green(folder, MANY_SIZES, "threads", checks=tuple(name for name in QUICK if name != "generation"))
+    # Most of its requests are to a model of its own, and on many threads take minutes.
+    green(folder, (2, 5), "threads", checks=("generation",))
     assert {row.fabric for row in report.checks} == {"threads"}
     assert {row.dtype for row in report.checks} == {dtype}
 
