@@ -15,7 +15,7 @@ from typing import NamedTuple
 from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
 from engine.kv_cache import BlockManager
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from engine.runner import Drawn, Runner
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import NO_TOKEN, Request, Sequence, TokenLogprobs

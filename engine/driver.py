@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from engine.core import Progress, advance, stop_core
 from engine.ongoing import OngoingRequest
-from engine.parallel.ranks import RankFailure, Ranks, RanksClosed, Ticket
+from engine.ranks.ranks import RankFailure, Ranks, RanksClosed, Ticket
 from engine.sequence import Request
 
 STEPS_PER_MESSAGE = 4

@@ -22,9 +22,9 @@ from engine.hub import find_model
 from engine.layers.attention_backends import check_name
 from engine.ongoing import OngoingRequest
 from engine.outputs import RequestOutput
-from engine.parallel.ranks import Ranks
 from engine.preflight import check_checkpoint
 from engine.prompts import Prompt
+from engine.ranks.ranks import Ranks
 from engine.requests import Admission
 from engine.sampling import SamplingParams
 from engine.tokenizer import load_tokenizer

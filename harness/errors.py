@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.parallel.failures import RankError, RankFailure
+    from engine.ranks.failures import RankError, RankFailure
 
 FINDING, USAGE, COULD_NOT_RUN, UNEXPECTED = 1, 2, 3, 4
 """Exit codes beside 0. 1 is a finding or a regression and nothing else."""
@@ -67,7 +67,7 @@ def told(error: BaseException) -> tuple[str, int] | None:
         import torch
 
         from engine.checkpoint_files import CheckpointError
-        from engine.parallel.ranks import RankFailure
+        from engine.ranks.ranks import RankFailure
         from harness.bench.worker import WorkerError
     except ImportError:  # then it is none of these
         return None

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.budgets import bits
 from harness.subjects import SUBJECTS, Script, Subject, Taps
 from reference.checkpoints import CheckpointError

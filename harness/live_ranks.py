@@ -16,9 +16,9 @@ from typing import Any
 import hypothesis
 import torch
 
-from engine.parallel.pending_job import OnEvent
-from engine.parallel.rank_job import Job, RankContext
-from engine.parallel.ranks import RankFailure, Ranks
+from engine.ranks.pending_job import OnEvent
+from engine.ranks.rank_job import Job, RankContext
+from engine.ranks.ranks import RankFailure, Ranks
 
 HANG_ATTEMPTS = 25
 """Runs of a test's jobs after the first that hung, while new examples are still tried. With a deadline of 1 s and the replays

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness import jobs
 from harness.budgets import SEARCH_MARGIN
 from harness.classify import Effect, Evidence, classify

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.parallel.ranks import RankFailure
+from engine.ranks.ranks import RankFailure
 from harness.budgets import improbability, improbable_counts
 
 DEFAULTS: dict[str, Any] = {

@@ -25,7 +25,7 @@ from engine.layers.norm import RMSNorm
 from engine.llm import LLM
 from engine.outputs import RequestOutput
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from engine.runner import Runner
 from engine.sampling import SamplingParams
 from engine.scheduler import Chunk

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 
 from engine.config import ModelConfig
-from engine.parallel.fabric import choose_fabric
-from engine.parallel.ranks import RankFailure, Ranks
+from engine.ranks.fabric import choose_fabric
+from engine.ranks.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.cases import SavedCase, compare_replay, save_case
 from harness.checks import CHECKS, WITHOUT_SUBJECT

@@ -74,6 +74,14 @@ def import_walls(path: str, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{line} imports {name}; {package} may import {sorted(MAY_IMPORT[package]) or 'itself alone'}"
 
 
+def parallel_without_ranks(path: str, tree: ast.Module) -> Iterator[str]:
+    """Tensor parallelism is handed a group, and does not know how ranks are started, fed and watched."""
+    if path.startswith("engine/parallel/"):
+        for line, name in modules_imported(path, tree):
+            if f"{name}.".startswith("engine.ranks."):
+                yield f"{path}:{line} imports {name}"
+
+
 def reports_without_torch(path: str, tree: ast.Module) -> Iterator[str]:
     """Tables and verdicts are computed from records alone, on machines without torch."""
     if path.startswith("reports/"):
@@ -83,8 +91,8 @@ def reports_without_torch(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def processes(path: str, tree: ast.Module) -> Iterator[str]:
-    """Processes live under engine/parallel/."""
-    if path.startswith("engine/parallel/"):
+    """Processes live under engine/ranks/."""
+    if path.startswith("engine/ranks/"):
         return
     starters = ("os.fork", "os.system", "os.popen", "os.spawn", "os.exec", "os.posix_spawn", "os.forkpty", "pty.")
     modules = ("multiprocessing", "subprocess", "torch.multiprocessing", "torch.distributed.elastic")
@@ -96,7 +104,7 @@ def processes(path: str, tree: ast.Module) -> Iterator[str]:
 
 def ranks_are_arguments(path: str, tree: ast.Module) -> Iterator[str]:
     """A rank is handed in: only groups and live ranks may ask torch.distributed who they are."""
-    if path.startswith("engine/parallel/"):
+    if path.startswith(("engine/parallel/", "engine/ranks/")):
         return
     for line, name in names_used(path, tree):
         if name.rpartition(".")[2] in ("get_rank", "get_world_size", "get_group_rank", "get_global_rank"):
@@ -148,6 +156,7 @@ def nothing_global(path: str, tree: ast.Module) -> Iterator[str]:
 
 RULES: dict[str, Rule] = {
     "import walls": import_walls,
+    "parallel without ranks": parallel_without_ranks,
     "reports without torch": reports_without_torch,
     "processes": processes,
     "ranks are arguments": ranks_are_arguments,
@@ -189,6 +198,7 @@ VIOLATIONS = [
     ("import walls", "reports/tables.py", "from engine.checkpoint_files import CheckpointError"),
     ("import walls", "reports/tables.py", "from harness.budgets import Comparison"),
     ("import walls", "harness/cli.py", "from tests.engine import support"),
+    ("parallel without ranks", "engine/parallel/linear.py", "from engine.ranks.ranks import Ranks"),
     ("reports without torch", "reports/tables.py", "import torch"),
     ("reports without torch", "reports/tables.py", "def late():\n    from torch import Tensor"),
     ("processes", "engine/llm.py", "import multiprocessing"),
@@ -221,8 +231,9 @@ ALLOWED = [
     ("import walls", "harness/cli.py", "import engine, reference.hf\nfrom reports import records"),
     ("import walls", "reference/hf.py", "from engine.checkpoint_files import CONFIG_FILE"),
     ("import walls", "reports/tables.py", "import pandas\nfrom enginelike import x"),
+    ("parallel without ranks", "engine/ranks/rank_job.py", "from engine.parallel.group import TPGroup"),
     ("reports without torch", "harness/cli.py", "import torch"),
-    ("processes", "engine/parallel/ranks.py", "import multiprocessing"),
+    ("processes", "engine/ranks/ranks.py", "import multiprocessing"),
     ("processes", "engine/llm.py", "import os\nos.environ['X']\nos.cpu_count()"),
     ("ranks are arguments", "engine/parallel/group.py", "process_group.get_rank()"),
     ("ranks are arguments", "engine/llm.py", "self.tp.rank"),

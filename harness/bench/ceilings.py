@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from engine.config import DTYPES
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.bench.figures import Figures
 
 _REPEATS = {"cpu": 20, "cuda": 5}  # short and many on a CPU: the fastest is one that nobody interrupted

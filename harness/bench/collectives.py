@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.config import DTYPES
 from engine.parallel.group import ProcessTPGroup
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.bench.timing import group_of
 from harness.bench.workloads import CollectivesPart
 

@@ -21,8 +21,8 @@ from engine.config import DTYPES, ModelConfig
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import head_shard, scale_range
+from engine.ranks.ranks import RankContext
 from harness.bench.slowdown import slow_down
 from harness.bench.timing import Group, fastest, group_of, seconds_of_one
 from harness.bench.workloads import LayersPart

@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoint_files import weight_files
 from engine.config import EngineConfig, ModelConfig
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from engine.runner import Runner
 
 COLD, WARM = "files not in memory", "files in memory"

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness.bench import ceilings, collectives, layers, loading
 from harness.bench.collectives import Problems
 from harness.bench.figures import Figures

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness.calibrate.draws import drawn_models
 from harness.calibrate.jobs import ORDERS as RANK_ORDERS
 from harness.calibrate.jobs import arrange, load_model, run_logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.parallel.group import TPGroup
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness import jobs
 from harness.calibrate.groups import RingGroup, SpoilingGroup
 from harness.subjects import Script

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from engine.parallel.ranks import RankFailure, Ranks
+from engine.ranks.ranks import RankFailure, Ranks
 from harness.calibrate.collect import OPTIONS, Pools, orders_of
 from harness.calibrate.draws import drawn_models
 from harness.calibrate.jobs import load_model

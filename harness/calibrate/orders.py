@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.parallel.ranks import RankContext, Ranks, Ticket
+from engine.ranks.ranks import RankContext, Ranks, Ticket
 from harness.simulated import EveryProduct
 
 LANES = (1, 1, 2, 4, 8, 16, 32)

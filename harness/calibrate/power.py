@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness.budgets import UNIT_ROUNDOFF, computation
 from harness.calibrate.collect import Pools, orders_of
 from harness.calibrate.draws import drawn_models, sizes_alone, value_seed

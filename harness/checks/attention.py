@@ -21,8 +21,8 @@ from torch import Tensor
 from engine.batch import build_batch
 from engine.kv_cache import BlockManager
 from engine.layers.attention_backends import BACKENDS, AttentionLayout, LayerCache
-from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import HeadShard, head_shard
+from engine.ranks.ranks import RankContext
 from engine.sampling import SamplingParams
 from engine.scheduler import Chunk
 from engine.sequence import Request

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness.errors import one_line
 from harness.truth import Truth
 

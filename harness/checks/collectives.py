@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.budgets import EXACT_INTEGER_LIMIT, reduction, same_bits
 from harness.checks.base import ROUNDING_BOUND, CheckContext, Outcome
 from harness.jobs import digest

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.batch import SamplingBatch
 from engine.layers.sampler import sample
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.budgets import improbable_counts
 from harness.checks.base import CheckContext, Outcome
 from reference.hf import DTYPES

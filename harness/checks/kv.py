@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from engine.core import EngineCore
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from engine.runner import Runner
 from engine.sampling import SamplingParams
 from engine.sequence import Request

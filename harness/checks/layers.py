@@ -22,8 +22,8 @@ from engine.parallel.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import scale_range
+from engine.ranks.ranks import RankContext
 from harness.budgets import rounding
 from harness.checks.base import CheckContext, Outcome, together
 from harness.layer_cases import KINDS, NAMES, LayerCase, LayerProblem, RankPart

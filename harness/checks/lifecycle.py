@@ -22,7 +22,7 @@ import psutil
 
 from engine.batch import StepBatch
 from engine.core import EngineCore
-from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from engine.runner import Runner
 from engine.sampling import SamplingParams
 from engine.sequence import Request

@@ -23,8 +23,8 @@ import engine.layers.rotary as rotary
 from engine.config import ModelConfig, usable_positions
 from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
 from engine.layers.dispatch import pick
-from engine.parallel.ranks import RankContext
 from engine.parallel.sharding import head_shard
+from engine.ranks.ranks import RankContext
 from harness.budgets import rounding, same_bits, sum_variance
 from harness.checks.base import CheckContext, Outcome
 from reference.hf import DTYPES

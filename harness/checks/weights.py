@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.checkpoint_files import by_model_name, open_file, read_headers
 from engine.config import TIED
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.budgets import bits
 from harness.checks.base import CheckContext, Outcome
 from harness.subjects import SUBJECTS

@@ -30,7 +30,7 @@ from harness.errors import UNEXPECTED, CouldNotRunError, UsageError, told, usage
 from harness.names import CHECK_NAMES, DTYPES
 
 if TYPE_CHECKING:
-    from engine.parallel.ranks import Ranks
+    from engine.ranks.ranks import Ranks
     from harness.verify import VerifyPlan
     from reports.records import CheckRow, Report
 
@@ -61,7 +61,7 @@ def verify_command(
     Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if something could not run, raised or was interrupted: then the
     report holds what was finished.
     """
-    from engine.parallel.torchrun import launched
+    from engine.ranks.torchrun import launched
     from harness.verify import VerifyPlan
 
     if case is not None:
@@ -90,8 +90,8 @@ def _tp_sizes(tp: str | None, ranks: Ranks | None) -> tuple[int, ...]:
 @contextmanager
 def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
     """torchrun's ranks, or None if it did not start this process. In its processes of other ranks than 0 all ends here."""
-    from engine.parallel.ranks import Ranks
-    from engine.parallel.torchrun import launched, serve
+    from engine.ranks.ranks import Ranks
+    from engine.ranks.torchrun import launched, serve
     from harness.verify import JOB_TIMEOUT_S
 
     launch = launched()

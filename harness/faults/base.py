@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.parallel.group import SoloGroup, TPGroup
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.classify import Kind
 
 Make = Callable[[Any], Any]

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import engine.parallel.pending_job as pending_job_module
-from engine.parallel.failures import RankError, RankFailure
+import engine.ranks.pending_job as pending_job_module
 from engine.parallel.group import TPGroup
-from engine.parallel.link_pool import LinkPool
-from engine.parallel.links import ProcessLink
-from engine.parallel.process_pool import ProcessPool
+from engine.ranks.failures import RankError, RankFailure
+from engine.ranks.link_pool import LinkPool
+from engine.ranks.links import ProcessLink
+from engine.ranks.process_pool import ProcessPool
 from harness.faults.base import Patches, control, fault
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from engine.parallel.ranks import RankFailure, Ranks
+from engine.ranks.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from engine.parallel.linear import RowParallelLinear
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 
 TP_SIZE = 2
 ROWS, IN, OUT = 8, 64, 32

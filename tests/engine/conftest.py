@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from engine import LLM
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
 from tests.engine.rank_jobs import footprint

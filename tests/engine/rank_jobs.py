@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines hav
 import pytest
 import torch
 
-from engine.parallel.ranks import RankContext, RankFailure
+from engine.ranks.ranks import RankContext, RankFailure
 
 ROOT = Path(__file__).parents[2]
 ALL = [

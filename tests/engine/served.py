@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 
 MakeLLM = Callable[[int], LLM]
 

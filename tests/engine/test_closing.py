@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from engine import SamplingParams
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import ALL, ROOT, echo, nap
 from tests.engine.served import PROMPTS, open_llm
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.config import EngineConfig, ModelConfig
 from engine.core import CoreInfo, News, Progress, advance, start_core
 from engine.parallel.group import SoloGroup, TPGroup
-from engine.parallel.rank_job import RankContext
+from engine.ranks.rank_job import RankContext
 from engine.sampling import SamplingParams
 from engine.sequence import Request
 from tests.engine.conftest import MakeCheckpoint, MakeReference

@@ -12,7 +12,7 @@ import torch
 
 from engine.parallel.collective_log import RING_SIZE, CollectiveLog, LogSnapshot, compare_logs
 from engine.parallel.group import CollectiveAborted, CollectiveMismatch, SoloGroup, ThreadGroup, TPGroup
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 
 NUM_GPUS = torch.cuda.device_count()
 FABRICS = [

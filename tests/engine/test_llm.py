@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from engine import LLM, CheckpointError, RequestOutput, SamplingParams, UnsupportedModelError
-from engine.parallel.ranks import RankFailure
+from engine.ranks.ranks import RankFailure
 from engine.runner import Runner
 from tests.engine.conftest import MakeCheckpoint, MakeReference
 

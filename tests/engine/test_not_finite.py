@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import RequestOutput, SamplingParams
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from tests.engine.conftest import MakeCheckpoint
 from tests.engine.served import SAMPLED, blocks_in_use, open_llm, plain
 from tests.engine.support import make_runner, on_ranks

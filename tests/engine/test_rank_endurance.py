@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from tests.engine.rank_jobs import footprint
 
 KINDS = {

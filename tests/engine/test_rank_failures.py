@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from tests.engine.rank_jobs import (
     ALL,
     SHARED,

@@ -19,12 +19,12 @@ import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines hav
 import pytest
 import torch
 
-from engine.parallel import process_pool
-from engine.parallel.channel import Channel
-from engine.parallel.fabric import choose_fabric
-from engine.parallel.links import ProcessLink
-from engine.parallel.process_pool import ProcessPool
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks import process_pool
+from engine.ranks.channel import Channel
+from engine.ranks.fabric import choose_fabric
+from engine.ranks.links import ProcessLink
+from engine.ranks.process_pool import ProcessPool
+from engine.ranks.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import (
     ROOT,
     failing_within,
@@ -145,7 +145,7 @@ def is_alive(process_id: int) -> bool:
 
 DRIVER = """
 import sys, time, os
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from tests.engine.rank_jobs import hang_on, pid, hold_the_interpreter, die_on
 if __name__ == "__main__":
     ranks = Ranks(2, fabric="gloo")
@@ -221,7 +221,7 @@ def test_a_driver_that_forgets_to_close_leaves_nothing_and_prints_nothing(tmp_pa
 
 
 UNGUARDED = """
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 with Ranks(2, fabric="gloo") as ranks:
     print("started")
 """
@@ -239,7 +239,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path, scratch: Path)
 
 LISTENER = """
 import glob, os, tempfile
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 if __name__ == "__main__":
     with Ranks(2, fabric="gloo") as ranks:
         print("started", len(glob.glob(os.path.join(tempfile.gettempdir(), "pymp-*"))))
@@ -268,7 +268,7 @@ def test_a_folder_that_is_too_long_for_a_socket_and_cannot_be_helped_is_named(
 
 
 ON_STANDARD_INPUT = """
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 def main():
     with Ranks(2, fabric="gloo") as ranks:
         print("started", len(ranks.run(print)))

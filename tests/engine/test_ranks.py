@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import (
     ALL,
     ROOT,
@@ -180,7 +180,7 @@ class TestOnGPUs:
     def test_the_driver_keeps_off_the_gpus(self) -> None:
         driver = (
             "import torch\n"
-            "from engine.parallel.ranks import Ranks\n"
+            "from engine.ranks.ranks import Ranks\n"
             "from tests.engine.test_ranks import sum_on_gpu\n"
             "with Ranks(2, device='cuda') as ranks:\n"
             "    ranks.run(sum_on_gpu, timeout_s=60)\n"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine import SamplingParams
-from engine.parallel.ranks import RankContext, RankFailure
+from engine.ranks.ranks import RankContext, RankFailure
 from tests.engine.served import (
     BOTH,
     PROMPTS,

@@ -15,8 +15,8 @@ import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines hav
 import pytest
 import torch
 
-from engine.parallel.ranks import RankContext, RankFailure, Ranks
-from engine.parallel.torchrun import Launch, check_launch, launched, read_hello, serve
+from engine.ranks.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.torchrun import Launch, check_launch, launched, read_hello, serve
 
 ROOT = Path(__file__).parents[2]
 ENVIRON = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h0", "MASTER_PORT": "1"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.batch import StepBatch
 from engine.layers.attention_backends import AttentionBackend, LayerCache
 from engine.parallel.group import SoloGroup
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from engine.runner import Runner
 from harness import jobs
 from harness.checks import CHECKS

@@ -13,7 +13,7 @@ from engine.batch import StepBatch
 from engine.decode_graph import StepInputs
 from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.group import SoloGroup
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness import jobs
 from harness.budgets import Comparison, computation
 from harness.truth import Truth

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.budgets import computation
 from reference.hf import Reference
 from tests.gpu.support import DEVICE, OPTIONS, MakeModel

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine.layers.attention_backends import AttentionLayout, select_backend
-from engine.parallel.ranks import Ranks
 from engine.parallel.sharding import head_shard
+from engine.ranks.ranks import Ranks
 from harness.checks import CHECKS
 from harness.strategies import random_config
 from harness.truth import Truth

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness import jobs
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness.checks.base import PRELOAD
 from reference.checkpoints import random_checkpoint
 

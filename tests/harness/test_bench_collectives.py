@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.parallel.group import SoloGroup
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.bench import collectives
 from harness.bench.workloads import CollectivesPart
 

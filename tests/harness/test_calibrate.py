@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from harness.budgets import CONSTANTS, NARROW, UNIT_ROUNDOFF, WIDE, Constants, Statistic
 from harness.calibrate import judge as judge_module
 from harness.calibrate import run as run_module

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import engine.config
 import harness.verify
-from engine.parallel.fabric import Fabric
-from engine.parallel.failures import RankError, RankFailure
 from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
+from engine.ranks.fabric import Fabric
+from engine.ranks.failures import RankError, RankFailure
 from harness import names
 from harness.calibrate import run as calibrate_run
 from harness.checks import CHECKS

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from engine.batch import SamplingBatch, StepBatch
 from engine.config import ModelConfig
 from engine.parallel.group import ThreadGroup, TPGroup
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from engine.sampling import SamplingParams
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome

@@ -19,7 +19,7 @@ import harness.checks.draws as draws_check
 from engine.batch import SamplingBatch
 from engine.layers.sampler import filter_top_k_top_p, sample
 from engine.parallel.group import TPGroup
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from harness.budgets import improbability, improbable_counts, near_tie_margins
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.draws import DrawCase, check_draws, draw_cases, run_cases

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.layers.matmul import linear
 from engine.parallel.linear import RowParallelLinear
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.checks.layers import LayerAnswer, run_cases
 from harness.layer_cases import LayerCase
 from harness.live_ranks import RankPools

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from engine.parallel.failures import RankError, RankFailure
+from engine.ranks.failures import RankError, RankFailure
 from harness import jobs
 from harness.checks import lifecycle
 from harness.checks.lifecycle import HANG_S, SLACK_S, LifecycleCase, Traces, all_cases, check_lifecycle, left_behind, wrong_with
@@ -132,7 +132,7 @@ def test_ranks_that_generate_something_else_afterwards_are_seen(folder: Path, mo
 @pytest.mark.multirank
 def test_a_process_that_hides_its_phase_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's side alone is patched: what it makes of a death."""
-    import engine.parallel.pending_job as pending_job
+    import engine.ranks.pending_job as pending_job
 
     make = pending_job.make_failure
 

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import UnsatisfiedAssumption
 
-from engine.parallel.failures import RankError
-from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.failures import RankError
+from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from harness.live_ranks import HANG_ATTEMPTS, HangBudget, RankPools, RanksForTests, fingerprint
 
 TP_SIZE = 2

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.parallel.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks
 from harness import jobs
 from harness.budgets import SEARCH_MARGIN, computation
 from harness.calibrate.collect import OPTIONS

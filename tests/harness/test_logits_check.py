@@ -10,7 +10,7 @@ import pytest
 
 import harness.checks.logits as logits_check
 from engine.layers.norm import RMSNorm
-from engine.parallel.ranks import RankContext, RankFailure
+from engine.ranks.ranks import RankContext, RankFailure
 from harness import jobs
 from harness.cases import load_case
 from harness.checks import CHECKS

@@ -82,7 +82,7 @@ def test_another_checkout_that_is_found_first_is_whole(site: Path, tmp_path: Pat
 
 
 RANKS = """
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 
 def job(rank):
     return rank.tp.rank

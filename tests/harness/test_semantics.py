@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.parallel.ranks import Ranks
+from engine.ranks.ranks import Ranks
 from harness.checks.requests import MAX_NUM_SEQS, NUM_DRAWS, draw_requests, stream
 from harness.checks.talker import MAX_MODEL_LEN, Talker
 from harness.faults.layouts import LAYOUTS

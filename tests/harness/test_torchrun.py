@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.parallel.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from harness import verify as verify_module
 from harness.checks.base import CheckContext, Outcome
 from harness.commands.verify import _tp_sizes as tp_sizes_of

@@ -7,7 +7,7 @@ import signal
 
 import torch
 
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 
 
 def sum_of_ranks(rank: RankContext) -> float:

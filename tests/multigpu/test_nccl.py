@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.parallel.ranks import RankFailure, Ranks
+from engine.ranks.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.checks import CHECKS
 from harness.live_ranks import RankPools

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine import LLM, SamplingParams
-from engine.parallel.ranks import RankContext
+from engine.ranks.ranks import RankContext
 from harness.bench.engines.base import EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests

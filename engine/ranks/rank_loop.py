@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.parallel.channel import Kind, dumps, loads, receive_frame, send_frame
-from engine.parallel.rank_job import RankContext, rank_error, report, run_job
+from engine.ranks.channel import Kind, dumps, loads, receive_frame, send_frame
+from engine.ranks.rank_job import RankContext, rank_error, report, run_job
 
 
 def serve_jobs(context: RankContext, jobs: socket.socket) -> int:

@@ -14,15 +14,15 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
-from engine.parallel.channel import Channel, Kind, dumps
-from engine.parallel.failures import RankError
-from engine.parallel.link_pool import LinkPool
-from engine.parallel.links import Link
-from engine.parallel.pool import Deliver
-from engine.parallel.rank_job import RankContext
-from engine.parallel.rank_loop import serve_control, serve_jobs
-from engine.parallel.rendezvous import leave_group
-from engine.parallel.torchrun import (
+from engine.ranks.channel import Channel, Kind, dumps
+from engine.ranks.failures import RankError
+from engine.ranks.link_pool import LinkPool
+from engine.ranks.links import Link
+from engine.ranks.pool import Deliver
+from engine.ranks.rank_job import RankContext
+from engine.ranks.rank_loop import serve_control, serve_jobs
+from engine.ranks.rendezvous import leave_group
+from engine.ranks.torchrun import (
     Launch,
     Purpose,
     Welcome,

@@ -28,12 +28,12 @@ import torch
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # torch leaves them out of __all__
 from torch.distributed.rendezvous import rendezvous
 
-from engine.parallel.channel import Kind, dumps, loads, receive_frame, send_frame
 from engine.parallel.collective_log import LogSnapshot
-from engine.parallel.failures import error_from_exception
-from engine.parallel.rank_job import RankContext
-from engine.parallel.rank_loop import serve_control, serve_jobs
-from engine.parallel.rendezvous import join_group, leave_group
+from engine.ranks.channel import Kind, dumps, loads, receive_frame, send_frame
+from engine.ranks.failures import error_from_exception
+from engine.ranks.rank_job import RankContext
+from engine.ranks.rank_loop import serve_control, serve_jobs
+from engine.ranks.rendezvous import join_group, leave_group
 
 Purpose = Literal["jobs", "control"]
 _PURPOSES: tuple[Purpose, ...] = ("jobs", "control")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # torch leaves them out of __all__
 
 from engine.parallel.group import ProcessTPGroup
-from engine.parallel.rank_job import RankContext
+from engine.ranks.rank_job import RankContext
 
 
 def make_store() -> TCPStore:

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.parallel.channel import Kind, dumps, send_frame
 from engine.parallel.collective_log import LogSnapshot
-from engine.parallel.failures import error_from_exception
-from engine.parallel.rank_job import RankContext
-from engine.parallel.rank_loop import serve_control, serve_jobs
-from engine.parallel.rendezvous import connect_store, join_group, leave_group
+from engine.ranks.channel import Kind, dumps, send_frame
+from engine.ranks.failures import error_from_exception
+from engine.ranks.rank_job import RankContext
+from engine.ranks.rank_loop import serve_control, serve_jobs
+from engine.ranks.rendezvous import connect_store, join_group, leave_group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from engine.parallel.channel import Kind
-from engine.parallel.fabric import Fabric, choose_fabric
-from engine.parallel.failures import RankError, RankFailure
-from engine.parallel.pending_job import OnEvent, PendingJob
-from engine.parallel.pool import Pool
-from engine.parallel.process_pool import ProcessPool
-from engine.parallel.rank_job import Job, RankContext, job_name
-from engine.parallel.rank_threads import SoloPool, ThreadPool
-from engine.parallel.torchrun import Launch, check_launch
-from engine.parallel.torchrun_pool import TorchrunPool
+from engine.ranks.channel import Kind
+from engine.ranks.fabric import Fabric, choose_fabric
+from engine.ranks.failures import RankError, RankFailure
+from engine.ranks.pending_job import OnEvent, PendingJob
+from engine.ranks.pool import Pool
+from engine.ranks.process_pool import ProcessPool
+from engine.ranks.rank_job import Job, RankContext, job_name
+from engine.ranks.rank_threads import SoloPool, ThreadPool
+from engine.ranks.torchrun import Launch, check_launch
+from engine.ranks.torchrun_pool import TorchrunPool
 
 __all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "RanksClosed", "Ticket"]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from engine.parallel.channel import Kind, loads
-from engine.parallel.failures import RankReport
 from engine.parallel.group import SoloGroup, ThreadGroup
-from engine.parallel.pool import Deliver
-from engine.parallel.rank_job import Job, RankContext, pack_job, rank_error, report, run_job
+from engine.ranks.channel import Kind, loads
+from engine.ranks.failures import RankReport
+from engine.ranks.pool import Deliver
+from engine.ranks.rank_job import Job, RankContext, pack_job, rank_error, report, run_job
 
 
 class SoloPool:

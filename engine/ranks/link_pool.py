@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from engine.parallel.channel import Channel, Kind, loads
-from engine.parallel.failures import RankReport
-from engine.parallel.links import Link, open_frame
-from engine.parallel.pool import Deliver
-from engine.parallel.rank_job import Job, pack_job
+from engine.ranks.channel import Channel, Kind, loads
+from engine.ranks.failures import RankReport
+from engine.ranks.links import Link, open_frame
+from engine.ranks.pool import Deliver
+from engine.ranks.rank_job import Job, pack_job
 
 AnyLink = TypeVar("AnyLink", bound=Link)
 

@@ -9,9 +9,9 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from engine.parallel.channel import Channel, Frame, Kind, loads
 from engine.parallel.collective_log import LogSnapshot
-from engine.parallel.failures import RankReport, error_from_exception
+from engine.ranks.channel import Channel, Frame, Kind, loads
+from engine.ranks.failures import RankReport, error_from_exception
 
 
 @dataclass(slots=True, kw_only=True)

@@ -19,14 +19,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
-from engine.parallel import fork_server, rank_process
-from engine.parallel.channel import Channel, Kind
-from engine.parallel.failures import RankError, RankReport, describe_exit
-from engine.parallel.link_pool import LinkPool
-from engine.parallel.links import ProcessLink
-from engine.parallel.pool import Deliver
-from engine.parallel.rank_process import RankSetup
-from engine.parallel.rendezvous import make_store
+from engine.ranks import fork_server, rank_process
+from engine.ranks.channel import Channel, Kind
+from engine.ranks.failures import RankError, RankReport, describe_exit
+from engine.ranks.link_pool import LinkPool
+from engine.ranks.links import ProcessLink
+from engine.ranks.pool import Deliver
+from engine.ranks.rank_process import RankSetup
+from engine.ranks.rendezvous import make_store
 
 _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes; what is longer, bind() refuses
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
@@ -204,7 +204,7 @@ def _preload() -> list[str]:
 
     None of it may touch a GPU: CUDA does not survive a fork.
     """
-    names = ["torch", "torch.distributed", "engine.parallel.rank_process"]
+    names = ["torch", "torch.distributed", "engine.ranks.rank_process"]
     # Seconds of import for each rank that will run the engine, and no use to ranks that will not.
     names += [name for name in ("engine.core",) if name in sys.modules]
     # A model's config comes to every rank as an object of transformers, whose module brings hundreds along.

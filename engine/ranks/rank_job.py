@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from engine.parallel.channel import dumps
-from engine.parallel.failures import RankError, RankReport, error_from_exception
 from engine.parallel.group import TPGroup
+from engine.ranks.channel import dumps
+from engine.ranks.failures import RankError, RankReport, error_from_exception
 
 Job = Callable[..., Any]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.parallel.channel import Kind
 from engine.parallel.collective_log import LogSnapshot
-from engine.parallel.failures import RankError, RankFailure, RankReport, make_failure, stuck_error
+from engine.ranks.channel import Kind
+from engine.ranks.failures import RankError, RankFailure, RankReport, make_failure, stuck_error
 
 OnEvent = Callable[[int, Any], None]
 

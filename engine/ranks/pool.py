@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from engine.parallel.channel import Kind
-from engine.parallel.failures import RankReport
-from engine.parallel.rank_job import Job
+from engine.ranks.channel import Kind
+from engine.ranks.failures import RankReport
+from engine.ranks.rank_job import Job
 
 Deliver = Callable[[int, Kind, int, Any], None]
 """Called with (rank, kind, job number, payload):
