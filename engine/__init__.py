@@ -6,20 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.checkpoint_files import CheckpointError
+    from engine.checkpoint.checkpoint_files import CheckpointError
     from engine.config import EngineConfig, ModelConfig, UnsupportedModelError
+    from engine.frontend.outputs import CompletionOutput, Logprob, RequestOutput
+    from engine.frontend.sampling import SamplingParams
     from engine.llm import LLM, Stream
-    from engine.outputs import CompletionOutput, Logprob, RequestOutput
-    from engine.sampling import SamplingParams
 
 __all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "Logprob", "ModelConfig", "RequestOutput",
            "SamplingParams", "Stream", "UnsupportedModelError"]
 
 # Imported on first use: a rank, or a layer's test, should not wait for tokenizers and hub clients.
 _HOME = {
-    "LLM": "engine.llm", "SamplingParams": "engine.sampling", "EngineConfig": "engine.config", "ModelConfig": "engine.config",
-    "UnsupportedModelError": "engine.config", "CompletionOutput": "engine.outputs", "RequestOutput": "engine.outputs",
-    "CheckpointError": "engine.checkpoint_files", "Logprob": "engine.outputs", "Stream": "engine.llm",
+    "LLM": "engine.llm", "Stream": "engine.llm", "SamplingParams": "engine.frontend.sampling",
+    "EngineConfig": "engine.config", "ModelConfig": "engine.config", "UnsupportedModelError": "engine.config",
+    "CompletionOutput": "engine.frontend.outputs", "RequestOutput": "engine.frontend.outputs", "Logprob": "engine.frontend.outputs",
+    "CheckpointError": "engine.checkpoint.checkpoint_files",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from engine.checkpoint_files import (
+from engine.checkpoint.checkpoint_files import (
     CONFIG_FILE,
     CheckpointError,
     by_model_name,
@@ -22,7 +22,7 @@ from engine.checkpoint_files import (
     read_json,
     short,
 )
-from engine.config_rules import LARGEST_SIZE, check_values
+from engine.checkpoint.config_rules import LARGEST_SIZE, check_values
 from engine.layers.rotary import rope_tables
 
 DTYPES: dict[str, torch.dtype] = {

@@ -13,21 +13,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.chat import Message, render_chats
-from engine.checkpoint_files import CheckpointError
+from engine.checkpoint.checkpoint_files import CheckpointError
+from engine.checkpoint.hub import find_model
+from engine.checkpoint.preflight import check_checkpoint
 from engine.config import EngineConfig, ModelConfig
-from engine.core import start_core
-from engine.driver import Driver
-from engine.hub import find_model
+from engine.execution.core import start_core
+from engine.execution.driver import Driver
+from engine.frontend.chat import Message, render_chats
+from engine.frontend.ongoing import OngoingRequest
+from engine.frontend.outputs import RequestOutput
+from engine.frontend.prompts import Prompt
+from engine.frontend.requests import Admission
+from engine.frontend.sampling import SamplingParams
+from engine.frontend.tokenizer import load_tokenizer
 from engine.layers.attention_backends import check_name
-from engine.ongoing import OngoingRequest
-from engine.outputs import RequestOutput
-from engine.preflight import check_checkpoint
-from engine.prompts import Prompt
 from engine.ranks.ranks import Ranks
-from engine.requests import Admission
-from engine.sampling import SamplingParams
-from engine.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ class CouldNotRunError(Exception):
 @contextmanager
 def usage() -> Iterator[None]:
     """Around what plans the work: a ValueError there is the command line's. Elsewhere it is a mistake of ours."""
-    from engine.checkpoint_files import CheckpointError
+    from engine.checkpoint.checkpoint_files import CheckpointError
 
     try:
         yield
@@ -66,7 +66,7 @@ def told(error: BaseException) -> tuple[str, int] | None:
     try:
         import torch
 
-        from engine.checkpoint_files import CheckpointError
+        from engine.checkpoint.checkpoint_files import CheckpointError
         from engine.ranks.ranks import RankFailure
         from harness.bench.worker import WorkerError
     except ImportError:  # then it is none of these

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.checkpoint.preflight import check_checkpoint as check_for_engine
 from engine.config import ModelConfig
-from engine.preflight import check_checkpoint as check_for_engine
 from reference.checkpoints import read_config, weight_shapes
 
 

@@ -17,20 +17,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.batch import StepBatch, build_batch
 from engine.config import EngineConfig, ModelConfig
-from engine.core import EngineCore
-from engine.kv_cache import BlockManager
+from engine.execution.core import EngineCore
+from engine.execution.runner import Runner
+from engine.frontend.outputs import RequestOutput
+from engine.frontend.sampling import SamplingParams
 from engine.layers.norm import RMSNorm
 from engine.llm import LLM
-from engine.outputs import RequestOutput
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 from engine.ranks.ranks import RankContext, Ranks
-from engine.runner import Runner
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request
-from engine.sequence import Sequence as EngineSequence
+from engine.scheduling.batch import StepBatch, build_batch
+from engine.scheduling.kv_cache import BlockManager
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request
+from engine.scheduling.sequence import Sequence as EngineSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.batch import StepBatch
+from engine.scheduling.batch import StepBatch
 from harness.budgets import bits
 
 VOCAB_SIZE = 5
@@ -50,7 +50,7 @@ class TapeConfig:
 
 
 class TapeRunner:
-    """In place of ``engine.runner.Runner``. Notes a digest of every step's inputs."""
+    """In place of ``engine.execution.runner.Runner``. Notes a digest of every step's inputs."""
 
     def __init__(self, config: TapeConfig, num_blocks: int) -> None:
         self.config = config

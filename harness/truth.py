@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.tokenizer import load_tokenizer
+from engine.frontend.tokenizer import load_tokenizer
 from harness.errors import one_line
 from harness.simulated import SimulatedRounding
 from harness.subjects import Script

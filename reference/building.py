@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from engine.checkpoint_files import CheckpointError, one_line
+from engine.checkpoint.checkpoint_files import CheckpointError, one_line
 
 # While it builds a model, transformers sets torch's default dtype, which all threads share, and sets it back
 # to what it found: two at once would leave one model's dtype behind as the default of the process.

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint_files import CONFIG_FILE, weight_files
-from engine.hub import SMOLLM2, find_model
+from engine.checkpoint.checkpoint_files import CONFIG_FILE, weight_files
+from engine.checkpoint.hub import SMOLLM2, find_model
 from reference.building import read_config
 from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2

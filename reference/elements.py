@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.checkpoint_files import CheckpointError, DownloadError, read_headers
+from engine.checkpoint.checkpoint_files import CheckpointError, DownloadError, read_headers
 
 __all__ = ["CheckpointError", "DownloadError", "Element", "ElementIndex", "Shapes", "checkpoint_shapes"]
 

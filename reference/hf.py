@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from engine.checkpoint_files import CONFIG_FILE
+from engine.checkpoint.checkpoint_files import CONFIG_FILE
 from reference.building import building
 from reference.elements import CheckpointError, Element
 from reference.exact import compute_in_float64

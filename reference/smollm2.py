@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from engine.hub import SMOLLM2_FOLDER as FOLDER
-from engine.hub import cache_folder
+from engine.checkpoint.hub import SMOLLM2_FOLDER as FOLDER
+from engine.checkpoint.hub import cache_folder
 from reference.elements import CheckpointError, DownloadError
 from reference.gguf_import import convert_gguf
 

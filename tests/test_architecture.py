@@ -15,7 +15,7 @@ MAY_IMPORT = {"engine": set(), "reference": set(), "reports": set(), "harness": 
 Rule = Callable[[str, ast.Module], Iterator[str]]
 """(path from the root, syntax tree) -> what breaks the rule."""
 
-SHARED = {"reference": ("engine.checkpoint_files", "engine.hub")}
+SHARED = {"reference": ("engine.checkpoint.checkpoint_files", "engine.checkpoint.hub")}
 """Modules of another package that a package may import all the same: which files a checkpoint is made of is asked in one place,
 and it is no part of what the reference derives a second time."""
 
@@ -194,15 +194,15 @@ VIOLATIONS = [
     ("import walls", "engine/llm.py", "import importlib\nimportlib.import_module('reference.hf')"),
     ("import walls", "engine/layers/norm.py", "from ...reports import tables"),
     ("import walls", "reference/hf.py", "from engine import LLM"),
-    ("import walls", "reference/hf.py", "from engine.weights import load_weights"),
-    ("import walls", "reports/tables.py", "from engine.checkpoint_files import CheckpointError"),
+    ("import walls", "reference/hf.py", "from engine.checkpoint.weights import load_weights"),
+    ("import walls", "reports/tables.py", "from engine.checkpoint.checkpoint_files import CheckpointError"),
     ("import walls", "reports/tables.py", "from harness.budgets import Comparison"),
     ("import walls", "harness/cli.py", "from tests.engine import support"),
     ("parallel without ranks", "engine/parallel/linear.py", "from engine.ranks.ranks import Ranks"),
     ("reports without torch", "reports/tables.py", "import torch"),
     ("reports without torch", "reports/tables.py", "def late():\n    from torch import Tensor"),
     ("processes", "engine/llm.py", "import multiprocessing"),
-    ("processes", "engine/runner.py", "from subprocess import run"),
+    ("processes", "engine/execution/runner.py", "from subprocess import run"),
     ("processes", "harness/cli.py", "import torch.multiprocessing as mp"),
     ("processes", "harness/cli.py", "from torch import multiprocessing"),
     ("processes", "reference/hf.py", "import os\nos.fork()"),
@@ -212,24 +212,24 @@ VIOLATIONS = [
     ("ranks are arguments", "engine/layers/norm.py", "import torch.distributed as dist\ndist.get_rank()"),
     ("ranks are arguments", "harness/jobs.py", "from torch.distributed import get_world_size"),
     ("tolerances", "harness/checks/logits.py", "torch.allclose(a, b, atol=1e-5, rtol=0)"),
-    ("tolerances", "engine/core.py", "torch.allclose(a, b)"),
+    ("tolerances", "engine/execution/core.py", "torch.allclose(a, b)"),
     ("tolerances", "reference/hf.py", "compare(a, b, rtol=tolerance)"),
     ("tolerances", "harness/checks/logits.py", "torch.testing.assert_close(a, b, rtol=0)"),
     ("tolerances", "harness/checks/logits.py", "x == pytest.approx(y)"),
     ("remote code", "engine/llm.py", "AutoTokenizer.from_pretrained(x, trust_remote_code=True)"),
     ("remote code", "harness/cli.py", "load(x, trust_remote_code=flag)"),
     ("remote code", "reference/hf.py", "load(x, **{'trust_remote_code': True})"),
-    ("nothing global", "engine/runner.py", "import torch\ntorch.set_default_dtype(torch.float64)"),
-    ("nothing global", "engine/runner.py", "from torch import set_default_device"),
-    ("nothing global", "engine/runner.py", "import torch\ntorch.manual_seed(0)"),
-    ("nothing global", "engine/runner.py", "from torch import manual_seed"),
-    ("nothing global", "engine/runner.py", "import torch\ntorch.cuda.manual_seed_all(0)"),
+    ("nothing global", "engine/execution/runner.py", "import torch\ntorch.set_default_dtype(torch.float64)"),
+    ("nothing global", "engine/execution/runner.py", "from torch import set_default_device"),
+    ("nothing global", "engine/execution/runner.py", "import torch\ntorch.manual_seed(0)"),
+    ("nothing global", "engine/execution/runner.py", "from torch import manual_seed"),
+    ("nothing global", "engine/execution/runner.py", "import torch\ntorch.cuda.manual_seed_all(0)"),
 ]
 ALLOWED = [
-    ("import walls", "engine/llm.py", "from engine.core import advance"),
+    ("import walls", "engine/llm.py", "from engine.execution.core import advance"),
     ("import walls", "engine/layers/norm.py", "from ..parallel import parameter"),
     ("import walls", "harness/cli.py", "import engine, reference.hf\nfrom reports import records"),
-    ("import walls", "reference/hf.py", "from engine.checkpoint_files import CONFIG_FILE"),
+    ("import walls", "reference/hf.py", "from engine.checkpoint.checkpoint_files import CONFIG_FILE"),
     ("import walls", "reports/tables.py", "import pandas\nfrom enginelike import x"),
     ("parallel without ranks", "engine/ranks/rank_job.py", "from engine.parallel.group import TPGroup"),
     ("reports without torch", "harness/cli.py", "import torch"),
@@ -240,7 +240,7 @@ ALLOWED = [
     ("tolerances", "harness/budgets.py", "torch.allclose(a, b, atol=1e-5)"),
     ("tolerances", "harness/checks/logits.py", "torch.testing.assert_close(a, b, rtol=0, atol=0)"),
     ("remote code", "reference/hf.py", "load(x, trust_remote_code=False)"),
-    ("nothing global", "engine/runner.py", "import torch\ntorch.Generator().manual_seed(0)"),
+    ("nothing global", "engine/execution/runner.py", "import torch\ntorch.Generator().manual_seed(0)"),
     ("nothing global", "harness/cli.py", "import torch\ntorch.manual_seed(0)"),
 ]
 

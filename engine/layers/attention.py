@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.batch import StepBatch
 from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
 from engine.layers.attention_backends import AttentionBackend, LayerCache
 from engine.layers.dispatch import pick
 from engine.layers.norm import RMSNorm
 from engine.parallel.sharding import HeadShard
+from engine.scheduling.batch import StepBatch
 
 RopeTables = tuple[Tensor, Tensor]
 

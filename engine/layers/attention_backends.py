@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch
 from engine.kernels.attention_torch import paged_attention_torch
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.sharding import HeadShard
+from engine.scheduling.batch import StepBatch
 
 logger = logging.getLogger(__name__)
 

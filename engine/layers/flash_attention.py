@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch
+from engine.scheduling.batch import StepBatch
 
 if TYPE_CHECKING:
     from engine.layers.attention_backends import AttentionLayout, LayerCache

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.batch import SamplingBatch
 from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch
 from engine.layers.dispatch import pick
+from engine.scheduling.batch import SamplingBatch
 
 
 class LogprobTensors(NamedTuple):

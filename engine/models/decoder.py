@@ -13,7 +13,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from engine.batch import StepBatch
 from engine.config import ModelConfig
 from engine.kernels.silu_mul import silu_mul, silu_mul_torch
 from engine.layers.attention import Attention, RopeTables
@@ -25,6 +24,7 @@ from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.sharding import scale_range
+from engine.scheduling.batch import StepBatch
 
 
 class MLP(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint_files import CheckpointError
+from engine.checkpoint.checkpoint_files import CheckpointError
 
 
 class LoadedWeight(Protocol):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint_files import weight_files
+from engine.checkpoint.checkpoint_files import weight_files
 from engine.config import EngineConfig, ModelConfig
+from engine.execution.runner import Runner
 from engine.ranks.ranks import RankContext
-from engine.runner import Runner
 
 COLD, WARM = "files not in memory", "files in memory"
 

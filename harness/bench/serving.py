@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from engine.checkpoint_files import CONFIG_FILE, INDEX_FILE, weight_files
+from engine.checkpoint.checkpoint_files import CONFIG_FILE, INDEX_FILE, weight_files
 from harness.bench.engines import ENGINES
 from harness.bench.engines.base import Engine, EngineSpec
 from harness.bench.figures import (

@@ -63,7 +63,7 @@ def model_folder(model: str, *, dtype: str = "auto", cache: Path | None = None) 
     if not model.strip():
         raise UsageError(f"model={model!r} names nothing: give smollm2, a folder, a hub id or a shape")
     # Here: the names alone must cost no import of torch.
-    from engine.hub import cache_folder
+    from engine.checkpoint.hub import cache_folder
     from reference.checkpoints import random_checkpoint, resolve
 
     if model not in SHAPES:

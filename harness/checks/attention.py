@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import build_batch
-from engine.kv_cache import BlockManager
+from engine.frontend.sampling import SamplingParams
 from engine.layers.attention_backends import BACKENDS, AttentionLayout, LayerCache
 from engine.parallel.sharding import HeadShard, head_shard
 from engine.ranks.ranks import RankContext
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request
-from engine.sequence import Sequence as EngineSequence
+from engine.scheduling.batch import build_batch
+from engine.scheduling.kv_cache import BlockManager
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request
+from engine.scheduling.sequence import Sequence as EngineSequence
 from harness.budgets import rounding, sum_variance
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.rotary import check_rotary

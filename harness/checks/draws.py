@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import SamplingBatch
 from engine.layers.sampler import sample
 from engine.ranks.ranks import RankContext
+from engine.scheduling.batch import SamplingBatch
 from harness.budgets import improbable_counts
 from harness.checks.base import CheckContext, Outcome
 from reference.hf import DTYPES

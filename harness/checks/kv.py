@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from engine.core import EngineCore
+from engine.execution.core import EngineCore
+from engine.execution.runner import Runner
+from engine.frontend.sampling import SamplingParams
 from engine.ranks.ranks import RankContext
-from engine.runner import Runner
-from engine.sampling import SamplingParams
-from engine.sequence import Request
-from engine.sequence import Sequence as EngineSequence
+from engine.scheduling.sequence import Request
+from engine.scheduling.sequence import Sequence as EngineSequence
 from harness.checks.base import CheckContext, Outcome
 from harness.tape import VOCAB_SIZE, DisagreementError, TapeConfig, TapeRunner, continuation
 

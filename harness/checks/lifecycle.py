@@ -20,13 +20,13 @@ from typing import Any, Literal, NoReturn, cast
 
 import psutil
 
-from engine.batch import StepBatch
-from engine.core import EngineCore
+from engine.execution.core import EngineCore
+from engine.execution.runner import Runner
+from engine.frontend.sampling import SamplingParams
 from engine.ranks.ranks import RankContext, RankFailure, Ranks
-from engine.runner import Runner
-from engine.sampling import SamplingParams
-from engine.sequence import Request
-from engine.sequence import Sequence as EngineSequence
+from engine.scheduling.batch import StepBatch
+from engine.scheduling.sequence import Request
+from engine.scheduling.sequence import Sequence as EngineSequence
 from harness import jobs
 from harness.checks.base import PRELOAD, CheckContext, Outcome
 from reference.checkpoints import random_checkpoint

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint_files import by_model_name, open_file, read_headers
+from engine.checkpoint.checkpoint_files import by_model_name, open_file, read_headers
 from engine.config import TIED
 from engine.ranks.ranks import RankContext
 from harness.budgets import bits

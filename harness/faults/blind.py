@@ -13,18 +13,18 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-import engine.batch as batch_module
 import engine.config as config_module
 import engine.layers.rotary as rotary_module
 import engine.layers.sampler as sampler_module
 import engine.parallel.sharding as sharding_module
-from engine.detokenizer import Detokenizer
-from engine.kv_cache import BlockManager
-from engine.ongoing import OngoingCompletion
+import engine.scheduling.batch as batch_module
+from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.ongoing import OngoingCompletion
+from engine.frontend.requests import Admission
+from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import TPGroup
-from engine.requests import Admission
-from engine.sampling import SamplingParams
-from engine.scheduler import Scheduler
+from engine.scheduling.kv_cache import BlockManager
+from engine.scheduling.scheduler import Scheduler
 from harness.faults.base import Patches, fault
 from harness.faults.layers import BEFORE_O_PROJ
 

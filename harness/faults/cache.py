@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import engine.kv_cache as kv_cache_module
+import engine.execution.runner as runner_module
 import engine.layers.attention as attention_module
-import engine.runner as runner_module
-from engine.batch import StepBatch
-from engine.kv_cache import ROOT_HASH, BlockManager
+import engine.scheduling.kv_cache as kv_cache_module
+from engine.execution.runner import Runner
 from engine.layers.attention_backends import LayerCache, TorchBackend
 from engine.parallel.group import TPGroup
-from engine.runner import Runner
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
+from engine.scheduling.batch import StepBatch
+from engine.scheduling.kv_cache import ROOT_HASH, BlockManager
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
 from harness.faults.base import Patches, fault
 from harness.faults.layers import BEFORE_O_PROJ
 

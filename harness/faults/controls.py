@@ -13,12 +13,12 @@ import engine.layers.norm as norm_module
 import engine.parallel.embedding as embedding_module
 import engine.parallel.linear as linear_module
 from engine.kernels.rms_norm import rms_norm_torch
-from engine.kv_cache import BlockManager
 from engine.layers.matmul import linear
 from engine.models.decoder import MLP
 from engine.parallel.embedding import VocabParallelEmbedding
 from engine.parallel.group import ProcessTPGroup, TPGroup
 from engine.parallel.linear import RowParallelLinear
+from engine.scheduling.kv_cache import BlockManager
 from harness.faults.base import Patches, control
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch
-from engine.decode_graph import DecodeGraphs, DecodeStep, StepInputs
+from engine.execution.decode_graph import DecodeGraphs, DecodeStep, StepInputs
 from engine.parallel.group import ProcessTPGroup, TPGroup
+from engine.scheduling.batch import StepBatch
 from harness.faults.base import Patches, fault
 
 

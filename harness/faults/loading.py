@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import engine.checkpoint.weights as weights_module
 import engine.parallel.linear as linear_module
-import engine.weights as weights_module
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from engine.config import ModelConfig
+from engine.frontend.requests import Admission
 from engine.parallel.group import TPGroup
-from engine.requests import Admission
 from harness.faults.base import LOAD, Patches, Plant, fault
 from harness.faults.layers import BEFORE_O_PROJ
 

@@ -16,14 +16,14 @@ import engine.kernels.attention_torch as attention_module
 import engine.layers.rotary as rotary_module
 import engine.layers.sampler as sampler_module
 import engine.models.decoder as decoder_module
-from engine.kv_cache import ROOT_HASH, BlockManager, hash_block
+from engine.checkpoint.weights import CheckpointTensor
 from engine.parallel.embedding import VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import RowParallelLinear
 from engine.parallel.sharding import HeadShard
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Sequence
-from engine.weights import CheckpointTensor
+from engine.scheduling.kv_cache import ROOT_HASH, BlockManager, hash_block
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import Sequence
 from harness.faults.base import Patches, fault
 from harness.faults.collectives import EMBEDDING
 from harness.faults.layers import BEFORE_O_PROJ

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import engine.batch as batch_module
+import engine.execution.runner as runner_module
+import engine.frontend.requests as requests_module
 import engine.layers.sampler as sampler_module
-import engine.requests as requests_module
-import engine.runner as runner_module
-from engine.batch import SamplingBatch
-from engine.core import News
-from engine.detokenizer import Detokenizer
-from engine.driver import Driver
+import engine.scheduling.batch as batch_module
+from engine.execution.core import News
+from engine.execution.driver import Driver
+from engine.frontend.detokenizer import Detokenizer
+from engine.frontend.ongoing import OngoingCompletion, OngoingRequest
+from engine.frontend.requests import Admission
+from engine.frontend.sampling import SamplingParams
 from engine.layers.sampler import LogprobTensors, filter_top_k_top_p
-from engine.ongoing import OngoingCompletion, OngoingRequest
 from engine.parallel.group import TPGroup
-from engine.requests import Admission
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request, Sequence, TokenLogprobs
+from engine.scheduling.batch import SamplingBatch
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request, Sequence, TokenLogprobs
 from harness.faults.base import Patches, Plant, Where, fault
 
 Change = dict[str, Any]

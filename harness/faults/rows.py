@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import engine.core as core_module
-import engine.requests as requests_module
-from engine.batch import SamplingBatch, StepBatch
-from engine.core import News
-from engine.ongoing import OngoingCompletion, OngoingRequest
+import engine.execution.core as core_module
+import engine.frontend.requests as requests_module
+from engine.execution.core import News
+from engine.execution.runner import Runner
+from engine.frontend.ongoing import OngoingCompletion, OngoingRequest
+from engine.frontend.requests import Admission
 from engine.parallel.group import TPGroup
-from engine.requests import Admission
-from engine.runner import Runner
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Request, Sequence, TokenLogprobs
+from engine.scheduling.batch import SamplingBatch, StepBatch
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import Request, Sequence, TokenLogprobs
 from harness.faults.base import Patches, Plant, fault
 from harness.faults.parameters import CHECKS, Change, banned_tokens, bans, drawn_with
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import engine.execution.runner as runner_module
 import engine.layers.sampler as sampler_module
-import engine.runner as runner_module
-from engine.batch import SamplingBatch, StepBatch
+from engine.execution.runner import Runner
 from engine.parallel.group import TPGroup
-from engine.runner import Runner
+from engine.scheduling.batch import SamplingBatch, StepBatch
 from harness.faults.base import Patches, fault
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+import engine.execution.runner as runner_module
 import engine.parallel.embedding as embedding_module
-import engine.runner as runner_module
 from engine.layers.matmul import linear
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup

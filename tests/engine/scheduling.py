@@ -15,12 +15,12 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine.batch import StepBatch
-from engine.core import EngineCore
-from engine.kv_cache import ROOT_HASH, BlockManager, hash_block
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Request, Sequence
+from engine.execution.core import EngineCore
+from engine.frontend.sampling import SamplingParams
+from engine.scheduling.batch import StepBatch
+from engine.scheduling.kv_cache import ROOT_HASH, BlockManager, hash_block
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import Request, Sequence
 
 Tokens = tuple[int, ...]
 VOCAB_SIZE = 3

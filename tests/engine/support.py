@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
+from engine.execution.runner import Runner
+from engine.frontend.sampling import SamplingParams
 from engine.layers.attention_backends import AttentionLayout, select_backend
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.group import SoloGroup, ThreadGroup, TPGroup
 from engine.parallel.sharding import head_shard
-from engine.runner import Runner
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request
-from engine.sequence import Sequence as EngineSequence
+from engine.scheduling.batch import build_batch
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request
+from engine.scheduling.sequence import Sequence as EngineSequence
 from harness.budgets import EXACT_INTEGER_LIMIT, UNIT_ROUNDOFF
 
 T = TypeVar("T")

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.batch import IN_FLIGHT, StepBatch, build_batch
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request, Sequence
+from engine.frontend.sampling import SamplingParams
+from engine.scheduling.batch import IN_FLIGHT, StepBatch, build_batch
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request, Sequence
 from tests.engine.support import FEW, MANY
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from engine.checkpoint_files import CheckpointError
+from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.config import DTYPES, EngineConfig, ModelConfig, UnsupportedModelError
 from tests.engine.support import FEW, tiny_config
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig, ModelConfig
-from engine.core import CoreInfo, News, Progress, advance, start_core
+from engine.execution.core import CoreInfo, News, Progress, advance, start_core
+from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.ranks.rank_job import RankContext
-from engine.sampling import SamplingParams
-from engine.sequence import Request
+from engine.scheduling.sequence import Request
 from tests.engine.conftest import MakeCheckpoint, MakeReference
 from tests.engine.support import FEW, on_ranks
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
-from engine.decode_graph import DecodeGraphs, StepInputs, buckets
+from engine.execution.decode_graph import DecodeGraphs, StepInputs, buckets
+from engine.execution.runner import Runner
+from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import SoloGroup
-from engine.runner import Runner
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request, Sequence
+from engine.scheduling.batch import build_batch
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request, Sequence
 from tests.engine.conftest import MakeCheckpoint
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from engine.detokenizer import REPLACEMENT, Detokenizer, Pieces
+from engine.frontend.detokenizer import REPLACEMENT, Detokenizer, Pieces
 from reference.checkpoints import resolve
 from tests.engine.support import MANY
 

@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from engine.checkpoint.weights import check_written
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.parameter import CheckpointError
-from engine.weights import check_written
 from harness.budgets import same_bits
 from tests.engine.support import (
     FEW,

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch, profiling_batch
 from engine.kernels.attention_torch import paged_attention_torch
 from engine.layers import flash_attention
 from engine.layers.attention_backends import AttentionLayout, LayerCache, TorchBackend, select_backend
 from engine.layers.flash_attention import FlashAttention4, FlashAttnBackend, installed_version
 from engine.parallel.sharding import HeadShard
+from engine.scheduling.batch import StepBatch, profiling_batch
 from tests.engine.kernels.problems import AttentionProblem, attention_budget, attention_problem, exact_attention, over_budget
 
 HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 6), (7, 5), (10, 0)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.kv_cache import ROOT_HASH, BlockManager, hash_block
-from engine.sampling import SamplingParams
-from engine.sequence import Request, Sequence
+from engine.frontend.sampling import SamplingParams
+from engine.scheduling.kv_cache import ROOT_HASH, BlockManager, hash_block
+from engine.scheduling.sequence import Request, Sequence
 from tests.engine.support import MANY
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_chained_hashes_agree_just_as_far_as_the_tokens_do(a: list[int], b: list
 
 def test_a_hash_is_the_same_in_every_process() -> None:
     # Python's own hash of bytes or strings is not: ranks would disagree on what is cached.
-    code = "from engine.kv_cache import hash_block; print(hash_block(hash_block(b'', [1, 2]), [3, 2**40]).hex())"
+    code = "from engine.scheduling.kv_cache import hash_block; print(hash_block(hash_block(b'', [1, 2]), [3, 2**40]).hex())"
     env = os.environ | {"PYTHONHASHSEED": "12345"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == hash_block(hash_block(b"", [1, 2]), [3, 2**40]).hex()

@@ -12,6 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from engine.checkpoint.weights import check_written
 from engine.layers.matmul import linear
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import (
@@ -22,7 +23,6 @@ from engine.parallel.linear import (
     RowParallelLinear,
 )
 from engine.parallel.sharding import head_shard, scale_range
-from engine.weights import check_written
 from tests.engine.support import (
     FEW,
     TP_SIZES,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.checkpoint.weights import check_written
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import (
     ColumnParallelLinear,
@@ -17,7 +18,6 @@ from engine.parallel.linear import (
     RowParallelLinear,
 )
 from engine.parallel.parameter import CheckpointError
-from engine.weights import check_written
 from tests.engine.support import (
     OnDisk,
     lone_group,

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from engine import LLM, CheckpointError, RequestOutput, SamplingParams, UnsupportedModelError
+from engine.execution.runner import Runner
 from engine.ranks.ranks import RankFailure
-from engine.runner import Runner
 from tests.engine.conftest import MakeCheckpoint, MakeReference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from engine.execution.runner import Runner
 from engine.models.registry import MODELS
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.parallel.linear import QKVParallelLinear
 from engine.parallel.sharding import HeadShard
-from engine.runner import Runner
 from tests.engine.conftest import MakeCheckpoint, MakeReference
 from tests.engine.support import FEW, Schedule, logits_of, lone_group, make_model, make_runner, on_ranks, roundoffs
 

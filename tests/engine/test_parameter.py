@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from engine.checkpoint.weights import check_written
 from engine.parallel.parameter import (
     CheckpointError,
     ShardParameter,
@@ -14,7 +15,6 @@ from engine.parallel.parameter import (
     replicated_loader,
     rows_of,
 )
-from engine.weights import check_written
 from tests.engine.support import FEW, MANY, OnDisk
 
 

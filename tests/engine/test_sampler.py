@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from engine.batch import SamplingBatch
+from engine.frontend.sampling import SamplingParams
 from engine.layers.sampler import filter_top_k_top_p, sample
-from engine.sampling import SamplingParams
+from engine.scheduling.batch import SamplingBatch
 from tests.engine.support import FEW, MANY
 
 NUM_DRAWS = 20_000

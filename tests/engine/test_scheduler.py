@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.core import EngineCore
-from engine.kv_cache import BlockManager
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Request, Sequence
+from engine.execution.core import EngineCore
+from engine.frontend.sampling import SamplingParams
+from engine.scheduling.kv_cache import BlockManager
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import Request, Sequence
 from tests.engine.scheduling import FakeRunner, Tokens
 from tests.engine.support import FEW
 

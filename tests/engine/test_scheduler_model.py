@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
-from engine.kv_cache import ROOT_HASH, BlockManager, hash_block
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Sequence
+from engine.scheduling.kv_cache import ROOT_HASH, BlockManager, hash_block
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import Sequence
 from tests.engine.scheduling import Serving
 from tests.engine.support import MANY
 

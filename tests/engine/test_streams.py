@@ -71,8 +71,8 @@ def test_results_do_not_depend_on_the_steps_per_message(
     params = [replace(STREAMED[name], n=1) for name in ("sampled", "stop strings", "stop strings kept", "stop tokens")]
     expected = plain(llm.generate(PROMPTS, params))
     assert {type(completion.stop_reason) for (completion,) in expected} == {type(None), str, int}
-    monkeypatch.setattr("engine.driver.STEPS_PER_MESSAGE", steps[0])
-    monkeypatch.setattr("engine.driver.STEPS_WHILE_WATCHED", steps[1])
+    monkeypatch.setattr("engine.execution.driver.STEPS_PER_MESSAGE", steps[0])
+    monkeypatch.setattr("engine.execution.driver.STEPS_WHILE_WATCHED", steps[1])
     assert plain(llm.generate(PROMPTS, params)) == expected
     assert joined(list(llm.stream(PROMPTS, params))) == expected
 

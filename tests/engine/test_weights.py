@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError
+from engine.checkpoint.checkpoint_files import INDEX_FILE, SINGLE_FILE, CheckpointError
+from engine.checkpoint.preflight import check_checkpoint
+from engine.checkpoint.weights import Checkpoint, CheckpointTensor, LoadReport, load_weights
 from engine.config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear
-from engine.preflight import check_checkpoint
-from engine.weights import Checkpoint, CheckpointTensor, LoadReport, load_weights
 from harness.budgets import same_bits
 from reference.shards import owners
 from tests.engine.conftest import MakeCheckpoint

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch
+from engine.execution.runner import Runner
 from engine.layers.attention_backends import AttentionBackend, LayerCache
 from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext, Ranks
-from engine.runner import Runner
+from engine.scheduling.batch import StepBatch
 from harness import jobs
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch
-from engine.decode_graph import StepInputs
+from engine.execution.decode_graph import StepInputs
 from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext
+from engine.scheduling.batch import StepBatch
 from harness import jobs
 from harness.budgets import Comparison, computation
 from harness.truth import Truth

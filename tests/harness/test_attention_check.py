@@ -14,8 +14,8 @@ from torch import Tensor
 import engine.kernels.attention_torch as attention_torch
 import engine.kernels.rope as rope
 import engine.layers.rotary as rotary
-from engine.batch import StepBatch
 from engine.layers.attention_backends import AttentionLayout, LayerCache, TorchBackend
+from engine.scheduling.batch import StepBatch
 from harness.checks.attention import NUM_CASES
 from harness.checks.base import Outcome
 from harness.faults.layouts import LAYOUTS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoint_files import INDEX_FILE, read_headers
+from engine.checkpoint.checkpoint_files import INDEX_FILE, read_headers
 from harness.bench import figures, serving
 from harness.bench.engines import ENGINES, EngineKind
 from harness.bench.engines.base import EngineSpec

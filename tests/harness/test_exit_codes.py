@@ -76,7 +76,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, command: str, error: BaseException) -
 
     monkeypatch.setattr(INSIDE[command], planted)
     # The tiny model has no tokenizer.
-    monkeypatch.setattr("engine.requests.read_prompt", lambda prompt, tokenizer: (None, [1, 2]))
+    monkeypatch.setattr("engine.frontend.requests.read_prompt", lambda prompt, tokenizer: (None, [1, 2]))
 
 
 def replaced(words: list[str], option: str, value: str) -> list[str]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from engine.batch import SamplingBatch, StepBatch
 from engine.config import ModelConfig
+from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import ThreadGroup, TPGroup
 from engine.ranks.ranks import RankContext
-from engine.sampling import SamplingParams
+from engine.scheduling.batch import SamplingBatch, StepBatch
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
 from harness.classify import Kind

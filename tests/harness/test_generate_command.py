@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from engine import LLM, SamplingParams
+from engine.frontend.outputs import RequestOutput
 from engine.llm import Stream
-from engine.outputs import RequestOutput
 from harness.cli import app
 from tests.engine.talking import talking_checkpoint
 

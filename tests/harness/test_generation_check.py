@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import engine.execution.runner as runner
 import engine.layers.sampler as sampler
-import engine.runner as runner
 import harness.checks.draws as draws_check
-from engine.batch import SamplingBatch
 from engine.layers.sampler import filter_top_k_top_p, sample
 from engine.parallel.group import TPGroup
 from engine.ranks.ranks import RankContext, Ranks
+from engine.scheduling.batch import SamplingBatch
 from harness.budgets import improbability, improbable_counts, near_tie_margins
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.draws import DrawCase, check_draws, draw_cases, run_cases

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import StepBatch, build_batch
-from engine.decode_graph import NUM_STAGES, DecodeGraphs, DecodeStep
+from engine.execution.decode_graph import NUM_STAGES, DecodeGraphs, DecodeStep
+from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import ProcessTPGroup, SoloGroup, TPGroup
-from engine.sampling import SamplingParams
-from engine.scheduler import Chunk
-from engine.sequence import Request, Sequence
+from engine.scheduling.batch import StepBatch, build_batch
+from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import Request, Sequence
 from harness.faults import FAULTS
 from harness.faults.base import Patches
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import engine.kv_cache as kv_cache
-from engine.kv_cache import ROOT_HASH, BlockManager
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import Sequence
+import engine.scheduling.kv_cache as kv_cache
+from engine.scheduling.kv_cache import ROOT_HASH, BlockManager
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import Sequence
 from harness.checks.kv import KVCase, draw_cases
 from harness.faults.layouts import LAYOUTS
 from harness.subjects import EngineSubject

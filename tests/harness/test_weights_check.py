@@ -15,9 +15,9 @@ from torch import Tensor
 import engine.parallel.embedding as embedding_module
 import engine.parallel.linear as linear_module
 from engine import CheckpointError
+from engine.checkpoint.weights import CheckpointTensor
 from engine.parallel.linear import MergedColumnParallelLinear
 from engine.parallel.parameter import ShardParameter
-from engine.weights import CheckpointTensor
 from harness.faults.layouts import LAYOUTS
 from harness.truth import Truth
 from tests.harness.checking import assert_green, run_check

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer
 
-from engine.checkpoint_files import CheckpointError, one_line
+from engine.checkpoint.checkpoint_files import CheckpointError, one_line
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 

@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.prompts import check_text
+from engine.frontend.prompts import check_text
 
 Message = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.sampling import SamplingParams
+from engine.frontend.sampling import SamplingParams
 
 NO_TOKEN = -1
 """What is drawn from logits that are not finite. All ranks see the same logits, and hence the same of this."""

@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 
-from engine.sequence import Sequence
+from engine.scheduling.sequence import Sequence
 
 ROOT_HASH = b""
 

@@ -9,12 +9,12 @@ from itertools import count
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.detokenizer import Pieces
-from engine.ongoing import OngoingCompletion, OngoingRequest
-from engine.outputs import RequestOutput
-from engine.prompts import Prompt, list_prompts, read_prompt
-from engine.sampling import SamplingParams, is_integer
-from engine.sequence import Request
+from engine.frontend.detokenizer import Pieces
+from engine.frontend.ongoing import OngoingCompletion, OngoingRequest
+from engine.frontend.outputs import RequestOutput
+from engine.frontend.prompts import Prompt, list_prompts, read_prompt
+from engine.frontend.sampling import SamplingParams, is_integer
+from engine.scheduling.sequence import Request
 
 
 class Admission:

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from engine.core import Progress, advance, stop_core
-from engine.ongoing import OngoingRequest
+from engine.execution.core import Progress, advance, stop_core
+from engine.frontend.ongoing import OngoingRequest
 from engine.ranks.ranks import RankFailure, Ranks, RanksClosed, Ticket
-from engine.sequence import Request
+from engine.scheduling.sequence import Request
 
 STEPS_PER_MESSAGE = 4
 """Steps that ranks run on one message while nobody looks at the text. The driver's work on their tokens must fit into the one

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch import SamplingBatch, StepBatch
 from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
 from engine.layers.dispatch import pick
+from engine.scheduling.batch import SamplingBatch, StepBatch
 
 Step = Callable[[StepBatch], tuple[Tensor, Tensor]]
 """Runs a batch: (logits ``[S, V]``, tokens ``[S]``). Everything stays on the device."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint_files import CheckpointError, short
+from engine.checkpoint.checkpoint_files import CheckpointError, short
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.core import News
-from engine.detokenizer import Detokenizer, Pieces
-from engine.outputs import CompletionOutput, Logprob, RequestOutput
-from engine.sequence import Request, TokenLogprobs
+from engine.execution.core import News
+from engine.frontend.detokenizer import Detokenizer, Pieces
+from engine.frontend.outputs import CompletionOutput, Logprob, RequestOutput
+from engine.scheduling.sequence import Request, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from engine.checkpoint_files import CheckpointError, StoredTensor, by_model_name, open_file, read_headers
+from engine.checkpoint.checkpoint_files import CheckpointError, StoredTensor, by_model_name, open_file, read_headers
 from engine.parallel.parameter import ShardParameter
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,7 +48,7 @@ class Checkpoint(Mapping[str, CheckpointTensor]):
     """The tensors of a Hugging Face model folder by name, from its one file or several. A context manager.
 
     Args:
-        names, tied: what a model asks for, as in :func:`engine.checkpoint_files.by_model_name`.
+        names, tied: what a model asks for, as in :func:`engine.checkpoint.checkpoint_files.by_model_name`.
         headers_only: tensors have shapes, but no values.
 
     Raises:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from engine.checkpoint.weights import load_weights
 from engine.config import ModelConfig
 from engine.layers.attention_backends import AttentionLayout, TorchBackend
 from engine.models.registry import MODELS
 from engine.parallel.group import SoloGroup
 from engine.parallel.sharding import head_shard
-from engine.weights import load_weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from engine.checkpoint_files import SINGLE_FILE, CheckpointError, DownloadError, named_files
+from engine.checkpoint.checkpoint_files import SINGLE_FILE, CheckpointError, DownloadError, named_files
 
 SMOLLM2 = "smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"

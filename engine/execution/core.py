@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
-from engine.kv_cache import BlockManager
+from engine.execution.runner import Drawn, Runner
 from engine.ranks.ranks import RankContext
-from engine.runner import Drawn, Runner
-from engine.scheduler import Chunk, Scheduler
-from engine.sequence import NO_TOKEN, Request, Sequence, TokenLogprobs
+from engine.scheduling.batch import build_batch
+from engine.scheduling.kv_cache import BlockManager
+from engine.scheduling.scheduler import Chunk, Scheduler
+from engine.scheduling.sequence import NO_TOKEN, Request, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

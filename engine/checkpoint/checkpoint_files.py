@@ -2,8 +2,8 @@
 
 Transformers' rules, once for all who read checkpoints: engine, reference, harness and download. If each chose by itself, a
 stale index or a second copy of the weights would look like a bug of tensor parallelism. So this is the engine's one module,
-with :mod:`engine.hub`, that the reference may import: it knows of no rank and no shard, and imports nothing of the project.
-Whether the choice is transformers' is not taken on trust: the reference loads its model by transformers itself.
+with :mod:`engine.checkpoint.hub`, that the reference may import: it knows of no rank and no shard, and imports nothing of the
+project. Whether the choice is transformers' is not taken on trust: the reference loads its model by transformers itself.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.scheduler import Chunk
+from engine.scheduling.scheduler import Chunk
 
 PAD_SLOT = -1
 IN_FLIGHT = -1

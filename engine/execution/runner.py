@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch import IN_FLIGHT, StepBatch, profiling_batch
+from engine.checkpoint.weights import load_weights
 from engine.config import DTYPES, EngineConfig, ModelConfig
-from engine.decode_graph import DecodeGraphs, TokenReadback
+from engine.execution.decode_graph import DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
 from engine.layers.attention_backends import AttentionLayout, LayerCache, select_backend
 from engine.layers.sampler import logprobs_of, sample
 from engine.models.registry import MODELS
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
-from engine.sequence import TokenLogprobs
-from engine.weights import load_weights
+from engine.scheduling.batch import IN_FLIGHT, StepBatch, profiling_batch
+from engine.scheduling.sequence import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

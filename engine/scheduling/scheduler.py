@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from engine.kv_cache import BlockManager
-from engine.sequence import NO_TOKEN, Sequence
+from engine.scheduling.kv_cache import BlockManager
+from engine.scheduling.sequence import NO_TOKEN, Sequence
 
 
 @dataclass(frozen=True, slots=True)
