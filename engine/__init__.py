@@ -19,8 +19,8 @@ __all__ = ["LLM", "CheckpointError", "CompletionOutput", "EngineConfig", "Logpro
 _HOME = {
     "LLM": "engine.llm", "Stream": "engine.llm", "SamplingParams": "engine.frontend.sampling",
     "EngineConfig": "engine.config", "ModelConfig": "engine.config", "UnsupportedModelError": "engine.config",
-    "CompletionOutput": "engine.frontend.outputs", "RequestOutput": "engine.frontend.outputs", "Logprob": "engine.frontend.outputs",
-    "CheckpointError": "engine.checkpoint.checkpoint_files",
+    "CompletionOutput": "engine.frontend.outputs", "RequestOutput": "engine.frontend.outputs",
+    "Logprob": "engine.frontend.outputs", "CheckpointError": "engine.checkpoint.checkpoint_files",
 }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from engine.ranks.ranks import RankContext
-from harness.budgets import bits
 from harness.subjects import SUBJECTS, Script, Subject, Taps
+from harness.verification.budgets import bits
 from reference.checkpoints import CheckpointError
 
 

@@ -112,8 +112,8 @@ def ranks_are_arguments(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def tolerances(path: str, tree: ast.Module) -> Iterator[str]:
-    """Tolerances stand in harness/budgets.py: no atol, rtol or comparison with a default one elsewhere."""
-    if path == "harness/budgets.py":
+    """Tolerances stand in harness/verification/budgets.py: no atol, rtol or comparison with a default one elsewhere."""
+    if path == "harness/verification/budgets.py":
         return
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -196,7 +196,7 @@ VIOLATIONS = [
     ("import walls", "reference/hf.py", "from engine import LLM"),
     ("import walls", "reference/hf.py", "from engine.checkpoint.weights import load_weights"),
     ("import walls", "reports/tables.py", "from engine.checkpoint.checkpoint_files import CheckpointError"),
-    ("import walls", "reports/tables.py", "from harness.budgets import Comparison"),
+    ("import walls", "reports/tables.py", "from harness.verification.budgets import Comparison"),
     ("import walls", "harness/cli.py", "from tests.engine import support"),
     ("parallel without ranks", "engine/parallel/linear.py", "from engine.ranks.ranks import Ranks"),
     ("reports without torch", "reports/tables.py", "import torch"),
@@ -237,7 +237,7 @@ ALLOWED = [
     ("processes", "engine/llm.py", "import os\nos.environ['X']\nos.cpu_count()"),
     ("ranks are arguments", "engine/parallel/group.py", "process_group.get_rank()"),
     ("ranks are arguments", "engine/llm.py", "self.tp.rank"),
-    ("tolerances", "harness/budgets.py", "torch.allclose(a, b, atol=1e-5)"),
+    ("tolerances", "harness/verification/budgets.py", "torch.allclose(a, b, atol=1e-5)"),
     ("tolerances", "harness/checks/logits.py", "torch.testing.assert_close(a, b, rtol=0, atol=0)"),
     ("remote code", "reference/hf.py", "load(x, trust_remote_code=False)"),
     ("nothing global", "engine/execution/runner.py", "import torch\ntorch.Generator().manual_seed(0)"),

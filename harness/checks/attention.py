@@ -27,9 +27,9 @@ from engine.scheduling.kv_cache import BlockManager
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import Request
 from engine.scheduling.sequence import Sequence as EngineSequence
-from harness.budgets import rounding, sum_variance
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.rotary import check_rotary
+from harness.verification.budgets import rounding, sum_variance
 from reference.hf import DTYPES
 
 NUM_CASES = 12

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.ranks.ranks import Ranks
 from harness.errors import one_line
-from harness.truth import Truth
+from harness.verification.truth import Truth
 
 PRELOAD = ("harness.checks",)
 """For ``Ranks``: what every rank needs, and what takes seconds to import."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from engine.ranks.ranks import RankContext
-from harness.budgets import EXACT_INTEGER_LIMIT, reduction, same_bits
 from harness.checks.base import ROUNDING_BOUND, CheckContext, Outcome
 from harness.jobs import digest
+from harness.verification.budgets import EXACT_INTEGER_LIMIT, reduction, same_bits
 from reference.hf import DTYPES
 
 NUM_CASES = 40

@@ -22,8 +22,8 @@ from torch import Tensor
 from engine.layers.sampler import sample
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import SamplingBatch
-from harness.budgets import improbable_counts
 from harness.checks.base import CheckContext, Outcome
+from harness.verification.budgets import improbable_counts
 from reference.hf import DTYPES
 
 NUM_CASES = 2

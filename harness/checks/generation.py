@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness import jobs
-from harness.budgets import improbability, near_tie_margins, too_many_flips
 from harness.checks.base import CheckContext, Outcome, together
 from harness.checks.draws import check_draws
 from harness.checks.requests import check_requests
-from harness.semantics import WrongAnswerError, answered, require
+from harness.checks.semantics import WrongAnswerError, answered, require
 from harness.subjects import GENERATORS
-from harness.truth import NUM_NEW_TOKENS, Truth
+from harness.verification.budgets import improbability, near_tie_margins, too_many_flips
+from harness.verification.truth import NUM_NEW_TOKENS, Truth
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[Mapping[str, Any]]], list[list[int]]]
 """Prompts and sampling parameters of each -> the token ids after each prompt."""

@@ -1,6 +1,6 @@
 """Is the KV cache's bookkeeping right, and the same on every rank?
 
-Every rank runs the engine's own scheduler and block manager, over a device that is made up (``harness.tape``), through drawn
+Every rank runs the engine's own scheduler and block manager, over a device that is made up (``tape.py``), through drawn
 schedules: requests that come and are aborted, shared prefixes, a cache so small that sequences give way. (The real model in
 a cache that is too small is part of ``generation``.) Two ranks whose steps differ in anything are the finding,
 whatever the output says; so are ranks that hold caches of different sizes.
@@ -20,7 +20,7 @@ from engine.ranks.ranks import RankContext
 from engine.scheduling.sequence import Request
 from engine.scheduling.sequence import Sequence as EngineSequence
 from harness.checks.base import CheckContext, Outcome
-from harness.tape import VOCAB_SIZE, DisagreementError, TapeConfig, TapeRunner, continuation
+from harness.checks.tape import VOCAB_SIZE, DisagreementError, TapeConfig, TapeRunner, continuation
 
 NUM_CASES = 35
 

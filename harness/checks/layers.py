@@ -24,9 +24,9 @@ from engine.parallel.linear import (
 )
 from engine.parallel.sharding import scale_range
 from engine.ranks.ranks import RankContext
-from harness.budgets import rounding
 from harness.checks.base import CheckContext, Outcome, together
-from harness.layer_cases import KINDS, NAMES, LayerCase, LayerProblem, RankPart
+from harness.checks.layer_cases import KINDS, NAMES, LayerCase, LayerProblem, RankPart
+from harness.verification.budgets import rounding
 from reference.hf import DTYPES
 
 NUM_DRAWN = 6

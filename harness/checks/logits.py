@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import jobs
-from harness.budgets import computation
 from harness.checks.base import CheckContext, Outcome, together
 from harness.checks.weights import small_twin
-from harness.localise import localise
-from harness.truth import Truth
+from harness.verification.budgets import computation
+from harness.verification.localise import localise
+from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES
 

@@ -3,7 +3,7 @@
 Part of the generation check. The engine's own front door runs drawn requests on a small model that talks
 (``harness.checks.talker``): every parameter, and rows that differ in all of them, in one batch; more requests than run at a time,
 prompts longer than a step, a cache that is too small, prompts that come again, some given up on the way. Each answer is held
-against a plain model of the parameters over the reference's logits (``harness.semantics``), and what draws from a seed must draw
+against a plain model of the parameters over the reference's logits (``semantics.py``), and what draws from a seed must draw
 the same alone as in any batch, streamed or not.
 
 On a CPU the model runs in float64: what differs then differs by a fault, not by rounding.
@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.budgets import batch_flips
 from harness.checks.base import CheckContext, Outcome
+from harness.checks.semantics import Asked, Model, WrongAnswerError, answered, require
 from harness.checks.talker import LETTERS, MAX_MODEL_LEN, Talker
-from harness.semantics import Asked, Model, WrongAnswerError, answered, require
 from harness.subjects import GENERATORS
+from harness.verification.budgets import batch_flips
 
 MAX_NUM_SEQS = 16
 NUM_TOKENS = 8

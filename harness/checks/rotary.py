@@ -25,8 +25,8 @@ from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
 from engine.layers.dispatch import pick
 from engine.parallel.sharding import head_shard
 from engine.ranks.ranks import RankContext
-from harness.budgets import rounding, same_bits, sum_variance
 from harness.checks.base import CheckContext, Outcome
+from harness.verification.budgets import rounding, same_bits, sum_variance
 from reference.hf import DTYPES
 
 SHORT = 40

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from harness.budgets import near_tie_margins
+from harness.checks.semantics import Model
 from harness.checks.weights import small_twin
-from harness.semantics import Model
-from harness.simulated import SimulatedRounding
+from harness.verification.budgets import near_tie_margins
+from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from engine.checkpoint.checkpoint_files import by_model_name, open_file, read_headers
 from engine.config import TIED
 from engine.ranks.ranks import RankContext
-from harness.budgets import bits
 from harness.checks.base import CheckContext, Outcome
 from harness.subjects import SUBJECTS
+from harness.verification.budgets import bits
 from reference.checkpoints import as_config, index_checkpoint
 from reference.elements import ElementIndex
 from reference.hf import DTYPES

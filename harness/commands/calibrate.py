@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from harness.calibrate import DEFAULT_MODELS
 from harness.commands.options import Seed, prepare_out, write_report
 from harness.commands.progress import errors
 from harness.errors import COULD_NOT_RUN, usage
+from harness.studies.calibrate import DEFAULT_MODELS
 
 if TYPE_CHECKING:
     from reports.records import Report
@@ -34,7 +34,7 @@ def calibrate_command(
     instruction sets and in drawn orders; and plants errors in one rank's part of a sum. Exits 0 without a false alarm, 1 with
     one, 2 on wrong usage, 3 if it could not run or was interrupted: then the report holds what was finished.
     """
-    from harness.calibrate.run import CalibratePlan, calibrate
+    from harness.studies.calibrate.run import CalibratePlan, calibrate
 
     with usage():
         plan = CalibratePlan(models=models, seed=seed)

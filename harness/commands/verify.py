@@ -31,7 +31,7 @@ from harness.names import CHECK_NAMES, DTYPES
 
 if TYPE_CHECKING:
     from engine.ranks.ranks import Ranks
-    from harness.verify import VerifyPlan
+    from harness.verification.verify import VerifyPlan
     from reports.records import CheckRow, Report
 
 DEFAULT_TP_SIZES = (1, 2, 3, 4)
@@ -62,7 +62,7 @@ def verify_command(
     report holds what was finished.
     """
     from engine.ranks.torchrun import launched
-    from harness.verify import VerifyPlan
+    from harness.verification.verify import VerifyPlan
 
     if case is not None:
         if launched() is not None:
@@ -92,7 +92,7 @@ def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
     """torchrun's ranks, or None if it did not start this process. In its processes of other ranks than 0 all ends here."""
     from engine.ranks.ranks import Ranks
     from engine.ranks.torchrun import launched, serve
-    from harness.verify import JOB_TIMEOUT_S
+    from harness.verification.verify import JOB_TIMEOUT_S
 
     launch = launched()
     if launch is None:
@@ -124,7 +124,7 @@ def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
 def _verify(plan: VerifyPlan, out: Path, ranks: Ranks | None, *, as_json: bool, quiet: bool) -> NoReturn:
     """Run the plan and show how it goes and what came of it."""
     from harness.interrupted import Interrupted
-    from harness.verify import verify
+    from harness.verification.verify import verify
 
     interrupted = False
     with RowsShown(plan.checks * len(plan.tp_sizes), quiet=quiet) as shown:
@@ -167,8 +167,8 @@ def _print_rows(rows: Sequence[CheckRow]) -> None:
 
 def _replay(case: Path, out: Path, *, as_json: bool) -> NoReturn:
     """Run a saved finding again, and say how it compares."""
-    from harness.cases import load_case
-    from harness.verify import replay
+    from harness.verification.cases import load_case
+    from harness.verification.verify import replay
 
     try:
         saved = load_case(case)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.ranks.ranks import RankContext
-from harness.classify import Kind
+from harness.verification.classify import Kind
 
 Make = Callable[[Any], Any]
 LOAD = "load"

@@ -25,7 +25,7 @@ from harness.faults.shrink import smallest_case
 from harness.faults.workshop import FABRIC, Planted, Workshop
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
-from harness.verify import refuse_repeats
+from harness.verification.verify import refuse_repeats
 from reports.records import CheckRow, Report, Verdict
 
 logger = logging.getLogger(__name__)

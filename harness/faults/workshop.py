@@ -15,7 +15,7 @@ from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome
 from harness.faults.base import Fault, Patches, plant, planted_in_driver, uproot
 from harness.faults.layouts import LAYOUTS
-from harness.truth import SCRIPT_LENGTHS, Truth
+from harness.verification.truth import SCRIPT_LENGTHS, Truth
 from reference.checkpoints import random_checkpoint
 
 FABRIC = "gloo"

@@ -25,7 +25,7 @@ from engine.scheduling.batch import build_batch
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import Request
 from engine.scheduling.sequence import Sequence as EngineSequence
-from harness.budgets import EXACT_INTEGER_LIMIT, UNIT_ROUNDOFF
+from harness.verification.budgets import EXACT_INTEGER_LIMIT, UNIT_ROUNDOFF
 
 T = TypeVar("T")
 Integers = NDArray[np.int64]

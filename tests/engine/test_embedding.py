@@ -16,7 +16,7 @@ from engine.checkpoint.weights import check_written
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.parameter import CheckpointError
-from harness.budgets import same_bits
+from harness.verification.budgets import same_bits
 from tests.engine.support import (
     FEW,
     Integers,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import RequestOutput, SamplingParams
-from harness.budgets import computation
+from harness.verification.budgets import computation
 from reference.hf import Reference
 from tests.engine.served import (
     BOTH,

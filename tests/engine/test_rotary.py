@@ -15,7 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from engine.config import ModelConfig
 from engine.layers.rotary import rope_tables
-from harness.budgets import same_bits
+from harness.verification.budgets import same_bits
 from tests.engine.support import tiny_config
 
 MODULES: dict[str, Any] = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}

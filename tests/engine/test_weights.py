@@ -22,7 +22,7 @@ from engine.checkpoint.weights import Checkpoint, CheckpointTensor, LoadReport, 
 from engine.config import ModelConfig
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear
-from harness.budgets import same_bits
+from harness.verification.budgets import same_bits
 from reference.shards import owners
 from tests.engine.conftest import MakeCheckpoint
 from tests.engine.support import FEW, lone_group, make_model

@@ -20,7 +20,7 @@ from engine.scheduling.batch import StepBatch
 from harness import jobs
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
-from harness.truth import Truth
+from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
 
 DEVICE = "cuda"

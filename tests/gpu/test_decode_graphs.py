@@ -15,8 +15,8 @@ from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import StepBatch
 from harness import jobs
-from harness.budgets import Comparison, computation
-from harness.truth import Truth
+from harness.verification.budgets import Comparison, computation
+from harness.verification.truth import Truth
 from tests.gpu.support import DEVICE, OPTIONS, MakeModel, count_replays, num_replays, runner_of
 from tests.reference.tiny import small_config
 

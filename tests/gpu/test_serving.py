@@ -12,7 +12,7 @@ import torch
 
 from engine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from engine.ranks.ranks import RankContext
-from harness.budgets import computation
+from harness.verification.budgets import computation
 from reference.hf import Reference
 from tests.gpu.support import DEVICE, OPTIONS, MakeModel
 from tests.reference.tiny import small_config

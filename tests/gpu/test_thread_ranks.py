@@ -14,8 +14,8 @@ from engine.parallel.sharding import head_shard
 from engine.ranks.ranks import Ranks
 from harness.checks import CHECKS
 from harness.strategies import random_config
-from harness.truth import Truth
-from harness.verify import VerifyPlan, verify
+from harness.verification.truth import Truth
+from harness.verification.verify import VerifyPlan, verify
 from tests.gpu.support import (
     DEVICE,
     MakeModel,

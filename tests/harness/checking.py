@@ -11,7 +11,7 @@ from engine.ranks.ranks import Ranks
 from harness import jobs
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import CheckContext, Outcome
-from harness.truth import Truth
+from harness.verification.truth import Truth
 
 OPTIONS = {"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.budgets import (
+from harness.verification.budgets import (
     FEWEST_FOR_TYPICAL,
     UNIT_ROUNDOFF,
     computation,

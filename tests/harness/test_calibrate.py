@@ -15,18 +15,19 @@ import torch
 from typer.testing import CliRunner
 
 from engine.ranks.ranks import RankContext, Ranks
-from harness.budgets import CONSTANTS, NARROW, UNIT_ROUNDOFF, WIDE, Constants, Statistic
-from harness.calibrate import judge as judge_module
-from harness.calibrate import run as run_module
-from harness.calibrate.collect import OPTIONS, Pools, sample_models
-from harness.calibrate.collect import ORDERS as SAMPLED_ORDERS
-from harness.calibrate.collect import TP_SIZES as FITTED_TP_SIZES
-from harness.calibrate.draws import drawn_models, sizes_alone
-from harness.calibrate.fit import MARGIN, fit, needs, over_budget, worst
-from harness.calibrate.groups import SpoilingGroup, ring_sum
-from harness.calibrate.jobs import ORDERS, Spoiled, arrange, load_model
-from harness.calibrate.judge import DRAWN, SETTINGS, TP_SIZES, context_of, judge_models, judged, loaded
-from harness.calibrate.power import (
+from harness.cli import app
+from harness.strategies import random_config
+from harness.studies.calibrate import judge as judge_module
+from harness.studies.calibrate import run as run_module
+from harness.studies.calibrate.collect import OPTIONS, Pools, sample_models
+from harness.studies.calibrate.collect import ORDERS as SAMPLED_ORDERS
+from harness.studies.calibrate.collect import TP_SIZES as FITTED_TP_SIZES
+from harness.studies.calibrate.draws import drawn_models, sizes_alone
+from harness.studies.calibrate.fit import MARGIN, fit, needs, over_budget, worst
+from harness.studies.calibrate.groups import SpoilingGroup, ring_sum
+from harness.studies.calibrate.jobs import ORDERS, Spoiled, arrange, load_model
+from harness.studies.calibrate.judge import DRAWN, SETTINGS, TP_SIZES, context_of, judge_models, judged, loaded
+from harness.studies.calibrate.power import (
     Threshold,
     ladder,
     power_of_drawn,
@@ -36,12 +37,11 @@ from harness.calibrate.power import (
     smallest_seen,
     sums_of,
 )
-from harness.calibrate.report import cloud, error_rows, judged_rows, quantiles
-from harness.calibrate.run import CalibratePlan, Task, calibrate, in_workers
-from harness.calibrate.samples import Point, Sample, front, measured
-from harness.cli import app
-from harness.strategies import random_config
-from harness.truth import Truth
+from harness.studies.calibrate.report import cloud, error_rows, judged_rows, quantiles
+from harness.studies.calibrate.run import CalibratePlan, Task, calibrate, in_workers
+from harness.studies.calibrate.samples import Point, Sample, front, measured
+from harness.verification.budgets import CONSTANTS, NARROW, UNIT_ROUNDOFF, WIDE, Constants, Statistic
+from harness.verification.truth import Truth
 from reports.calibration import alarms_table, rate_at_most
 from reports.records import read_report
 
@@ -142,7 +142,7 @@ def test_what_is_judged_has_other_seeds_than_what_is_fitted() -> None:
 
 
 def test_the_same_model_is_off_by_other_numbers_in_drawn_orders(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.calibrate.collect.TP_SIZES", (2,))
+    monkeypatch.setattr("harness.studies.calibrate.collect.TP_SIZES", (2,))
     usual, drawn = (next(sample_models(pools, random.Random(7), "float32", orders, 1)) for orders in SAMPLED_ORDERS)
     assert (usual.orders, drawn.orders) == SAMPLED_ORDERS
     assert usual.dtype == drawn.dtype == "float32"
@@ -277,7 +277,7 @@ def is_spoiled(rank: RankContext) -> bool:
 
 
 def test_logits_show_a_large_error_in_one_module_and_not_a_tiny_one(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.calibrate.power.TP_SIZES", (2,))
+    monkeypatch.setattr("harness.studies.calibrate.power.TP_SIZES", (2,))
     thresholds = list(power_of_logits(pools, random.Random(0), "float32", 4))
     assert len(thresholds) == 4
     assert all(UNIT_ROUNDOFF["float32"] < threshold.error <= 2.0**-8 for threshold in thresholds)

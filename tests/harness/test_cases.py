@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from engine.parallel.group import TPGroup
-from harness.cases import HEADER, SavedCase, compare_replay, load_case, save_case
 from harness.cli import app
 from harness.faults.layouts import LAYOUTS
-from harness.verify import VerifyPlan, replay, verify
+from harness.verification.cases import HEADER, SavedCase, compare_replay, load_case, save_case
+from harness.verification.verify import VerifyPlan, replay, verify
 from tests.harness.conftest import MakeModel
 
 SAVED = SavedCase(check="layers", model="no/such", tp_size=2, fabric="threads", device="cpu", dtype="bfloat16", subject="engine",

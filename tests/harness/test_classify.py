@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.budgets import constants
-from harness.classify import Evidence, Kind, classify, spans
+from harness.verification.budgets import constants
+from harness.verification.classify import Evidence, Kind, classify, spans
 from reference.hf import DTYPES
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

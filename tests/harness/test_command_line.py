@@ -21,8 +21,8 @@ from harness.checks.base import Outcome
 from harness.cli import app
 from harness.faults import FAULTS
 from harness.machine import run_info
-from harness.truth import Truth
-from harness.verify import VerifyPlan, _options, verify
+from harness.verification.truth import Truth
+from harness.verification.verify import VerifyPlan, _options, verify
 from reference.hf import Reference
 from reports.records import read_report
 from reports.tables import checks_pivot

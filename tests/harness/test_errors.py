@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine.config
-import harness.verify
+import harness.verification.verify
 from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
 from engine.ranks.fabric import Fabric
 from engine.ranks.failures import RankError, RankFailure
 from harness import names
-from harness.calibrate import run as calibrate_run
 from harness.checks import CHECKS
 from harness.commands.progress import RowsShown, about
 from harness.errors import CouldNotRunError, UsageError, told, usage
+from harness.studies.calibrate import run as calibrate_run
 from reference.checkpoints import CheckpointError
 from tests.harness.test_exit_codes import MISTAKES, run
 from tests.reports.builders import a_check
@@ -72,7 +72,8 @@ def test_no_value_of_an_option_crashes_or_passes_for_a_finding(name: str, value:
             raise CouldNotRunError("enough")
 
         for target in ("harness.commands.verify.model_folder", "harness.commands.generate.model_folder",
-                       "harness.bench.cli.model_folder", "harness.faults.gate.run_gate", "harness.calibrate.run.calibrate"):
+                       "harness.bench.cli.model_folder", "harness.faults.gate.run_gate",
+                       "harness.studies.calibrate.run.calibrate"):
             patch.setattr(target, stop)
         for module in ("verify", "faults", "calibrate"):
             patch.setattr(f"harness.commands.{module}.prepare_out", lambda out: None)
@@ -85,7 +86,7 @@ def test_no_value_of_an_option_crashes_or_passes_for_a_finding(name: str, value:
 
 def test_the_one_place_stands_for_all_commands() -> None:
     """No command ends the process by itself but with the exit code of its work."""
-    sources = Path(harness.verify.__file__).parent.glob("commands/*.py")
+    sources = Path(harness.verification.verify.__file__).parent.glob("commands/*.py")
     for source in sources:
         assert not re.search(r"sys\.exit|SystemExit|typer\.Exit\((USAGE|2|1)\)", source.read_text()), source
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import harness.verify
+import harness.verification.verify
 from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
@@ -62,9 +62,10 @@ def assert_one_line(result: Result, code: int, says: str) -> None:
 
 
 INSIDE = {
-    "verify": "harness.verify.Truth", "faults": "harness.faults.gate.FaultPlan.cases", "generate": "engine.llm.Stream.__next__",
+    "verify": "harness.verification.verify.Truth", "faults": "harness.faults.gate.FaultPlan.cases",
+    "generate": "engine.llm.Stream.__next__",
     "fetch": "reference.checkpoints.resolve", "bench": "harness.bench.bench.Lineup",
-    "calibrate": "harness.calibrate.run.CalibratePlan.tasks", "compare": "harness.bench.cli.write_comparison",
+    "calibrate": "harness.studies.calibrate.run.CalibratePlan.tasks", "compare": "harness.bench.cli.write_comparison",
 }
 """What each command calls in the middle of its work."""
 
@@ -219,7 +220,7 @@ def test_an_older_report_does_not_pass_for_that_of_a_run_without_one(model: Path
     def dies(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(harness.verify, "Truth", dies)
+    monkeypatch.setattr(harness.verification.verify, "Truth", dies)
     assert run(*words, "--out", out).exit_code == 4
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         name.replace("report.", "report.old."): text for name, text in green.items()}
@@ -365,14 +366,14 @@ def test_a_checkpoint_that_a_check_refuses_is_an_error_of_that_check(model: Path
 
 def test_ranks_that_cannot_start_are_the_reason_of_what_is_missing(model: Path, tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    real = harness.verify.Ranks
+    real = harness.verification.verify.Ranks
 
     def none_at_2(tp_size: int, **options: Any) -> Any:
         if tp_size == 2:
             raise OSError(errno.EMFILE, "Too many open files")
         return real(tp_size, **options)
 
-    monkeypatch.setattr(harness.verify, "Ranks", none_at_2)
+    monkeypatch.setattr(harness.verification.verify, "Ranks", none_at_2)
     words = ("verify", model, "--fabric", "threads", "--check", "collectives", "--out", tmp_path)
     result = run(*words, "--tp", "1,2,3")
     assert result.exit_code == 3

@@ -20,7 +20,6 @@ from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import SamplingBatch, StepBatch
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
-from harness.classify import Kind
 from harness.cli import app
 from harness.faults import FAULTS, base
 from harness.faults.base import LOAD, Fault, Patches, Where
@@ -29,7 +28,8 @@ from harness.faults.gate import LOCALISATION, FaultPlan, checks_of, run_gate
 from harness.faults.layouts import LAYOUTS
 from harness.faults.shrink import LADDER, describe, smallest_case
 from harness.interrupted import WHY
-from harness.localise import points
+from harness.verification.classify import Kind
+from harness.verification.localise import points
 from reference.checkpoints import as_config
 from reports.by_seed import CONTROL
 from reports.records import CheckRow, Report, read_report

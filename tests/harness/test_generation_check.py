@@ -20,14 +20,14 @@ from engine.layers.sampler import filter_top_k_top_p, sample
 from engine.parallel.group import TPGroup
 from engine.ranks.ranks import RankContext, Ranks
 from engine.scheduling.batch import SamplingBatch
-from harness.budgets import improbability, improbable_counts, near_tie_margins
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.draws import DrawCase, check_draws, draw_cases, run_cases
 from harness.checks.generation import KINDS, NUM_SAMPLED, SAMPLING, compare
 from harness.checks.talker import negative_logits_checkpoint
 from harness.checks.weights import small_twin
 from harness.faults.layouts import LAYOUTS
-from harness.truth import NUM_NEW_TOKENS, Truth
+from harness.verification.budgets import improbability, improbable_counts, near_tie_margins
+from harness.verification.truth import NUM_NEW_TOKENS, Truth
 from tests.harness.checking import assert_green, run_check
 from tests.harness.conftest import MakeModel
 

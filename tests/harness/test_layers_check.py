@@ -17,9 +17,9 @@ import harness.checks.layers as layers_check
 from engine.layers.matmul import linear
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
+from harness.checks.layer_cases import KINDS, LayerCase, LayerProblem
 from harness.checks.layers import _compare, draw_cases
 from harness.faults.layouts import LAYOUTS
-from harness.layer_cases import KINDS, LayerCase, LayerProblem
 from harness.strategies import random_config
 from tests.harness.checking import again, assert_green, run_check
 from tests.harness.conftest import MakeModel

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from engine.layers.matmul import linear
 from engine.parallel.linear import RowParallelLinear
 from engine.ranks.ranks import RankContext
+from harness.checks.layer_cases import LayerCase
 from harness.checks.layers import LayerAnswer, run_cases
-from harness.layer_cases import LayerCase
 from harness.live_ranks import RankPools
 
 KINDS = {"column_parallel": "column", "merged_column_parallel": "merged", "qkv_parallel": "qkv", "row_parallel": "row",

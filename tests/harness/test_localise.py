@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from engine.ranks.ranks import RankContext, Ranks
 from harness import jobs
-from harness.budgets import SEARCH_MARGIN, computation
-from harness.calibrate.collect import OPTIONS
-from harness.calibrate.draws import drawn_models
 from harness.faults.layouts import LAYOUTS
 from harness.live_ranks import RankPools
-from harness.localise import Excess, Point, localise, points
+from harness.studies.calibrate.collect import OPTIONS
+from harness.studies.calibrate.draws import drawn_models
 from harness.subjects import Taps
-from harness.truth import Truth
+from harness.verification.budgets import SEARCH_MARGIN, computation
+from harness.verification.localise import Excess, Point, localise, points
+from harness.verification.truth import Truth
 from tests.harness.conftest import MakeModel
 
 TP_SIZE = 3
@@ -104,7 +104,7 @@ def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
     def excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps]) -> Excess | None:
         return Excess(over[point.label], rank=1, token=2) if point.label in over else None
 
-    monkeypatch.setattr("harness.localise.worst_excess", excess)
+    monkeypatch.setattr("harness.verification.localise.worst_excess", excess)
     place = localise(loaded, truth, 0)
     assert (None if place is None else place.module) == named
     if place is not None:

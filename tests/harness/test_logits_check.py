@@ -12,12 +12,12 @@ import harness.checks.logits as logits_check
 from engine.layers.norm import RMSNorm
 from engine.ranks.ranks import RankContext, RankFailure
 from harness import jobs
-from harness.cases import load_case
 from harness.checks import CHECKS
 from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_twin
 from harness.faults.layouts import LAYOUTS
-from harness.truth import SCRIPT_LENGTHS
-from harness.verify import VerifyPlan, replay, verify
+from harness.verification.cases import load_case
+from harness.verification.truth import SCRIPT_LENGTHS
+from harness.verification.verify import VerifyPlan, replay, verify
 from tests.harness.checking import assert_green, context_of, run_check
 from tests.harness.conftest import MakeModel
 

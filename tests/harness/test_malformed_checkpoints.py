@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from engine import LLM, CheckpointError, ModelConfig, SamplingParams
-from harness.verify import VerifyPlan, verify
+from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
 from tests.reference.tiny import small_config
@@ -222,7 +222,7 @@ def test_a_malformed_folder_is_refused_in_one_line_or_runs_as_transformers_runs_
 
     with monkeypatch.context() as patch:
         patch.setattr("engine.llm.Ranks", started)
-        patch.setattr("harness.verify.Ranks", started)
+        patch.setattr("harness.verification.verify.Ranks", started)
         refusals = [attempt(lambda: LLM(folder, device="cpu")),
                     attempt(lambda: verify(VerifyPlan(model="malformed", folder=folder, tp_sizes=(1,))))]
     if config_refusal := attempt(lambda: ModelConfig.from_folder(folder)):

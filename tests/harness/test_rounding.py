@@ -1,6 +1,6 @@
 """A sum in any order is within the budget that theory gives it, on any machine; what is wrong is not.
 
-Sums in drawn orders (``harness.calibrate.orders``) stand for machines and libraries that are not here.
+Sums in drawn orders (``harness.studies.calibrate.orders``) stand for machines and libraries that are not here.
 
 Shape suffixes: T = rows, I = input features, O = output features.
 """
@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from harness.budgets import rounding, sum_variance
-from harness.calibrate.draws import drawn_models
-from harness.calibrate.orders import DrawnOrders, Order, product
+from harness.checks.layer_cases import LayerCase, LayerProblem
 from harness.checks.layers import draw_cases
-from harness.layer_cases import LayerCase, LayerProblem
-from harness.simulated import SimulatedRounding
 from harness.strategies import random_config
+from harness.studies.calibrate.draws import drawn_models
+from harness.studies.calibrate.orders import DrawnOrders, Order, product
+from harness.verification.budgets import rounding, sum_variance
+from harness.verification.simulated import SimulatedRounding
 from reference.hf import DTYPES
 
 every_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

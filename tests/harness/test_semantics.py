@@ -12,9 +12,9 @@ import pytest
 
 from engine.ranks.ranks import Ranks
 from harness.checks.requests import MAX_NUM_SEQS, NUM_DRAWS, draw_requests, stream
+from harness.checks.semantics import Asked, WrongAnswerError
 from harness.checks.talker import MAX_MODEL_LEN, Talker
 from harness.faults.layouts import LAYOUTS
-from harness.semantics import Asked, WrongAnswerError
 from harness.subjects import EngineGenerator
 
 SEEDS = range(10)

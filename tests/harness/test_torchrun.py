@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from engine.ranks.ranks import RankContext, RankFailure, Ranks
-from harness import verify as verify_module
 from harness.checks.base import CheckContext, Outcome
 from harness.commands.verify import _tp_sizes as tp_sizes_of
-from harness.verify import GONE, VerifyPlan, verify
+from harness.verification import verify as verify_module
+from harness.verification.verify import GONE, VerifyPlan, verify
 from reports.records import read_report, whole_checks
 from tests.engine.test_torchrun import torchrun
 from tests.harness.conftest import MakeModel

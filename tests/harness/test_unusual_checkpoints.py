@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 from engine import LLM, CheckpointError, SamplingParams
 from engine.config import ModelConfig
 from harness.checks.base import Outcome
-from harness.preflight import check_checkpoint
-from harness.verify import VerifyPlan, verify
+from harness.verification.preflight import check_checkpoint
+from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint, resolve
 from reference.hf import Reference
 from reports.records import Report, whole_checks
@@ -278,7 +278,7 @@ def test_what_is_refused_is_refused_alike_before_a_rank_starts(
     edit, said = REFUSED[kind]
     folder = random_checkpoint(tmp_path, small_config())
     edit(folder)
-    for module in ("engine.llm.Ranks", "harness.verify.Ranks"):
+    for module in ("engine.llm.Ranks", "harness.verification.verify.Ranks"):
         monkeypatch.setattr(module, lambda *_, **__: pytest.fail("started ranks"))
     refusals = [result_of(lambda: LLM(folder)),
                 result_of(lambda: verify(VerifyPlan(model="refused", folder=folder, tp_sizes=(1,))))]

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import harness.verify
+import harness.verification.verify
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome, together
 from harness.strategies import model_configs
-from harness.verify import VerifyPlan, verify
+from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint
 from reports.records import CheckRow, Report, whole_checks
 from tests.engine.rank_jobs import nap
@@ -95,7 +95,7 @@ def test_a_job_that_hangs_is_a_finding_and_the_next_check_runs(tiny_model: MakeM
         context.ranks.run(nap, 600.0)
         raise AssertionError("it ended")
 
-    monkeypatch.setattr(harness.verify, "JOB_TIMEOUT_S", 10.0)
+    monkeypatch.setattr(harness.verification.verify, "JOB_TIMEOUT_S", 10.0)
     monkeypatch.setitem(CHECKS, "collectives", hangs)
     report = verify(VerifyPlan(model="tiny", folder=tiny_model(small_config()), tp_sizes=(2,), fabric="gloo",
                                checks=("collectives", "weights")))

@@ -19,7 +19,7 @@ from engine.checkpoint.weights import CheckpointTensor
 from engine.parallel.linear import MergedColumnParallelLinear
 from engine.parallel.parameter import ShardParameter
 from harness.faults.layouts import LAYOUTS
-from harness.truth import Truth
+from harness.verification.truth import Truth
 from tests.harness.checking import assert_green, run_check
 from tests.harness.conftest import MakeModel
 

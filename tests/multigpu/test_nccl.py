@@ -13,8 +13,8 @@ from engine.ranks.ranks import RankFailure, Ranks
 from harness import jobs
 from harness.checks import CHECKS
 from harness.live_ranks import RankPools
-from harness.truth import Truth
-from harness.verify import VerifyPlan, verify
+from harness.verification.truth import Truth
+from harness.verification.verify import VerifyPlan, verify
 from tests.gpu.support import (
     DEVICE,
     OPTIONS,

@@ -1,7 +1,7 @@
 """``shardproof calibrate``: measures what correct code gets wrong, so that tolerances are not chosen.
 
 ``collect`` runs clean random cases (``draws``, ``jobs``) and measures them (``samples``); ``fit`` turns these into constants;
-``judge`` holds other seeds, of other shapes, against the constants in ``harness.budgets`` and counts false alarms; ``power``
+``judge`` holds other seeds, of other shapes, against the constants in ``budgets.py`` and counts false alarms; ``power``
 plants an error in one rank's part and finds the smallest that is seen; ``report`` makes records of it all.
 """
 

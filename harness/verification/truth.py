@@ -17,8 +17,8 @@ from torch import Tensor
 
 from engine.frontend.tokenizer import load_tokenizer
 from harness.errors import one_line
-from harness.simulated import SimulatedRounding
 from harness.subjects import Script
+from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import Activations, GreedyResult, Reference
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.budgets import Comparison, computation, row_errors
+from harness.verification.budgets import Comparison, computation, row_errors
 
 Kind = Literal["multiplied", "bias", "lost", "repeated", "permuted", "stale", "zeros", "nan", "shape"]
 

@@ -19,15 +19,15 @@ from engine.config import ModelConfig
 from engine.ranks.fabric import choose_fabric
 from engine.ranks.ranks import RankFailure, Ranks
 from harness import jobs
-from harness.cases import SavedCase, compare_replay, save_case
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import PRELOAD, CheckContext, Outcome, raised
 from harness.errors import UsageError, refusal_of, usage
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.names import DTYPES, FABRICS
-from harness.preflight import check_checkpoint
-from harness.truth import NUM_NEW_TOKENS, Truth
+from harness.verification.cases import SavedCase, compare_replay, save_case
+from harness.verification.preflight import check_checkpoint
+from harness.verification.truth import NUM_NEW_TOKENS, Truth
 from reference.checkpoints import CheckpointError
 from reports.records import CheckRow, RecordError, Report, Verdict, whole_checks
 

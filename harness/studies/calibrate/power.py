@@ -16,18 +16,18 @@ from functools import partial
 import torch
 
 from engine.ranks.ranks import Ranks
-from harness.budgets import UNIT_ROUNDOFF, computation
-from harness.calibrate.collect import Pools, orders_of
-from harness.calibrate.draws import drawn_models, sizes_alone, value_seed
-from harness.calibrate.jobs import Spoiled, arrange, run_logits
-from harness.calibrate.judge import context_of, judged, loaded
 from harness.checks import collectives, layers
 from harness.checks.base import CheckContext
 from harness.checks.collectives import CollectiveCase
-from harness.layer_cases import LayerCase
+from harness.checks.layer_cases import LayerCase
 from harness.strategies import random_config
+from harness.studies.calibrate.collect import Pools, orders_of
+from harness.studies.calibrate.draws import drawn_models, sizes_alone, value_seed
+from harness.studies.calibrate.jobs import Spoiled, arrange, run_logits
+from harness.studies.calibrate.judge import context_of, judged, loaded
 from harness.subjects import Script
-from harness.truth import Truth
+from harness.verification.budgets import UNIT_ROUNDOFF, computation
+from harness.verification.truth import Truth
 from reports.records import PowerRow
 
 TP_SIZES = (2, 4, 8)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ranks.ranks import RankContext, Ranks, Ticket
-from harness.simulated import EveryProduct
+from harness.verification.simulated import EveryProduct
 
 LANES = (1, 1, 2, 4, 8, 16, 32)
 MOST_ELEMENTS = 1 << 24

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.scheduling.batch import StepBatch
-from harness.budgets import bits
+from harness.verification.budgets import bits
 
 VOCAB_SIZE = 5
 

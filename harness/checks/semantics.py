@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.ranks.ranks import RankFailure
-from harness.budgets import improbability, improbable_counts
+from harness.verification.budgets import improbability, improbable_counts
 
 DEFAULTS: dict[str, Any] = {
     "n": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": None, "max_tokens": 16, "min_tokens": 0, "stop": (),

@@ -1,7 +1,7 @@
 """Rounding errors put into an exact computation: how far off any correct model of a dtype may be (Monte Carlo arithmetic).
 
 Each matrix product of a float64 model gets an error of the size that rounding gives it in the dtype, in any order of summation
-(``harness.budgets.sum_variance``), and so does each sum and product of two tensors element by element, drawn from a normal
+(``budgets.sum_variance``), and so does each sum and product of two tensors element by element, drawn from a normal
 distribution (Parker 1997). What that makes of the model's outputs shows which tokens magnify rounding, whatever the machine; a
 real model of that dtype is one such draw.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness.budgets import UNIT_ROUNDOFF, sum_variance
+from harness.verification.budgets import UNIT_ROUNDOFF, sum_variance
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default)

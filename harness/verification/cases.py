@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness.budgets import same_bits
+from harness.verification.budgets import same_bits
 
 HEADER = "shardproof_case"
 

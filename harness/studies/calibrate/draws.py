@@ -13,7 +13,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save_file
 
 from harness.strategies import random_config
-from harness.truth import Truth
+from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
 
 Purpose = Literal["fit", "judge"]

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from engine.ranks.ranks import RankFailure, Ranks
-from harness.calibrate.collect import OPTIONS, Pools, orders_of
-from harness.calibrate.draws import drawn_models
-from harness.calibrate.jobs import load_model
-from harness.calibrate.orders import InDrawnOrders
 from harness.checks import CHECKS
 from harness.checks.base import CheckContext, Outcome
-from harness.truth import Truth
+from harness.studies.calibrate.collect import OPTIONS, Pools, orders_of
+from harness.studies.calibrate.draws import drawn_models
+from harness.studies.calibrate.jobs import load_model
+from harness.studies.calibrate.orders import InDrawnOrders
+from harness.verification.truth import Truth
 
 TP_SIZES = (1, 2, 3, 4, 5, 8)
 """One of them is none that the constants were fitted on."""

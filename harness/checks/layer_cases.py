@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.budgets import EXACT_INTEGER_LIMIT, sum_variance
+from harness.verification.budgets import EXACT_INTEGER_LIMIT, sum_variance
 from reference.hf import DTYPES
 from reference.shards import owners
 

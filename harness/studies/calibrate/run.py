@@ -13,13 +13,13 @@ from itertools import chain
 from typing import Any
 
 from harness.bench.worker import Worker
-from harness.calibrate import DEFAULT_MODELS
-from harness.calibrate.collect import DTYPES, ORDERS, Pools, sample_models
-from harness.calibrate.judge import DRAWN, SETTINGS, judge_models
-from harness.calibrate.power import TP_SIZES as POWER_TP_SIZES
-from harness.calibrate.power import power_of_drawn, power_of_logits
-from harness.calibrate.report import make_report
 from harness.machine import run_info
+from harness.studies.calibrate import DEFAULT_MODELS
+from harness.studies.calibrate.collect import DTYPES, ORDERS, Pools, sample_models
+from harness.studies.calibrate.judge import DRAWN, SETTINGS, judge_models
+from harness.studies.calibrate.power import TP_SIZES as POWER_TP_SIZES
+from harness.studies.calibrate.power import power_of_drawn, power_of_logits
+from harness.studies.calibrate.report import make_report
 from reports.records import Report
 
 MODELS_PER_TASK = 3

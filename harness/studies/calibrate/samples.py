@@ -1,6 +1,6 @@
 """What the logits of one clean model show: how far is correct code off, and how far is its baseline?
 
-Errors are in roundoffs of their scale, as ``harness.budgets.measure`` gives them.
+Errors are in roundoffs of their scale, as ``harness.verification.budgets.measure`` gives them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.budgets import FEWEST_FOR_TYPICAL, Statistic, measure
+from harness.verification.budgets import FEWEST_FOR_TYPICAL, Statistic, measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Sample:
     """
 
     orders: str
-    """Of its sums: ``ORDERS`` in ``harness.calibrate.collect``."""
+    """Of its sums: ``ORDERS`` in ``harness.studies.calibrate.collect``."""
     dtype: str
     tp_size: int
     points: Mapping[Statistic, tuple[Point, ...]]
@@ -43,7 +43,7 @@ class Sample:
 
 def measured(orders: str, dtype: str, tp_size: int, candidate: Tensor, baseline: Tensor, exact: Tensor,
              simulated: Sequence[Tensor] = ()) -> Sample:
-    """The errors of ``[T, F]`` tensors; the arguments are those of ``harness.budgets.computation``."""
+    """The errors of ``[T, F]`` tensors; the arguments are those of ``harness.verification.budgets.computation``."""
     sizes = measure(candidate, baseline, exact, dtype, simulated)
     points: dict[Statistic, tuple[Point, ...]] = {}
     for statistic, (errors, expected) in sizes.items():

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 import torch
 
 from engine.ranks.ranks import Ranks
-from harness.calibrate.draws import drawn_models
-from harness.calibrate.jobs import ORDERS as RANK_ORDERS
-from harness.calibrate.jobs import arrange, load_model, run_logits
-from harness.calibrate.orders import DrawnOrders, InDrawnOrders
-from harness.calibrate.samples import Sample, measured
+from harness.studies.calibrate.draws import drawn_models
+from harness.studies.calibrate.jobs import ORDERS as RANK_ORDERS
+from harness.studies.calibrate.jobs import arrange, load_model, run_logits
+from harness.studies.calibrate.orders import DrawnOrders, InDrawnOrders
+from harness.studies.calibrate.samples import Sample, measured
 
 DTYPES = ("bfloat16", "float16", "float32")
 TP_SIZES = (1, 2, 3, 4, 6, 8)

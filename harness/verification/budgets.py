@@ -217,7 +217,7 @@ def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str,
     Args:
         candidate, baseline: ``[T, F]`` in the dtype under test.
         exact: ``[T, F]`` float64.
-        simulated: ``[T, F]`` float64 each, exact but for simulated rounding (``harness.simulated``).
+        simulated: ``[T, F]`` float64 each, exact but for simulated rounding (``harness.verification.simulated``).
     """
     if not exact.numel():
         nothing = exact.new_zeros(len(exact), dtype=torch.float64), exact.new_zeros(len(exact), dtype=torch.float64)

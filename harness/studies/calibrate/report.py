@@ -9,11 +9,11 @@ from typing import get_args
 
 import numpy as np
 
-from harness.budgets import CONSTANTS, Statistic, constants, precision
-from harness.calibrate.fit import MARGIN, fit, needs, points_of, worst
-from harness.calibrate.judge import Verdict
-from harness.calibrate.power import Threshold, power_rows
-from harness.calibrate.samples import Point, Sample
+from harness.studies.calibrate.fit import MARGIN, fit, needs, points_of, worst
+from harness.studies.calibrate.judge import Verdict
+from harness.studies.calibrate.power import Threshold, power_rows
+from harness.studies.calibrate.samples import Point, Sample
+from harness.verification.budgets import CONSTANTS, Statistic, constants, precision
 from reports.records import Calibration, CheckRow, ErrorRow, NotMeasured, Report, RunInfo, Tolerance
 
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.budgets import Constants, Statistic
-from harness.calibrate.samples import Point, Sample
+from harness.studies.calibrate.samples import Point, Sample
+from harness.verification.budgets import Constants, Statistic
 
 MARGIN = 2.0
 """The worst sample's budget is so many times its error."""

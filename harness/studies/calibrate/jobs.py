@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.parallel.group import TPGroup
 from engine.ranks.ranks import RankContext
 from harness import jobs
-from harness.calibrate.groups import RingGroup, SpoilingGroup
+from harness.studies.calibrate.groups import RingGroup, SpoilingGroup
 from harness.subjects import Script
 
 ORDERS = ("flat", "ring")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from engine.ranks.ranks import Ranks
 from harness import jobs
-from harness.budgets import SEARCH_MARGIN
-from harness.classify import Effect, Evidence, classify
 from harness.subjects import Taps
-from harness.truth import Truth
+from harness.verification.budgets import SEARCH_MARGIN
+from harness.verification.classify import Effect, Evidence, classify
+from harness.verification.truth import Truth
 from reference.hf import Activations
 from reference.shards import owners
 
