@@ -1,14 +1,19 @@
-"""What may be used where: rules of the house that no type checker knows, read off the syntax trees of its packages."""
+"""What may be used where: rules of the house that no type checker knows, read off the syntax trees of its packages.
+
+And docs/architecture.md, which says what is where.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("engine", "reference", "reports", "harness")
 MAY_IMPORT = {"engine": set(), "reference": set(), "reports": set(), "harness": {"engine", "reference", "reports"}}
 
@@ -257,3 +262,31 @@ def test_what_is_allowed_passes(rule: str, path: str, source: str) -> None:
 
 def test_every_rule_has_violations_and_controls() -> None:
     assert {rule for rule, *_ in VIOLATIONS} == {rule for rule, *_ in ALLOWED} == set(RULES)
+
+
+# The page
+
+
+def test_the_page_has_each_module_with_the_first_line_of_its_docstring() -> None:
+    docs = {path: ast.get_docstring(ast.parse((ROOT / path).read_text())) for path in files()}
+    listed, room = {}, ""
+    for line in PAGE.read_text().partition("## Modules")[2].splitlines():
+        if heading := re.fullmatch(r"### `(.*)`", line):
+            room = heading[1]
+        elif entry := re.fullmatch(r"- `(\S+)`: (.*)", line):
+            listed[room + entry[1]] = entry[2]
+    assert listed == {path: doc.splitlines()[0] for path, doc in docs.items() if doc}
+    assert [path for path, doc in docs.items() if not doc and (ROOT / path).read_text().strip()] == []
+
+
+def test_the_ways_through_the_code_are_short_and_name_files_that_are_there() -> None:
+    ways = re.findall(r"^## The way of .*?(?=^## )", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(ways) == 3
+    for way in ways:
+        assert 5 <= len(re.findall(r"^\d+\. ", way, re.MULTILINE)) <= 10
+        for line in way.splitlines():  # a name without a folder is beside the file before it
+            folder = None
+            for name in re.findall(r"`([\w/]+\.py)`", line):
+                folder = (ROOT / name).parent if "/" in name else folder
+                assert folder is not None, line
+                assert (folder / Path(name).name).is_file(), line
