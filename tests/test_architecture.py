@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,16 @@ def test_what_is_allowed_passes(rule: str, path: str, source: str) -> None:
 
 def test_every_rule_has_violations_and_controls() -> None:
     assert {rule for rule, *_ in VIOLATIONS} == {rule for rule, *_ in ALLOWED} == set(RULES)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for type checkers alone count too: they tell what belongs together."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files()}
+    imports = {name: {module for _, what in modules_imported(path, ast.parse((ROOT / path).read_text()))
+                      if (module := next((known for known in (what, what.rpartition(".")[0]) if known in modules), name)) != name}
+               for name, path in modules.items()}
+    assert sum(map(len, imports.values())) > len(modules)
+    TopologicalSorter(imports).prepare()  # a CycleError names the circle
 
 
 # The page

@@ -9,7 +9,8 @@ import torch
 
 from engine.checkpoint.weights import load_weights
 from engine.config import ModelConfig
-from engine.layers.attention_backends import AttentionLayout, TorchBackend
+from engine.layers.attention_backends import TorchBackend
+from engine.layers.attention_layout import AttentionLayout
 from engine.models.registry import MODELS
 from engine.parallel.group import SoloGroup
 from engine.parallel.sharding import head_shard

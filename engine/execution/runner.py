@@ -13,7 +13,8 @@ from engine.checkpoint.weights import load_weights
 from engine.config import DTYPES, EngineConfig, ModelConfig
 from engine.execution.decode_graph import DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
-from engine.layers.attention_backends import AttentionLayout, LayerCache, select_backend
+from engine.layers.attention_backends import select_backend
+from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.layers.sampler import logprobs_of, sample
 from engine.models.registry import MODELS
 from engine.parallel.group import TPGroup

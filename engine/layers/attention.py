@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.kernels.rope import rope_store_kv, rope_store_kv_torch
-from engine.layers.attention_backends import AttentionBackend, LayerCache
+from engine.layers.attention_layout import AttentionBackend, LayerCache
 from engine.layers.dispatch import pick
 from engine.layers.norm import RMSNorm
 from engine.parallel.sharding import HeadShard

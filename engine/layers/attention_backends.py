@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,40 +16,11 @@ from engine.kernels.attention_torch import paged_attention_torch
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
+from engine.layers.attention_layout import AttentionBackend, AttentionLayout, LayerCache
 from engine.layers.flash_attention import FlashAttnBackend
-from engine.parallel.sharding import HeadShard
 from engine.scheduling.batch import StepBatch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys and values of one layer on one rank, each ``[blocks, N, block_size, H]``."""
-
-    k_PNBH: Tensor
-    v_PNBH: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionLayout:
-    """What a backend must serve."""
-
-    heads: HeadShard
-    head_dim: int
-    block_size: int
-    dtype: torch.dtype
-    device: torch.device
-
-
-class AttentionBackend(Protocol):
-    """``(q [T, Q, H], cache, batch) -> [T, Q, H]``. The cache holds this step's keys and values already."""
-
-    name: str
-    capturable: bool
-    """Asks the host nothing, so a CUDA graph can record it."""
-
-    def __call__(self, q_TQH: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor: ...
 
 
 class TorchBackend:

@@ -13,15 +13,13 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.scheduling.batch import StepBatch
-
-if TYPE_CHECKING:
-    from engine.layers.attention_backends import AttentionLayout, LayerCache
 
 Capability = tuple[int, int]
 

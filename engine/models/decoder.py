@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.kernels.silu_mul import silu_mul, silu_mul_torch
 from engine.layers.attention import Attention, RopeTables
-from engine.layers.attention_backends import AttentionBackend, LayerCache
+from engine.layers.attention_layout import AttentionBackend, LayerCache
 from engine.layers.dispatch import pick
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import rope_tables

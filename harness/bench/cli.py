@@ -16,10 +16,10 @@ from harness.bench.lineup import BASELINE, CANDIDATE
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
 from harness.bench.step import Watcher
-from harness.commands.bench import BASELINES
 from harness.commands.options import check_device, numbers, prepare_out
 from harness.commands.progress import errors
 from harness.errors import COULD_NOT_RUN, CouldNotRunError, UsageError, usage
+from harness.names import BASELINES
 from reports.compare import HARDWARE, Comparison, UnlikeMachinesError, compare
 from reports.markdown import comparison_markdown
 from reports.metrics import label

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from engine.frontend.sampling import SamplingParams
-from engine.layers.attention_backends import BACKENDS, AttentionLayout, LayerCache
+from engine.layers.attention_backends import BACKENDS
+from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.parallel.sharding import HeadShard, head_shard
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import build_batch

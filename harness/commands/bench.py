@@ -12,9 +12,7 @@ from harness.bench.shapes import SHAPES
 from harness.bench.workloads import WORKLOADS
 from harness.commands.options import Fabric
 from harness.errors import UsageError
-from harness.names import DTYPES
-
-BASELINES = Path("reports/baselines")
+from harness.names import BASELINES, DTYPES
 
 
 def bench_command(

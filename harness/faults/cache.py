@@ -12,7 +12,8 @@ import engine.execution.runner as runner_module
 import engine.layers.attention as attention_module
 import engine.scheduling.kv_cache as kv_cache_module
 from engine.execution.runner import Runner
-from engine.layers.attention_backends import LayerCache, TorchBackend
+from engine.layers.attention_backends import TorchBackend
+from engine.layers.attention_layout import LayerCache
 from engine.parallel.group import TPGroup
 from engine.scheduling.batch import StepBatch
 from engine.scheduling.kv_cache import ROOT_HASH, BlockManager

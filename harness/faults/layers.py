@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import engine.kernels.rope as rope_module
-from engine.layers.attention_backends import AttentionLayout, TorchBackend
+from engine.layers.attention_backends import TorchBackend
+from engine.layers.attention_layout import AttentionLayout
 from engine.layers.matmul import linear
 from engine.models.decoder import Decoder
 from engine.parallel.group import TPGroup

@@ -17,7 +17,8 @@ from torch import Tensor
 from engine.config import EngineConfig, ModelConfig
 from engine.execution.runner import Runner
 from engine.frontend.sampling import SamplingParams
-from engine.layers.attention_backends import AttentionLayout, select_backend
+from engine.layers.attention_backends import select_backend
+from engine.layers.attention_layout import AttentionLayout
 from engine.models.decoder import DecoderForCausalLM
 from engine.parallel.group import SoloGroup, ThreadGroup, TPGroup
 from engine.parallel.sharding import head_shard

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.kernels.attention_torch import paged_attention_torch
 from engine.layers import flash_attention
-from engine.layers.attention_backends import AttentionLayout, LayerCache, TorchBackend, select_backend
+from engine.layers.attention_backends import TorchBackend, select_backend
+from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.layers.flash_attention import FlashAttention4, FlashAttnBackend, installed_version
 from engine.parallel.sharding import HeadShard
 from engine.scheduling.batch import StepBatch, profiling_batch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.execution.runner import Runner
-from engine.layers.attention_backends import AttentionBackend, LayerCache
+from engine.layers.attention_layout import AttentionBackend, LayerCache
 from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext, Ranks
 from engine.scheduling.batch import StepBatch

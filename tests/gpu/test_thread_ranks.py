@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.layers.attention_backends import AttentionLayout, select_backend
+from engine.layers.attention_backends import select_backend
+from engine.layers.attention_layout import AttentionLayout
 from engine.parallel.sharding import head_shard
 from engine.ranks.ranks import Ranks
 from harness.checks import CHECKS

@@ -14,7 +14,8 @@ from torch import Tensor
 import engine.kernels.attention_torch as attention_torch
 import engine.kernels.rope as rope
 import engine.layers.rotary as rotary
-from engine.layers.attention_backends import AttentionLayout, LayerCache, TorchBackend
+from engine.layers.attention_backends import TorchBackend
+from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.scheduling.batch import StepBatch
 from harness.checks.attention import NUM_CASES
 from harness.checks.base import Outcome
