@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -32,6 +33,11 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("tolerances", "reference/exact.py"): "tells an RMSNorm from another norm, which is no verdict on a candidate",
 }
 """(rule, file) -> why the rule does not hold there."""
+
+
+@cache
+def tree_of(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
 
 
 def files() -> list[str]:
@@ -179,7 +185,7 @@ def broken(rule: str, path: str, source: str) -> list[str]:
 @pytest.mark.parametrize("rule", RULES)
 def test_the_house_keeps_its_rule(rule: str) -> None:
     excused = {path for name, path in EXCEPTIONS if name == rule}
-    found = [line for path in files() if path not in excused for line in broken(rule, path, (ROOT / path).read_text())]
+    found = [line for path in files() if path not in excused for line in RULES[rule](path, tree_of(path))]
     assert not found, f"{RULES[rule].__doc__}\n" + "\n".join(found)
 
 
@@ -268,7 +274,7 @@ def test_every_rule_has_violations_and_controls() -> None:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports for type checkers alone count too: they tell what belongs together."""
     modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in files()}
-    imports = {name: {module for _, what in modules_imported(path, ast.parse((ROOT / path).read_text()))
+    imports = {name: {module for _, what in modules_imported(path, tree_of(path))
                       if (module := next((known for known in (what, what.rpartition(".")[0]) if known in modules), name)) != name}
                for name, path in modules.items()}
     assert sum(map(len, imports.values())) > len(modules)
@@ -279,7 +285,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_page_has_each_module_with_the_first_line_of_its_docstring() -> None:
-    docs = {path: ast.get_docstring(ast.parse((ROOT / path).read_text())) for path in files()}
+    docs = {path: ast.get_docstring(tree_of(path)) for path in files()}
     listed, room = {}, ""
     for line in PAGE.read_text().partition("## Modules")[2].splitlines():
         if heading := re.fullmatch(r"### `(.*)`", line):

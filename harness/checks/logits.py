@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from harness import jobs
 from harness.checks.base import CheckContext, Outcome, together
@@ -24,6 +23,7 @@ from harness.verification.localise import localise
 from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES
+from reference.writing import edited
 
 MODEL, NEAR_EPS = "model", "near eps"
 TWIN_SCRIPT_LENGTHS = (17, 11, 5)
@@ -67,23 +67,21 @@ def near_eps_twin(context: CheckContext) -> Iterator[CheckContext]:
 def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
     """A random model in which no row that is normed has a mean square far from eps, unless the dtype can't hold so small ones."""
     random_checkpoint(folder, config, dtype=dtype, seed=seed)
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
     # Some way above the smallest number that the dtype holds in full, or whose square float32 does.
     least = 16 * max(torch.finfo(DTYPES[dtype]).tiny, torch.finfo(torch.float32).tiny ** 0.5)
     size = max(config["rms_norm_eps"] ** 0.5, least)
-    has_head_norms = any(name.endswith("q_norm.weight") for name in tensors)
-    for name, tensor in tensors.items():
-        module = name.split(".")[-2]
-        if module == "embed_tokens":
-            tensor *= size * TWIN_SCALES[module] / tensor.double().square().mean().sqrt()
-        elif module in TWIN_SCALES:
-            tensor *= size * TWIN_SCALES[module]
-        elif module in ("q_norm", "k_norm"):
-            tensor *= SHARPER
-        elif has_head_norms and module in ("q_proj", "k_proj"):
-            tensor *= size
-    save_file(tensors, path, metadata={"format": "pt"})
+    with edited(folder) as tensors:
+        has_head_norms = any(name.endswith("q_norm.weight") for name in tensors)
+        for name, tensor in tensors.items():
+            module = name.split(".")[-2]
+            if module == "embed_tokens":
+                tensor *= size * TWIN_SCALES[module] / tensor.double().square().mean().sqrt()
+            elif module in TWIN_SCALES:
+                tensor *= size * TWIN_SCALES[module]
+            elif module in ("q_norm", "k_norm"):
+                tensor *= SHARPER
+            elif has_head_norms and module in ("q_proj", "k_proj"):
+                tensor *= size
     return folder
 
 

@@ -113,14 +113,13 @@ class _Session:
         with answered():
             streamed = stream(llm, mixed)
         self._judge(mixed, streamed, "streamed")
+        before = dict(zip(map(id, mixed), streamed, strict=True))
         # Without stop strings several steps go by between two looks at the text.
         others = [one for one in asked if one.abort_after is None and not one.stop]
         shuffle.shuffle(others)
-        batched = self._generate(llm, others)
-        self._compare(dict(zip(map(id, mixed), streamed, strict=True)), others, batched, "in a batch")
+        self._compare(before, others, self._generate(llm, others), "in a batch")
         alone = [one for one in others if one.seed is not None and one.n <= 3][:NUM_ALONE]
-        self._compare(dict(zip(map(id, mixed), streamed, strict=True)), alone, [self._generate(llm, [one])[0] for one in alone],
-                      "alone")
+        self._compare(before, alone, [self._generate(llm, [one])[0] for one in alone], "alone")
         self._check_crowd(llm)
         self._check_prefix_hits(llm)
         self._check_late_aborts(llm)

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from harness.verification.budgets import near_tie_margins
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
+from reference.writing import edited
 
 SMALLEST_VOCABULARY = 60
 MAX_MODEL_LEN = 64
@@ -99,15 +99,13 @@ def negative_logits_checkpoint(folder: Path, config: dict[str, Any], *, dtype: s
     turns its sign round before the LM head multiplies it by 4 again.
     """
     random_checkpoint(folder, config, dtype=dtype, seed=seed)
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
-            tensor[0] = 0
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor[:, 0] = 4
-    tensors["model.norm.weight"][0] = -2
-    save_file(tensors, path, metadata={"format": "pt"})
+    with edited(folder) as tensors:
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
+                tensor[0] = 0
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensor[:, 0] = 4
+        tensors["model.norm.weight"][0] = -2
     return folder
 
 

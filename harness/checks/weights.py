@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.checkpoint.checkpoint_files import by_model_name, open_file, read_headers
@@ -28,6 +27,7 @@ from reference.checkpoints import as_config, index_checkpoint
 from reference.elements import ElementIndex
 from reference.hf import DTYPES
 from reference.shards import owners
+from reference.writing import edited
 
 LONG_VOCABULARY = 1009
 
@@ -78,11 +78,9 @@ def _with_a_head_of_its_own(context: CheckContext) -> list[tuple[int, list[Wrong
         config = {**small_twin(context.truth.config, context.ranks.tp_size), "vocab_size": LONG_VOCABULARY}
         folder = index_checkpoint(Path(scratch) / "headed", {**config, "tie_word_embeddings": False})
         as_config(config).save_pretrained(folder)
-        path = folder / "model.safetensors"
-        tensors = load_file(path)
-        head = tensors["model.embed_tokens.weight"].clone()
-        head[-1] = 0
-        save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
+        with edited(folder) as tensors:
+            head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            head[-1] = 0
         return context.ranks.run(load_and_compare, context.subject, folder, config)
 
 

@@ -16,10 +16,11 @@ from harness.checks import CHECKS
 from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_twin
 from harness.faults.layouts import LAYOUTS
 from harness.verification.cases import load_case
-from harness.verification.truth import SCRIPT_LENGTHS
+from harness.verification.truth import SCRIPT_LENGTHS, Truth
 from harness.verification.verify import VerifyPlan, replay, verify
 from tests.harness.checking import assert_green, context_of, run_check
 from tests.harness.conftest import MakeModel
+from tests.reference.tiny import small_config
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 SEEDS = 10
@@ -46,6 +47,16 @@ def test_every_logit_of_every_token_is_judged_in_both_kinds(tiny_model: MakeMode
     vocab_size = 60 + 7 * tp_size + (tp_size > 1)
     assert {part.kind: (part.cases, part.compared) for part in outcome.kinds} == {
         MODEL: (3, sum(SCRIPT_LENGTHS) * 131), NEAR_EPS: (3, (17 + 11 + 5) * vocab_size)}
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_the_tokens_on_both_sides_of_every_shard_border_are_among_the_inputs(tiny_model: MakeModel, seed: int) -> None:
+    truth = Truth(tiny_model(small_config()), dtype="bfloat16", seed=seed)
+    vocab_size, sequences = truth.config["vocab_size"], truth.script.sequences
+    sizes = {-(-vocab_size // tp_size) for tp_size in range(2, 7)}
+    borders = {cut - side for size in sizes for cut in range(size, vocab_size, size) for side in (0, 1)}
+    assert borders <= {token_id for sequence in sequences for token_id in sequence}
+    assert all(vocab_size - 1 in sequence for sequence in sequences)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])

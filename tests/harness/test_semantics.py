@@ -105,7 +105,7 @@ def test_a_wrong_answer_is_minded(talker: Talker, answered: Answered, change: Ch
     assert minded >= (0.5 if change is _other_token else 1.0) * total > 0
 
 
-@pytest.mark.parametrize("change", ["logprob", "rank", "decoded_token", "one less", "sum"])
+@pytest.mark.parametrize("change", ["logprob", "rank", "decoded_token", "one less", "none at a step", "sum"])
 def test_wrong_log_probabilities_are_minded(talker: Talker, answered: Answered, change: str) -> None:
     minded = total = 0
     for asked, answer in answered:
@@ -118,6 +118,8 @@ def test_wrong_log_probabilities_are_minded(talker: Talker, answered: Answered, 
             one.cumulative_logprob += 1e-6
         elif change == "one less":
             one.logprobs = one.logprobs[:-1]
+        elif change == "none at a step":
+            one.logprobs[0] = {}
         else:
             values = {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": entry.decoded_token}
             values[change] = values[change] + {"logprob": 1e-3, "rank": 1, "decoded_token": "x"}[change]

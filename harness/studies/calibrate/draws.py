@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
-
 from harness.strategies import random_config
 from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
+from reference.writing import edited
 
 Purpose = Literal["fit", "judge"]
 
@@ -45,14 +44,12 @@ def _written(draw: random.Random, config: dict[str, Any], dtype: str, seed: int)
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = random_checkpoint(Path(scratch) / "model", config, dtype=dtype, seed=seed)
         if draw.random() < 0.5:
-            path = folder / "model.safetensors"
-            tensors = load_file(path)
-            for name, tensor in tensors.items():
-                if name.endswith("q_proj.weight"):
-                    tensor *= SHARP
-                if name.endswith("embed_tokens.weight"):
-                    tensor[:, draw.randrange(tensor.shape[1])] *= OUTLIER
-            save_file(tensors, path, metadata={"format": "pt"})
+            with edited(folder) as tensors:
+                for name, tensor in tensors.items():
+                    if name.endswith("q_proj.weight"):
+                        tensor *= SHARP
+                    if name.endswith("embed_tokens.weight"):
+                        tensor[:, draw.randrange(tensor.shape[1])] *= OUTLIER
         yield folder
 
 
