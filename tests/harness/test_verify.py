@@ -41,17 +41,17 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
     return report
 
 
-@pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype"), [
-    ("llama", 9, 3, "bfloat16"),  # KV heads shared by two ranks at every tp_size but 3; fewer than, as many as the ranks
-    ("qwen2", 10, 5, "float32"),
-    ("qwen3", 8, 8, "bfloat16"),
-    ("llama", 8, 1, "float16"),
+@pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype", "tp_sizes"), [
+    ("llama", 9, 3, "bfloat16", (2, 3, 5)),  # KV heads shared by two ranks, one each, fewer than ranks
+    ("qwen2", 10, 5, "float32", (3, 4, 6)),
+    ("qwen3", 8, 8, "bfloat16", (2, 8)),
+    ("llama", 8, 1, "float16", (3, 5)),
 ])
 def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
-                                                    dtype: str) -> None:
+                                                    dtype: str, tp_sizes: tuple[int, ...]) -> None:
     folder = tiny_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
-    report = green(folder, MANY_SIZES, "threads", checks=WITHOUT_REQUESTS)
-    green(folder, (3,), "threads", checks=("generation",))
+    report = green(folder, tp_sizes, "threads", checks=WITHOUT_REQUESTS)
+    green(folder, tp_sizes[:1], "threads", checks=("generation",))
     assert {row.fabric for row in report.checks} == {"threads"}
     assert {row.dtype for row in report.checks} == {dtype}
 
@@ -60,11 +60,11 @@ def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, famil
 @pytest.mark.parametrize(("family", "checks"), [("llama", QUICK), ("qwen3", WITHOUT_REQUESTS)])
 def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tuple[str, ...]) -> None:
     folder = tiny_model(small_config(family, num_q_heads=9, num_kv_heads=3), "bfloat16")
-    report = green(folder, (1, 2, 3), "auto", checks=checks)
-    assert [row.fabric for row in report.checks if row.name == "logits: model"] == ["solo", "gloo", "gloo"]
+    report = green(folder, (1, 3), "auto", checks=checks)
+    assert [row.fabric for row in report.checks if row.name == "logits: model"] == ["solo", "gloo"]
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data(), tp_size=st.sampled_from(MANY_SIZES), dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -> None:
     config = data.draw(model_configs(tp_size))
