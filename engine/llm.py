@@ -25,7 +25,7 @@ from engine.frontend.outputs import RequestOutput
 from engine.frontend.prompts import Prompt
 from engine.frontend.requests import Admission
 from engine.frontend.sampling import SamplingParams
-from engine.frontend.tokenizer import load_tokenizer
+from engine.checkpoint.tokenizer import load_tokenizer
 from engine.layers.attention_backends import check_name
 from engine.ranks.ranks import Ranks
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.frontend.tokenizer import load_tokenizer
+from engine.checkpoint.tokenizer import load_tokenizer
 from harness.errors import one_line
 from harness.subjects import Script
 from harness.verification.simulated import SimulatedRounding
