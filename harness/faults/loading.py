@@ -227,8 +227,8 @@ def _forget_the_head(patch: Patches) -> None:
     """Expect no LM head in the checkpoint of a tied model, whatever became of the tie."""
 
     def make(original: Any) -> Any:
-        def checkpoint_names(model: DecoderForCausalLM, packed: Any) -> Any:
-            names = original(model, packed)
+        def checkpoint_names(model: DecoderForCausalLM, modules: Any) -> Any:
+            names = original(model, modules)
             if model.config.tie_word_embeddings:
                 names.pop("lm_head.weight", None)
             return names

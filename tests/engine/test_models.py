@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from engine.config import ModelConfig
 from engine.execution.runner import Runner
-from engine.models.registry import MODELS
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.parallel.linear import QKVParallelLinear
 from engine.parallel.sharding import HeadShard
@@ -177,10 +176,6 @@ def test_the_comparison_notices(checkpoint: MakeCheckpoint, monkeypatch: pytest.
     assert worst(on_ranks(2, lambda tp: run(checkpoint, family, tp))[1], solo) < MOST_ROUNDOFFS
     fault(monkeypatch)
     assert worst(on_ranks(2, lambda tp: run(checkpoint, family, tp))[1], solo) > 1000 * MOST_ROUNDOFFS
-
-
-def test_every_supported_type_has_a_class() -> None:
-    assert MODELS.keys() == set(SUPPORTED_MODEL_TYPES)
 
 
 def test_a_tied_model_names_its_embedding_once(checkpoint: MakeCheckpoint) -> None:

@@ -20,7 +20,8 @@ from engine.checkpoint.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoi
 from engine.checkpoint.preflight import check_checkpoint
 from engine.checkpoint.weights import Checkpoint, CheckpointTensor, LoadReport, load_weights
 from engine.config import ModelConfig
-from engine.models.decoder import DecoderForCausalLM
+from engine.models.decoder import MODULES, DecoderForCausalLM
+from engine.models.registry import family_of
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear
 from harness.verification.budgets import same_bits
 from reference.shards import owners
@@ -42,7 +43,7 @@ def load(
     folder: Path, tp_rank: int = 0, tp_size: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[DecoderForCausalLM, LoadReport]:
     model = make_model(ModelConfig.from_folder(folder), lone_group(tp_rank, tp_size), dtype=dtype)
-    return model, load_weights(model, folder, packed=model.packed, tied=model.tied)
+    return model, load_weights(model, folder, modules=family_of(model.config.model_type).modules, tied=model.tied)
 
 
 def shards(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -377,7 +378,7 @@ def test_an_element_that_a_loader_left_out_is_found(checkpoint: MakeCheckpoint, 
 def test_two_tensors_for_one_place_are_found(checkpoint: MakeCheckpoint) -> None:
     model, _ = load(checkpoint())
     with pytest.raises(CheckpointError, match=r"tensor=.* in file=.*overlaps"):
-        load_weights(model, checkpoint(), packed=model.packed, tied=model.tied)
+        load_weights(model, checkpoint(), modules=MODULES, tied=model.tied)
 
 
 def test_a_checkpoint_lists_its_tensors_without_reading_them(checkpoint: MakeCheckpoint) -> None:
