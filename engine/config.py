@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,11 @@ from engine.checkpoint.checkpoint_files import (
 )
 from engine.checkpoint.config_rules import LARGEST_SIZE, check_values
 from engine.layers.rotary import rope_tables
+from engine.models.registry import FAMILIES, family_of
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 """Fields that have another name in ``config.json``."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -42,7 +41,10 @@ class UnsupportedModelError(CheckpointError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of the Llama family: Llama, Qwen2, Qwen3."""
+    """A dense decoder of one of the supported families (``engine.models.registry``).
+
+    Fields without a default are read alike in all families; a family's own file gives the others, or other values.
+    """
 
     model_type: str
     vocab_size: int
@@ -54,16 +56,17 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
+    """The most tokens that a sequence can have: of the config's limits the one that comes first."""
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    """RMSNorm over each query and key head (Qwen3)."""
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     hf_config: Any
     """The transformers config: RoPE is computed from it by transformers' own functions."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each query and key head."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads",
@@ -93,9 +96,9 @@ class ModelConfig:
             raise CheckpointError(f"no {CONFIG_FILE} in folder={folder}: give a Hugging Face model folder")
         raw = read_json(path)
         model_type = raw.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UnsupportedModelError(f"model_type={short(model_type)} in file={path} is not supported; "
-                                        f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+                                        f"supported: {', '.join(FAMILIES)}")
         if raw.get("quantization_config") is not None:
             raise UnsupportedModelError(f"quantization_config in file={path} is not supported; use an unquantised checkpoint")
         check_values(raw, path)
@@ -128,33 +131,29 @@ class ModelConfig:
             CheckpointError: if its values can't be.
             UnsupportedModelError: if the model needs what the engine lacks.
         """
-        model_type = config.model_type
-        _refuse_unsupported(config)
+        family = family_of(config.model_type)
+        _refuse_unsupported(config, family.rope_types)
         eos = config.eos_token_id if eos_token_id is None else eos_token_id
         eos_ids = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
-        attention_bias = bool(getattr(config, "attention_bias", False))
         dtype = getattr(config, "dtype", None) or torch.float32
-        model = cls(
-            model_type=model_type,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_q_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            max_position_embeddings=usable_positions(config.max_position_embeddings, config.rope_parameters),
-            tie_word_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=model_type == "qwen2" or attention_bias,
-            o_bias=model_type != "qwen2" and attention_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)) if model_type == "llama" else False,
-            qk_norm=model_type == "qwen3",
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+        values: dict[str, Any] = {
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_layers": config.num_hidden_layers,
+            "num_q_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads or config.num_attention_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "rms_norm_eps": config.rms_norm_eps,
+            "max_position_embeddings": usable_positions(config.max_position_embeddings, config.rope_parameters),
+            "tie_word_embeddings": bool(config.tie_word_embeddings),
+            "dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype,
             # One outside the vocabulary can't be drawn, nor banned until min_tokens were.
-            eos_token_ids=tuple(token_id for token_id in eos_ids if 0 <= token_id < config.vocab_size),
-            hf_config=config,
-        )
+            "eos_token_ids": tuple(token_id for token_id in eos_ids if 0 <= token_id < config.vocab_size),
+            "hf_config": config,
+        }
+        model = cls(**(values | family.fields(config)))
         # Transformers looks at few of RoPE's values; the tables show them all.
         if not all(table.isfinite().all() for table in rope_tables(config, model.head_dim, 2)):
             raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite: correct it")
@@ -188,13 +187,13 @@ def _has_a_head_of_its_own(folder: Path) -> bool:
         return False  # said by whoever loads the weights
 
 
-def _refuse_unsupported(config: Any) -> None:
+def _refuse_unsupported(config: Any, rope_types: Collection[str]) -> None:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={config.hidden_act!r} is not supported; supported: silu")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+    if rope_type not in rope_types:
+        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(rope_types)}")
     sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
     if sliding:
         raise UnsupportedModelError(f"layer_types={sorted(set(sliding))} is not supported; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -63,14 +63,16 @@ class CausalLM(nn.Module):
 class Family:
     """All that the engine knows of models of one ``model_type``.
 
-    model     takes the arguments of :class:`engine.models.decoder.DecoderForCausalLM`
-    fields    transformers' config -> the fields of ``ModelConfig`` that are not read alike in all families
-    modules   its module table, in the order of computation
+    model        takes the arguments of :class:`engine.models.decoder.DecoderForCausalLM`
+    fields       transformers' config -> the fields of ``ModelConfig`` that are not read alike in all families
+    modules      its module table, in the order of computation
+    rope_types   the kinds of RoPE that its models may ask for
     """
 
     model: Callable[..., CausalLM]
-    fields: Callable[[Any], Mapping[str, Any]]
+    fields: Callable[[Any], dict[str, Any]]
     modules: Sequence[Module]
+    rope_types: Sequence[str] = ("default", "linear", "llama3", "yarn")
 
 
 def in_order(modules: Sequence[Module], num_layers: int) -> Iterator[Module]:
