@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from engine.checkpoint.checkpoint_files import (
 from engine.checkpoint.config_rules import LARGEST_SIZE, check_values
 from engine.layers.rotary import rope_tables
 from engine.models.registry import FAMILIES, family_of
+from engine.models.table import Family
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
@@ -79,6 +80,17 @@ class ModelConfig:
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
 
+    @property
+    def position_limit(self) -> str:
+        """``name=value`` of what limits the length of a sequence, with what there is to know of it."""
+        limit = self.max_position_embeddings
+        if limit < self.hf_config.max_position_embeddings:
+            if limit == getattr(self.hf_config, "sliding_window", None):
+                return f"sliding_window={limit} of the model, and attention has no windows here: take at most {limit}"
+            return (f"original_max_position_embeddings={limit} of the model, beyond which longrope would turn all keys anew: "
+                    f"take at most {limit}")
+        return f"max_position_embeddings={limit} of the model"
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Read ``config.json`` (and ``generation_config.json`` for stop tokens) of a Hugging Face model folder.
@@ -132,7 +144,7 @@ class ModelConfig:
             UnsupportedModelError: if the model needs what the engine lacks.
         """
         family = family_of(config.model_type)
-        _refuse_unsupported(config, family.rope_types)
+        _refuse_unsupported(config, family)
         eos = config.eos_token_id if eos_token_id is None else eos_token_id
         eos_ids = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -155,22 +167,29 @@ class ModelConfig:
         }
         model = cls(**(values | family.fields(config)))
         # Transformers looks at few of RoPE's values; the tables show them all.
-        if not all(table.isfinite().all() for table in rope_tables(config, model.head_dim, 2)):
-            raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite: correct it")
+        tables = rope_tables(config, model.head_dim, 2)
+        if not all(table.numel() and table.isfinite().all() for table in tables):
+            raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite, or empty")
         return model
 
 
-def usable_positions(max_position_embeddings: int, rope_parameters: Mapping[str, Any] | None) -> int:
+def usable_positions(max_position_embeddings: int, rope_parameters: Mapping[str, Any] | None,
+                     sliding_window: int | None = None) -> int:
     """How many positions a sequence can have.
 
     YaRN reaches ``factor`` times the length that it starts from. A config may hold that product, or the length before it:
-    Qwen documents the latter.
+    Qwen documents the latter. Longrope turns keys by other angles once a sequence is longer than the length that it starts
+    from, those in the cache too: a sequence ends there. It also ends where a token would first be outside a sliding window.
     """
     rope = rope_parameters or {}
-    if rope.get("rope_type", rope.get("type")) != "yarn":
-        return max_position_embeddings
+    rope_type = rope.get("rope_type", rope.get("type"))
     original = rope.get("original_max_position_embeddings") or max_position_embeddings
-    return max(max_position_embeddings, int(original * (rope.get("factor") or 1)))
+    positions = max_position_embeddings
+    if rope_type == "yarn":
+        positions = max(positions, int(original * (rope.get("factor") or 1)))
+    if rope_type == "longrope":
+        positions = min(positions, original)
+    return min(positions, sliding_window or positions)
 
 
 def _has_a_head_of_its_own(folder: Path) -> bool:
@@ -187,19 +206,20 @@ def _has_a_head_of_its_own(folder: Path) -> bool:
         return False  # said by whoever loads the weights
 
 
-def _refuse_unsupported(config: Any, rope_types: Collection[str]) -> None:
+def _refuse_unsupported(config: Any, family: Family) -> None:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={config.hidden_act!r} is not supported; supported: silu")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in rope_types:
-        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(rope_types)}")
+    if rope_type not in family.rope_types:
+        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(family.rope_types)}")
     sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
     if sliding:
         raise UnsupportedModelError(f"layer_types={sorted(set(sliding))} is not supported; "
                                     "supported: full_attention (use_sliding_window=false)")
-    if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor is not supported; supported: 1.0")
+    partial = getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or rope.get("partial_rotary_factor", 1.0) != 1.0
+    if partial and not family.partial_rotary:
+        raise UnsupportedModelError(f"partial_rotary_factor of a {config.model_type} is not supported; supported: 1.0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,8 +292,7 @@ class EngineConfig:
                              f"{self.tensor_parallel_size}: every rank needs at least one query head")
         longest = self.max_model_len or model.max_position_embeddings
         if longest > model.max_position_embeddings:
-            raise ValueError(f"max_model_len={longest} is above max_position_embeddings="
-                             f"{model.max_position_embeddings} of the model")
+            raise ValueError(f"max_model_len={longest} is above {model.position_limit}")
         block_size = self.block_size or (256 if on_gpu else 16)
         if self.max_model_len and self.num_kv_blocks and self.num_kv_blocks * block_size < self.max_model_len:
             raise ValueError(f"num_kv_blocks={self.num_kv_blocks} x block_size={block_size} tokens are fewer than max_model_len="

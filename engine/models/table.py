@@ -63,16 +63,18 @@ class CausalLM(nn.Module):
 class Family:
     """All that the engine knows of models of one ``model_type``.
 
-    model        takes the arguments of :class:`engine.models.decoder.DecoderForCausalLM`
-    fields       transformers' config -> the fields of ``ModelConfig`` that are not read alike in all families
-    modules      its module table, in the order of computation
-    rope_types   the kinds of RoPE that its models may ask for
+    model            takes the arguments of :class:`engine.models.decoder.DecoderForCausalLM`
+    fields           transformers' config -> the fields of ``ModelConfig`` that are not read alike in all families
+    modules          its module table, in the order of computation
+    rope_types       the kinds of RoPE that its models may ask for
+    partial_rotary   whether they may rotate a part of each head alone (``partial_rotary_factor``)
     """
 
     model: Callable[..., CausalLM]
     fields: Callable[[Any], dict[str, Any]]
     modules: Sequence[Module]
     rope_types: Sequence[str] = ("default", "linear", "llama3", "yarn")
+    partial_rotary: bool = False
 
 
 def in_order(modules: Sequence[Module], num_layers: int) -> Iterator[Module]:

@@ -108,7 +108,7 @@ def test_a_config_that_is_no_json_object_names_the_file(tmp_path: Path, content:
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor .*1.0",
+            "partial_rotary_factor of a llama .*1.0",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
