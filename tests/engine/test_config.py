@@ -94,7 +94,7 @@ def test_a_config_that_is_no_json_object_names_the_file(tmp_path: Path, content:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' .*supported: llama, qwen2, qwen3"),
+        ({"model_type": "mixtral"}, "model_type='mixtral' .*supported: llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type=None .*supported: llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*unquantised"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' .*supported: silu"),
