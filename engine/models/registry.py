@@ -9,6 +9,7 @@ from engine.models.table import Family
 FAMILIES: dict[str, str] = {
     "llama": "engine.models.llama",
     "mistral": "engine.models.mistral",
+    "phi3": "engine.models.phi3",
     "qwen2": "engine.models.qwen2",
     "qwen3": "engine.models.qwen3",
 }

@@ -32,6 +32,8 @@ FAMILIES: list[dict[str, Any]] = [
     {},
     {"model_type": "qwen2", "tie_word_embeddings": True},
     {"model_type": "qwen3", "num_attention_heads": 7, "num_key_value_heads": 1},
+    {"model_type": "mistral"},
+    {"model_type": "phi3", "hidden_size": 48, "tie_word_embeddings": True},
     {"num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": True},
     # Five ids over four ranks: the last rank holds padding only.
     {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 5},
@@ -47,11 +49,11 @@ def load(
 
 
 def shards(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's shards under their checkpoint names: fused ones taken apart."""
+    """A model's shards under their checkpoint names: fused ones taken apart, unless they are fused there too."""
     fused_names = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     for path, module in model.named_modules():
         for kind, param in module.named_parameters(recurse=False):
-            if isinstance(module, MergedColumnParallelLinear):
+            if isinstance(module, MergedColumnParallelLinear) and model.config.model_type != "phi3":
                 parent, _, fused = path.rpartition(".")
                 for name, part in zip(fused_names[fused], param.split(module.local_sizes), strict=True):
                     yield f"{parent}.{name}.{kind}", part
