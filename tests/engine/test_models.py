@@ -199,6 +199,49 @@ def test_the_comparison_notices(checkpoint: MakeCheckpoint, monkeypatch: pytest.
     assert worst(on_ranks(2, lambda tp: run(checkpoint, family, tp))[1], solo) > 1000 * MOST_ROUNDOFFS
 
 
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 96, "sliding_window": 2047}, 2047),
+        (
+            {
+                "num_attention_heads": 24,
+                "num_key_value_heads": 8,
+                "hidden_size": 3072,
+                "tie_word_embeddings": True,
+                "partial_rotary_factor": 0.75,
+                "max_position_embeddings": 131_072,
+                "original_max_position_embeddings": 4096,
+                "sliding_window": 262_144,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0 + pair / 100 for pair in range(48)],
+                    "long_factor": [1.0 + pair for pair in range(48)],
+                },
+            },
+            4096,
+        ),
+    ],
+    ids=["Phi-3-mini-4k", "Phi-4-mini"],
+)
+def test_the_heads_and_positions_of_the_phis_run(
+    checkpoint: MakeCheckpoint, reference: MakeReference, changes: dict[str, Any], longest: int
+) -> None:
+    shape = {"model_type": "phi3", "num_hidden_layers": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    if "hidden_size" in changes:  # its heads are the hidden size's share, as the lists of longrope ask for
+        shape["head_dim"] = changes["hidden_size"] // changes["num_attention_heads"]
+    folder = checkpoint(**(shape | changes))
+    assert ModelConfig.from_folder(folder).max_position_embeddings == longest
+    exact = reference(folder, "exact").logits(SEQUENCES)
+
+    def job(tp: TPGroup) -> list[Tensor]:
+        return logits_of(make_runner(folder, tp, dtype="float64"), SEQUENCES, MIXED)
+
+    for logits in on_ranks(5, job):
+        assert worst(logits, exact) < MOST_ROUNDOFFS
+
+
 def test_every_registered_family_is_run_here() -> None:
     assert {changes.get("model_type", "llama") for changes in FAMILIES.values()} == set(REGISTERED)
 
