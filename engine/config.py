@@ -24,12 +24,12 @@ from engine.checkpoint.checkpoint_files import (
 )
 from engine.checkpoint.config_rules import LARGEST_SIZE, check_values
 from engine.layers.rotary import rope_tables
+from engine.models.registry import FAMILIES, family_of
+from engine.models.table import Family
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 """Fields that have another name in ``config.json``."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -42,7 +42,10 @@ class UnsupportedModelError(CheckpointError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of the Llama family: Llama, Qwen2, Qwen3."""
+    """A dense decoder of one of the supported families (``engine.models.registry``).
+
+    Fields without a default are read alike in all families; a family's own file gives the others, or other values.
+    """
 
     model_type: str
     vocab_size: int
@@ -54,16 +57,17 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
+    """The most tokens that a sequence can have: of the config's limits the one that comes first."""
     tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    """RMSNorm over each query and key head (Qwen3)."""
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     hf_config: Any
     """The transformers config: RoPE is computed from it by transformers' own functions."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each query and key head."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads",
@@ -75,6 +79,17 @@ class ModelConfig:
                                   f"num_key_value_heads={self.num_kv_heads}: query heads would share KV heads unevenly")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+
+    @property
+    def position_limit(self) -> str:
+        """``name=value`` of what limits the length of a sequence, with what there is to know of it."""
+        limit = self.max_position_embeddings
+        if limit < self.hf_config.max_position_embeddings:
+            if limit == getattr(self.hf_config, "sliding_window", None):
+                return f"sliding_window={limit} of the model, and attention has no windows here: take at most {limit}"
+            return (f"original_max_position_embeddings={limit} of the model, beyond which longrope would turn all keys anew: "
+                    f"take at most {limit}")
+        return f"max_position_embeddings={limit} of the model"
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -93,9 +108,9 @@ class ModelConfig:
             raise CheckpointError(f"no {CONFIG_FILE} in folder={folder}: give a Hugging Face model folder")
         raw = read_json(path)
         model_type = raw.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise UnsupportedModelError(f"model_type={short(model_type)} in file={path} is not supported; "
-                                        f"supported: {', '.join(SUPPORTED_MODEL_TYPES)}")
+                                        f"supported: {', '.join(FAMILIES)}")
         if raw.get("quantization_config") is not None:
             raise UnsupportedModelError(f"quantization_config in file={path} is not supported; use an unquantised checkpoint")
         check_values(raw, path)
@@ -128,50 +143,53 @@ class ModelConfig:
             CheckpointError: if its values can't be.
             UnsupportedModelError: if the model needs what the engine lacks.
         """
-        model_type = config.model_type
-        _refuse_unsupported(config)
+        family = family_of(config.model_type)
+        _refuse_unsupported(config, family)
         eos = config.eos_token_id if eos_token_id is None else eos_token_id
         eos_ids = () if eos is None else eos if isinstance(eos, (list, tuple)) else (eos,)
-        attention_bias = bool(getattr(config, "attention_bias", False))
         dtype = getattr(config, "dtype", None) or torch.float32
-        model = cls(
-            model_type=model_type,
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_layers=config.num_hidden_layers,
-            num_q_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
-            max_position_embeddings=usable_positions(config.max_position_embeddings, config.rope_parameters),
-            tie_word_embeddings=bool(config.tie_word_embeddings),
-            qkv_bias=model_type == "qwen2" or attention_bias,
-            o_bias=model_type != "qwen2" and attention_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)) if model_type == "llama" else False,
-            qk_norm=model_type == "qwen3",
-            dtype=DTYPES[dtype] if isinstance(dtype, str) else dtype,
+        values: dict[str, Any] = {
+            "model_type": config.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_layers": config.num_hidden_layers,
+            "num_q_heads": config.num_attention_heads,
+            "num_kv_heads": config.num_key_value_heads or config.num_attention_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "rms_norm_eps": config.rms_norm_eps,
+            "max_position_embeddings": usable_positions(config.max_position_embeddings, config.rope_parameters),
+            "tie_word_embeddings": bool(config.tie_word_embeddings),
+            "dtype": DTYPES[dtype] if isinstance(dtype, str) else dtype,
             # One outside the vocabulary can't be drawn, nor banned until min_tokens were.
-            eos_token_ids=tuple(token_id for token_id in eos_ids if 0 <= token_id < config.vocab_size),
-            hf_config=config,
-        )
+            "eos_token_ids": tuple(token_id for token_id in eos_ids if 0 <= token_id < config.vocab_size),
+            "hf_config": config,
+        }
+        model = cls(**(values | family.fields(config)))
         # Transformers looks at few of RoPE's values; the tables show them all.
-        if not all(table.isfinite().all() for table in rope_tables(config, model.head_dim, 2)):
-            raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite: correct it")
+        tables = rope_tables(config, model.head_dim, 2)
+        if not all(table.numel() and table.isfinite().all() for table in tables):
+            raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite, or empty")
         return model
 
 
-def usable_positions(max_position_embeddings: int, rope_parameters: Mapping[str, Any] | None) -> int:
+def usable_positions(max_position_embeddings: int, rope_parameters: Mapping[str, Any] | None,
+                     sliding_window: int | None = None) -> int:
     """How many positions a sequence can have.
 
     YaRN reaches ``factor`` times the length that it starts from. A config may hold that product, or the length before it:
-    Qwen documents the latter.
+    Qwen documents the latter. Longrope turns keys by other angles once a sequence is longer than the length that it starts
+    from, those in the cache too: a sequence ends there. It also ends where a token would first be outside a sliding window.
     """
     rope = rope_parameters or {}
-    if rope.get("rope_type", rope.get("type")) != "yarn":
-        return max_position_embeddings
+    rope_type = rope.get("rope_type", rope.get("type"))
     original = rope.get("original_max_position_embeddings") or max_position_embeddings
-    return max(max_position_embeddings, int(original * (rope.get("factor") or 1)))
+    positions = max_position_embeddings
+    if rope_type == "yarn":
+        positions = max(positions, int(original * (rope.get("factor") or 1)))
+    if rope_type == "longrope":
+        positions = min(positions, original)
+    return min(positions, sliding_window or positions)
 
 
 def _has_a_head_of_its_own(folder: Path) -> bool:
@@ -188,19 +206,20 @@ def _has_a_head_of_its_own(folder: Path) -> bool:
         return False  # said by whoever loads the weights
 
 
-def _refuse_unsupported(config: Any) -> None:
+def _refuse_unsupported(config: Any, family: Family) -> None:
     if config.hidden_act != "silu":
         raise UnsupportedModelError(f"hidden_act={config.hidden_act!r} is not supported; supported: silu")
     rope = config.rope_parameters or {}
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
+    if rope_type not in family.rope_types:
+        raise UnsupportedModelError(f"rope_type={rope_type!r} is not supported; supported: {', '.join(family.rope_types)}")
     sliding = [kind for kind in getattr(config, "layer_types", None) or [] if kind != "full_attention"]
     if sliding:
         raise UnsupportedModelError(f"layer_types={sorted(set(sliding))} is not supported; "
                                     "supported: full_attention (use_sliding_window=false)")
-    if getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor is not supported; supported: 1.0")
+    partial = getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or rope.get("partial_rotary_factor", 1.0) != 1.0
+    if partial and not family.partial_rotary:
+        raise UnsupportedModelError(f"partial_rotary_factor of a {config.model_type} is not supported; supported: 1.0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,8 +292,7 @@ class EngineConfig:
                              f"{self.tensor_parallel_size}: every rank needs at least one query head")
         longest = self.max_model_len or model.max_position_embeddings
         if longest > model.max_position_embeddings:
-            raise ValueError(f"max_model_len={longest} is above max_position_embeddings="
-                             f"{model.max_position_embeddings} of the model")
+            raise ValueError(f"max_model_len={longest} is above {model.position_limit}")
         block_size = self.block_size or (256 if on_gpu else 16)
         if self.max_model_len and self.num_kv_blocks and self.num_kv_blocks * block_size < self.max_model_len:
             raise ValueError(f"num_kv_blocks={self.num_kv_blocks} x block_size={block_size} tokens are fewer than max_model_len="

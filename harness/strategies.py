@@ -7,7 +7,7 @@ from a plain generator, for the thousands of unbiased cases that calibration nee
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -15,16 +15,20 @@ from hypothesis import strategies as st
 Pick = Callable[[int, int], int]
 """A whole number from the first to the second, both included."""
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+CALIBRATED = ("llama", "qwen2", "qwen3")
+"""What calibration draws from: its figures are those of equal seeds."""
+FAMILIES = (*CALIBRATED, "mistral", "phi3")
+PHI4_FACTOR = 0.75
+"""The part of each head that Phi-4-mini rotates."""
 
 
-def model_configs(tp_size: int, *, family: str | None = None, max_width: int = 48,
+def model_configs(tp_size: int, *, families: Sequence[str] = FAMILIES, max_width: int = 48,
                   max_layers: int = 2) -> st.SearchStrategy[dict[str, Any]]:
     """Hypothesis: configs of models that ``tp_size`` ranks can share."""
 
     @st.composite
     def configs(draw: st.DrawFn) -> dict[str, Any]:
-        return pick_config(lambda low, high: draw(st.integers(low, high)), tp_size=tp_size, family=family,
+        return pick_config(lambda low, high: draw(st.integers(low, high)), tp_size=tp_size, families=families,
                            max_width=max_width, max_layers=max_layers)
 
     return configs()
@@ -32,25 +36,26 @@ def model_configs(tp_size: int, *, family: str | None = None, max_width: int = 4
 
 def random_config(draw: random.Random, tp_size: int, *, max_width: int = 128, max_layers: int = 4) -> dict[str, Any]:
     """The same from a plain generator."""
-    return pick_config(draw.randint, tp_size=tp_size, max_width=max_width, max_layers=max_layers)
+    return pick_config(draw.randint, tp_size=tp_size, families=CALIBRATED, max_width=max_width, max_layers=max_layers)
 
 
-def pick_config(pick: Pick, *, tp_size: int, family: str | None = None, max_width: int, max_layers: int) -> dict[str, Any]:
+def pick_config(pick: Pick, *, tp_size: int, families: Sequence[str] = FAMILIES, max_width: int,
+                max_layers: int) -> dict[str, Any]:
     """A config.json, as a dict, of a small decoder with at least one query head for each of ``tp_size`` ranks.
 
     KV heads are fewer than the ranks, as many, or more, and may be shared by two ranks; no size needs to be a multiple of
     ``tp_size``. No end-of-sequence token: random weights would stop at random.
 
     Args:
-        family: ``model_type``; picked if None. Llamas get every bias that they can have.
+        families: the values of ``model_type`` to pick from. Llamas get every bias that they can have.
         max_width: hidden size, about; the intermediate size goes up to four times that.
     """
-    model_type = family or FAMILIES[pick(0, len(FAMILIES) - 1)]
+    model_type = families[pick(0, len(families) - 1)]
     num_kv_heads = pick(1, tp_size + 2)
     group = -(-tp_size // num_kv_heads) + pick(0, 2)
     num_q_heads = num_kv_heads * group
     head_dim = (4, 8, 16)[pick(0, 2)]
-    if model_type == "qwen2":  # derives its head_dim
+    if model_type in ("qwen2", "phi3"):  # derive their head_dim
         hidden_size = num_q_heads * head_dim
     elif model_type == "llama":  # transformers asks for a multiple
         hidden_size = num_q_heads * pick(1, max(1, max_width // num_q_heads))
@@ -72,6 +77,8 @@ def pick_config(pick: Pick, *, tp_size: int, family: str | None = None, max_widt
     }
     if model_type == "llama":
         config |= {"attention_bias": True, "mlp_bias": True}
-    if model_type == "qwen2":
+    if model_type in ("qwen2", "phi3"):
         del config["head_dim"]
+    if model_type == "phi3" and pick(0, 1):
+        config["partial_rotary_factor"] = PHI4_FACTOR
     return config

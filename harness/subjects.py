@@ -24,6 +24,7 @@ from engine.frontend.outputs import RequestOutput
 from engine.frontend.sampling import SamplingParams
 from engine.layers.norm import RMSNorm
 from engine.llm import LLM
+from engine.models.table import held_in
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
 from engine.ranks.ranks import RankContext, Ranks
 from engine.scheduling.batch import StepBatch, build_batch
@@ -190,13 +191,11 @@ class EngineSubject:
             run(build_batch(chunks, self.block_size), rows)
 
     def _split(self, path: str, module: nn.Module, value: Tensor) -> list[tuple[str, Tensor]]:
-        """(reference name, its rows of ``value``) for each projection that the engine fuses in ``module``."""
-        parent, _, last = path.rpartition(".")
-        sources = [source for source, (fused, _) in self.runner.model.packed.items() if fused == last]
-        if not sources or not isinstance(module, MergedColumnParallelLinear):
-            return [(path, value)]
-        return [(f"{parent}.{source}", part)
-                for source, part in zip(sources, value.split(list(module.local_sizes)), strict=True)]
+        """(reference name, its rows of ``value``) for each module that the engine fuses in ``module``."""
+        held = held_in(self.runner.family.modules, path)
+        if len(held) < 2 or not isinstance(module, MergedColumnParallelLinear):
+            return [(held[0].path if held else path, value)]
+        return [(source.path, part) for source, part in zip(held, value.split(list(module.local_sizes)), strict=True)]
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"engine": EngineSubject}

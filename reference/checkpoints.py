@@ -52,7 +52,8 @@ def random_checkpoint(
     Parameters
     ----------
     config
-        A transformers config, or a dict with ``model_type``: "llama", "qwen2" and "qwen3" are tested.
+        A transformers config, or a dict with ``model_type``: "llama", "mistral", "phi3", "qwen2" and "qwen3"
+        are tested.
     dtype
         "float32", "float64" (float32's values), "bfloat16" or "float16".
     max_shard_size

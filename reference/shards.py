@@ -153,6 +153,17 @@ def _feature_flags(sizes: _Sizes, tp_size: int) -> Flags:
     return _deal(sizes.intermediate_size, tp_size)
 
 
+def _fused_qkv_flags(sizes: _Sizes, tp_size: int) -> Flags:
+    """[tp_size, rows of all queries, then all keys, then all values]: each kind of head is dealt by itself."""
+    kv_flags = _kv_flags(sizes, tp_size)
+    return np.concatenate((_query_flags(sizes, tp_size), kv_flags, kv_flags), axis=1)
+
+
+def _fused_gate_up_flags(sizes: _Sizes, tp_size: int) -> Flags:
+    """[tp_size, rows of all of the gate, then all of up]: whoever has a feature's gate has its up."""
+    return np.tile(_feature_flags(sizes, tp_size), (1, 2))
+
+
 def _vocab_rows_per_rank(sizes: _Sizes, tp_size: int) -> int:
     # Rounded up with whole numbers: minus, floor, minus.
     return -(-sizes.vocab_size // tp_size)
@@ -182,6 +193,9 @@ _RULES: dict[str, _Rule] = {
     "gate_proj": (0, _feature_flags),
     "up_proj": (0, _feature_flags),
     "down_proj": (1, _feature_flags),
+    # In checkpoints that hold them fused.
+    "qkv_proj": (0, _fused_qkv_flags),
+    "gate_up_proj": (0, _fused_gate_up_flags),
     "embed_tokens": (0, _vocab_flags),
     "lm_head": (0, _vocab_flags),
     # One norm of head_dim is shared by all heads, so q_norm and k_norm are whole on every rank too.

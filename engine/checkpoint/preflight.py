@@ -11,7 +11,7 @@ from engine.checkpoint.weights import load_weights
 from engine.config import ModelConfig
 from engine.layers.attention_backends import TorchBackend
 from engine.layers.attention_layout import AttentionLayout
-from engine.models.registry import MODELS
+from engine.models.registry import family_of
 from engine.parallel.group import SoloGroup
 from engine.parallel.sharding import head_shard
 
@@ -29,9 +29,9 @@ def check_checkpoint(folder: Path, config: ModelConfig) -> None:
     meta = torch.device("meta")
     layout = AttentionLayout(heads=head_shard(config.num_q_heads, config.num_kv_heads, tp_rank=0, tp_size=1),
                              head_dim=config.head_dim, block_size=16, dtype=torch.float32, device=meta)
-    model = MODELS[config.model_type](config, tp=SoloGroup(), dtype=torch.float32, device=meta, max_model_len=1,
-                                      backend=TorchBackend(layout))
-    load_weights(model, folder, packed=model.packed, tied=model.tied, headers_only=True)
+    family = family_of(config.model_type)
+    model = family.model(config, tp=SoloGroup(), dtype=torch.float32, device=meta, max_model_len=1, backend=TorchBackend(layout))
+    load_weights(model, folder, modules=family.modules, tied=model.tied, headers_only=True)
     if config.hf_config.tie_word_embeddings and not config.tie_word_embeddings:
         logger.warning("tie_word_embeddings=true in folder=%s, but the checkpoint's lm_head.weight differs from its "
                        "model.embed_tokens.weight: they are not tied, as in transformers; set it to false", folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engine.checkpoint.checkpoint_files import CheckpointError, StoredTensor, by_model_name, open_file, read_headers
+from engine.models.table import Module, held_in
 from engine.parallel.parameter import ShardParameter
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,27 +95,27 @@ class LoadReport:
     parameter_bytes: int
 
 
-def checkpoint_names(model: nn.Module, packed: Mapping[str, tuple[str, str | int]]) -> dict[str, tuple[str, str | int | None]]:
+def checkpoint_names(model: nn.Module, modules: Sequence[Module]) -> dict[str, tuple[str, str | int | None]]:
     """Checkpoint name -> (parameter name, shard_id) for every tensor that the model expects.
 
     Args:
-        packed: checkpoint module -> (fused module of the model, shard_id), as ``{"q_proj": ("qkv_proj", "q")}``.
+        modules: the module table of the model's family.
     """
     names: dict[str, tuple[str, str | int | None]] = {}
-    parts: list[tuple[str, str | int | None]]
     for name, _ in model.named_parameters():  # a tied parameter comes once, under its first name
-        *path, module, kind = name.split(".")
-        parts = [(source, shard_id) for source, (fused, shard_id) in packed.items() if fused == module]
-        for source, shard_id in parts or [(module, None)]:
-            names[".".join((*path, source, kind))] = (name, shard_id)
+        path, _, kind = name.rpartition(".")
+        held = held_in(modules, path)
+        assert held, f"parameter={name} is in no row of its family's module table"
+        names |= {f"{module.path}.{kind}": (name, module.part) for module in held}
     return names
 
 
-def load_weights(model: nn.Module, folder: str | Path, *, packed: Mapping[str, tuple[str, str | int]],
+def load_weights(model: nn.Module, folder: str | Path, *, modules: Sequence[Module],
                  tied: Mapping[str, str] | None = None, headers_only: bool = False) -> LoadReport:
     """Fill the model's parameters with this rank's shards.
 
     Args:
+        modules: the module table of the model's family.
         tied: checkpoint names -> the tensor that they equal (``ModelConfig`` has seen to that): a copy is not read.
         headers_only: for a model on ``meta``: everything is checked but the values, which are not read.
 
@@ -122,7 +123,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, packed: Mapping[str, t
         CheckpointError: naming file and tensor, if a tensor is missing, extra, misshapen or of a foreign dtype, if a file is
             damaged, or if an element of some parameter was left unwritten.
     """
-    names = checkpoint_names(model, packed)
+    names = checkpoint_names(model, modules)
     tied = tied or {}
     parameters: dict[str, Any] = dict(model.named_parameters())
     with Checkpoint(folder, names, tied, headers_only=headers_only) as checkpoint, torch.inference_mode():

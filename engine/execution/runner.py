@@ -16,7 +16,7 @@ from engine.layers.attention import allocate_cache
 from engine.layers.attention_backends import select_backend
 from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.layers.sampler import logprobs_of, sample
-from engine.models.registry import MODELS
+from engine.models.registry import family_of
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
 from engine.scheduling.batch import IN_FLIGHT, StepBatch, profiling_batch
@@ -53,11 +53,12 @@ class Runner:
         layout = AttentionLayout(heads=self._heads, head_dim=model_config.head_dim, block_size=config.block_size,
                                  dtype=self.dtype, device=device)
         self.attention_backend = select_backend(config.attention_backend, layout)
-        self.model = MODELS[model_config.model_type](
+        self.family = family_of(model_config.model_type)
+        self.model = self.family.model(
             model_config, tp=tp, dtype=self.dtype, device=device, backend=self.attention_backend,
             max_model_len=config.max_model_len or model_config.max_position_embeddings,
         )
-        self.load_report = load_weights(self.model, folder, packed=self.model.packed, tied=self.model.tied)
+        self.load_report = load_weights(self.model, folder, modules=self.family.modules, tied=self.model.tied)
         self.caches: list[LayerCache] = []
         self.graphs: DecodeGraphs | None = None
         # One row more than sequences: the decode graphs' padding writes there.

@@ -11,14 +11,18 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *,
                 device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Cosines and sines, ``[num_positions, head_dim / 2]`` float32, with the attention scaling of yarn multiplied in.
+    """Cosines and sines, ``[num_positions, rotary_dim / 2]`` float32, with the attention scaling of yarn multiplied in.
 
-    Methods: RoFormer (Su et al. 2021); linear scaling (Chen et al. 2023); yarn (Peng et al. 2023); llama3 (Llama 3.1 model
-    card). All but the first are transformers' own functions.
+    ``rotary_dim`` is ``head_dim``, or the part of it that ``partial_rotary_factor`` says. Longrope's are those of sequences no
+    longer than the length that it starts from.
+
+    Methods: RoFormer (Su et al. 2021); linear scaling (Chen et al. 2023); yarn (Peng et al. 2023); longrope (Ding et al. 2024);
+    llama3 (Llama 3.1 model card). All but the first are transformers' own functions.
     """
     parameters = hf_config.rope_parameters
     if parameters.get("rope_type", "default") == "default":
-        exponents_D = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents_D = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
         inv_freq_D, scaling = 1.0 / (parameters["rope_theta"] ** exponents_D), 1.0
     else:
         inv_freq_D, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, device=torch.device("cpu"))

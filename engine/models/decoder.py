@@ -1,4 +1,4 @@
-"""The decoder of the Llama family: Llama, Qwen2 and Qwen3 differ in biases and in the norm of queries and keys.
+"""The decoder that Llama and its like share: they differ in biases, in norms of queries and keys, in what checkpoints hold fused.
 
 Module names are Hugging Face's, so that activations can be compared by name; q/k/v and gate/up are fused.
 
@@ -6,9 +6,6 @@ Shape suffixes: T = tokens, E = hidden size, R = rows whose logits are asked for
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +17,42 @@ from engine.layers.attention_layout import AttentionBackend, LayerCache
 from engine.layers.dispatch import pick
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import rope_tables
+from engine.models.table import ACTIVATION, ATTENTION, RESIDUAL, TOKEN_IDS, CausalLM, Module
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.sharding import scale_range
 from engine.scheduling.batch import StepBatch
+
+LAYER = "model.layers.*"
+QKV, GATE_UP = f"{LAYER}.self_attn.qkv_proj", f"{LAYER}.mlp.gate_up_proj"
+_NORMED, _NORMED_AGAIN = f"{LAYER}.input_layernorm", f"{LAYER}.post_attention_layernorm"
+
+EMBEDDING = (Module(path="model.embed_tokens", kind="vocabulary", fed_by=TOKEN_IDS),)
+PROJECTIONS = (
+    Module(path=_NORMED, kind="replicated", fed_by=RESIDUAL),
+    Module(path=f"{LAYER}.self_attn.q_proj", kind="column", fused=QKV, part="q", fed_by=_NORMED),
+    Module(path=f"{LAYER}.self_attn.k_proj", kind="column", fused=QKV, part="k", fed_by=_NORMED),
+    Module(path=f"{LAYER}.self_attn.v_proj", kind="column", fused=QKV, part="v", fed_by=_NORMED),
+)
+"""Of an attention."""
+HEAD_NORMS = (
+    Module(path=f"{LAYER}.self_attn.q_norm", kind="replicated", fed_by=f"{LAYER}.self_attn.q_proj", has_output=False),
+    Module(path=f"{LAYER}.self_attn.k_norm", kind="replicated", fed_by=f"{LAYER}.self_attn.k_proj", has_output=False),
+)
+REST_OF_LAYER = (
+    Module(path=f"{LAYER}.self_attn.o_proj", kind="row", fed_by=ATTENTION),
+    Module(path=_NORMED_AGAIN, kind="replicated", fed_by=RESIDUAL),
+    Module(path=f"{LAYER}.mlp.gate_proj", kind="column", fused=GATE_UP, part=0, fed_by=_NORMED_AGAIN),
+    Module(path=f"{LAYER}.mlp.up_proj", kind="column", fused=GATE_UP, part=1, fed_by=_NORMED_AGAIN),
+    Module(path=f"{LAYER}.mlp.down_proj", kind="row", fed_by=ACTIVATION),
+)
+HEAD = (
+    Module(path="model.norm", kind="replicated", fed_by=RESIDUAL),
+    Module(path="lm_head", kind="vocabulary", fed_by="model.norm"),
+)
+MODULES = (*EMBEDDING, *PROJECTIONS, *REST_OF_LAYER, *HEAD)
+"""The module table of a Llama."""
 
 
 class MLP(nn.Module):
@@ -105,14 +133,8 @@ class Decoder(nn.Module):
         return normed_TE
 
 
-class DecoderForCausalLM(nn.Module):
+class DecoderForCausalLM(CausalLM):
     """A decoder with its LM head."""
-
-    packed: ClassVar[Mapping[str, tuple[str, str | int]]] = {
-        "q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1),
-    }
-    """Checkpoint module -> (fused module, shard_id)."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
                  max_model_len: int, backend: AttentionBackend) -> None:
@@ -126,7 +148,6 @@ class DecoderForCausalLM(nn.Module):
 
     @property
     def tied(self) -> dict[str, str]:
-        """Checkpoint names that are copies of another one."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     def forward(self, batch: StepBatch, caches: list[LayerCache]) -> Tensor:
@@ -135,6 +156,5 @@ class DecoderForCausalLM(nn.Module):
         return hidden_TE
 
     def logits(self, hidden_RE: Tensor) -> Tensor:
-        """``[R, E] -> [R, V]``, whole and unpadded on every rank."""
         logits_RV: Tensor = self.lm_head(hidden_RE)
         return logits_RV

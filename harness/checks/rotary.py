@@ -12,12 +12,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import engine.layers.rotary as rotary
 from engine.config import ModelConfig, usable_positions
@@ -98,8 +98,8 @@ def run_cases(rank: RankContext, folder: Path, cases: Sequence[RotaryCase]) -> l
 def _run_case(rank: RankContext, config: ModelConfig, case: RotaryCase) -> tuple[int, str | None]:
     tables = rotary.rope_tables(config.hf_config, config.head_dim, case.num_positions, device=rank.device)
     position_T = torch.tensor(case.positions)
-    right = LlamaRotaryEmbedding(config.hf_config)(torch.zeros(1, dtype=torch.float32), position_T[None])
-    half = config.head_dim // 2
+    right = rotary_embedding(config.hf_config)(torch.zeros(1, dtype=torch.float32), position_T[None])
+    half = right[0].shape[-1] // 2
     expected = [table[0, :, :half] for table in right]
     for what, table, rows_TR in zip(("cosine", "sine"), tables, expected, strict=True):
         if table.shape != (case.num_positions, half):
@@ -111,6 +111,12 @@ def _run_case(rank: RankContext, config: ModelConfig, case: RotaryCase) -> tuple
     compared = 2 * position_T.numel() * half
     turned, problem = _turn(rank, config, case, tables, expected)
     return compared + turned, problem
+
+
+def rotary_embedding(hf_config: Any) -> Any:
+    """Transformers' module for the tables of such a model."""
+    modeling = import_module(type(hf_config).__module__.replace(".configuration_", ".modeling_"))
+    return next(value for name, value in vars(modeling).items() if name.endswith("RotaryEmbedding"))(hf_config)
 
 
 def _turn(rank: RankContext, config: ModelConfig, case: RotaryCase, tables: tuple[Tensor, Tensor],
@@ -170,9 +176,11 @@ def _rotate(x_TNH: Tensor, tables: Sequence[Tensor], norm_H: Tensor | None, eps:
         wide = "float64" if dtype == "float64" else "float32"
         error = sum_variance(fourth_powers, total, wide, addends=x.shape[-1]) / (2 * total).square()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_H.double()
-    cos, sin = (torch.cat((table, table), -1)[:, None].double() for table in tables)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), -1)
+    rest = x.shape[-1] - 2 * tables[0].shape[-1]  # elements behind those that are turned
+    cos, sin = (torch.nn.functional.pad(torch.cat((table, table), -1)[:, None].double(), (0, rest), value=behind)
+                for table, behind in zip(tables, (1.0, 0.0), strict=True))
+    first, second = x[..., : x.shape[-1] - rest].chunk(2, dim=-1)
+    turned = torch.nn.functional.pad(torch.cat((-second, first), -1), (0, rest))
     exact, squares = x * cos + turned * sin, (x * cos).square() + (turned * sin).square()
     taken = sum_variance(3 * squares, torch.zeros_like(exact), dtype, addends=0, parts=0)
     return exact, taken + sum_variance(squares, exact, dtype, addends=2) + error * exact.square()

@@ -87,10 +87,10 @@ class Talker:
 
 def talker_config(config: dict[str, Any], tp_size: int, vocab_size: int) -> dict[str, Any]:
     """The small twin of a config with this vocabulary, and with ``MAX_MODEL_LEN`` positions in whatever way it counts them."""
-    rope = dict(config.get("rope_parameters") or {})
+    twin = {**small_twin(config, tp_size), "vocab_size": vocab_size, "max_position_embeddings": MAX_MODEL_LEN}
+    rope = dict(twin.get("rope_parameters") or {})
     if rope.get("rope_type") == "yarn":
         rope |= {"factor": 4.0, "original_max_position_embeddings": MAX_MODEL_LEN // 4}
-    twin = {**small_twin(config, tp_size), "vocab_size": vocab_size, "max_position_embeddings": MAX_MODEL_LEN}
     return twin | ({"rope_parameters": rope} if rope else {})
 
 

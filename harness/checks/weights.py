@@ -86,15 +86,22 @@ def _with_a_head_of_its_own(context: CheckContext) -> list[tuple[int, list[Wrong
 
 def small_twin(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
     """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly."""
-    num_heads = config["num_attention_heads"]
+    rope = dict(config.get("rope_parameters") or {})
+    head_dim = 4 if rope.get("partial_rotary_factor", 1.0) == 1.0 else 8
     intermediate_size = 5 * tp_size + (1 if tp_size > 1 else 0)
-    twin = {**config, "hidden_size": 4 * num_heads, "intermediate_size": intermediate_size, "num_hidden_layers": 2,
-            "vocab_size": 7 * tp_size + (1 if tp_size > 1 else 0), "max_position_embeddings": 64}
-    if config["model_type"] != "qwen2":
-        twin["head_dim"] = 4
-    for derived in ("layer_types", "torch_dtype", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
+    twin = {**config, "hidden_size": head_dim * config["num_attention_heads"], "intermediate_size": intermediate_size,
+            "num_hidden_layers": 2, "vocab_size": 7 * tp_size + (1 if tp_size > 1 else 0), "max_position_embeddings": 64}
+    if "head_dim" in config:
+        twin["head_dim"] = head_dim
+    if config.get("sliding_window"):
+        twin["sliding_window"] = max(64, config["sliding_window"])
+    if rope.get("rope_type") == "longrope":
+        num_pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope |= {name: rope[name][:num_pairs] for name in ("short_factor", "long_factor")}
+        twin |= {"rope_parameters": rope | {"factor": 2.0}, "original_max_position_embeddings": 64}
+    for derived in ("layer_types", "torch_dtype", "dtype"):
         twin.pop(derived, None)
-    return twin
+    return twin | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def compare_shards(rank: RankContext, folder: Path, config: dict[str, Any], dtype: str,

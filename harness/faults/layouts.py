@@ -56,6 +56,11 @@ LAYOUTS: dict[str, Layout] = {
     "qwen3": Layout(dtype="bfloat16", config={
         **_COMMON, "model_type": "qwen3", "hidden_size": 44, "intermediate_size": 52, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 131, "tie_word_embeddings": True}),
+    # Fused on disk: queries, keys and values in one tensor, gate and up in another; three quarters of each head are rotated.
+    "phi3": Layout(dtype="bfloat16", config={
+        **_COMMON, "model_type": "phi3", "hidden_size": 64, "intermediate_size": 52, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "vocab_size": 131, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75}}),
     # Padding is a large part of the vocabulary of the last ranks at four of them: 9 rows each, 3 of them padding.
     "small-vocabulary": Layout(dtype="float32", config={
         **_COMMON, "model_type": "llama", "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4,

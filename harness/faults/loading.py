@@ -83,6 +83,24 @@ def fused_gate_up_cut_naively(patch: Patches, tp: TPGroup) -> None:
     patch.replace(MergedColumnParallelLinear, "weight_loader", _naive_loader(MergedColumnParallelLinear))
 
 
+@fault(rows=(5, 6, 8), layout="phi3", checks=("weights", "logits"), module=f"{MLP}.gate_up_proj", effect="permuted")
+def gate_up_fused_on_disk_cut_naively(patch: Patches, tp: TPGroup) -> None:
+    """A tensor that the checkpoint holds fused is cut into contiguous shares: rank 0 gets all of the gate, rank 1 all of up."""
+
+    def make(original: Any) -> Any:
+        def weight_loader(self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
+                          shard_id: str | int | None = None) -> None:
+            if type(self) is MergedColumnParallelLinear and shard_id is None:
+                num_rows = param.shape[0]
+                param.write(rows_of(loaded, range(tp.rank * num_rows, (tp.rank + 1) * num_rows)), rows=range(num_rows))
+            else:
+                original(self, param, loaded, shard_id)
+
+        return weight_loader
+
+    patch.replace(MergedColumnParallelLinear, "weight_loader", make)
+
+
 @fault(rows=(7,), layout="qwen3", checks=("weights", "layers", "logits"), module=f"{MLP}.gate_proj", effect="permuted")
 def gate_and_up_interleaved(patch: Patches, tp: TPGroup) -> None:
     """Gate and up are written row by row in turn, where the activation takes the first half and the second."""
@@ -227,8 +245,8 @@ def _forget_the_head(patch: Patches) -> None:
     """Expect no LM head in the checkpoint of a tied model, whatever became of the tie."""
 
     def make(original: Any) -> Any:
-        def checkpoint_names(model: DecoderForCausalLM, packed: Any) -> Any:
-            names = original(model, packed)
+        def checkpoint_names(model: DecoderForCausalLM, modules: Any) -> Any:
+            names = original(model, modules)
             if model.config.tie_word_embeddings:
                 names.pop("lm_head.weight", None)
             return names

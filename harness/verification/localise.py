@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.models.registry import family_of
+from engine.models.table import TOKEN_IDS, Module, in_order
 from engine.ranks.ranks import Ranks
 from harness import jobs
 from harness.subjects import Taps
@@ -18,9 +20,6 @@ from harness.verification.classify import Effect, Evidence, classify
 from harness.verification.truth import Truth
 from reference.hf import Activations
 from reference.shards import owners
-
-COMPUTED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Projections of one input, which engines fuse: their rows may end up in each other's place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +94,18 @@ def worst_excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps])
 class Point:
     """A tensor between modules that both sides can show."""
 
-    module: str
+    row: Module
+    """The module's row in the module table of its family."""
     is_input: bool
-    sharded_by: str | None
-    """The weight whose sharded dimension this tensor's features follow; None: whole on every rank."""
+
+    @property
+    def module(self) -> str:
+        return self.row.path
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its features follow the sharded dimension of the module's weight; if not, it is whole on every rank."""
+        return self.is_input or self.row.kind == "column"
 
     @property
     def side(self) -> str:
@@ -110,7 +117,7 @@ class Point:
         if not self.is_input:
             return self.module
         parent, _, last = self.module.rpartition(".")
-        return f"{parent} ({'attention' if last == 'o_proj' else 'activation'}, before {last})"
+        return f"{parent} ({self.row.fed_by}, before {last})"
 
     def of(self, activations: Activations | Taps) -> Any:
         """This tensor, or None if it was not recorded."""
@@ -118,7 +125,7 @@ class Point:
 
     def indices(self, config: dict[str, Any], tp_size: int, rank: int, width: int) -> Tensor:
         """The features that a rank has of it."""
-        if self.sharded_by is None:
+        if not self.is_sharded:
             return torch.arange(width)
         name = f"{self.module}.weight"
         shape = (width, 1) if not self.is_input else (1, width)
@@ -127,26 +134,15 @@ class Point:
 
 def points(config: dict[str, Any]) -> Iterator[Point]:
     """Every point of a decoder in the order of computation."""
+    for row in _rows(config):
+        if row.kind == "row":
+            yield Point(row, is_input=True)
+        if row.has_output:
+            yield Point(row, is_input=False)
 
-    def whole(module: str) -> Point:
-        return Point(module, False, None)
 
-    def sharded(module: str, *, is_input: bool = False) -> Point:
-        return Point(module, is_input, module)
-
-    yield whole("model.embed_tokens")
-    for number in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{number}"
-        yield whole(f"{layer}.input_layernorm")
-        yield from (sharded(f"{layer}.self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj"))
-        yield sharded(f"{layer}.self_attn.o_proj", is_input=True)
-        yield whole(f"{layer}.self_attn.o_proj")
-        yield whole(f"{layer}.post_attention_layernorm")
-        yield from (sharded(f"{layer}.mlp.{name}") for name in ("gate_proj", "up_proj"))
-        yield sharded(f"{layer}.mlp.down_proj", is_input=True)
-        yield whole(f"{layer}.mlp.down_proj")
-    yield whole("model.norm")
-    yield whole("lm_head")
+def _rows(config: dict[str, Any]) -> Iterator[Module]:
+    return in_order(family_of(config["model_type"]).modules, config["num_hidden_layers"])
 
 
 def sides(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: int) -> Evidence:
@@ -165,10 +161,12 @@ def gather_evidence(truth: Truth, point: Point, sequence: int, by_rank: list[Tap
     exact, config, tp_size = truth.exact_activations(sequence), truth.config, len(by_rank)
     whole = point.of(exact)
     index = point.indices(config, tp_size, rank, whole.shape[-1])
-    parent, _, last = point.module.rpartition(".")
-    together = next((group for group in COMPUTED_TOGETHER if last in group and not point.is_input), (last,))
-    columns = {name: point.of(exact) if name == last else exact.outputs[f"{parent}.{name}"] for name in together}
-    shards = [point.indices(config, tp_size, other, whole.shape[-1]) for other in range(tp_size)] if point.sharded_by else []
+    last = point.module.rpartition(".")[2]
+    columns = {last: whole}
+    if point.row.fused:  # their rows may end up in each other's place
+        columns = {row.path.rpartition(".")[2]: exact.outputs[row.path]
+                   for row in _rows(config) if row.fused == point.row.fused}
+    shards = [point.indices(config, tp_size, other, whole.shape[-1]) for other in range(tp_size)] if point.is_sharded else []
     if last == "lm_head":  # gathered, each rank's columns in one block
         shards = _owned(config, "lm_head.weight", (whole.shape[-1], 1), tp_size)
     parts, foreign = _parts_of(truth, point, sequence, exact, tp_size)
@@ -179,16 +177,16 @@ def gather_evidence(truth: Truth, point: Point, sequence: int, by_rank: list[Tap
 def _parts_of(truth: Truth, point: Point, sequence: int, exact: Activations,
               tp_size: int) -> tuple[dict[str, Tensor], dict[tuple[int, int], Tensor]]:
     """The addends of a whole exact output; and what they would be if a rank used another one's shard."""
-    whole, last = point.of(exact), point.module.rpartition(".")[2]
+    whole = point.of(exact)
     module = truth.exact.model.get_submodule(point.module)
     weight = module.weight.detach().cpu()
-    if last == "embed_tokens":
+    if point.row.fed_by == TOKEN_IDS:
         ids_T = torch.tensor(truth.script.sequences[sequence])
-        owned = _owned(truth.config, "model.embed_tokens.weight", tuple(weight.shape), tp_size)
+        owned = _owned(truth.config, f"{point.module}.weight", tuple(weight.shape), tp_size)
         return {f"rank {rank}": whole * torch.isin(ids_T, ids)[:, None] for rank, ids in enumerate(owned)}, {}
     bias = None if point.is_input or getattr(module, "bias", None) is None else module.bias.detach().cpu().expand_as(whole)
     with_bias = {} if bias is None else {"bias": bias}
-    if point.is_input or last not in ("o_proj", "down_proj"):
+    if point.is_input or point.row.kind != "row":
         return {"product": whole if bias is None else whole - bias, **with_bias}, {}
     x_TI, owned = exact.inputs[point.module], _owned(truth.config, f"{point.module}.weight", tuple(weight.shape), tp_size)
     products = {(rank, other): x_TI[:, mine] @ weight[:, theirs].T for rank, mine in enumerate(owned)
@@ -207,7 +205,7 @@ def _rows_like(truth: Truth, point: Point, index: Tensor) -> dict[str, Tensor]:
     for sequence in range(len(truth.script.sequences)):
         exact = truth.exact_activations(sequence)
         width = point.of(exact).shape[-1]
-        for other in points(truth.config) if point.sharded_by is None else [point]:
-            if other.sharded_by == point.sharded_by and point.of(exact) is not None and other.of(exact).shape[-1] == width:
+        for other in [point] if point.is_sharded else points(truth.config):
+            if other.is_sharded == point.is_sharded and point.of(exact) is not None and other.of(exact).shape[-1] == width:
                 rows[f"{other.label} in sequence {sequence}"] = other.of(exact)[:, index]
     return rows

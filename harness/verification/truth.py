@@ -6,6 +6,7 @@ simulated rounding of that dtype.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from functools import cached_property
@@ -92,7 +93,9 @@ class Truth:
     def script(self) -> Script:
         """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
-        lengths = tuple(min(length, self.config["max_position_embeddings"]) for length in self.script_lengths)
+        longest = min(self.config["max_position_embeddings"], self.config.get("sliding_window") or math.inf,
+                      self.config.get("original_max_position_embeddings") or math.inf)
+        lengths = tuple(min(length, int(longest)) for length in self.script_lengths)
         return Script(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
 
     def _random_sequences(self, draw: random.Random, lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -45,6 +45,8 @@ def test_a_llama_config_is_read(tmp_path: Path) -> None:
         ({"model_type": "qwen2"}, (True, False, False)),
         ({"model_type": "qwen3"}, (False, False, False)),
         ({"model_type": "qwen3", "attention_bias": True}, (True, True, False)),
+        ({"model_type": "mistral", "attention_bias": True, "mlp_bias": True}, (False, False, False)),
+        ({"model_type": "phi3", "attention_bias": True, "mlp_bias": True}, (False, False, False)),
     ],
     ids=str,
 )
@@ -57,6 +59,34 @@ def test_biases_follow_family_and_config(changes: dict[str, Any], biases: tuple[
 def test_what_a_config_leaves_out_is_derived() -> None:
     config = model_config(head_dim=None, num_key_value_heads=None, hidden_size=48)
     assert (config.head_dim, config.num_kv_heads) == (8, 6)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "said"),
+    [
+        ({"model_type": "mistral", "sliding_window": 100}, 100, "sliding_window=100 of the model, .*take at most 100"),
+        ({"model_type": "mistral", "sliding_window": 4096}, 192, "max_position_embeddings=192 of the model"),
+        ({"model_type": "mistral", "sliding_window": None}, 192, "max_position_embeddings=192 of the model"),
+        ({"model_type": "phi3", "sliding_window": 127}, 127, "sliding_window=127 of the model"),
+        (
+            {"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 48},
+            48,
+            "original_max_position_embeddings=48 of the model, .*longrope.* take at most 48",
+        ),
+        # Windows that the family has, but this config does not use.
+        ({"model_type": "qwen2", "sliding_window": 8}, 192, "max_position_embeddings=192 of the model"),
+    ],
+    ids=str,
+)
+def test_a_sequence_ends_where_a_window_or_other_angles_would_begin(changes: dict[str, Any], limit: int, said: str) -> None:
+    model = model_config(hidden_size=48, **changes)
+    assert model.max_position_embeddings == limit
+    assert EngineConfig(device="cpu", max_model_len=limit).resolve(model).max_model_len == limit
+    with pytest.raises(ValueError, match=f"max_model_len={limit + 1} is above {said}"):
+        EngineConfig(device="cpu", max_model_len=limit + 1).resolve(model)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +124,7 @@ def test_a_config_that_is_no_json_object_names_the_file(tmp_path: Path, content:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' .*supported: llama, qwen2, qwen3"),
+        ({"model_type": "mixtral"}, "model_type='mixtral' .*supported: llama, mistral, phi3, qwen2, qwen3"),
         ({"model_type": None}, "model_type=None .*supported: llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*unquantised"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' .*supported: silu"),
@@ -108,7 +138,7 @@ def test_a_config_that_is_no_json_object_names_the_file(tmp_path: Path, content:
         ),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial_rotary_factor .*1.0",
+            "partial_rotary_factor of a llama .*1.0",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

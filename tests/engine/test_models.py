@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.config import SUPPORTED_MODEL_TYPES, ModelConfig
+from engine.config import ModelConfig
 from engine.execution.runner import Runner
-from engine.models.registry import MODELS
+from engine.models.registry import FAMILIES as REGISTERED
+from engine.models.registry import family_of
+from engine.models.table import ACTIVATION, ATTENTION, RESIDUAL, TOKEN_IDS, held_in, in_order
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.parallel.linear import QKVParallelLinear
 from engine.parallel.sharding import HeadShard
@@ -31,6 +33,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.5, 4.0],
+}
+# Its head_dim follows from the hidden size: 48 / 6.
+PHI3_SIZES = {"hidden_size": 48, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama with all biases": {},
     "llama without biases, tied": {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True},
@@ -39,6 +49,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2, tied, rope yarn": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": YARN},
     "qwen3": {"model_type": "qwen3"},
     "qwen3 with biases, tied": {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 192},
+    "phi3": {"model_type": "phi3", **PHI3_SIZES},
+    "phi3, tied, rope longrope on a part of each head": {
+        "model_type": "phi3",
+        **PHI3_SIZES,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 96,
+        "rope_parameters": LONGROPE,
+    },
     "one KV head": {"num_key_value_heads": 1},
     "as many KV heads as query heads": {"model_type": "qwen3", "num_key_value_heads": 6},
 }
@@ -179,8 +199,70 @@ def test_the_comparison_notices(checkpoint: MakeCheckpoint, monkeypatch: pytest.
     assert worst(on_ranks(2, lambda tp: run(checkpoint, family, tp))[1], solo) > 1000 * MOST_ROUNDOFFS
 
 
-def test_every_supported_type_has_a_class() -> None:
-    assert MODELS.keys() == set(SUPPORTED_MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 96, "sliding_window": 2047}, 2047),
+        (
+            {
+                "num_attention_heads": 24,
+                "num_key_value_heads": 8,
+                "hidden_size": 3072,
+                "tie_word_embeddings": True,
+                "partial_rotary_factor": 0.75,
+                "max_position_embeddings": 131_072,
+                "original_max_position_embeddings": 4096,
+                "sliding_window": 262_144,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0 + pair / 100 for pair in range(48)],
+                    "long_factor": [1.0 + pair for pair in range(48)],
+                },
+            },
+            4096,
+        ),
+    ],
+    ids=["Phi-3-mini-4k", "Phi-4-mini"],
+)
+def test_the_heads_and_positions_of_the_phis_run(
+    checkpoint: MakeCheckpoint, reference: MakeReference, changes: dict[str, Any], longest: int
+) -> None:
+    shape = {"model_type": "phi3", "num_hidden_layers": 1, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    if "hidden_size" in changes:  # its heads are the hidden size's share, as the lists of longrope ask for
+        shape["head_dim"] = changes["hidden_size"] // changes["num_attention_heads"]
+    folder = checkpoint(**(shape | changes))
+    assert ModelConfig.from_folder(folder).max_position_embeddings == longest
+    exact = reference(folder, "exact").logits(SEQUENCES)
+
+    def job(tp: TPGroup) -> list[Tensor]:
+        return logits_of(make_runner(folder, tp, dtype="float64"), SEQUENCES, MIXED)
+
+    for logits in on_ranks(5, job):
+        assert worst(logits, exact) < MOST_ROUNDOFFS
+
+
+def test_every_registered_family_is_run_here() -> None:
+    assert {changes.get("model_type", "llama") for changes in FAMILIES.values()} == set(REGISTERED)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_module_table_is_what_the_checkpoint_holds_and_what_the_reference_computes(
+    checkpoint: MakeCheckpoint, reference: MakeReference, family: dict[str, Any]
+) -> None:
+    exact = reference(checkpoint(**family), "exact")
+    modules = family_of(family.get("model_type", "llama")).modules
+    rows = {row.path: row for row in in_order(modules, exact.config.num_hidden_layers)}
+    stored = {name.rpartition(".")[0] for name, _ in exact.model.named_parameters()} | {"lm_head"}
+    assert rows.keys() == stored
+    seen = exact.activations(SEQUENCES[1])
+    shown = [path for path, row in rows.items() if row.has_output]
+    assert [path for path in seen.outputs if path in shown] == shown, "in the order of computation"
+    for path, row in rows.items():
+        if row.fed_by in rows and row.has_output:
+            assert torch.equal(seen.inputs[path], seen.outputs[row.fed_by])
+        assert row.fed_by in {*rows, TOKEN_IDS, RESIDUAL, ATTENTION, ACTIVATION}
+        assert row in held_in(modules, row.held_in)
 
 
 def test_a_tied_model_names_its_embedding_once(checkpoint: MakeCheckpoint) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -18,7 +20,12 @@ from engine.layers.rotary import rope_tables
 from harness.verification.budgets import same_bits
 from tests.engine.support import tiny_config
 
-MODULES: dict[str, Any] = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+MODULES: dict[str, Any] = {
+    "llama": LlamaRotaryEmbedding,
+    "mistral": MistralRotaryEmbedding,
+    "qwen2": Qwen2RotaryEmbedding,
+    "qwen3": Qwen3RotaryEmbedding,
+}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10_000.0},
     "large base": {"rope_type": "default", "rope_theta": 1_000_000.0},
@@ -65,6 +72,22 @@ def test_tables_have_the_bits_of_transformers(model_type: str, rope: str, head_d
     # transformers has every angle twice, for both halves of a head.
     assert same_bits(torch.cat([cos, cos], dim=-1), their_cos)
     assert same_bits(torch.cat([sin, sin], dim=-1), their_sin)
+
+
+@pytest.mark.parametrize("part", [1.0, 0.75, 0.5])
+@pytest.mark.parametrize("rope_type", ["default", "longrope"])
+@pytest.mark.parametrize("head_dim", [8, 96])
+def test_tables_of_a_part_of_each_head_have_the_bits_of_transformers(rope_type: str, part: float, head_dim: int) -> None:
+    num_pairs = int(head_dim * part) // 2
+    factors = {"short_factor": [1.0 + pair / 7 for pair in range(num_pairs)], "long_factor": [4.0] * num_pairs}
+    rope = {"rope_type": rope_type, "rope_theta": 1e4} | (factors if rope_type == "longrope" else {})
+    values = tiny_config(model_type="phi3", hidden_size=6 * head_dim, rope_parameters=rope, partial_rotary_factor=part)
+    values |= {"head_dim": head_dim, "original_max_position_embeddings": 64}
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    their_cos, their_sin = Phi3RotaryEmbedding(config)(torch.zeros(1, dtype=torch.float32), torch.arange(64)[None])
+    for ours, theirs in zip(rope_tables(config, head_dim, 64), (their_cos[0], their_sin[0]), strict=True):
+        assert ours.shape == (64, num_pairs)
+        assert same_bits(torch.cat([ours, ours], dim=-1), theirs)
 
 
 @pytest.mark.parametrize("rope", ["linear", "llama3", "yarn"])

@@ -20,7 +20,8 @@ from engine.checkpoint.checkpoint_files import INDEX_FILE, SINGLE_FILE, Checkpoi
 from engine.checkpoint.preflight import check_checkpoint
 from engine.checkpoint.weights import Checkpoint, CheckpointTensor, LoadReport, load_weights
 from engine.config import ModelConfig
-from engine.models.decoder import DecoderForCausalLM
+from engine.models.decoder import MODULES, DecoderForCausalLM
+from engine.models.registry import family_of
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear
 from harness.verification.budgets import same_bits
 from reference.shards import owners
@@ -31,6 +32,8 @@ FAMILIES: list[dict[str, Any]] = [
     {},
     {"model_type": "qwen2", "tie_word_embeddings": True},
     {"model_type": "qwen3", "num_attention_heads": 7, "num_key_value_heads": 1},
+    {"model_type": "mistral"},
+    {"model_type": "phi3", "hidden_size": 48, "tie_word_embeddings": True},
     {"num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": True},
     # Five ids over four ranks: the last rank holds padding only.
     {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 5},
@@ -42,15 +45,15 @@ def load(
     folder: Path, tp_rank: int = 0, tp_size: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[DecoderForCausalLM, LoadReport]:
     model = make_model(ModelConfig.from_folder(folder), lone_group(tp_rank, tp_size), dtype=dtype)
-    return model, load_weights(model, folder, packed=model.packed, tied=model.tied)
+    return model, load_weights(model, folder, modules=family_of(model.config.model_type).modules, tied=model.tied)
 
 
 def shards(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's shards under their checkpoint names: fused ones taken apart."""
+    """A model's shards under their checkpoint names: fused ones taken apart, unless they are fused there too."""
     fused_names = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     for path, module in model.named_modules():
         for kind, param in module.named_parameters(recurse=False):
-            if isinstance(module, MergedColumnParallelLinear):
+            if isinstance(module, MergedColumnParallelLinear) and model.config.model_type != "phi3":
                 parent, _, fused = path.rpartition(".")
                 for name, part in zip(fused_names[fused], param.split(module.local_sizes), strict=True):
                     yield f"{parent}.{name}.{kind}", part
@@ -377,7 +380,7 @@ def test_an_element_that_a_loader_left_out_is_found(checkpoint: MakeCheckpoint, 
 def test_two_tensors_for_one_place_are_found(checkpoint: MakeCheckpoint) -> None:
     model, _ = load(checkpoint())
     with pytest.raises(CheckpointError, match=r"tensor=.* in file=.*overlaps"):
-        load_weights(model, checkpoint(), packed=model.packed, tied=model.tied)
+        load_weights(model, checkpoint(), modules=MODULES, tied=model.tied)
 
 
 def test_a_checkpoint_lists_its_tensors_without_reading_them(checkpoint: MakeCheckpoint) -> None:

@@ -98,6 +98,8 @@ CONFIG += [(f"{name}={value!r}", key("config.json", name, value)) for name, valu
     **dict.fromkeys(("rms_norm_eps", "rope_theta"), NO_NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), ("yes", 1, None, [], True, False)),
     "model_type": (MISSING, None, 5, [], {}, "", "bert", "Llama"),
+    "sliding_window": (0, "8", 1.5, []),
+    "partial_rotary_factor": (0, -0.5, 1.5, "half", []),
     "hidden_act": (None, 5, "gelu", [], MISSING),
     "eos_token_id": ("</s>", 1.5, ["a"], [None], {}, True, [True], -5, 10**30, []),
     "bos_token_id": ("<s>", 1.5, []),

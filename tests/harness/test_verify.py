@@ -43,9 +43,11 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 
 @pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype", "tp_sizes"), [
     ("llama", 9, 3, "bfloat16", (2, 3, 5)),  # KV heads shared by two ranks, one each, fewer than ranks
-    ("qwen2", 10, 5, "float32", (3, 4, 6)),
+    ("qwen2", 10, 5, "float32", (3, 4)),
     ("qwen3", 8, 8, "bfloat16", (2, 8)),
-    ("llama", 8, 1, "float16", (3, 5)),
+    ("llama", 8, 1, "float16", (3,)),
+    ("mistral", 8, 2, "float32", (2, 3, 4)),
+    ("phi3", 8, 8, "bfloat16", (2, 3, 4)),  # Phi-3-mini's layout; Phi-4-mini's is below
 ])
 def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
                                                     dtype: str, tp_sizes: tuple[int, ...]) -> None:
@@ -54,6 +56,17 @@ def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, famil
     green(folder, tp_sizes[:1], "threads", checks=("generation",))
     assert {row.fabric for row in report.checks} == {"threads"}
     assert {row.dtype for row in report.checks} == {dtype}
+
+
+def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel) -> None:
+    """The layout of Phi-4-mini: three query heads a KV head, tied, fused on disk; a sequence ends at the original length."""
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}
+    config = small_config("phi3", num_q_heads=6, num_kv_heads=2, hidden_size=96, tie_word_embeddings=True, sliding_window=128,
+                          partial_rotary_factor=0.75, original_max_position_embeddings=96,
+                          rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors})
+    folder = tiny_model(config, "bfloat16")
+    green(folder, (2, 3, 4), "threads", checks=WITHOUT_REQUESTS)
+    green(folder, (2,), "threads", checks=("generation",))
 
 
 @pytest.mark.multirank

@@ -46,7 +46,8 @@ def test_biases_are_those_of_the_family(tmp_path):
     assert layers_with_bias(model_type="llama", mlp_bias=False) == attention
     assert layers_with_bias(model_type="llama", attention_bias=False) == {"gate_proj", "up_proj", "down_proj"}
     assert layers_with_bias(model_type="qwen2") == {"q_proj", "k_proj", "v_proj"}
-    assert layers_with_bias(model_type="qwen3") == set()
+    for family in ("qwen3", "mistral", "phi3"):
+        assert layers_with_bias(model_type=family) == set()
     assert "model.layers.1.self_attn.k_norm.weight" in weight_shapes(tiny_config("qwen3"))
 
 
@@ -117,9 +118,10 @@ def test_an_index_checkpoint_names_each_element(tmp_path, model_type):
     folder = index_checkpoint(tmp_path, tiny_config(model_type))
     index = ElementIndex.of_checkpoint(folder)
     tensors = tensors_in(folder)
-    up_proj = tensors["model.layers.1.mlp.up_proj.weight"]
-    assert up_proj.dtype == torch.float32
-    assert str(index.decode(up_proj[5, 7].item())) == "model.layers.1.mlp.up_proj.weight[5, 7]"
+    name = "model.layers.1.mlp.down_proj.weight"
+    down_proj = tensors[name]
+    assert down_proj.dtype == torch.float32
+    assert str(index.decode(down_proj[5, 7].item())) == f"{name}[5, 7]"
     every_value = torch.cat([tensor.flatten() for tensor in tensors.values()])
     assert len(every_value.unique()) == index.num_elements
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
@@ -89,6 +89,7 @@ def test_the_last_ranks_may_own_no_row_of_a_small_vocabulary():
     assert head.take(whole, 7).tolist() == [[0, 0], [0, 0]]
 
 
+@settings(deadline=None)  # a busy machine must not decide
 @given(
     num_kv_heads=st.integers(1, 5),
     group=st.integers(1, 5),
@@ -135,9 +136,28 @@ def test_each_rank_owns_what_the_rule_says_element_by_element(
         owner = [even(row, intermediate_size)]
         assert ranks(MLP + "up_proj.weight", (intermediate_size, 1), (row, 0)) == owner
         assert ranks(MLP + "down_proj.weight", (1, intermediate_size), (0, row)) == owner
+    # Fused on disk: queries, keys, values one after the other, as gate and up are; each is cut by itself.
+    def by_row(name, num_rows):
+        ownership = owners(config, name, (num_rows, 1), tp_size)
+        return [ownership.ranks_of((row, 0)) for row in range(num_rows)]
+
+    queries = by_row(ATTENTION + "q_proj.weight", num_q_heads * head_dim)
+    keys = by_row(ATTENTION + "k_proj.weight", num_kv_heads * head_dim)
+    assert by_row(ATTENTION + "qkv_proj.weight", len(queries) + 2 * len(keys)) == [*queries, *keys, *keys]
+    up = by_row(MLP + "up_proj.weight", intermediate_size)
+    assert by_row(MLP + "gate_up_proj.weight", 2 * intermediate_size) == [*up, *up]
     shard_rows = (vocab_size + tp_size - 1) // tp_size
     for row in range(vocab_size):
         assert ranks("lm_head.weight", (vocab_size, 1), (row, 0)) == [row // shard_rows]
+
+
+def test_a_rank_has_a_part_of_each_of_the_tensors_that_are_fused_on_disk():
+    qkv = owners(SMOLLM2, ATTENTION + "qkv_proj.weight", (960, 576), 4)
+    assert qkv.indices[1].tolist() == [*range(192, 320), *range(576 + 64, 576 + 128), *range(768 + 64, 768 + 128)]
+    gate_up = owners(SMOLLM2, MLP + "gate_up_proj.weight", (3072, 576), 2)
+    assert gate_up.indices[0].tolist() == [*range(768), *range(1536, 2304)]
+    whole = np.arange(3072 * 576).reshape(3072, 576)
+    assert np.array_equal(gate_up.take(whole, 1), np.concatenate((whole[768:1536], whole[2304:])))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 DEVICES = (
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
@@ -31,6 +31,8 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     }
     if model_type == "llama":
         config |= {"attention_bias": True, "mlp_bias": True}
+    if model_type == "phi3":  # its head_dim follows from the hidden size
+        config |= {"hidden_size": 60, "pad_token_id": None}
     return config | changes
 
 
@@ -42,5 +44,6 @@ def small_config(family: str = "llama", *, num_q_heads: int = 9, num_kv_heads: i
         "max_position_embeddings": 192, "tie_word_embeddings": family == "qwen2", "bos_token_id": None,
         "eos_token_id": None, "pad_token_id": None,
     }
-    config |= {"llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 8}, "qwen2": {}, "qwen3": {"head_dim": 16}}[family]
+    config |= {"llama": {"attention_bias": True, "mlp_bias": True, "head_dim": 8}, "qwen3": {"head_dim": 16},
+               "mistral": {"head_dim": 16}}.get(family, {})
     return config | changes
