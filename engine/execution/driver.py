@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from engine.execution.core import Progress, advance, stop_core
 from engine.frontend.ongoing import OngoingRequest
-from engine.ranks.ranks import RankFailure, Ranks, RanksClosed, Ticket
+from engine.ranks.ranks import JobHandle, RankFailure, Ranks, RanksClosed
 from engine.scheduling.sequence import Request
 
 STEPS_PER_MESSAGE = 4
@@ -44,7 +44,7 @@ class Driver:
         """Who gets the tokens of what runs on the ranks, by the ranks' numbers."""
         self._new: list[Request] = []
         self._aborts: list[int] = []
-        self._in_flight: deque[Ticket] = deque()
+        self._in_flight: deque[JobHandle] = deque()
         self._failure: str | None = None
         self._closed = False
 

@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from engine.ranks.channel import Channel, Kind, loads
 from engine.ranks.failures import RankReport
+from engine.ranks.jobs import Job, pack_job
 from engine.ranks.links import Link, open_frame
 from engine.ranks.pool import Deliver
-from engine.ranks.rank_job import Job, pack_job
 
 AnyLink = TypeVar("AnyLink", bound=Link)
 
@@ -64,7 +64,7 @@ class LinkPool(Generic[AnyLink]):
                 continue
             link, channel = key.data
             if channel.closed:
-                continue  # its rank was buried in this very round
+                continue  # its rank was found dead in this very round
             if mask & selectors.EVENT_WRITE:
                 channel.flush()
                 self._watch_unsent(link)
@@ -102,13 +102,13 @@ class LinkPool(Generic[AnyLink]):
         while any(link.waits_for_report for link in asked) and (left := deadline - time.monotonic()) > 0:
             self.poll(deliver, left)
         if insist and (silent := [link for link in asked if link.waits_for_report]):
-            self._press(silent)
+            self._dump_stacks(silent)
         return {link.rank: link.report for link in asked if link.report is not None}
 
-    def _press(self, silent: Sequence[AnyLink]) -> None:
+    def _dump_stacks(self, silent: Sequence[AnyLink]) -> None:
         """Find out what can be known of ranks that do not answer: set their ``report``."""
         for link in silent:
             link.report = RankReport(phase=link.phase, stacks="", log=None)
 
-    def forgive(self) -> None:
+    def rejoin(self) -> None:
         """Ranks that have their own process need nothing: they answered and are in step."""

@@ -75,7 +75,7 @@ class PendingJob:
             if log is not None:
                 self.logs[rank] = log
 
-    def waits_in_vain(self, reports: Mapping[int, RankReport]) -> bool:
+    def waits_for_nobody(self, reports: Mapping[int, RankReport]) -> bool:
         """Whether a rank has entered a collective that a rank that is done with the job never will.
 
         Certain only while no other job is in flight.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from engine.ranks.channel import Kind
 from engine.ranks.failures import RankReport
-from engine.ranks.rank_job import Job
+from engine.ranks.jobs import Job
 
 Deliver = Callable[[int, Kind, int, Any], None]
 """Called with (rank, kind, job number, payload):
@@ -40,7 +40,7 @@ class Pool(Protocol):
         Messages that come in meanwhile are delivered. ``insist``: get at least the stacks of the others.
         """
 
-    def forgive(self) -> None:
+    def rejoin(self) -> None:
         """A job failed, but all ranks answered and are in step: the next one can run."""
 
     def stop(self, exit_code: int = 0) -> None:

@@ -91,9 +91,9 @@ class ProcessPool(LinkPool[ProcessLink]):
             finally:
                 for sock in theirs:
                     sock.close()
-            self._selector.register(process.sentinel, selectors.EVENT_READ, functools.partial(self._bury, link))
+            self._selector.register(process.sentinel, selectors.EVENT_READ, functools.partial(self._rank_died, link))
 
-    def _bury(self, link: ProcessLink, deliver: Deliver) -> None:
+    def _rank_died(self, link: ProcessLink, deliver: Deliver) -> None:
         """Read what the dead rank still said, then tell how it ended."""
         self._selector.unregister(link.process.sentinel)
         if not link.jobs.closed:
@@ -108,7 +108,7 @@ class ProcessPool(LinkPool[ProcessLink]):
         )
         deliver(link.rank, Kind.DIED, 0, error)
 
-    def _press(self, silent: Sequence[ProcessLink]) -> None:
+    def _dump_stacks(self, silent: Sequence[ProcessLink]) -> None:
         # Where the control thread can't run, something holds the interpreter, or the process is stopped.
         for link in silent:
             link.signal(signal.SIGUSR1)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from engine.ranks.channel import Kind, dumps, loads, receive_frame, send_frame
-from engine.ranks.rank_job import RankContext, rank_error, report, run_job
+from engine.ranks.jobs import RankContext, rank_error, report, run_job
 
 
 def serve_jobs(context: RankContext, jobs: socket.socket) -> int:

@@ -23,7 +23,7 @@ import torch
 from engine.parallel.collective_log import LogSnapshot
 from engine.ranks.channel import Kind, dumps, send_frame
 from engine.ranks.failures import error_from_exception
-from engine.ranks.rank_job import RankContext
+from engine.ranks.jobs import RankContext
 from engine.ranks.rank_loop import serve_control, serve_jobs
 from engine.ranks.rendezvous import connect_store, join_group, leave_group
 

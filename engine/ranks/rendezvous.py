@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # torch leaves them out of __all__
 
 from engine.parallel.group import ProcessTPGroup
-from engine.ranks.rank_job import RankContext
+from engine.ranks.jobs import RankContext
 
 
 def make_store() -> TCPStore:
@@ -31,8 +31,8 @@ def make_store() -> TCPStore:
 def connect_store(port: int, start_timeout_s: float) -> TCPStore:
     """A rank's end of the driver's store. The driver holds it, so it outlives every rank and goes with the driver."""
     # The driver's deadline ends this wait, with a report on all ranks: a rank that gives up by itself would spoil that.
-    patience = timedelta(seconds=start_timeout_s + 10)
-    return TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
+    timeout = timedelta(seconds=start_timeout_s + 10)
+    return TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
 
 
 def join_group(

@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from engine.parallel.collective_log import LogSnapshot
 from engine.ranks.channel import Kind, dumps, loads, receive_frame, send_frame
 from engine.ranks.failures import error_from_exception
-from engine.ranks.rank_job import RankContext
+from engine.ranks.jobs import RankContext
 from engine.ranks.rank_loop import serve_control, serve_jobs
 from engine.ranks.rendezvous import join_group, leave_group
 

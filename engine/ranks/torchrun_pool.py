@@ -16,10 +16,10 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # torch leave
 
 from engine.ranks.channel import Channel, Kind, dumps
 from engine.ranks.failures import RankError
+from engine.ranks.jobs import RankContext
 from engine.ranks.link_pool import LinkPool
 from engine.ranks.links import Link
 from engine.ranks.pool import Deliver
-from engine.ranks.rank_job import RankContext
 from engine.ranks.rank_loop import serve_control, serve_jobs
 from engine.ranks.rendezvous import leave_group
 from engine.ranks.torchrun import (

@@ -20,12 +20,12 @@ def killed_rank_not_seen(patch: Patches, tp: TPGroup) -> None:
     """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
 
     def make(original: Any) -> Any:
-        def bury(self: Any, link: ProcessLink, deliver: Any) -> None:
+        def rank_died(self: Any, link: ProcessLink, deliver: Any) -> None:
             self._selector.unregister(link.process.sentinel)
 
-        return bury
+        return rank_died
 
-    patch.replace(ProcessPool, "_bury", make)
+    patch.replace(ProcessPool, "_rank_died", make)
 
 
 @fault(where="driver", rows=(84,), checks=("lifecycle",))

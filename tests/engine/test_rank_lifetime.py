@@ -327,7 +327,7 @@ def test_a_rank_that_died_this_moment_is_no_trouble_to_who_asks_it_for_its_stack
         assert wait_until_gone([victim_pid], 3) == []
         victim.process.is_alive = lambda: True  # as it was a moment ago
         try:
-            ranks._pool._press([victim])  # type: ignore[attr-defined]
+            ranks._pool._dump_stacks([victim])  # type: ignore[attr-defined]
         except ProcessLookupError as error:
             pytest.fail(f"the signal to a process that is gone was an error: {error}")
         del victim.process.is_alive

@@ -85,8 +85,8 @@ def drive(launch: Launch, end: str) -> None:
         assert results[0][1] == os.getpid(), "rank 0 is this process"
         assert len({process for _, process, _ in results}) == size
         assert all(values == [float(size)] * 3 for *_, values in results)
-        tickets = [ranks.submit(remember, value) for value in range(3)]
-        assert [ranks.collect(ticket)[0] for ticket in tickets] == [[0], [0, 1], [0, 1, 2]], "in order, with their state"
+        handles = [ranks.submit(remember, value) for value in range(3)]
+        assert [ranks.collect(handle)[0] for handle in handles] == [[0], [0, 1], [0, 1, 2]], "in order, with their state"
         with pytest.raises(RankFailure) as caught:
             ranks.run(raise_everywhere, timeout_s=30)
         assert [error.summary for error in caught.value.failures.values()] == [

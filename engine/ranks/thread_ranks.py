@@ -14,8 +14,8 @@ import torch
 from engine.parallel.group import SoloGroup, ThreadGroup
 from engine.ranks.channel import Kind, loads
 from engine.ranks.failures import RankReport
+from engine.ranks.jobs import Job, RankContext, pack_job, rank_error, report, run_job
 from engine.ranks.pool import Deliver
-from engine.ranks.rank_job import Job, RankContext, pack_job, rank_error, report, run_job
 
 
 class SoloPool:
@@ -47,7 +47,7 @@ class SoloPool:
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {}
 
-    def forgive(self) -> None:
+    def rejoin(self) -> None:
         """Nobody waits for a solo rank."""
 
     def stop(self, exit_code: int = 0) -> None:
@@ -121,7 +121,7 @@ class ThreadPool:
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {rank: report(self._contexts[rank], [self._threads[rank].ident or 0]) for rank in ranks}
 
-    def forgive(self) -> None:
+    def rejoin(self) -> None:
         """All ranks are in step: those that left after an exception are back."""
         self._groups[0].rejoin()
 
