@@ -22,10 +22,9 @@ import torch
 from engine.ranks.channel import Kind
 from engine.ranks.fabric import Fabric, choose_fabric
 from engine.ranks.failures import RankError, RankFailure
-from engine.ranks.jobs import Job, RankContext, job_name
-from engine.ranks.pending_job import OnEvent, PendingJob
+from engine.ranks.jobs import Job, OnEvent, PendingJob, RankContext, job_name
 from engine.ranks.pool import Pool
-from engine.ranks.process_pool import ProcessPool
+from engine.ranks.process_ranks import ProcessPool
 from engine.ranks.thread_ranks import SoloPool, ThreadPool
 from engine.ranks.torchrun import Launch, check_launch
 from engine.ranks.torchrun_pool import TorchrunPool

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import engine.ranks.pending_job as pending_job_module
+import engine.ranks.jobs as jobs_module
 from engine.parallel.group import TPGroup
 from engine.ranks.failures import RankError, RankFailure
 from engine.ranks.link_pool import LinkPool
 from engine.ranks.links import ProcessLink
-from engine.ranks.process_pool import ProcessPool
+from engine.ranks.process_ranks import ProcessPool
 from harness.faults.base import Patches, control, fault
 
 
@@ -58,7 +58,7 @@ def consequence_taken_for_a_cause(patch: Patches, tp: TPGroup) -> None:
 
         return make_failure
 
-    patch.replace(pending_job_module, "make_failure", make)
+    patch.replace(jobs_module, "make_failure", make)
 
 
 @control(where="driver")

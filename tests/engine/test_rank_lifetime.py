@@ -19,11 +19,11 @@ import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines hav
 import pytest
 import torch
 
-from engine.ranks import process_pool
+from engine.ranks import process_ranks
 from engine.ranks.channel import Channel
 from engine.ranks.fabric import choose_fabric
 from engine.ranks.links import ProcessLink
-from engine.ranks.process_pool import ProcessPool
+from engine.ranks.process_ranks import ProcessPool
 from engine.ranks.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import (
     ROOT,
@@ -264,7 +264,7 @@ def test_a_folder_that_is_too_long_for_a_socket_and_cannot_be_helped_is_named(
 ) -> None:
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/x" * 60)
     with pytest.raises(RuntimeError, match=r"too long for a socket of at most 10\d bytes: set TMPDIR to a shorter folder"):
-        process_pool._start_fork_server()
+        process_ranks._start_fork_server()
 
 
 ON_STANDARD_INPUT = """
