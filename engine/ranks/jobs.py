@@ -16,8 +16,8 @@ import torch
 
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.group import TPGroup
-from engine.ranks.channel import Kind, dumps
 from engine.ranks.failures import RankError, RankFailure, RankReport, error_from_exception, make_failure, stuck_error
+from engine.ranks.messages import Kind, dumps
 
 Job = Callable[..., Any]
 OnEvent = Callable[[int, Any], None]
@@ -160,7 +160,7 @@ class PendingJob:
 
     def deliver(self, rank: int, kind: Kind, payload: Any) -> None:
         """Take in one message from a rank, as ``pool.Deliver`` describes them."""
-        if kind is Kind.EVENT:
+        if kind == "event":
             if self.on_event is not None:
                 self.on_event(rank, payload)
             return
@@ -168,11 +168,11 @@ class PendingJob:
             return  # the first answer counts
         now = time.monotonic()
         self.answered_at = min(self.answered_at, now)
-        if kind is Kind.DONE:
+        if kind == "done":
             self.logs[rank], self.results[rank] = payload
             return
         self.failed_at = min(self.failed_at, now)
-        if kind is Kind.DIED:
+        if kind == "died":
             self.errors[rank] = replace(payload, phase=payload.phase or self.name)
         else:
             self.errors[rank], raised = payload

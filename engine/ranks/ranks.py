@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 
-from engine.ranks.channel import Kind
 from engine.ranks.fabric import Fabric, choose_fabric
 from engine.ranks.failures import RankError, RankFailure
 from engine.ranks.jobs import Job, OnEvent, PendingJob, RankContext, job_name
+from engine.ranks.messages import Kind
 from engine.ranks.pool import Pool
 from engine.ranks.process_ranks import ProcessPool
 from engine.ranks.thread_ranks import SoloPool, ThreadPool
-from engine.ranks.torchrun import Launch, check_launch
-from engine.ranks.torchrun_pool import TorchrunPool
+from engine.ranks.torchrun import Launch, TorchrunPool, check_launch
 
 __all__ = ["JobHandle", "RankContext", "RankError", "RankFailure", "Ranks", "RanksClosed"]
 
@@ -268,10 +267,10 @@ class Ranks:
     def _expect(self, number: int, name: str, on_event: OnEvent | None) -> None:
         job = self._running[number] = PendingJob(name=name, tp_size=self.tp_size, on_event=on_event)
         for rank, death in self._dead.items():
-            job.deliver(rank, Kind.DIED, death)
+            job.deliver(rank, "died", death)
 
     def _deliver(self, rank: int, kind: Kind, number: int, payload: Any) -> None:
-        if kind is Kind.DIED:
+        if kind == "died":
             self._dead[rank] = payload
             for job in self._running.values():  # whichever it was in, it will finish none of them
                 job.deliver(rank, kind, payload)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from engine.parallel.group import SoloGroup, ThreadGroup
-from engine.ranks.channel import Kind, loads
 from engine.ranks.failures import RankReport
 from engine.ranks.jobs import Job, RankContext, pack_job, rank_error, report, run_job
+from engine.ranks.messages import Kind, loads
 from engine.ranks.pool import Deliver
 
 
@@ -34,12 +34,12 @@ class SoloPool:
     def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
         number, job, args = self._waiting.popleft()
         context = self._context
-        context.send_event = lambda payload: deliver(0, Kind.EVENT, number, payload)
+        context.send_event = lambda payload: deliver(0, "event", number, payload)
         result, raised = run_job(context, job, args)
         if raised is None:
-            deliver(0, Kind.DONE, number, (context.tp.log.snapshot(0), result))
+            deliver(0, "done", number, (context.tp.log.snapshot(0), result))
         else:
-            deliver(0, Kind.RAISED, number, (rank_error(context, raised), raised))
+            deliver(0, "raised", number, (rank_error(context, raised), raised))
 
     def wake(self) -> None:
         """Nobody waits: the job runs in the caller's thread."""
@@ -82,25 +82,25 @@ class ThreadPool:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         context = self._contexts[rank]
-        self._outbox.put((rank, Kind.DONE, 0, (context.tp.log.snapshot(0), None)))
+        self._outbox.put((rank, "done", 0, (context.tp.log.snapshot(0), None)))
         while (message := self._inboxes[rank].get()) is not None:
             self._outbox.put((rank, *self._answer(context, *message)))
             context.enter_phase("idle")
 
     def _answer(self, context: RankContext, number: int, job: Job, packed: bytes) -> tuple[Kind, int, Any]:
         rank = context.tp.rank
-        context.send_event = lambda payload: self._outbox.put((rank, Kind.EVENT, number, payload))
+        context.send_event = lambda payload: self._outbox.put((rank, "event", number, payload))
         try:
             context.enter_phase("receiving the job")
             result, raised = run_job(context, job, loads(packed))
         except BaseException as failure:
             raised = failure
         if raised is None:
-            return Kind.DONE, number, (context.tp.log.snapshot(0), result)
+            return "done", number, (context.tp.log.snapshot(0), result)
         error = rank_error(context, raised)
         # The others need not wait for this rank in collectives that it will never enter.
         self._groups[rank].leave(error.summary)
-        return Kind.RAISED, number, (error, raised)
+        return "raised", number, (error, raised)
 
     def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
         packed = pack_job(job, args, with_job=False)
