@@ -6,10 +6,11 @@ import contextlib
 import functools
 import pickle
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from engine.parallel.collective_log import LogSnapshot
 from engine.ranks.failures import RankReport, error_from_exception
@@ -26,19 +27,22 @@ Deliver = Callable[[int, Kind, int, Any], None]
 """
 
 
-class Pool(Protocol):
+class Pool(ABC):
     """tp_size ranks. One driver thread calls all of this, but for ``wake``."""
 
+    @abstractmethod
     def start(self) -> None:
         """Begin to start the ranks. Each delivers ``done`` for job number 0 when it is ready."""
 
+    @abstractmethod
     def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
         """Queue a job on every rank; does not wait for one to run it. Raises TypeError for what can't be sent."""
 
+    @abstractmethod
     def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
         """Wait for messages, at most ``timeout_s``, and deliver what is there; maybe nothing."""
 
-    def wake(self) -> None:
+    def wake(self) -> None:  # noqa: B027  # most have nothing to do
         """End a ``poll`` that waits, or the next one. From any thread, also when the ranks are gone."""
 
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
@@ -46,13 +50,16 @@ class Pool(Protocol):
 
         Messages that come in meanwhile are delivered. ``insist``: get at least the stacks of the others.
         """
+        return {}
 
-    def rejoin(self) -> None:
+    def rejoin(self) -> None:  # noqa: B027  # most have nothing to do
         """A job failed, but all ranks answered and are in step: the next one can run."""
 
     def stop(self, exit_code: int = 0) -> None:
         """End idle ranks in good order. ``kill`` must follow. ``exit_code``: of processes that are not our own."""
+        self.kill("the ranks were closed")
 
+    @abstractmethod
     def kill(self, reason: str) -> None:
         """End the ranks at once, whatever they do, and give back everything. Twice does no harm."""
 
@@ -91,8 +98,8 @@ class RankHandle:
 AnyHandle = TypeVar("AnyHandle", bound=RankHandle)
 
 
-class ConnectedPool(Generic[AnyHandle]):
-    """The part of a ``Pool`` that ranks at the other end of a connection share: the driver's own processes, and torchrun's.
+class ConnectedPool(Pool, Generic[AnyHandle]):
+    """What ranks at the other end of a connection have in common: the driver's own processes, and torchrun's.
 
     How ranks start and end, and how a death shows, is the subclass's.
     """
@@ -137,9 +144,6 @@ class ConnectedPool(Generic[AnyHandle]):
         if insist and (silent := [handle for handle in asked if handle.report is None]):
             self._dump_stacks(silent)
         return {handle.rank: handle.report for handle in asked if handle.report is not None}
-
-    def rejoin(self) -> None:
-        """Ranks that have their own process need nothing: they answered and are in step."""
 
     def _adopt(self, handle: AnyHandle) -> None:
         limit_stalls(handle.connection)

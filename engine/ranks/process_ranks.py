@@ -25,7 +25,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch le
 from engine.ranks import fork_server, rank_loop
 from engine.ranks.failures import RankError, RankReport, describe_exit
 from engine.ranks.pool import ConnectedPool, Deliver, RankHandle
-from engine.ranks.rank_loop import RankSetup
 
 _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes; what is longer, bind() refuses
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
@@ -107,21 +106,17 @@ class ProcessPool(ConnectedPool[ProcessHandle]):
                 self._start_rank(rank, context, self._store.port)
 
     def _start_rank(self, rank: int, context: ForkServerContext, store_port: int) -> None:
-        setup = RankSetup(
-            rank=rank,
-            tp_size=self._tp_size,
-            backend=self._backend,
-            device=f"cuda:{rank}" if self._backend == "nccl" else "cpu",
-            store_port=store_port,
-            driver_pid=self._owner_pid,
-            start_timeout_s=self._start_timeout_s,
-            collective_timeout_s=self._collective_timeout_s,
-            num_threads=max(1, torch.get_num_threads() // self._tp_size),
-            environ=dict(os.environ),
-        )
+        join = functools.partial(
+            rank_loop.join_group, rank=rank, tp_size=self._tp_size, backend=self._backend,
+            device=torch.device("cuda", rank) if self._backend == "nccl" else torch.device("cpu"),
+            open_store=functools.partial(rank_loop.connect_store, store_port, self._start_timeout_s),
+            interface="lo" if sys.platform == "linux" else "lo0", collective_timeout_s=self._collective_timeout_s)
+        options = {"driver_pid": self._owner_pid, "num_threads": max(1, torch.get_num_threads() // self._tp_size),
+                   "environ": dict(os.environ)}
         (ours, theirs), (dump, their_dump) = Pipe(), Pipe()
         with theirs, their_dump:
-            process = context.Process(target=rank_loop.main, args=(setup, theirs, their_dump), name=f"rank-{rank}", daemon=True)
+            process = context.Process(target=rank_loop.main, args=(rank, theirs, their_dump, join), kwargs=options,
+                                      name=f"rank-{rank}", daemon=True)
             handle = ProcessHandle(rank=rank, connection=ours, process=process, dump=dump)
             self._adopt(handle)
             process.start()

@@ -10,11 +10,9 @@ import queue
 import select
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -145,10 +143,21 @@ class RankServer:
         return "raised", number, rank_error(context, raised)
 
 
-def join_group(*, rank: int, tp_size: int, backend: str, device: torch.device, store: Store, interface: str | None,
-               collective_timeout_s: float) -> RankContext:
-    """Returns when all ranks have joined. ``interface``: the network interface for gloo, which would look up the host's own
-    name otherwise, and that not every machine can resolve."""
+def connect_store(port: int, start_timeout_s: float) -> TCPStore:
+    """A rank's end of the driver's store. The driver holds it, so it outlives every rank and goes with the driver."""
+    # The driver's deadline ends this wait, with a report on all ranks: a rank that gives up by itself would spoil that.
+    return TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=start_timeout_s + 10))
+
+
+def join_group(*, rank: int, tp_size: int, backend: str, device: torch.device, open_store: Callable[[], Store],
+               interface: str | None, collective_timeout_s: float) -> RankContext:
+    """Returns when all ranks have joined.
+
+    Args:
+        open_store: gives the store through which ranks find each other.
+        interface: the network interface for gloo, which would look up the host's own name otherwise, and that not every machine
+            can resolve.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # torch waits four times this, a minute by default, before it ends a rank whose collective timed out: for a dump of its
@@ -156,7 +165,7 @@ def join_group(*, rank: int, tp_size: int, backend: str, device: torch.device, s
         os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "250")
     elif interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=tp_size,
+    dist.init_process_group(backend, store=open_store(), rank=rank, world_size=tp_size,
                             timeout=timedelta(seconds=collective_timeout_s),
                             device_id=device if device.type == "cuda" else None)
     group = dist.group.WORLD
@@ -164,23 +173,8 @@ def join_group(*, rank: int, tp_size: int, backend: str, device: torch.device, s
     return RankContext(tp=ProcessTPGroup(group, device), device=device)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankSetup:
-    """What a process of the driver's must know to be a rank. Plain data."""
-
-    rank: int
-    tp_size: int
-    backend: str
-    device: str
-    store_port: int
-    driver_pid: int
-    start_timeout_s: float
-    collective_timeout_s: float
-    num_threads: int
-    environ: dict[str, str]
-
-
-def main(setup: RankSetup, connection: Connection, dump: Connection) -> None:
+def main(rank: int, connection: Connection, dump: Connection, join: Callable[[], RankContext], *, driver_pid: int,
+         num_threads: int, environ: Mapping[str, str]) -> None:
     """The life of a rank that is a process of the driver's: until the driver says stop or is gone.
 
     ``dump`` is where faulthandler writes when Python itself no longer answers, or dies.
@@ -193,26 +187,17 @@ def main(setup: RankSetup, connection: Connection, dump: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, file=dump.fileno(), all_threads=True)
     # A fork server keeps the environment that it was started with.
     os.environ.clear()
-    os.environ.update(setup.environ)
+    os.environ.update(environ)
     watched: list[int] = []
     # A process that the driver forked may hold the connection open after the driver's death: watch that too.
     with suppress(AttributeError, OSError):
-        watched.append(os.pidfd_open(setup.driver_pid))
-    server = RankServer(setup.rank, connection, on_gone=functools.partial(os._exit, 1), watched=watched)
-    torch.set_num_threads(setup.num_threads)
+        watched.append(os.pidfd_open(driver_pid))
+    server = RankServer(rank, connection, on_gone=functools.partial(os._exit, 1), watched=watched)
+    torch.set_num_threads(num_threads)
     try:
-        server.serve(functools.partial(_join, setup))
+        server.serve(join)
     except (EOFError, OSError):
         os._exit(1)  # the driver is gone: nobody is left to tell
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_LEAVE_S)
     server.leave()
-
-
-def _join(setup: RankSetup) -> RankContext:
-    # The driver holds the store, so it outlives every rank and goes with the driver. The driver's deadline ends this wait, with
-    # a report on all ranks: a rank that gives up by itself would spoil that.
-    store = TCPStore("127.0.0.1", setup.store_port, is_master=False, timeout=timedelta(seconds=setup.start_timeout_s + 10))
-    return join_group(rank=setup.rank, tp_size=setup.tp_size, backend=setup.backend, device=torch.device(setup.device),
-                      store=store, interface="lo" if sys.platform == "linux" else "lo0",
-                      collective_timeout_s=setup.collective_timeout_s)

@@ -15,10 +15,10 @@ from engine.parallel.group import SoloGroup, ThreadGroup
 from engine.ranks.failures import RankReport
 from engine.ranks.jobs import Job, RankContext, pack_job, rank_error, report, run_job
 from engine.ranks.messages import Kind, loads
-from engine.ranks.pool import Deliver
+from engine.ranks.pool import Deliver, Pool
 
 
-class SoloPool:
+class SoloPool(Pool):
     """One rank in the calling thread. A job runs when its result is collected; arguments are not copied."""
 
     def __init__(self, device: torch.device) -> None:
@@ -41,24 +41,12 @@ class SoloPool:
         else:
             deliver(0, "raised", number, (rank_error(context, raised), raised))
 
-    def wake(self) -> None:
-        """Nobody waits: the job runs in the caller's thread."""
-
-    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
-        return {}
-
-    def rejoin(self) -> None:
-        """Nobody waits for a solo rank."""
-
-    def stop(self, exit_code: int = 0) -> None:
-        self.kill("")
-
     def kill(self, reason: str) -> None:
         self._waiting.clear()
         self._context.state.clear()
 
 
-class ThreadPool:
+class ThreadPool(Pool):
     """One thread a rank. Each gets copies of the arguments, as if sent; results are handed over uncopied."""
 
     def __init__(self, tp_size: int, device: torch.device, collective_timeout_s: float) -> None:
@@ -124,9 +112,6 @@ class ThreadPool:
     def rejoin(self) -> None:
         """All ranks are in step: those that left after an exception are back."""
         self._groups[0].rejoin()
-
-    def stop(self, exit_code: int = 0) -> None:
-        self.kill("the ranks were closed")
 
     def kill(self, reason: str) -> None:
         """End the threads. One that hangs outside a collective can't be ended: it is left, as a daemon."""

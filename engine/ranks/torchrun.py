@@ -292,7 +292,7 @@ def _local_address(sock: socket.socket) -> str:
 def _join(launch: Launch, welcome: Welcome, interface: str | None, store: Store) -> RankContext:
     on_gpu = welcome.device_type == "cuda"
     return join_group(rank=launch.rank, tp_size=launch.tp_size, backend="nccl" if on_gpu else "gloo",
-                      device=torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu"), store=store,
+                      device=torch.device("cuda", launch.local_rank) if on_gpu else torch.device("cpu"), open_store=lambda: store,
                       interface=interface, collective_timeout_s=welcome.collective_timeout_s)
 
 
