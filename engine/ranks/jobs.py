@@ -1,8 +1,10 @@
-"""A job: what it sees on its rank, how it is run there, and what has come home of it. The same for every fabric."""
+"""A job: how it travels, what it sees on its rank, how it is run there, and what has come home of it. The same for every fabric."""
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import sys
 import threading
 import time
@@ -10,17 +12,35 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.group import TPGroup
 from engine.ranks.failures import RankError, RankFailure, RankReport, error_from_exception, make_failure, stuck_error
-from engine.ranks.messages import Kind, dumps
 
 Job = Callable[..., Any]
 OnEvent = Callable[[int, Any], None]
+Kind = Literal["job", "stop", "inspect", "phase", "event", "done", "raised", "report", "died"]
+"""To the rank:
+
+    job      the pickled (job, args)
+    stop     leave in good order; the payload is the exit code
+    inspect  say where you are
+
+From the rank:
+
+    phase    what the job says it is doing
+    event    what the job emitted, pickled
+    done     (the log's counts, the pickled result)
+    raised   RankError
+    report   RankReport, or None from a rank that has not joined yet
+
+Made by the driver:
+
+    died     RankError
+"""
 
 
 class RankContext:
@@ -63,6 +83,35 @@ class RankContext:
 
 def _drop(payload: Any) -> None:
     """Where events go while no job runs."""
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors travel by value, to the CPU, and a view as its own elements, not with all of its storage."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) not in (torch.Tensor, torch.nn.Parameter):
+            return NotImplemented
+        if obj.layout is not torch.strided or obj.is_meta:
+            return NotImplemented
+        small = obj.untyped_storage().nbytes() <= obj.numel() * obj.element_size()
+        if obj.device.type == "cpu" and small:
+            return NotImplemented
+        with torch.no_grad():
+            moved = obj.detach().cpu() if obj.device.type != "cpu" else obj.detach().clone()
+        if type(obj) is torch.nn.Parameter:
+            return torch.nn.Parameter, (moved, obj.requires_grad)
+        moved.requires_grad_(obj.requires_grad)
+        return moved.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+
+
+def dumps(value: Any) -> bytes:
+    """Pickle ``value``. Not with multiprocessing's pickler: it would put tensors in shared memory."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+loads = pickle.loads
 
 
 def job_name(job: Job) -> str:

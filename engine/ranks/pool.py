@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
+import socket
+import struct
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,8 +16,10 @@ from typing import Any, Generic, TypeVar
 
 from engine.parallel.collective_log import LogSnapshot
 from engine.ranks.failures import RankReport, error_from_exception
-from engine.ranks.jobs import Job, pack_job
-from engine.ranks.messages import Kind, limit_stalls, loads
+from engine.ranks.jobs import Job, Kind, loads, pack_job
+
+STALLED_S = 15
+"""How long a rank may stop in the middle of a message before the driver hangs up on it."""
 
 Deliver = Callable[[int, Kind, int, Any], None]
 """Called with (rank, kind, job number, payload):
@@ -183,6 +187,19 @@ class ConnectedPool(Pool, Generic[AnyHandle]):
         self._actions = {}
         self._wake.close()
         self._woken.close()
+
+
+def limit_stalls(connection: Connection, seconds: int = STALLED_S) -> None:
+    """Let a read or write here that gets nowhere for ``seconds`` fail: BlockingIOError, which is an OSError.
+
+    ``Connection`` takes and gives whole messages. A rank that was stopped in the middle of one would hold up the driver for
+    ever, whatever deadline that has.
+    """
+    sock = socket.socket(fileno=connection.fileno())
+    sock.setblocking(True)  # a default time-out of the process would apply otherwise
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+    sock.detach()
 
 
 def _unpack(rank: int, kind: Kind, number: int, payload: Any) -> tuple[Kind, int, Any]:

@@ -24,8 +24,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # t
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.group import ProcessTPGroup
 from engine.ranks.failures import error_from_exception
-from engine.ranks.jobs import RankContext, rank_error, report, run_job
-from engine.ranks.messages import Kind, dumps, loads
+from engine.ranks.jobs import Kind, RankContext, dumps, loads, rank_error, report, run_job
 
 _LEAVE_S = 30  # how long a rank that was told to stop may take, if nobody is left to end it
 

@@ -15,14 +15,12 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from engine.ranks.fabric import Fabric, choose_fabric
 from engine.ranks.failures import RankError, RankFailure
-from engine.ranks.jobs import Job, OnEvent, PendingJob, RankContext, job_name
-from engine.ranks.messages import Kind
+from engine.ranks.jobs import Job, Kind, OnEvent, PendingJob, RankContext, job_name
 from engine.ranks.pool import Pool
 from engine.ranks.process_ranks import ProcessPool
 from engine.ranks.thread_ranks import SoloPool, ThreadPool
@@ -30,6 +28,8 @@ from engine.ranks.torchrun import Launch, TorchrunPool, check_launch
 
 __all__ = ["JobHandle", "RankContext", "RankError", "RankFailure", "Ranks", "RanksClosed"]
 
+Fabric = Literal["auto", "solo", "threads", "gloo", "nccl"]
+"""What a rank is, and what carries its collectives."""
 _GRACE_S = 2.0  # after the first failure: how long the other ranks get to finish or fail by themselves
 _FIRST_CHECK_S = 0.25  # after the first answer: when to look whether others wait for that rank in vain
 _INSPECT_S = 1.5  # how long ranks get to say where they are, before they are killed
@@ -311,3 +311,41 @@ class Ranks:
         failure = job.failure(reports, fabric=self.fabric, reason=reason)
         self._break(str(failure).split("\n\n", 1)[0])
         return failure
+
+
+def choose_fabric(tp_size: int, fabric: str, device: torch.device) -> tuple[str, torch.device]:
+    """The fabric that ``auto`` stands for, and the device with its index where all ranks share one.
+
+    Raises ValueError for combinations that can't work.
+    """
+    if tp_size < 1:
+        raise ValueError(f"tp_size={tp_size} must be at least 1")
+    if fabric not in get_args(Fabric):
+        raise ValueError(f"fabric={fabric!r} is not one of {', '.join(get_args(Fabric))}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r} is not supported: ranks run on cpu or cuda")
+    index: int | None = device.index
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and num_gpus == 0:
+        raise ValueError(f"device={str(device)!r}, but torch sees no GPU")
+    chosen = fabric
+    if fabric == "auto":
+        if tp_size == 1:
+            chosen = "solo"
+        elif device.type == "cpu":
+            chosen = "gloo"
+        else:
+            chosen = "nccl" if num_gpus >= tp_size and index is None else "threads"
+    if chosen == "solo" and tp_size != 1:
+        raise ValueError(f"fabric='solo' is one rank, got tp_size={tp_size}")
+    if chosen == "gloo" and device.type != "cpu":
+        raise ValueError(f"fabric='gloo' needs device='cpu', got device={str(device)!r}")
+    if chosen == "nccl":
+        if device.type != "cuda" or index is not None:
+            raise ValueError(f"fabric='nccl' needs device='cuda' without an index, got device={str(device)!r}")
+        if num_gpus < tp_size:
+            raise ValueError(f"fabric='nccl' needs a GPU for each of tp_size={tp_size} ranks, torch sees {num_gpus}")
+        return chosen, device
+    if device.type == "cuda" and index is None:
+        device = torch.device("cuda", 0)
+    return chosen, device

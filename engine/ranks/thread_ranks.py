@@ -13,8 +13,7 @@ import torch
 
 from engine.parallel.group import SoloGroup, ThreadGroup
 from engine.ranks.failures import RankReport
-from engine.ranks.jobs import Job, RankContext, pack_job, rank_error, report, run_job
-from engine.ranks.messages import Kind, loads
+from engine.ranks.jobs import Job, Kind, RankContext, loads, pack_job, rank_error, report, run_job
 from engine.ranks.pool import Deliver, Pool
 
 

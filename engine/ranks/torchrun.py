@@ -30,8 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from engine.ranks.failures import RankError
 from engine.ranks.jobs import RankContext
-from engine.ranks.messages import limit_stalls
-from engine.ranks.pool import ConnectedPool, Deliver, RankHandle
+from engine.ranks.pool import ConnectedPool, Deliver, RankHandle, limit_stalls
 from engine.ranks.rank_loop import RankServer, join_group
 
 _ADDRESS_KEY = "driver"

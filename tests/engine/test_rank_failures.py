@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from engine.ranks import pool
-from engine.ranks.messages import limit_stalls
+from engine.ranks.pool import limit_stalls
 from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from tests.engine.rank_jobs import (
     ALL,

@@ -19,9 +19,8 @@ import pytest
 import torch
 
 from engine.ranks import process_ranks
-from engine.ranks.fabric import choose_fabric
 from engine.ranks.process_ranks import ProcessHandle, ProcessPool
-from engine.ranks.ranks import RankContext, Ranks
+from engine.ranks.ranks import RankContext, Ranks, choose_fabric
 from tests.engine.rank_jobs import (
     ROOT,
     failing_within,
