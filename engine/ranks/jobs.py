@@ -1,4 +1,4 @@
-"""A job: how it travels, what it sees on its rank, how it is run there, and what has come home of it. The same for every fabric."""
+"""A job: how it travels, what it sees on its rank, how it is run there, and what has come home of it."""
 
 from __future__ import annotations
 
@@ -131,23 +131,21 @@ def pack_job(job: Job, args: tuple[Any, ...], *, with_job: bool = True) -> bytes
         ) from failure
 
 
-def run_job(context: RankContext, job: Job, args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
-    """(result, None), or (None, what the job raised).
+def run_job(context: RankContext, receive: Callable[[], tuple[Job, tuple[Any, ...]]],
+            pack: Callable[[Any], Any] = lambda result: result) -> tuple[Any, BaseException | None]:
+    """((the log's counts, the packed result), None), or (RankError, what was raised).
 
-    What test frameworks raise to fail or to skip is no ``Exception``, so all is caught but Ctrl-C.
+    What test frameworks raise to fail or to skip is no ``Exception``, so all is caught.
     """
-    context.enter_phase(job_name(job))
+    context.enter_phase("receiving the job")
     try:
-        return job(context, *args), None
-    except KeyboardInterrupt:
-        raise
+        job, args = receive()
+        context.enter_phase(job_name(job))
+        result = job(context, *args)
+        context.enter_phase("sending the result")
+        return (context.tp.log.snapshot(0), pack(result)), None
     except BaseException as failure:
-        return None, failure
-
-
-def rank_error(context: RankContext, failure: BaseException) -> RankError:
-    """What the job raised, as plain data."""
-    return error_from_exception(context.tp.rank, context.phase, failure, context.tp.log.snapshot())
+        return error_from_exception(context.tp.rank, context.phase, failure, context.tp.log.snapshot()), failure
 
 
 def _format_stack(frame: FrameType) -> str:

@@ -24,7 +24,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # t
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.group import ProcessTPGroup
 from engine.ranks.failures import error_from_exception
-from engine.ranks.jobs import Kind, RankContext, dumps, loads, rank_error, report, run_job
+from engine.ranks.jobs import Kind, RankContext, dumps, loads, report, run_job
 
 _LEAVE_S = 30  # how long a rank that was told to stop may take, if nobody is left to end it
 
@@ -116,30 +116,15 @@ class RankServer:
                 return int(payload)
             context.send_event = functools.partial(self._emit, number)
             context.send_phase = functools.partial(self._send, "phase", number)
-            self._send(*self._answer(context, number, payload))
+            answer, raised = run_job(context, functools.partial(loads, payload), dumps)
+            if isinstance(raised, (SystemExit, KeyboardInterrupt)):
+                raise raised  # the process ends with the code that the job asked for, and the driver sees that
+            self._send("done" if raised is None else "raised", number, answer)
             context.enter_phase("idle")
         raise EOFError("the driver is gone")
 
     def _emit(self, number: int, event: Any) -> None:
         self._send("event", number, dumps(event))
-
-    @staticmethod
-    def _answer(context: RankContext, number: int, body: bytes) -> tuple[Kind, int, Any]:
-        context.enter_phase("receiving the job")
-        try:
-            job, args = loads(body)
-        except Exception as failure:
-            return "raised", number, rank_error(context, failure)
-        result, raised = run_job(context, job, args)
-        if isinstance(raised, SystemExit):
-            raise raised  # the process ends with the code that the job asked for, and the driver sees that
-        if raised is None:
-            context.enter_phase("sending the result")
-            try:
-                return "done", number, (context.tp.log.snapshot(0), dumps(result))
-            except Exception as failure:
-                raised = failure
-        return "raised", number, rank_error(context, raised)
 
 
 def connect_store(port: int, start_timeout_s: float) -> TCPStore:

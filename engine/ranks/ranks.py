@@ -30,6 +30,7 @@ __all__ = ["JobHandle", "RankContext", "RankError", "RankFailure", "Ranks", "Ran
 
 Fabric = Literal["auto", "solo", "threads", "gloo", "nccl"]
 """What a rank is, and what carries its collectives."""
+
 _GRACE_S = 2.0  # after the first failure: how long the other ranks get to finish or fail by themselves
 _FIRST_CHECK_S = 0.25  # after the first answer: when to look whether others wait for that rank in vain
 _INSPECT_S = 1.5  # how long ranks get to say where they are, before they are killed
@@ -243,20 +244,10 @@ class Ranks:
             return SoloPool(self.device)
         if self.fabric == "threads":
             return ThreadPool(self.tp_size, self.device, self._collective_timeout_s)
+        timeouts = {"start_timeout_s": self._start_timeout_s, "collective_timeout_s": self._collective_timeout_s}
         if self._launch is not None:
-            return TorchrunPool(
-                self._launch,
-                self.device.type,
-                start_timeout_s=self._start_timeout_s,
-                collective_timeout_s=self._collective_timeout_s,
-            )
-        return ProcessPool(
-            self.tp_size,
-            self.fabric,
-            start_timeout_s=self._start_timeout_s,
-            collective_timeout_s=self._collective_timeout_s,
-            preload=self._preload,
-        )
+            return TorchrunPool(self._launch, self.device.type, **timeouts)
+        return ProcessPool(self.tp_size, self.fabric, **timeouts, preload=self._preload)
 
     def _break(self, reason: str) -> None:
         self._broken_by = reason

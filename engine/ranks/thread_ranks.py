@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -13,7 +14,7 @@ import torch
 
 from engine.parallel.group import SoloGroup, ThreadGroup
 from engine.ranks.failures import RankReport
-from engine.ranks.jobs import Job, Kind, RankContext, loads, pack_job, rank_error, report, run_job
+from engine.ranks.jobs import Job, Kind, RankContext, loads, pack_job, report, run_job
 from engine.ranks.pool import Deliver, Pool
 
 
@@ -34,11 +35,10 @@ class SoloPool(Pool):
         number, job, args = self._waiting.popleft()
         context = self._context
         context.send_event = lambda payload: deliver(0, "event", number, payload)
-        result, raised = run_job(context, job, args)
-        if raised is None:
-            deliver(0, "done", number, (context.tp.log.snapshot(0), result))
-        else:
-            deliver(0, "raised", number, (rank_error(context, raised), raised))
+        answer, raised = run_job(context, lambda: (job, args))
+        if isinstance(raised, KeyboardInterrupt):
+            raise raised
+        deliver(0, *_as_delivered(number, answer, raised))
 
     def kill(self, reason: str) -> None:
         self._waiting.clear()
@@ -71,23 +71,17 @@ class ThreadPool(Pool):
         context = self._contexts[rank]
         self._outbox.put((rank, "done", 0, (context.tp.log.snapshot(0), None)))
         while (message := self._inboxes[rank].get()) is not None:
-            self._outbox.put((rank, *self._answer(context, *message)))
+            number, job, packed = message
+            context.send_event = functools.partial(self._emit, rank, number)
+            answer, raised = run_job(context, functools.partial(_unpack, job, packed))
+            if raised is not None:
+                # The others need not wait for this rank in collectives that it will never enter.
+                self._groups[rank].leave(answer.summary)
+            self._outbox.put((rank, *_as_delivered(number, answer, raised)))
             context.enter_phase("idle")
 
-    def _answer(self, context: RankContext, number: int, job: Job, packed: bytes) -> tuple[Kind, int, Any]:
-        rank = context.tp.rank
-        context.send_event = lambda payload: self._outbox.put((rank, "event", number, payload))
-        try:
-            context.enter_phase("receiving the job")
-            result, raised = run_job(context, job, loads(packed))
-        except BaseException as failure:
-            raised = failure
-        if raised is None:
-            return "done", number, (context.tp.log.snapshot(0), result)
-        error = rank_error(context, raised)
-        # The others need not wait for this rank in collectives that it will never enter.
-        self._groups[rank].leave(error.summary)
-        return "raised", number, (error, raised)
+    def _emit(self, rank: int, number: int, event: Any) -> None:
+        self._outbox.put((rank, "event", number, event))
 
     def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
         packed = pack_job(job, args, with_job=False)
@@ -125,6 +119,14 @@ class ThreadPool(Pool):
             context.state.clear()
         # Threads started from now on would take over the ranks' setting: part of it is the whole process's.
         torch.set_num_threads(self._num_threads_before)
+
+
+def _as_delivered(number: int, answer: Any, raised: BaseException | None) -> tuple[Kind, int, Any]:
+    return ("done", number, answer) if raised is None else ("raised", number, (answer, raised))
+
+
+def _unpack(job: Job, packed: bytes) -> tuple[Job, tuple[Any, ...]]:
+    return job, loads(packed)
 
 
 def _nothing(context: RankContext) -> None:

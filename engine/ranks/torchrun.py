@@ -227,12 +227,9 @@ class TorchrunPool(ConnectedPool[RankHandle]):
 def listen(store: Store, launch: Launch, secret: bytes) -> socket.socket:
     """Rank 0: listen for the others and tell them where."""
     loopback = launch.one_host or launch.host in ("localhost", "127.0.0.1", "::1")
-    if loopback:
-        listener = socket.create_server(("127.0.0.1", 0), backlog=launch.tp_size)
-    elif socket.has_dualstack_ipv6():
-        listener = socket.create_server(("", 0), backlog=launch.tp_size, family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        listener = socket.create_server(("", 0), backlog=launch.tp_size)
+    dualstack = not loopback and socket.has_dualstack_ipv6()
+    listener = socket.create_server(("127.0.0.1" if loopback else "", 0), backlog=launch.tp_size, dualstack_ipv6=dualstack,
+                                    family=socket.AF_INET6 if dualstack else socket.AF_INET)
     host = "127.0.0.1" if loopback else launch.host
     store.set(_ADDRESS_KEY, f"{host} {listener.getsockname()[1]} {secret.hex()}")
     return listener
