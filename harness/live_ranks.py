@@ -16,8 +16,7 @@ from typing import Any
 import hypothesis
 import torch
 
-from engine.ranks.pending_job import OnEvent
-from engine.ranks.rank_job import Job, RankContext
+from engine.ranks.jobs import Job, OnEvent, RankContext
 from engine.ranks.ranks import RankFailure, Ranks
 
 HANG_ATTEMPTS = 25

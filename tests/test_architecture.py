@@ -243,7 +243,7 @@ ALLOWED = [
     ("import walls", "harness/cli.py", "import engine, reference.hf\nfrom reports import records"),
     ("import walls", "reference/hf.py", "from engine.checkpoint.checkpoint_files import CONFIG_FILE"),
     ("import walls", "reports/tables.py", "import pandas\nfrom enginelike import x"),
-    ("parallel without ranks", "engine/ranks/rank_job.py", "from engine.parallel.group import TPGroup"),
+    ("parallel without ranks", "engine/ranks/jobs.py", "from engine.parallel.group import TPGroup"),
     ("reports without torch", "harness/cli.py", "import torch"),
     ("processes", "engine/ranks/ranks.py", "import multiprocessing"),
     ("processes", "engine/llm.py", "import os\nos.environ['X']\nos.cpu_count()"),

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 from engine.execution.core import Progress, advance, stop_core
 from engine.frontend.ongoing import OngoingRequest
-from engine.ranks.ranks import RankFailure, Ranks, RanksClosed, Ticket
+from engine.ranks.ranks import JobHandle, RankFailure, Ranks, RanksClosed
 from engine.scheduling.sequence import Request
 
 STEPS_PER_MESSAGE = 4
@@ -38,13 +38,16 @@ class Driver:
         # Guards all below, and is never held while the ranks work. Reentrant: a stream that nobody holds any more may be
         # closed by the garbage collector, anywhere.
         self._changed = threading.Condition(threading.RLock())
-        self._is_driven = False
+        self._driven_by: int | None = None
+        """The thread that drives the ranks."""
+        self._frees_ranks = False
+        """Whether that thread is to leave the ranks once it is done: the engine was closed under it."""
         self._requests: dict[int, OngoingRequest] = {}
         self._running: dict[int, OngoingRequest] = {}
         """Who gets the tokens of what runs on the ranks, by the ranks' numbers."""
         self._new: list[Request] = []
         self._aborts: list[int] = []
-        self._in_flight: deque[Ticket] = deque()
+        self._in_flight: deque[JobHandle] = deque()
         self._failure: str | None = None
         self._closed = False
 
@@ -77,14 +80,21 @@ class Driver:
         self._tidy_up()
 
     def close(self) -> None:
-        """End the engine, from any thread. Calls under way end with an error; returns when the ranks are gone, or free."""
+        """End the engine, from any thread. Calls under way end with an error; returns when the ranks are gone, or free.
+
+        In a signal handler it returns at once where the interrupted thread drives the ranks: the call there frees them.
+        """
         with self._changed:
             was_closed, self._closed = self._closed, True
             self._changed.notify_all()
-            if not (self._owns_ranks or was_closed):
-                self._changed.wait_for(lambda: not self._is_driven)
-        if not was_closed or self._owns_ranks:
-            self._leave_ranks()
+            if not self._owns_ranks:
+                if was_closed:
+                    return
+                if self._driven_by == threading.get_ident():
+                    self._frees_ranks = True  # a signal handler must not wait for what it has interrupted
+                    return
+                self._changed.wait_for(lambda: self._driven_by is None)
+        self._leave_ranks()
 
     def check_usable(self) -> None:
         """Raise RuntimeError if no request can run any more."""
@@ -117,10 +127,10 @@ class Driver:
         """Tell the ranks what to drop, and wait for them if nothing runs any more. Who drives meanwhile does both in turn."""
         with self._changed:
             # The ranks are gone too where the interpreter ends and a stream is still open.
-            if self._is_driven or self._closed or self._failure is not None or not self._ranks.healthy:
+            if self._driven_by is not None or self._closed or self._failure is not None or not self._ranks.healthy:
                 return
-            self._is_driven = True
-        with self._released_afterwards(), suppress(RanksClosed):
+            self._driven_by = threading.get_ident()
+        with suppress(RanksClosed), self._released_afterwards():
             if self._aborts:
                 self._send(0)
             while self._in_flight and not self._running:
@@ -129,13 +139,13 @@ class Driver:
     def _advance(self, waiting: Sequence[OngoingRequest]) -> None:
         """Wait until something has come for one of ``waiting``; drive the ranks by one message if nobody else does."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self._is_driven or any(request.inbox for request in waiting))
+            self._changed.wait_for(lambda: self._closed or self._driven_by is None or any(request.inbox for request in waiting))
             if any(request.inbox for request in waiting):
                 return
             if self._closed:
                 raise self._closed_under(waiting)
             self.check_usable()
-            self._is_driven = True
+            self._driven_by = threading.get_ident()
         try:
             self._drive()
         except RanksClosed:
@@ -160,11 +170,16 @@ class Driver:
     def _released_afterwards(self) -> Iterator[None]:
         """Lets others drive."""
         try:
+            if self._closed:  # by a signal handler, a moment before this thread said that it drives
+                raise RanksClosed("the engine was closed")
             yield
         finally:
             with self._changed:
-                self._is_driven = False
+                self._driven_by = None
+                frees_ranks, self._frees_ranks = self._frees_ranks, False
                 self._changed.notify_all()
+            if frees_ranks:
+                self._leave_ranks()
 
     def _send(self, num_steps: int) -> None:
         with self._changed:

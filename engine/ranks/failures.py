@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import traceback
@@ -78,7 +79,9 @@ class RankFailure(RuntimeError):  # noqa: N818
         super().__init__(self._message())
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.job, self.failures, self.tp_size, self.fabric, self.divergence, self.reason)
+        make = functools.partial(RankFailure, self.job, self.failures, tp_size=self.tp_size, fabric=self.fabric,
+                                 divergence=self.divergence, reason=self.reason)
+        return make, ()
 
     def _message(self) -> str:
         failed = f"{name_ranks(sorted(self.failures))} of {self.tp_size}" if self.failures else "all ranks together"
@@ -94,17 +97,6 @@ class RankFailure(RuntimeError):  # noqa: N818
                 if text:
                     lines += ["", f"--- rank {error.rank}: {title} ---", text.rstrip()]
         return "\n".join(lines)
-
-
-def _rebuild(
-    job: str,
-    failures: Mapping[int, RankError],
-    tp_size: int,
-    fabric: str,
-    divergence: tuple[str, ...],
-    reason: str,
-) -> RankFailure:
-    return RankFailure(job, failures, tp_size=tp_size, fabric=fabric, divergence=divergence, reason=reason)
 
 
 def error_from_exception(rank: int, phase: str, failure: BaseException, log: LogSnapshot | None) -> RankError:

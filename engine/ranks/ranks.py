@@ -15,22 +15,21 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from engine.ranks.channel import Kind
-from engine.ranks.fabric import Fabric, choose_fabric
 from engine.ranks.failures import RankError, RankFailure
-from engine.ranks.pending_job import OnEvent, PendingJob
+from engine.ranks.jobs import Job, Kind, OnEvent, PendingJob, RankContext, job_name
 from engine.ranks.pool import Pool
-from engine.ranks.process_pool import ProcessPool
-from engine.ranks.rank_job import Job, RankContext, job_name
-from engine.ranks.rank_threads import SoloPool, ThreadPool
-from engine.ranks.torchrun import Launch, check_launch
-from engine.ranks.torchrun_pool import TorchrunPool
+from engine.ranks.process_ranks import ProcessPool
+from engine.ranks.thread_ranks import SoloPool, ThreadPool
+from engine.ranks.torchrun import Launch, TorchrunPool, check_launch
 
-__all__ = ["RankContext", "RankError", "RankFailure", "Ranks", "RanksClosed", "Ticket"]
+__all__ = ["JobHandle", "RankContext", "RankError", "RankFailure", "Ranks", "RanksClosed"]
+
+Fabric = Literal["auto", "solo", "threads", "gloo", "nccl"]
+"""What a rank is, and what carries its collectives."""
 
 _GRACE_S = 2.0  # after the first failure: how long the other ranks get to finish or fail by themselves
 _FIRST_CHECK_S = 0.25  # after the first answer: when to look whether others wait for that rank in vain
@@ -42,7 +41,7 @@ class RanksClosed(RuntimeError):  # noqa: N818
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class JobHandle:
     """A job that was submitted."""
 
     number: int
@@ -138,7 +137,7 @@ class Ranks:
         """
         return self.collect(self.submit(job, *args, on_event=on_event), timeout_s=timeout_s)
 
-    def submit(self, job: Job, *args: Any, on_event: OnEvent | None = None) -> Ticket:
+    def submit(self, job: Job, *args: Any, on_event: OnEvent | None = None) -> JobHandle:
         """Hand a job to every rank and return at once. Each rank runs its jobs in the order of submission."""
         with self._turn:
             self._check_open()
@@ -149,25 +148,25 @@ class Ranks:
             number = next(self._numbers)
             self._pool.send(number, job, args)
             self._expect(number, job_name(job), on_event)
-            return Ticket(number, job_name(job))
+            return JobHandle(number, job_name(job))
 
-    def collect(self, ticket: Ticket, timeout_s: float | None = None) -> list[Any]:
+    def collect(self, handle: JobHandle, timeout_s: float | None = None) -> list[Any]:
         """Wait for a submitted job; the results in rank order. Raises as ``run`` does; RanksClosed if that comes first."""
         with self._turn:
             before, self._collector = self._collector, threading.get_ident()
             try:
-                return self._collect(ticket, timeout_s)
+                return self._collect(handle, timeout_s)
             finally:
                 self._collector = before
                 if self._closed and before is None:
                     self._end()
 
-    def _collect(self, ticket: Ticket, timeout_s: float | None) -> list[Any]:
+    def _collect(self, handle: JobHandle, timeout_s: float | None) -> list[Any]:
         self._check_open()
-        if ticket.number not in self._running:
+        if handle.number not in self._running:
             why = f": {self._broken_by}" if self._broken_by else ""
-            raise RuntimeError(f"{ticket} was collected before, or was lost with the ranks it ran on{why}")
-        job = self._running[ticket.number]
+            raise RuntimeError(f"{handle} was collected before, or was lost with the ranks it ran on{why}")
+        job = self._running[handle.number]
         if timeout_s is None:
             timeout_s = self._job_timeout_s
         deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
@@ -178,15 +177,15 @@ class Ranks:
             if reason or not job.succeeded:
                 if timeout_s is not None and not job.errors and not reason:
                     reason = f"no answer within timeout_s={timeout_s:g}"
-                raise self._settle(job, reason) from job.cause
+                raise self._give_up(job, reason) from job.cause
         except RankFailure:
             raise
         except BaseException as failure:
             # Closed meanwhile, Ctrl-C, or an on_event that raised: the ranks are in the middle of a job that nobody waits for.
-            self._break(f"{type(failure).__name__} while job {ticket.job!r} ran")
+            self._break(f"{type(failure).__name__} while job {handle.job!r} ran")
             raise
         finally:
-            self._running.pop(ticket.number, None)
+            self._running.pop(handle.number, None)
         return [job.results[rank] for rank in range(self.tp_size)]
 
     def restart(self) -> None:
@@ -235,7 +234,7 @@ class Ranks:
         self._expect(0, "start", None)
         try:
             self._pool.start()
-            self.collect(Ticket(0, "start"), timeout_s=self._start_timeout_s)
+            self.collect(JobHandle(0, "start"), timeout_s=self._start_timeout_s)
         except BaseException as failure:
             self._break(f"{type(failure).__name__} while starting")
             raise
@@ -245,20 +244,10 @@ class Ranks:
             return SoloPool(self.device)
         if self.fabric == "threads":
             return ThreadPool(self.tp_size, self.device, self._collective_timeout_s)
+        timeouts = {"start_timeout_s": self._start_timeout_s, "collective_timeout_s": self._collective_timeout_s}
         if self._launch is not None:
-            return TorchrunPool(
-                self._launch,
-                self.device.type,
-                start_timeout_s=self._start_timeout_s,
-                collective_timeout_s=self._collective_timeout_s,
-            )
-        return ProcessPool(
-            self.tp_size,
-            self.fabric,
-            start_timeout_s=self._start_timeout_s,
-            collective_timeout_s=self._collective_timeout_s,
-            preload=self._preload,
-        )
+            return TorchrunPool(self._launch, self.device.type, **timeouts)
+        return ProcessPool(self.tp_size, self.fabric, **timeouts, preload=self._preload)
 
     def _break(self, reason: str) -> None:
         self._broken_by = reason
@@ -269,10 +258,10 @@ class Ranks:
     def _expect(self, number: int, name: str, on_event: OnEvent | None) -> None:
         job = self._running[number] = PendingJob(name=name, tp_size=self.tp_size, on_event=on_event)
         for rank, death in self._dead.items():
-            job.deliver(rank, Kind.DIED, death)
+            job.deliver(rank, "died", death)
 
     def _deliver(self, rank: int, kind: Kind, number: int, payload: Any) -> None:
-        if kind is Kind.DIED:
+        if kind == "died":
             self._dead[rank] = payload
             for job in self._running.values():  # whichever it was in, it will finish none of them
                 job.deliver(rank, kind, payload)
@@ -296,20 +285,58 @@ class Ranks:
                 next_check = now + pause
                 if len(self._running) == 1:
                     reports = self._pool.inspect(job.unanswered, _FIRST_CHECK_S, self._deliver)
-                    if job.waits_in_vain(reports):
+                    if job.waits_for_nobody(reports):
                         return "" if job.errors else "a rank is done while others wait for it"
                 continue
             left = min(limit, next_check) - now
             self._pool.poll(self._deliver, None if left == math.inf else left)
         return ""
 
-    def _settle(self, job: PendingJob, reason: str) -> RankFailure:
+    def _give_up(self, job: PendingJob, reason: str) -> RankFailure:
         """Find out what happened to every rank, and end the ranks unless all are surely in step."""
         if job.in_step and not self._dead and len(self._running) == 1:
-            self._pool.forgive()
+            self._pool.rejoin()
             return job.failure({}, fabric=self.fabric, reason=reason)
         alive = [rank for rank in range(self.tp_size) if rank not in self._dead and rank not in job.errors]
         reports = self._pool.inspect(alive, _INSPECT_S, self._deliver, insist=True)
         failure = job.failure(reports, fabric=self.fabric, reason=reason)
         self._break(str(failure).split("\n\n", 1)[0])
         return failure
+
+
+def choose_fabric(tp_size: int, fabric: str, device: torch.device) -> tuple[str, torch.device]:
+    """The fabric that ``auto`` stands for, and the device with its index where all ranks share one.
+
+    Raises ValueError for combinations that can't work.
+    """
+    if tp_size < 1:
+        raise ValueError(f"tp_size={tp_size} must be at least 1")
+    if fabric not in get_args(Fabric):
+        raise ValueError(f"fabric={fabric!r} is not one of {', '.join(get_args(Fabric))}")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r} is not supported: ranks run on cpu or cuda")
+    index: int | None = device.index
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and num_gpus == 0:
+        raise ValueError(f"device={str(device)!r}, but torch sees no GPU")
+    chosen = fabric
+    if fabric == "auto":
+        if tp_size == 1:
+            chosen = "solo"
+        elif device.type == "cpu":
+            chosen = "gloo"
+        else:
+            chosen = "nccl" if num_gpus >= tp_size and index is None else "threads"
+    if chosen == "solo" and tp_size != 1:
+        raise ValueError(f"fabric='solo' is one rank, got tp_size={tp_size}")
+    if chosen == "gloo" and device.type != "cpu":
+        raise ValueError(f"fabric='gloo' needs device='cpu', got device={str(device)!r}")
+    if chosen == "nccl":
+        if device.type != "cuda" or index is not None:
+            raise ValueError(f"fabric='nccl' needs device='cuda' without an index, got device={str(device)!r}")
+        if num_gpus < tp_size:
+            raise ValueError(f"fabric='nccl' needs a GPU for each of tp_size={tp_size} ranks, torch sees {num_gpus}")
+        return chosen, device
+    if device.type == "cuda" and index is None:
+        device = torch.device("cuda", 0)
+    return chosen, device

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import engine.ranks.pending_job as pending_job_module
+import engine.ranks.jobs as jobs_module
 from engine.parallel.group import TPGroup
 from engine.ranks.failures import RankError, RankFailure
-from engine.ranks.link_pool import LinkPool
-from engine.ranks.links import ProcessLink
-from engine.ranks.process_pool import ProcessPool
+from engine.ranks.pool import ConnectedPool
+from engine.ranks.process_ranks import ProcessHandle, ProcessPool
 from harness.faults.base import Patches, control, fault
 
 
@@ -20,30 +19,30 @@ def killed_rank_not_seen(patch: Patches, tp: TPGroup) -> None:
     """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
 
     def make(original: Any) -> Any:
-        def bury(self: Any, link: ProcessLink, deliver: Any) -> None:
-            self._selector.unregister(link.process.sentinel)
+        def rank_died(self: Any, handle: ProcessHandle, deliver: Any) -> None:
+            del self._actions[handle.process.sentinel]
 
-        return bury
+        return rank_died
 
-    patch.replace(ProcessPool, "_bury", make)
+    patch.replace(ProcessPool, "_rank_died", make)
 
 
 @fault(where="driver", rows=(84,), checks=("lifecycle",))
 def ranks_outlive_their_driver(patch: Patches, tp: TPGroup) -> None:
     """Ranks that are given up are neither ended nor told, so that they stay for ever."""
-    given_up: list[ProcessLink] = []
+    given_up: list[ProcessHandle] = []
 
     def put_off(original: Any, instead: Any) -> Any:
         def do_it_in_the_end() -> None:
-            for link in given_up:
-                original(link)
+            for handle in given_up:
+                original(handle)
 
         patch.on_close(do_it_in_the_end)  # the fault itself may leave nothing behind
         return instead
 
     # Taken back in the other order: ended first, then closed.
-    patch.replace(ProcessLink, "close", lambda original: put_off(original, lambda self: None))
-    patch.replace(ProcessLink, "kill", lambda original: put_off(original, lambda self: given_up.append(self)))
+    patch.replace(ProcessHandle, "close", lambda original: put_off(original, lambda self: None))
+    patch.replace(ProcessHandle, "kill", lambda original: put_off(original, lambda self: given_up.append(self)))
 
 
 @fault(where="driver", checks=("lifecycle",))
@@ -58,7 +57,7 @@ def consequence_taken_for_a_cause(patch: Patches, tp: TPGroup) -> None:
 
         return make_failure
 
-    patch.replace(pending_job_module, "make_failure", make)
+    patch.replace(jobs_module, "make_failure", make)
 
 
 @control(where="driver")
@@ -71,4 +70,4 @@ def answers_awaited_in_short_naps(patch: Patches, tp: TPGroup) -> None:
 
         return poll
 
-    patch.replace(LinkPool, "poll", make)
+    patch.replace(ConnectedPool, "poll", make)

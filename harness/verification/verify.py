@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from engine.config import ModelConfig
-from engine.ranks.fabric import choose_fabric
-from engine.ranks.ranks import RankFailure, Ranks
+from engine.ranks.ranks import RankFailure, Ranks, choose_fabric
 from harness import jobs
 from harness.checks import CHECKS, WITHOUT_SUBJECT
 from harness.checks.base import PRELOAD, CheckContext, Outcome, raised

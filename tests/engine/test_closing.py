@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from engine import SamplingParams
+from engine import LLM, SamplingParams
 from engine.ranks.ranks import RankContext, Ranks
 from tests.engine.rank_jobs import ALL, ROOT, echo, nap
 from tests.engine.served import PROMPTS, open_llm
@@ -109,9 +109,8 @@ def test_a_stream_is_told_when_its_engine_is_closed(talking: Path, kind: tuple[s
     llm.abort(stream.request_ids[0])
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_a_signal_handler_may_close_the_engine(talking: Path, kind: tuple[str, int]) -> None:
-    llm = open_llm(talking, kind[1], fabric=kind[0])
+def close_by_signal(llm: LLM) -> None:
+    """Have a signal handler close the engine while this very thread drives its ranks."""
 
     def close(number: int, frame: FrameType | None) -> None:
         llm.close()
@@ -126,6 +125,35 @@ def test_a_signal_handler_may_close_the_engine(talking: Path, kind: tuple[str, i
         timer.join()
         signal.signal(signal.SIGUSR2, before)
     llm.close()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_signal_handler_may_close_the_engine(talking: Path, kind: tuple[str, int]) -> None:
+    close_by_signal(open_llm(talking, kind[1], fabric=kind[0]))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_signal_handler_may_close_an_engine_on_ranks_of_somebody_else(talking: Path, kind: tuple[str, int]) -> None:
+    fabric, tp_size = kind
+    with Ranks(tp_size, fabric=fabric) as ranks:
+        for _ in range(2):
+            close_by_signal(open_llm(talking, tp_size, ranks=ranks))
+            assert ranks.healthy
+            assert ranks.run(has_core) == [False] * tp_size
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_handler_that_closes_the_engine_as_a_thread_begins_to_drive_ends_its_call(
+    talking: Path, monkeypatch: pytest.MonkeyPatch, kind: tuple[str, int]
+) -> None:
+    """A signal comes when it will: here between the look whether the engine is closed and the first message to the ranks."""
+    fabric, tp_size = kind
+    with Ranks(tp_size, fabric=fabric) as ranks:
+        llm = open_llm(talking, tp_size, ranks=ranks)
+        monkeypatch.setattr(llm._driver, "check_usable", llm.close)
+        with pytest.raises(RuntimeError, match=WHILE):
+            next(llm._driver.follow(llm._admission.admit(PROMPTS, LONG, streams=False)))
+        assert ranks.run(has_core) == [False] * tp_size
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -16,7 +16,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.execution.core import CoreInfo, News, Progress, advance, start_core
 from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import SoloGroup, TPGroup
-from engine.ranks.rank_job import RankContext
+from engine.ranks.jobs import RankContext
 from engine.scheduling.sequence import Request
 from tests.engine.conftest import MakeCheckpoint, MakeReference
 from tests.engine.support import FEW, on_ranks

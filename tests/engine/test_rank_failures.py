@@ -6,6 +6,7 @@ import functools
 import os
 import pickle
 import signal
+import struct
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.ranks import pool
+from engine.ranks.pool import limit_stalls
 from engine.ranks.ranks import RankContext, RankFailure, Ranks
 from tests.engine.rank_jobs import (
     ALL,
@@ -238,6 +241,31 @@ def test_a_rank_that_cannot_answer_is_still_ended_and_told(how: Callable[[], Any
         error = caught.value.failures[1]
         assert (error.kind, error.phase, error.consequence) == ("stuck", "prefill", False)
         assert stacks in error.stacks
+
+
+def stop_in_mid_message(context: RankContext) -> None:
+    if context.tp.rank == 1:
+        connection = context.send_event.func.__self__._connection  # type: ignore[attr-defined]
+        os.write(connection.fileno(), struct.pack("!i", 1000) + b"not all of it")
+        kill_self(signal.SIGSTOP)
+
+
+@multirank
+@pytest.mark.parametrize("who_speaks", ["the rank", "the driver"])
+def test_a_rank_that_stops_in_the_middle_of_a_message_holds_the_deadline_up_for_seconds_alone(
+    monkeypatch: pytest.MonkeyPatch, who_speaks: str
+) -> None:
+    monkeypatch.setattr(pool, "limit_stalls", functools.partial(limit_stalls, seconds=1))
+    with Ranks(2, fabric="gloo", auto_restart=True) as ranks:
+        victim = ranks.run(pid)[1]
+        with failing_within(6) as caught:
+            if who_speaks == "the rank":
+                ranks.run(stop_in_mid_message, timeout_s=0.3)
+            else:
+                os.kill(victim, signal.SIGSTOP)
+                ranks.run(echo, torch.zeros(5_000_000), timeout_s=0.3)
+        assert caught.value.failures[1].kind == "stuck"
+        assert ranks.run(echo, 1) == [1, 1]
 
 
 @multirank

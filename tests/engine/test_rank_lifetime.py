@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,9 @@ import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines hav
 import pytest
 import torch
 
-from engine.ranks import process_pool
-from engine.ranks.channel import Channel
-from engine.ranks.fabric import choose_fabric
-from engine.ranks.links import ProcessLink
-from engine.ranks.process_pool import ProcessPool
-from engine.ranks.ranks import RankContext, Ranks
+from engine.ranks import process_ranks
+from engine.ranks.process_ranks import ProcessHandle, ProcessPool
+from engine.ranks.ranks import RankContext, Ranks, choose_fabric
 from tests.engine.rank_jobs import (
     ROOT,
     failing_within,
@@ -264,7 +260,7 @@ def test_a_folder_that_is_too_long_for_a_socket_and_cannot_be_helped_is_named(
 ) -> None:
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/x" * 60)
     with pytest.raises(RuntimeError, match=r"too long for a socket of at most 10\d bytes: set TMPDIR to a shorter folder"):
-        process_pool._start_fork_server()
+        process_ranks._start_fork_server()
 
 
 ON_STANDARD_INPUT = """
@@ -306,28 +302,28 @@ def test_a_process_that_never_started_is_sent_no_signal(monkeypatch: pytest.Monk
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     process = multiprocessing.get_context("forkserver").Process(target=print)
-    (jobs, other), (control, another), (dump, third) = (socket.socketpair() for _ in range(3))
-    link = ProcessLink(rank=0, process=process, jobs=Channel(jobs), control=Channel(control), dump=dump)
+    (ours, theirs), (dump, their_dump) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    handle = ProcessHandle(rank=0, process=process, connection=ours, dump=dump)
     pool = ProcessPool(1, "gloo", start_timeout_s=1.0, collective_timeout_s=1.0)
-    pool._adopt(link)
+    pool._adopt(handle)
     reports = pool.inspect([0], 0.01, lambda *message: None, insist=True)
     assert reports[0].log is None
     pool.kill("it never started")
     assert sent == [], "pid 0 is this process and its whole group"
-    for sock in (other, another, third):
-        sock.close()
+    for end in (theirs, their_dump):
+        end.close()
 
 
 @multirank
 def test_a_rank_that_died_this_moment_is_no_trouble_to_who_asks_it_for_its_stacks() -> None:
     with Ranks(2, fabric="gloo") as ranks:
-        victim = ranks._pool._links[0]  # type: ignore[attr-defined]
+        victim = ranks._pool._handles[0]  # type: ignore[attr-defined]
         victim_pid = victim.process.pid
         os.kill(victim_pid, signal.SIGKILL)
         assert wait_until_gone([victim_pid], 3) == []
         victim.process.is_alive = lambda: True  # as it was a moment ago
         try:
-            ranks._pool._press([victim])  # type: ignore[attr-defined]
+            ranks._pool._dump_stacks([victim])  # type: ignore[attr-defined]
         except ProcessLookupError as error:
             pytest.fail(f"the signal to a process that is gone was an error: {error}")
         del victim.process.is_alive

@@ -102,19 +102,19 @@ def test_tensors_of_every_kind_come_back_as_they_were() -> None:
 def test_big_payloads_pass_both_ways_with_jobs_in_flight() -> None:
     big = torch.arange(5_000_000, dtype=torch.float32)  # 20 MB
     with Ranks(2, fabric="gloo") as ranks:
-        tickets = [ranks.submit(echo, big + n) for n in range(2)]
-        for n, ticket in enumerate(tickets):
-            for result in ranks.collect(ticket, timeout_s=30):
+        handles = [ranks.submit(echo, big + n) for n in range(2)]
+        for n, handle in enumerate(handles):
+            for result in ranks.collect(handle, timeout_s=30):
                 assert torch.equal(result, big + n)
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_jobs_in_flight_run_in_order_and_can_be_collected_in_any(kind: tuple[str, int]) -> None:
     with Ranks(kind[1], fabric=kind[0]) as ranks:
-        tickets = [ranks.submit(remember, n) for n in range(4)]
-        assert [ranks.collect(tickets[n])[0][n] for n in (0, 2, 1, 3)] == [0, 2, 1, 3]
+        handles = [ranks.submit(remember, n) for n in range(4)]
+        assert [ranks.collect(handles[n])[0][n] for n in (0, 2, 1, 3)] == [0, 2, 1, 3]
         with pytest.raises(RuntimeError, match="collected before"):
-            ranks.collect(tickets[0])
+            ranks.collect(handles[0])
 
 
 @multirank
@@ -133,9 +133,9 @@ def test_ranks_live_side_by_side() -> None:
     ):
         pids = [*one.run(pid), *other.run(pid)]
         assert len(set(pids)) == 4
-        tickets = [(ranks, ranks.submit(total, torch.ones(2))) for ranks in (one, other, third)]
-        for ranks, ticket in tickets:
-            assert ranks.collect(ticket, timeout_s=20)[0].tolist() == [3.0, 3.0]
+        handles = [(ranks, ranks.submit(total, torch.ones(2))) for ranks in (one, other, third)]
+        for ranks, handle in handles:
+            assert ranks.collect(handle, timeout_s=20)[0].tolist() == [3.0, 3.0]
         assert set(third.run(pid)) == {os.getpid()}
 
 

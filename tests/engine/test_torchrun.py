@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines have its stubs
@@ -16,7 +20,7 @@ import pytest
 import torch
 
 from engine.ranks.ranks import RankContext, RankFailure, Ranks
-from engine.ranks.torchrun import Launch, check_launch, launched, read_hello, serve
+from engine.ranks.torchrun import Launch, check_launch, greet, launched, serve
 
 ROOT = Path(__file__).parents[2]
 ENVIRON = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h0", "MASTER_PORT": "1"}
@@ -85,8 +89,8 @@ def drive(launch: Launch, end: str) -> None:
         assert results[0][1] == os.getpid(), "rank 0 is this process"
         assert len({process for _, process, _ in results}) == size
         assert all(values == [float(size)] * 3 for *_, values in results)
-        tickets = [ranks.submit(remember, value) for value in range(3)]
-        assert [ranks.collect(ticket)[0] for ticket in tickets] == [[0], [0, 1], [0, 1, 2]], "in order, with their state"
+        handles = [ranks.submit(remember, value) for value in range(3)]
+        assert [ranks.collect(handle)[0] for handle in handles] == [[0], [0, 1], [0, 1, 2]], "in order, with their state"
         with pytest.raises(RankFailure) as caught:
             ranks.run(raise_everywhere, timeout_s=30)
         assert [error.summary for error in caught.value.failures.values()] == [
@@ -166,18 +170,34 @@ def test_on_gpus_each_rank_has_the_one_of_its_place_on_the_host() -> None:
     assert check_launch(launch, 4, "auto", torch.device("cuda")) == ("nccl", torch.device("cuda:1"))
 
 
-@pytest.mark.parametrize(("hello", "known"), [
-    (b"s" * 32 + b"\0\0\0\1\0", (1, "jobs")),
-    (b"s" * 32 + b"\0\0\0\1\1", (1, "control")),
-    (b"x" * 32 + b"\0\0\0\1\0", None),
-    (b"s" * 32 + b"\0\0\0\0\0", None),
-    (b"s" * 32 + b"\0\0\0\2\0", None),
-    (b"s" * 32 + b"\0\0\0\1\2", None),
-    (b"GET / HTTP/1.1\r\n\r\n", None),
-], ids=["jobs", "control", "another secret", "rank 0", "no such rank", "no such purpose", "someone else"])
-def test_only_ranks_that_know_the_secret_are_let_in(hello: bytes, known: tuple[int, str] | None) -> None:
+@pytest.mark.parametrize(("rank", "secret", "known"), [
+    (1, b"s" * 32, True), (1, b"x" * 32, False), (0, b"s" * 32, False), (2, b"s" * 32, False), ("1", b"s" * 32, False),
+], ids=["a rank", "another secret", "rank 0", "no such rank", "no number"])
+def test_only_ranks_that_know_the_secret_are_let_in(rank: object, secret: bytes, known: bool) -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.sendall(hello)
-        theirs.shutdown(socket.SHUT_WR)
-        assert read_hello(ours, b"s" * 32, DRIVER) == known
+    with Connection(theirs.detach()) as caller:
+        thread = threading.Thread(target=call, args=(caller, secret, rank))
+        thread.start()
+        greeted = greet(ours, b"s" * 32, DRIVER)
+        thread.join()
+        assert (greeted is not None) is known
+        if greeted is not None:
+            assert greeted[0] == rank
+            greeted[1].close()
+
+
+def call(connection: Connection, secret: bytes, rank: object) -> None:
+    with contextlib.suppress(AuthenticationError, EOFError, OSError):
+        answer_challenge(connection, secret)
+        deliver_challenge(connection, secret)
+        connection.send(rank)
+
+
+@pytest.mark.parametrize("says", [b"GET / HTTP/1.1\r\n\r\n", b"", b"\0\0\0\4what"], ids=["HTTP", "nothing", "no answer"])
+def test_a_stranger_is_sent_away_within_seconds(says: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(says)
+        started = time.monotonic()
+        assert greet(ours, b"s" * 32, DRIVER) is None
+        assert time.monotonic() - started < 5

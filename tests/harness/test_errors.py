@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import engine.config
 import harness.verification.verify
 from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
-from engine.ranks.fabric import Fabric
 from engine.ranks.failures import RankError, RankFailure
+from engine.ranks.ranks import Fabric
 from harness import names
 from harness.checks import CHECKS
 from harness.commands.progress import RowsShown, about

@@ -132,14 +132,14 @@ def test_ranks_that_generate_something_else_afterwards_are_seen(folder: Path, mo
 @pytest.mark.multirank
 def test_a_process_that_hides_its_phase_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's side alone is patched: what it makes of a death."""
-    import engine.ranks.pending_job as pending_job
+    import engine.ranks.jobs as rank_jobs
 
-    make = pending_job.make_failure
+    make = rank_jobs.make_failure
 
     def forgetful(job: str, errors: Any, *arguments: Any, **options: Any) -> RankFailure:
         return make(job, {rank: replace(error, phase="?") for rank, error in errors.items()}, *arguments, **options)
 
-    monkeypatch.setattr(pending_job, "make_failure", forgetful)
+    monkeypatch.setattr(rank_jobs, "make_failure", forgetful)
     outcome = run_check("lifecycle", folder, case=asdict(KILLED))
     assert outcome.finding is not None
     assert "reported in phase '?'" in outcome.finding

@@ -109,8 +109,8 @@ def test_two_engines_side_by_side_do_not_disturb_each_other(small_model: MakeMod
         for ranks, folder in zip(engines, models, strict=True):
             ranks.run(jobs.load, "engine", folder, "float32", OPTIONS, timeout_s=120.0)
         alone = [ranks.run(jobs.generate, prompts, GREEDY, timeout_s=60.0) for ranks in engines]
-        tickets = [ranks.submit(jobs.generate, prompts, GREEDY) for ranks in engines]
-        together = [ranks.collect(ticket, timeout_s=90.0) for ranks, ticket in zip(engines, tickets, strict=True)]
+        handles = [ranks.submit(jobs.generate, prompts, GREEDY) for ranks in engines]
+        together = [ranks.collect(handle, timeout_s=90.0) for ranks, handle in zip(engines, handles, strict=True)]
     assert together == alone
     assert alone[0] != alone[1]
     assert two_ranks.run(jobs.generate, prompts, GREEDY, timeout_s=60.0) == alone[0]

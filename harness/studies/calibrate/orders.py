@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ranks.ranks import RankContext, Ranks, Ticket
+from engine.ranks.ranks import JobHandle, RankContext, Ranks
 from harness.verification.simulated import EveryProduct
 
 LANES = (1, 1, 2, 4, 8, 16, 32)
@@ -112,7 +112,7 @@ class InDrawnOrders:
         """As ``Ranks.run``."""
         return self.collect(self.submit(job, *args))
 
-    def submit(self, job: Callable[..., Any], *args: Any) -> Ticket:
+    def submit(self, job: Callable[..., Any], *args: Any) -> JobHandle:
         """As ``Ranks.submit``."""
         return self.ranks.submit(_run_in_drawn_orders, self.seed, job, args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 
 from engine.parallel.group import SoloGroup, ThreadGroup
-from engine.ranks.channel import Kind, loads
 from engine.ranks.failures import RankReport
-from engine.ranks.pool import Deliver
-from engine.ranks.rank_job import Job, RankContext, pack_job, rank_error, report, run_job
+from engine.ranks.jobs import Job, Kind, RankContext, loads, pack_job, report, run_job
+from engine.ranks.pool import Deliver, Pool
 
 
-class SoloPool:
+class SoloPool(Pool):
     """One rank in the calling thread. A job runs when its result is collected; arguments are not copied."""
 
     def __init__(self, device: torch.device) -> None:
@@ -34,31 +34,18 @@ class SoloPool:
     def poll(self, deliver: Deliver, timeout_s: float | None) -> None:
         number, job, args = self._waiting.popleft()
         context = self._context
-        context.send_event = lambda payload: deliver(0, Kind.EVENT, number, payload)
-        result, raised = run_job(context, job, args)
-        if raised is None:
-            deliver(0, Kind.DONE, number, (context.tp.log.snapshot(0), result))
-        else:
-            deliver(0, Kind.RAISED, number, (rank_error(context, raised), raised))
-
-    def wake(self) -> None:
-        """Nobody waits: the job runs in the caller's thread."""
-
-    def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
-        return {}
-
-    def forgive(self) -> None:
-        """Nobody waits for a solo rank."""
-
-    def stop(self, exit_code: int = 0) -> None:
-        self.kill("")
+        context.send_event = lambda payload: deliver(0, "event", number, payload)
+        answer, raised = run_job(context, lambda: (job, args))
+        if isinstance(raised, KeyboardInterrupt):
+            raise raised
+        deliver(0, *_as_delivered(number, answer, raised))
 
     def kill(self, reason: str) -> None:
         self._waiting.clear()
         self._context.state.clear()
 
 
-class ThreadPool:
+class ThreadPool(Pool):
     """One thread a rank. Each gets copies of the arguments, as if sent; results are handed over uncopied."""
 
     def __init__(self, tp_size: int, device: torch.device, collective_timeout_s: float) -> None:
@@ -82,25 +69,19 @@ class ThreadPool:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         context = self._contexts[rank]
-        self._outbox.put((rank, Kind.DONE, 0, (context.tp.log.snapshot(0), None)))
+        self._outbox.put((rank, "done", 0, (context.tp.log.snapshot(0), None)))
         while (message := self._inboxes[rank].get()) is not None:
-            self._outbox.put((rank, *self._answer(context, *message)))
+            number, job, packed = message
+            context.send_event = functools.partial(self._emit, rank, number)
+            answer, raised = run_job(context, functools.partial(_unpack, job, packed))
+            if raised is not None:
+                # The others need not wait for this rank in collectives that it will never enter.
+                self._groups[rank].leave(answer.summary)
+            self._outbox.put((rank, *_as_delivered(number, answer, raised)))
             context.enter_phase("idle")
 
-    def _answer(self, context: RankContext, number: int, job: Job, packed: bytes) -> tuple[Kind, int, Any]:
-        rank = context.tp.rank
-        context.send_event = lambda payload: self._outbox.put((rank, Kind.EVENT, number, payload))
-        try:
-            context.enter_phase("receiving the job")
-            result, raised = run_job(context, job, loads(packed))
-        except BaseException as failure:
-            raised = failure
-        if raised is None:
-            return Kind.DONE, number, (context.tp.log.snapshot(0), result)
-        error = rank_error(context, raised)
-        # The others need not wait for this rank in collectives that it will never enter.
-        self._groups[rank].leave(error.summary)
-        return Kind.RAISED, number, (error, raised)
+    def _emit(self, rank: int, number: int, event: Any) -> None:
+        self._outbox.put((rank, "event", number, event))
 
     def send(self, number: int, job: Job, args: tuple[Any, ...]) -> None:
         packed = pack_job(job, args, with_job=False)
@@ -121,12 +102,9 @@ class ThreadPool:
     def inspect(self, ranks: Sequence[int], timeout_s: float, deliver: Deliver, *, insist: bool = False) -> dict[int, RankReport]:
         return {rank: report(self._contexts[rank], [self._threads[rank].ident or 0]) for rank in ranks}
 
-    def forgive(self) -> None:
+    def rejoin(self) -> None:
         """All ranks are in step: those that left after an exception are back."""
         self._groups[0].rejoin()
-
-    def stop(self, exit_code: int = 0) -> None:
-        self.kill("the ranks were closed")
 
     def kill(self, reason: str) -> None:
         """End the threads. One that hangs outside a collective can't be ended: it is left, as a daemon."""
@@ -141,6 +119,14 @@ class ThreadPool:
             context.state.clear()
         # Threads started from now on would take over the ranks' setting: part of it is the whole process's.
         torch.set_num_threads(self._num_threads_before)
+
+
+def _as_delivered(number: int, answer: Any, raised: BaseException | None) -> tuple[Kind, int, Any]:
+    return ("done", number, answer) if raised is None else ("raised", number, (answer, raised))
+
+
+def _unpack(job: Job, packed: bytes) -> tuple[Job, tuple[Any, ...]]:
+    return job, loads(packed)
 
 
 def _nothing(context: RankContext) -> None:

@@ -8,32 +8,69 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.util
 import os
-import selectors
 import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.context import ForkServerContext
+from typing import Any
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch leaves it out of __all__
 
-from engine.ranks import fork_server, rank_process
-from engine.ranks.channel import Channel, Kind
+from engine.ranks import fork_server, rank_loop
 from engine.ranks.failures import RankError, RankReport, describe_exit
-from engine.ranks.link_pool import LinkPool
-from engine.ranks.links import ProcessLink
-from engine.ranks.pool import Deliver
-from engine.ranks.rank_process import RankSetup
-from engine.ranks.rendezvous import make_store
+from engine.ranks.pool import ConnectedPool, Deliver, RankHandle
 
 _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103  # bytes; what is longer, bind() refuses
 _SHORT_FOLDERS = ("/tmp", "/var/tmp")
+_STOP_S = 5.0  # how long idle ranks get to leave in good order
 _DUMP_S = 0.3  # how long faulthandler gets to write the stacks of a rank that does not answer
 
 
-class ProcessPool(LinkPool[ProcessLink]):
+@dataclass(slots=True, kw_only=True)
+class ProcessHandle(RankHandle):
+    """The hold on a rank that is a process of the driver's own.
+
+    dump  where faulthandler writes when the rank's Python no longer answers, or dies
+    """
+
+    process: Any
+    dump: Connection
+
+    def signal(self, number: int) -> None:
+        """Send a signal, if there is a process to get it: pid 0, of one that never started, is this process and its group."""
+        if self.process.pid and self.process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has died this moment
+                os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+
+    def read_dump(self) -> str:
+        """What faulthandler wrote since the last time. As bytes: it writes no messages."""
+        os.set_blocking(self.dump.fileno(), False)
+        parts = []
+        with contextlib.suppress(OSError):
+            while part := os.read(self.dump.fileno(), 1 << 16):
+                parts.append(part)
+        return b"".join(parts).decode(errors="replace")
+
+    def close(self) -> None:
+        """Give back connections and process of a rank that was ended."""
+        if self.process.pid:
+            self.process.join(5.0)
+            if self.process.exitcode is not None:
+                self.process.close()
+        RankHandle.close(self)  # slots=True makes the class anew, and super() would look for the old one
+        self.dump.close()
+
+
+class ProcessPool(ConnectedPool[ProcessHandle]):
     """One process a rank. Its sentinel tells of its death at once."""
 
     def __init__(self, tp_size: int, backend: str, *, start_timeout_s: float, collective_timeout_s: float,
@@ -59,83 +96,78 @@ class ProcessPool(LinkPool[ProcessLink]):
                 "start any: start this one with daemon=False (those of concurrent.futures.ProcessPoolExecutor are), or take "
                 "fabric='threads'"
             )
-        self._store = make_store()
-        with importable_main():
-            self._start_processes(self._store.port)
-
-    def _start_processes(self, store_port: int) -> None:
+        self._store = _make_store()
         # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([fork_server.__name__, *_preload(), *self._preload])
-        _start_fork_server()
-        for rank in range(self._tp_size):
-            setup = RankSetup(
-                rank=rank,
-                tp_size=self._tp_size,
-                backend=self._backend,
-                device=f"cuda:{rank}" if self._backend == "nccl" else "cpu",
-                store_port=store_port,
-                driver_pid=self._owner_pid,
-                start_timeout_s=self._start_timeout_s,
-                collective_timeout_s=self._collective_timeout_s,
-                num_threads=max(1, torch.get_num_threads() // self._tp_size),
-                environ=dict(os.environ),
-            )
-            jobs, control, dump = (socket.socketpair() for _ in range(3))
-            theirs = (jobs[1], control[1], dump[1])
-            process = context.Process(target=rank_process.main, args=(setup, *theirs), name=f"rank-{rank}", daemon=True)
-            link = ProcessLink(rank=rank, process=process, jobs=Channel(jobs[0]), control=Channel(control[0]), dump=dump[0])
-            self._adopt(link)
-            try:
-                process.start()
-            finally:
-                for sock in theirs:
-                    sock.close()
-            self._selector.register(process.sentinel, selectors.EVENT_READ, functools.partial(self._bury, link))
+        with importable_main():
+            _start_fork_server()
+            for rank in range(self._tp_size):
+                self._start_rank(rank, context, self._store.port)
 
-    def _bury(self, link: ProcessLink, deliver: Deliver) -> None:
+    def _start_rank(self, rank: int, context: ForkServerContext, store_port: int) -> None:
+        join = functools.partial(
+            rank_loop.join_group, rank=rank, tp_size=self._tp_size, backend=self._backend,
+            device=torch.device("cuda", rank) if self._backend == "nccl" else torch.device("cpu"),
+            open_store=functools.partial(rank_loop.connect_store, store_port, self._start_timeout_s),
+            interface="lo" if sys.platform == "linux" else "lo0", collective_timeout_s=self._collective_timeout_s)
+        options = {"driver_pid": self._owner_pid, "num_threads": max(1, torch.get_num_threads() // self._tp_size),
+                   "environ": dict(os.environ)}
+        (ours, theirs), (dump, their_dump) = Pipe(), Pipe()
+        with theirs, their_dump:
+            process = context.Process(target=rank_loop.main, args=(rank, theirs, their_dump, join), kwargs=options,
+                                      name=f"rank-{rank}", daemon=True)
+            handle = ProcessHandle(rank=rank, connection=ours, process=process, dump=dump)
+            self._adopt(handle)
+            process.start()
+        self._actions[process.sentinel] = functools.partial(self._rank_died, handle)
+
+    def _rank_died(self, handle: ProcessHandle, deliver: Deliver) -> None:
         """Read what the dead rank still said, then tell how it ended."""
-        self._selector.unregister(link.process.sentinel)
-        if not link.jobs.closed:
-            self._read(link, link.jobs, deliver)
-        link.process.join(1.0)  # at once: the sentinel has fired
+        del self._actions[handle.process.sentinel]
+        while not handle.connection.closed and handle.connection.poll():
+            self._read(handle, deliver)
+        handle.process.join(1.0)  # at once: the sentinel has fired
         error = RankError(
-            rank=link.rank,
+            rank=handle.rank,
             kind="died",
-            phase=link.phase,
-            summary=describe_exit(link.process.exitcode),
-            traceback=link.read_dump(),
+            phase=handle.phase,
+            summary=describe_exit(handle.process.exitcode),
+            traceback=handle.read_dump(),
         )
-        deliver(link.rank, Kind.DIED, 0, error)
+        deliver(handle.rank, "died", 0, error)
 
-    def _press(self, silent: Sequence[ProcessLink]) -> None:
-        # Where the control thread can't run, something holds the interpreter, or the process is stopped.
-        for link in silent:
-            link.signal(signal.SIGUSR1)
+    def _dump_stacks(self, silent: Sequence[ProcessHandle]) -> None:
+        # Where the listener can't run, something holds the interpreter, or the process is stopped.
+        for handle in silent:
+            handle.signal(signal.SIGUSR1)
         time.sleep(_DUMP_S)
-        for link in silent:
-            link.report = RankReport(phase=link.phase, stacks=link.read_dump(), log=None)
+        for handle in silent:
+            handle.report = RankReport(phase=handle.phase, stacks=handle.read_dump(), log=None)
 
     def stop(self, exit_code: int = 0) -> None:
         if os.getpid() != self._owner_pid:
             return
-        for link in self._links.values():
-            link.jobs.send(Kind.STOP)
-        deadline = time.monotonic() + 5.0
-        for link in self._links.values():
-            link.process.join(max(0.0, deadline - time.monotonic()))
+        self._tell_all("stop", 0, exit_code)
+        deadline = time.monotonic() + _STOP_S
+        for handle in self._handles.values():
+            handle.process.join(max(0.0, deadline - time.monotonic()))
 
     def kill(self, reason: str) -> None:
-        """End all ranks at once and give back every socket and the port."""
+        """End all ranks at once and give back every connection and the port."""
         if os.getpid() != self._owner_pid:
             return  # a fork of the driver exits: the ranks are not its own
-        for link in self._links.values():
-            link.kill()
-        for link in self._links.values():
-            link.close()
-        self._links = {}
+        for handle in self._handles.values():
+            handle.kill()
         self._release()
         self._store = None
+
+
+def _make_store() -> TCPStore:
+    """A store for the ranks to find each other, on a port of the system's choice that only this machine can reach."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 @contextlib.contextmanager
@@ -204,7 +236,7 @@ def _preload() -> list[str]:
 
     None of it may touch a GPU: CUDA does not survive a fork.
     """
-    names = ["torch", "torch.distributed", "engine.ranks.rank_process"]
+    names = ["torch", "torch.distributed", rank_loop.__name__]
     # Seconds of import for each rank that will run the engine, and no use to ranks that will not.
     names += [name for name in ("engine.execution.core",) if name in sys.modules]
     # A model's config comes to every rank as an object of transformers, whose module brings hundreds along.
