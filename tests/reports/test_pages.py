@@ -165,7 +165,8 @@ def test_the_decimal_points_of_a_column_stand_below_each_other() -> None:
             for i, (error, seconds) in enumerate(zip(errors, (0.25, 12.0, 3.5, 100.0), strict=True))]
     source = report_html(a_report(*rows, *(a_bench(str(i), samples={"step_ms": [value]}) for i, value in enumerate(errors))))
     # Medians; then how long the checks took. What is in brackets is not seen.
-    for column in (["[1]0.5[625]", "[1]0.0625", "12[.0625]", "[1]3.25[25]"], ["[1 min 4]0.25 s", "[1 min ]12 s[.25]", "[1 min 4]3.5 s[5]", "1 min 40 s[.25]"]):
+    for column in (["[1]0.5[625]", "[1]0.0625", "12[.0625]", "[1]3.25[25]"],
+                   ["[1 min 4]0.25 s", "[1 min ]12 s[.25]", "[1 min 4]3.5 s[5]", "1 min 40 s[.25]"]):
         for number in column:
             cell = re.sub(r"\[(.*?)\]", r'<i class="unseen">\1</i>', number)
             assert f'<td class="number">{cell}</td>' in source, number
