@@ -30,7 +30,7 @@ from reports.rows import (
     RunInfo,
     Tolerance,
     Verdict,
-    refuse_twins,
+    refuse_duplicates,
     whole_checks,
 )
 from reports.typed_json import RecordError, conform, plain, to_json
@@ -76,8 +76,8 @@ class Report(Record):
     calibration: Calibration | None = None
 
     def _check(self) -> None:
-        refuse_twins("checks", (row.key for row in self.checks))
-        refuse_twins("benches", (row.key for row in self.benches))
+        refuse_duplicates("checks", (row.key for row in self.checks))
+        refuse_duplicates("benches", (row.key for row in self.benches))
 
     @property
     def exit_code(self) -> int:

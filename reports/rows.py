@@ -384,12 +384,12 @@ class Calibration(Record):
     powers: list[PowerRow] = field(default_factory=list)
 
     def _check(self) -> None:
-        refuse_twins("tolerances", ((row.precision, row.statistic) for row in self.tolerances))
-        refuse_twins("errors", (row.key for row in self.errors))
-        refuse_twins("powers", (row.key for row in self.powers))
+        refuse_duplicates("tolerances", ((row.precision, row.statistic) for row in self.tolerances))
+        refuse_duplicates("errors", (row.key for row in self.errors))
+        refuse_duplicates("powers", (row.key for row in self.powers))
 
 
-def refuse_twins(name: str, keys: Iterable[tuple[Any, ...]]) -> None:
+def refuse_duplicates(name: str, keys: Iterable[tuple[Any, ...]]) -> None:
     seen: dict[tuple[Any, ...], int] = {}
     for i, key in enumerate(keys):
         if key in seen:
