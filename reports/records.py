@@ -17,7 +17,6 @@ from typing import Any
 
 from reports.files import write_whole
 from reports.rows import (
-    VERDICTS,
     BenchRow,
     Calibration,
     CheckRow,
@@ -39,7 +38,6 @@ __all__ = [
     "FILE_NAME",
     "FORMAT",
     "FORMAT_VERSION",
-    "VERDICTS",
     "BenchRow",
     "Calibration",
     "CheckRow",

@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from reports.metrics import direction
 from reports.typed_json import RecordError, conform
 
 Verdict = Literal["pass", "finding", "skipped", "error"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 class Record:
