@@ -1,7 +1,7 @@
 """From a llama.cpp file (GGUF) to a Hugging Face folder, for models of the Llama family.
 
-transformers opens GGUF too, but not alike from release to release: it needs accelerate, newer releases keep
-the weights packed and will not save them, and the tokenizer loses its splitting of digits.
+transformers opens GGUF too, but not alike from release to release: it needs accelerate; 5.24 keeps the weights packed and will
+not save them; 5.17 ends a text with another token; and the tokenizer loses its splitting of digits.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,6 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from reference.elements import CheckpointError
 from reference.writing import weight_shapes, write_checkpoint
 
-# Hugging Face's name of a part -> llama.cpp's.
-_WHOLE_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_IN_A_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _CONTROL_TOKEN = 3  # llama.cpp's token type of special tokens
 
 
@@ -50,7 +37,7 @@ def convert_gguf(
     """
     try:
         # Only here: a host that is handed the converted folder may lack it.
-        from gguf import GGUFReader, dequantize
+        from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
     except ImportError as missing:
         raise CheckpointError("opening a GGUF file needs the package gguf: pip install gguf") from missing
     reader = GGUFReader(path)
@@ -58,7 +45,8 @@ def convert_gguf(
     config = _config(fields, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
     shapes = weight_shapes(config)
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    wanted = {name: _gguf_name(name) for name in shapes}
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    wanted = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
     if set(stored) != set(wanted.values()):
         raise CheckpointError(
             f"{path.name}: missing {sorted(set(wanted.values()) - set(stored))}, "
@@ -111,15 +99,6 @@ def _config(fields: dict[str, Any], *, tied: bool) -> Any:
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
     )
-
-
-def _gguf_name(name: str) -> str:
-    """llama.cpp's name of ``name``; a name without one stays as it is, and is then found missing."""
-    part, _, kind = name.rpartition(".")
-    if part in _WHOLE_MODEL:
-        return f"{_WHOLE_MODEL[part]}.{kind}"
-    layer, _, part_of_layer = part.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{_IN_A_LAYER[part_of_layer]}.{kind}" if part_of_layer in _IN_A_LAYER else name
 
 
 def _rotary_halves(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:

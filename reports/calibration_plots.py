@@ -5,19 +5,18 @@ Files of their own, on white, so that any page can show them.
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from reports.files import write_whole
+from reports.plots import as_svg, style
 from reports.records import Calibration, PowerRow, Tolerance
 from reports.text_tables import format_number
 
@@ -37,7 +36,7 @@ def calibration_plots(calibration: Calibration) -> dict[str, str]:
         figures["errors.svg"] = errors_figure(calibration)
     if calibration.powers:
         figures["power.svg"] = power_figure(calibration.powers)
-    return {name: _as_svg(figure, salt=name) for name, figure in figures.items()}
+    return {name: as_svg(figure, salt=name, facecolor="white", dpi=_DPI) for name, figure in figures.items()}
 
 
 def write_calibration_plots(calibration: Calibration, folder: str | os.PathLike[str]) -> list[Path]:
@@ -51,7 +50,7 @@ def write_calibration_plots(calibration: Calibration, folder: str | os.PathLike[
 
 def errors_figure(calibration: Calibration) -> Figure:
     """The candidate's error over the reference error, a row for each class of dtypes and a panel for each statistic."""
-    with mpl.rc_context({"font.size": 9.5}):
+    with style(ink=_SOFT, rule=_RULE):
         classes = list(dict.fromkeys(row.precision for row in calibration.tolerances))
         statistics = list(dict.fromkeys(row.statistic for row in calibration.tolerances))
         figure = Figure(figsize=(10.5, 0.7 + 3.2 * max(1, len(classes))), layout="constrained")
@@ -63,10 +62,10 @@ def errors_figure(calibration: Calibration) -> Figure:
             _draw_budget(ax, tolerance)
             title = _TITLES.get(tolerance.statistic, tolerance.statistic)
             ax.set_title(f"{tolerance.precision}\n{title}", color=_INK, loc="left", fontsize=10)
-            _style(ax, both_log=True)
+            _set_axes(ax, both_log=True)
         for row in panels:
-            row[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale", color=_SOFT)
-        panels[-1][len(statistics) // 2].set_xlabel("reference error, roundoffs of its scale", color=_SOFT)
+            row[0].set_ylabel("error of correct sharded code,\nroundoffs of its scale")
+        panels[-1][len(statistics) // 2].set_xlabel("reference error, roundoffs of its scale")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, labelcolor=_INK)
     return figure
@@ -77,7 +76,7 @@ def power_figure(rows: Sequence[PowerRow]) -> Figure:
     reals = [row for row in rows if row.values == "reals"]
     checks = list(dict.fromkeys(row.check for row in reals))
     dtypes, sizes = sorted({row.dtype for row in reals}), sorted({row.tp_size for row in reals})
-    with mpl.rc_context({"font.size": 9.5}):
+    with style(ink=_SOFT, rule=_RULE):
         figure = Figure(figsize=(10.5, 3.7), layout="constrained")
         panels = figure.subplots(1, max(1, len(checks)), sharey=True, squeeze=False)[0]
         for ax, check in zip(panels, checks, strict=False):
@@ -88,9 +87,9 @@ def power_figure(rows: Sequence[PowerRow]) -> Figure:
             ax.axhline(_SURE, color=_SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
             ax.set_xscale("log", base=2)
             ax.set_title(f"{check}: one case", color=_INK, loc="left", fontsize=10)
-            _style(ax, both_log=False)
-        panels[0].set_ylabel("share of the cases in which it is seen", color=_SOFT)
-        panels[len(panels) // 2].set_xlabel("relative error in one rank's part of a sum", color=_SOFT)
+            _set_axes(ax, both_log=False)
+        panels[0].set_ylabel("share of the cases in which it is seen")
+        panels[len(panels) // 2].set_xlabel("relative error in one rank's part of a sum")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(sizes)), frameon=False, labelcolor=_INK)
     return figure
@@ -128,17 +127,11 @@ def _draw_budget(ax: Axes, tolerance: Tolerance) -> None:
     ax.annotate(f"k = {tolerance.k:g}, c = {tolerance.c:g}", (0.03, 0.96), xycoords="axes fraction", va="top", color=_INK)
 
 
-def _style(ax: Axes, *, both_log: bool) -> None:
+def _set_axes(ax: Axes, *, both_log: bool) -> None:
     for axis in (ax.xaxis, ax.yaxis) if both_log else (ax.xaxis,):
         axis.set_major_locator(LogLocator(base=2, numticks=7))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_two(float(value))))
-    ax.tick_params(colors=_SOFT, which="both")
-    ax.grid(color=_RULE, linewidth=0.7)
-    ax.set_axisbelow(True)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_RULE)
 
 
 def _power_of_two(value: float) -> str:
@@ -147,11 +140,3 @@ def _power_of_two(value: float) -> str:
     if abs(exponent) > 10:
         return f"2{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
     return format_number(2.0**exponent) if exponent >= 0 else f"1/{2**-exponent}"
-
-
-def _as_svg(figure: Figure, *, salt: str) -> str:
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        out = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", facecolor="white", dpi=_DPI, metadata=nothing)
-    return out.getvalue()

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from xml.etree import ElementTree
 
 from reports.compare import CheckChange, Comparison, SpeedChange
 from reports.metrics import label
 from reports.tables import verdict_cell
 from reports.text_tables import format_number, printable
-from reports.typed_json import plain
+from reports.typed_json import plain, to_json
 
 _NOT_COMPARED = ("only in baseline", "only in candidate", "too noisy", "no longer compared")
 
 
 def comparison_json(comparison: Comparison) -> str:
     """Every field of the comparison and its rows, one row a line, with its exit code."""
-    values = asdict(comparison)
-    rows = {name: values.pop(name) for name in ("checks", "speeds")}
-    head = {
-        "format": "shardproof-comparison",
-        "format_version": 1,
-        "exit_code": comparison.exit_code,
-    } | values
-    parts = [f"  {json.dumps(name)}: {_dump(value)}" for name, value in head.items()]
-    for name, lines in rows.items():
-        body = ",\n".join("    " + _dump(line) for line in lines)
-        parts.append(f"  {json.dumps(name)}: [\n{body}\n  ]" if lines else f"  {json.dumps(name)}: []")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+    head = {"format": "shardproof-comparison", "format_version": 1, "exit_code": comparison.exit_code}
+    return to_json(head | plain(comparison)) + "\n"
 
 
 def comparison_junit(comparison: Comparison) -> str:
@@ -54,10 +42,6 @@ def comparison_junit(comparison: Comparison) -> str:
                 ElementTree.SubElement(case, "system-out").text = printable(f"{change.verdict}: {_detail(change)}")
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def _dump(value: object) -> str:
-    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
 
 
 def _group(change: SpeedChange | CheckChange) -> str:

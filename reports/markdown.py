@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -13,11 +14,11 @@ from reports.compare import CheckChange, Comparison
 from reports.records import CheckRow, Report, RunInfo
 from reports.summary import (
     Headline,
-    command_line,
     comparison_headline,
     models_of,
     report_headline,
     run_facts,
+    speed_note,
     without_constants,
 )
 from reports.tables import (
@@ -35,7 +36,6 @@ from reports.tables import (
 from reports.text_tables import escape_markdown, printable, to_markdown
 
 _SIGNS = {"good": "✅", "bad": "❌", "warn": "⚠️", "quiet": "➖"}
-_BENCH_CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 
 
 def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
@@ -78,33 +78,10 @@ def comparison_markdown(comparison: Comparison) -> str:
     if comparison.checks:
         parts += ["## Checks\n", _changes(check_changes_table(comparison.checks))]
     if comparison.speeds:
-        parts += [
-            "## Speed\n",
-            speed_note(comparison) + "\n",
-            _changes(speed_changes_table(comparison.speeds)),
-        ]
-    parts += [_change_details(change) for change in comparison.checks if change.verdict in ("broken", "new finding")]
+        parts += ["## Speed\n", f"{speed_note(comparison)}\n", _changes(speed_changes_table(comparison.speeds))]
+    parts += [_told(change, f"tp_size {change.tp_size} · {change.verdict}")
+              for change in comparison.checks if change.verdict in ("broken", "new finding")]
     return "\n".join(parts)
-
-
-def speed_note(comparison: Comparison) -> str:
-    """How the speed verdicts came about, in a few words."""
-    effect, sure = f"{100 * comparison.smallest_effect:g} %", f"{100 * comparison.confidence:g} %"
-    fails_at = comparison.fails_at
-    if fails_at is None:
-        gate = "A slower row is reported and does not fail the comparison."
-    elif fails_at == 1:
-        gate = "A slower row fails the comparison."
-    else:
-        gate = (f"A row that is for sure {fails_at:.3g} times slower at least fails the comparison; others are reported: a CPU's "
-                "speed changes from run to run.")
-    if comparison.differences:
-        gate += " The machines differ: their speeds say little about the code."
-    what = "the median ratio of rounds that took turns" if comparison.in_turns else "the ratio of medians"
-    return (
-        f"Times better is {what}, above 1 is better; slower or faster needs a change of "
-        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. {gate}"
-    )
 
 
 def fenced(text: str) -> str:
@@ -123,15 +100,15 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _finding(row: CheckRow) -> str:
-    where = [f"tp_size {row.tp_size}", row.dtype, row.fabric]
-    where += [f"rank {row.rank}"] if row.rank is not None else []
-    where += [row.module] if row.module is not None else []
-    text = f"### {escape_markdown(row.name)} · {escape_markdown(' · '.join(where))}\n\n"
-    if row.error_over_budget is not None:
-        text += f"Error over budget: {verdict_cell('', row.error_over_budget).strip()}\n\n"
-    text += fenced(row.message)
-    text += f"\nRun it again:\n\n{fenced(row.replay)}" if row.replay else ""
-    return text + (f"\n{_folded('Traceback', row.traceback)}" if row.traceback else "")
+    where = [f"tp_size {row.tp_size}", row.dtype, row.fabric, None if row.rank is None else f"rank {row.rank}", row.module]
+    error = "" if row.error_over_budget is None else f"Error over budget: {verdict_cell('', row.error_over_budget).strip()}\n\n"
+    return _told(row, escape_markdown(" · ".join(filter(None, where))), error)
+
+
+def _told(item: CheckRow | CheckChange, where: str, error: str = "") -> str:
+    text = f"### {escape_markdown(item.name)} · {where}\n\n{error}{fenced(item.message)}"
+    text += f"\nRun it again:\n\n{fenced(item.replay)}" if item.replay else ""
+    return text + (f"\n{_folded('Traceback', item.traceback)}" if item.traceback else "")
 
 
 def _folded(summary: str, text: str) -> str:
@@ -140,7 +117,7 @@ def _folded(summary: str, text: str) -> str:
 
 
 def _compact(table: pd.DataFrame) -> str:
-    table, constants = without_constants(table, _BENCH_CONSTANTS)
+    table, constants = without_constants(table)
     shared = ", ".join(f"{name} {value}" for name, value in constants.items())
     return (f"All rows: {escape_markdown(shared)}.\n\n" if shared else "") + to_markdown(table)
 
@@ -153,18 +130,11 @@ def _changes(table: pd.DataFrame) -> str:
     return text
 
 
-def _change_details(change: CheckChange) -> str:
-    head = f"### {escape_markdown(change.name)} · tp_size {change.tp_size} · {change.verdict}"
-    text = f"{head}\n\n{fenced(change.message)}"
-    text += f"\nRun it again:\n\n{fenced(change.replay)}" if change.replay else ""
-    return text + (f"\n{_folded('Traceback', change.traceback)}" if change.traceback else "")
-
-
 def _how_it_ran(run: RunInfo) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in run.versions.items())
     switches = ", ".join(f"{name}={value}" for name, value in run.switches.items())
     facts = {name: value for name, value in (("versions", versions), ("switches", switches)) if value}
-    text = f"{fenced(command_line(run))}\n{_facts(facts)}"
+    text = f"{fenced(shlex.join(run.argv))}\n{_facts(facts)}"
     return f"<details><summary>How it ran</summary>\n\n{text}\n</details>\n"
 
 

@@ -6,7 +6,9 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -142,18 +144,31 @@ def _line_names(axis: str, rows: Sequence[BenchRow]) -> list[str]:
     return [" · ".join(part for part in key if part and part not in common) for key in keys]
 
 
+def style(*, ink: str, rule: str) -> AbstractContextManager[None]:
+    """Settings of matplotlib inside a ``with``, alike for all our plots: a light grid, two thin axes."""
+    return mpl.rc_context({
+        "font.size": 9.5, "axes.grid": True, "axes.axisbelow": True, "grid.color": rule, "grid.linewidth": 0.7,
+        "axes.edgecolor": rule, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
+    })  # fmt: skip
+
+
+def as_svg(figure: Figure, *, salt: str, **options: Any) -> str:
+    """``figure`` as SVG, the same bytes each time. ``salt`` makes its ids differ from those of other plots on a page."""
+    # svg.* can be set only here; the context puts back what was set, and no pyplot state is touched.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), **options)
+    return out.getvalue()
+
+
 def _draw(axis: str, metric: str, series: Sequence[Series], *, salt: str) -> str:
-    # svg.* can be set only here; the context puts back what was set, and no pyplot state is touched. The
-    # salt goes into the ids of what is drawn by reference, which must be unique on a page with several plots.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9.5}):
+    with style(ink=_INK, rule=_RULE):
         figure = Figure(figsize=(4.8, 3.0), layout="constrained")
         ax = figure.subplots()
         _draw_lines(ax, series)
-        _style(ax, axis, metric, series)
-        out = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
-    return _for_the_page(out.getvalue())
+        _set_axes(ax, axis, metric, series)
+        return _for_the_page(as_svg(figure, salt=salt, transparent=True))
 
 
 def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
@@ -167,7 +182,7 @@ def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
             ax.plot(*zip(*known, strict=True), color=colour, linestyle=(0, (4, 3)), linewidth=1.2)
 
 
-def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
+def _set_axes(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
     xs = sorted({point[0] for line in series for point in line.points})
     ys = [value for line in series for point in line.points for value in (point[1], point[4]) if value]
     if min(xs) > 0 and (axis == "tp_size" or max(xs) / min(xs) > 4):
@@ -183,14 +198,8 @@ def _style(ax: Axes, axis: str, metric: str, series: Sequence[Series]) -> None:
     shown: Callable[[float], str] = _size if axis.endswith("_bytes") else format_number
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(float(value))))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(float(f"{value:.6g}"))))
-    ax.set_xlabel(_AXIS_LABELS.get(axis, axis.replace("_", " ")), color=_INK)
-    ax.set_ylabel(metrics.label(metric), color=_INK)
-    ax.tick_params(colors=_INK, which="both")
-    ax.grid(color=_RULE, linewidth=0.7)
-    ax.set_axisbelow(True)
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_RULE)
+    ax.set_xlabel(_AXIS_LABELS.get(axis, axis.replace("_", " ")))
+    ax.set_ylabel(metrics.label(metric))
 
 
 def _apart(xs: Sequence[float], *, logarithmic: bool) -> list[float]:

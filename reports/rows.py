@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from reports.metrics import direction
 from reports.typed_json import RecordError, conform
 
 Verdict = Literal["pass", "finding", "skipped", "error"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 class Record:
@@ -384,12 +383,12 @@ class Calibration(Record):
     powers: list[PowerRow] = field(default_factory=list)
 
     def _check(self) -> None:
-        refuse_twins("tolerances", ((row.precision, row.statistic) for row in self.tolerances))
-        refuse_twins("errors", (row.key for row in self.errors))
-        refuse_twins("powers", (row.key for row in self.powers))
+        refuse_duplicates("tolerances", ((row.precision, row.statistic) for row in self.tolerances))
+        refuse_duplicates("errors", (row.key for row in self.errors))
+        refuse_duplicates("powers", (row.key for row in self.powers))
 
 
-def refuse_twins(name: str, keys: Iterable[tuple[Any, ...]]) -> None:
+def refuse_duplicates(name: str, keys: Iterable[tuple[Any, ...]]) -> None:
     seen: dict[tuple[Any, ...], int] = {}
     for i, key in enumerate(keys):
         if key in seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +21,9 @@ TONES: dict[str, Tone] = {
     "too noisy": "quiet", "fixed": "good", "now compared": "good", "faster": "good",
     "same": "quiet", "only in baseline": "quiet", "only in candidate": "quiet",
 }  # fmt: skip
+
+LAYOUT = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
+"""Columns that are told once above a table if all its rows agree."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,26 @@ def comparison_headline(comparison: Comparison) -> Headline:
     return Headline(text="No regression", detail=detail, tone="good")
 
 
+def speed_note(comparison: Comparison) -> str:
+    """How the speed verdicts came about, in a few words."""
+    effect, sure = f"{100 * comparison.smallest_effect:g} %", f"{100 * comparison.confidence:g} %"
+    fails_at = comparison.fails_at
+    if fails_at is None:
+        gate = "A slower row is reported and does not fail the comparison."
+    elif fails_at == 1:
+        gate = "A slower row fails the comparison."
+    else:
+        gate = (f"A row that is for sure {fails_at:.3g} times slower at least fails the comparison; others are reported: a CPU's "
+                "speed changes from run to run.")
+    if comparison.differences:
+        gate += " The machines differ: their speeds say little about the code."
+    what = "the median ratio of rounds that took turns" if comparison.in_turns else "the ratio of medians"
+    return (
+        f"Times better is {what}, above 1 is better; slower or faster needs a change of "
+        f"{effect} and an interval ({sure} sure for all rows together) that excludes 1. {gate}"
+    )
+
+
 def run_facts(run: RunInfo, models: list[str]) -> dict[str, str]:
     """What ran and where, for the head of a page: name -> value."""
     machine = run.machine
@@ -107,11 +129,6 @@ def models_of(report: Report) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-def command_line(run: RunInfo) -> str:
-    """The command that made the report, quoted for a shell."""
-    return shlex.join(run.argv)
-
-
 def duration(seconds: float) -> str:
     """``seconds`` for people: ``0.42 s``, ``12 s``, ``3 min 5 s``, ``2 h 1 min``."""
     if seconds < 10:
@@ -127,7 +144,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def without_constants(table: pd.DataFrame, names: tuple[str, ...]) -> tuple[pd.DataFrame, dict[str, str]]:
+def without_constants(table: pd.DataFrame, names: tuple[str, ...] = LAYOUT) -> tuple[pd.DataFrame, dict[str, str]]:
     """``table`` without empty columns and without those of ``names`` that hold one value, and this value."""
     table = table[[name for name in table.columns if table[name].notna().any()]]
     if len(table) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -12,27 +12,7 @@ import pandas as pd
 from reports import metrics
 from reports.compare import CheckChange, CheckVerdict, Comparison, SpeedChange, SpeedVerdict
 from reports.records import BenchRow, CheckRow, NotMeasured, Report, RunInfo
-from reports.text_tables import format_number, to_markdown, to_text
-
-__all__ = [
-    "BOUND_NOTE",
-    "bench_table",
-    "bench_tables",
-    "bound_mark",
-    "changes_table",
-    "check_changes_table",
-    "checks_pivot",
-    "checks_table",
-    "joined",
-    "not_measured_table",
-    "rows_table",
-    "skipped_table",
-    "speed_changes_table",
-    "to_csv",
-    "to_markdown",
-    "to_text",
-    "verdict_cell",
-]
+from reports.text_tables import format_number
 
 CHECK_COLUMNS = (
     "check", "model", "dtype", "fabric", "tp_size", "verdict", "error_over_budget", "cases", "compared",
@@ -55,21 +35,20 @@ def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     return _frame(lines, CHECK_COLUMNS)
 
 
-def checks_pivot(rows: Sequence[CheckRow]) -> pd.DataFrame:
-    """Checks down, each with a row a kind, tp_size across; a cell is a verdict with its error over its budget, as ``pass 0.43``.
+def checks_pivot(rows: Sequence[CheckRow], cell: Callable[[CheckRow], object] | None = None) -> pd.DataFrame:
+    """Checks down, each with a row a kind, tp_size across; a cell is `row_cell` of its row, or what ``cell`` makes of it.
 
-    A bound of rounding, which right sums reach, is marked: ``pass 0.996 (≤1)``.
-
-    Model and dtype are columns where they differ, fabric where two of them ran one check and tp_size.
+    Model and dtype are columns where they differ; fabric where two of them ran one check and tp_size: one rank alone is always
+    ``solo``, so that a fabric that goes with tp_size tells nothing new.
     """
-    varying = telling_columns(rows)
-    sizes = sorted({row.tp_size for row in rows})
-    cells: dict[tuple[str, ...], dict[str, object]] = {}
+    varying = [name for name in ("model", "dtype") if len({getattr(row, name) for row in rows}) > 1]
+    if len({(row.name, row.model, row.dtype, row.tp_size) for row in rows}) < len(rows):
+        varying.append("fabric")
+    lines: dict[tuple[str, ...], dict[str, object]] = {}
     for row in _in_order(rows):
-        key = (row.name, *(getattr(row, name) for name in varying))
-        cells.setdefault(key, {})[f"tp {row.tp_size}"] = verdict_cell(row.verdict, row.error_over_budget) + bound_mark(row)
-    columns = ("check", *varying, *(f"tp {size}" for size in sizes))
-    return _frame([dict(zip(("check", *varying), key, strict=True)) | cell for key, cell in cells.items()], columns)
+        keys = {"check": row.name} | {name: getattr(row, name) for name in varying}
+        lines.setdefault(tuple(keys.values()), keys)[f"tp {row.tp_size}"] = (cell or row_cell)(row)
+    return _frame(list(lines.values()), ["check", *varying, *(f"tp {size}" for size in sorted({row.tp_size for row in rows}))])
 
 
 def _in_order(rows: Sequence[CheckRow]) -> list[CheckRow]:
@@ -78,19 +57,14 @@ def _in_order(rows: Sequence[CheckRow]) -> list[CheckRow]:
     return sorted(rows, key=lambda row: (checks.index(row.check), names.index(row.name), *row.key))
 
 
-def telling_columns(rows: Sequence[CheckRow]) -> list[str]:
-    """What a pivot's rows need beside the check's name to be told apart.
-
-    One rank alone is always ``solo``, so a fabric that goes with tp_size tells nothing new.
-    """
-    varying = [name for name in ("model", "dtype") if len({getattr(row, name) for row in rows}) > 1]
-    layouts = {(row.name, row.model, row.dtype, row.tp_size) for row in rows}
-    return varying if len(layouts) == len(rows) else [*varying, "fabric"]
-
-
 def bound_mark(row: CheckRow) -> str:
     """Beside the error of a row whose budget is a bound that right sums reach."""
     return " (≤1)" if row.verdict == "pass" and row.extra.get("bound") == "rounding" else ""
+
+
+def row_cell(row: CheckRow) -> str:
+    """``pass 0.43``; a bound of rounding, which right sums reach, is marked: ``pass 0.996 (≤1)``."""
+    return verdict_cell(row.verdict, row.error_over_budget) + bound_mark(row)
 
 
 def verdict_cell(verdict: str, error_over_budget: float | None) -> str:
@@ -151,14 +125,12 @@ def bench_table(rows: Sequence[BenchRow], *, peers: Sequence[str] = ()) -> pd.Da
 def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
     """One row a `CheckChange`, what needs attention first."""
     columns = ("verdict", "check", "tp_size", "baseline", "candidate", "model", "dtype", "fabric")
-    order = {name: i for i, name in enumerate(get_args(CheckVerdict))}
-    lines: list[dict[str, object]] = []
-    for change in sorted(changes, key=lambda change: order[change.verdict]):
-        line: dict[str, object] = {name: getattr(change, name) for name in columns} | {"check": change.name}
-        line["baseline"] = verdict_cell(change.baseline, change.baseline_error) or None
-        line["candidate"] = verdict_cell(change.candidate, change.candidate_error) or None
-        lines.append(line)
-    return _frame(lines, columns)
+    return _frame([
+        {name: getattr(change, name) for name in columns} | {
+            "check": change.name,
+            "baseline": verdict_cell(change.baseline, change.baseline_error) or None,
+            "candidate": verdict_cell(change.candidate, change.candidate_error) or None}
+        for change in sorted(changes, key=lambda change: get_args(CheckVerdict).index(change.verdict))], columns)
 
 
 def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
@@ -167,17 +139,11 @@ def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
         "verdict", "workload", "case", "engine", "tp_size", "metric", "times_better", "low", "high",
         "baseline", "candidate", "rounds", "model", "dtype", "fabric",
     )  # fmt: skip
-    order = {name: i for i, name in enumerate(get_args(SpeedVerdict))}
-    lines: list[dict[str, object]] = []
-    for change in sorted(changes, key=lambda change: order[change.verdict]):
-        line = {name: getattr(change, name) for name in (*BENCH_KEYS, "metric", "verdict", "low", "high")}
-        line |= {"baseline": change.baseline_median, "candidate": change.candidate_median}
-        line |= {
-            "times_better": change.gain,
-            "rounds": f"{change.baseline_rounds} / {change.candidate_rounds}",
-        }
-        lines.append(line)
-    return _frame(lines, columns)
+    return _frame([
+        {name: getattr(change, name) for name in (*BENCH_KEYS, "metric", "verdict", "low", "high")} | {
+            "times_better": change.gain, "baseline": change.baseline_median, "candidate": change.candidate_median,
+            "rounds": f"{change.baseline_rounds} / {change.candidate_rounds}"}
+        for change in sorted(changes, key=lambda change: get_args(SpeedVerdict).index(change.verdict))], columns)
 
 
 def not_measured_table(rows: Sequence[NotMeasured]) -> pd.DataFrame:
@@ -196,13 +162,10 @@ def skipped_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
 
 def joined(table: pd.DataFrame) -> pd.DataFrame:
     """One line for lines that differ in ``tp_size`` alone, with all of their sizes."""
-    others = [str(name) for name in table.columns if name != "tp_size"]
-    sizes: dict[tuple[object, ...], list[object]] = {}
-    for line in table.to_dict("records"):
-        sizes.setdefault(tuple(line[name] for name in others), []).append(line["tp_size"])
-    lines = [dict(zip(others, key, strict=True)) | {"tp_size": own[0] if len(own) == 1 else ", ".join(map(str, own))}
-             for key, own in sizes.items()]
-    return _frame(lines, [str(name) for name in table.columns])
+    others = [name for name in table.columns if name != "tp_size"]
+    lines = table.groupby(others, sort=False, dropna=False)["tp_size"].agg(list).reset_index()
+    lines["tp_size"] = [own[0] if len(own) == 1 else ", ".join(map(str, own)) for own in lines["tp_size"]]
+    return lines[list(table.columns)]
 
 
 def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:
@@ -226,13 +189,8 @@ def changes_table(comparison: Comparison) -> pd.DataFrame:
 
 def stacked(**parts: pd.DataFrame) -> pd.DataFrame:
     """Tables below each other, the name of each in the column ``kind``; columns that one lacks are empty."""
-    lines = [
-        {"kind": kind} | {str(name): value for name, value in line.items()}
-        for kind, part in parts.items()
-        for line in part.to_dict("records")
-    ]
-    columns = dict.fromkeys(str(name) for part in parts.values() if len(part) for name in part.columns)
-    return _frame(lines, ["kind", *columns])
+    filled = {kind: part for kind, part in parts.items() if len(part)}
+    return pd.concat(filled, names=["kind"]).reset_index("kind") if filled else _frame([], ["kind"])
 
 
 def to_csv(table: pd.DataFrame) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
-import unicodedata
+from collections.abc import Callable
 
 import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 MISSING = "–"
 
@@ -49,22 +54,23 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def is_numeric(column: list[object]) -> bool:
+    """Whether all that a column holds is numbers, and it holds one."""
+    values = [value for value in column if format_cell(value) != MISSING]
+    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
 def to_text(table: pd.DataFrame) -> str:
     """An aligned table for a terminal; numbers to the right, newlines in cells shown as spaces."""
-    names, rows, numeric = _cells(table, lambda text: " ".join(text.split()))
-    widths = _widths(names, rows)
-    lines = ["  ".join(_pad(*cell) for cell in zip(row, widths, numeric, strict=True)) for row in [names, *rows]]
-    lines.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return _draw(table, lambda text: " ".join(text.split()), box.SIMPLE_HEAD)
 
 
 def to_markdown(table: pd.DataFrame) -> str:
     """A GitHub Markdown table that is aligned in its source too. Cells cannot break out of it."""
-    names, rows, numeric = _cells(table, escape_markdown)
-    widths = [max(width, 3) for width in _widths(names, rows)]
-    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric, strict=True)]
-    lines = [[_pad(*cell) for cell in zip(row, widths, numeric, strict=True)] for row in [names, *rows]]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [lines[0], rule, *lines[1:]])
+    head, rule, rest = _draw(table, escape_markdown, box.MARKDOWN).split("\n", 2)
+    columns = zip(rule.split("|")[1:-1], table.columns, strict=True)
+    ruled = [dashes[:-1] + (":" if is_numeric(table[name].tolist()) else "-") for dashes, name in columns]
+    return f"{head}\n|{'|'.join(ruled)}|\n{rest}"
 
 
 def escape_markdown(text: str) -> str:
@@ -74,28 +80,14 @@ def escape_markdown(text: str) -> str:
     return "<br>".join(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").splitlines())
 
 
-def _cells(table: pd.DataFrame, clean: object) -> tuple[list[str], list[list[str]], list[bool]]:
-    assert callable(clean), "clean turns a cell's text into what the format allows"
-    columns = [table[name].tolist() for name in table.columns]
-    numeric = [_is_numeric(column) for column in columns]
-    rows = [[clean(format_cell(value)) for value in row] for row in zip(*columns, strict=True)]
-    return [clean(str(name)) for name in table.columns], rows, numeric
-
-
-def _is_numeric(column: list[object]) -> bool:
-    values = [value for value in column if format_cell(value) != MISSING]
-    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-
-
-def _widths(names: list[str], rows: list[list[str]]) -> list[int]:
-    return [max(map(_width, column)) for column in zip(names, *rows, strict=True)]
-
-
-def _width(text: str) -> int:
-    """Columns that ``text`` takes in a terminal: two for wide characters, none for combining ones."""
-    return sum(0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def _pad(text: str, width: int, right: bool) -> str:
-    space = " " * (width - _width(text))
-    return space + text if right else text + space
+def _draw(table: pd.DataFrame, clean: Callable[[str], str], lines: box.Box) -> str:
+    is_markdown = lines is box.MARKDOWN
+    drawn = Table(box=lines, show_edge=is_markdown, pad_edge=is_markdown, collapse_padding=not is_markdown)
+    for name in table.columns:
+        drawn.add_column(Text(clean(str(name))), no_wrap=True, justify="right" if is_numeric(table[name].tolist()) else "left")
+    for row in table.itertuples(index=False, name=None):
+        drawn.add_row(*(Text(clean(format_cell(value))) for value in row))
+    out = io.StringIO()
+    Console(file=out, width=10**6, color_system=None, force_terminal=False).print(drawn, crop=False)
+    text = out.getvalue().strip() if is_markdown else out.getvalue().removesuffix("\n")  # above and below Markdown's: spaces
+    return "".join(f"{line.rstrip()}\n" for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""Values checked against the type hints of a dataclass, with the path of whatever does not fit.
+"""Values checked against the type hints of a dataclass, with the path of whatever does not fit; and JSON with a row a line.
 
 One function serves both directions: records made in Python and records read from a file pass the same check.
 
@@ -8,6 +8,7 @@ free values, where such a string may be a text, the object ``{"float": "nan"}``.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
@@ -18,25 +19,18 @@ from typing import Any, get_args, get_origin
 # NaN is this one object in every record, so that a record equals what comes back from its file.
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _TAG = "float"
+_SCALARS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 class RecordError(ValueError):
     """A record that breaks the format. ``where``: a JSON path or a line; ``file``: the file, if read."""
 
-    def __init__(self, problem: str, *, where: str = "", file: str = "") -> None:
+    def __init__(self, problem: str, where: str = "", file: str = "") -> None:
+        super().__init__(problem, where, file)
         self.problem, self.where, self.file = problem, where, file
-        super().__init__(": ".join(part for part in (file, where, problem) if part))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_error, (self.problem, self.where, self.file)
-
-    def inside(self, prefix: str) -> RecordError:
-        """The same error seen from one level further out."""
-        return RecordError(self.problem, where=join(prefix, self.where), file=self.file)
-
-
-def _rebuild_error(problem: str, where: str, file: str) -> RecordError:
-    return RecordError(problem, where=where, file=file)
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.file, self.where, self.problem) if part)
 
 
 def join(prefix: str, rest: str) -> str:
@@ -47,78 +41,62 @@ def join(prefix: str, rest: str) -> str:
 def conform(hint: Any, value: Any, where: str) -> Any:
     """``value`` as ``hint`` wants it: containers copied, ints made floats, dicts made dataclasses.
 
-    Raises RecordError naming ``where`` if it does not fit. Knows what records use: str, bool, int, float,
-    None, unions, ``Literal``, ``list[T]``, ``dict[str, T]``, dataclasses, and ``Any`` for "any JSON value".
+    Knows what records use: str, bool, int, float, ``T | None``, ``Literal``, ``list[T]``, ``dict[str, T]``, dataclasses, and
+    ``Any`` for "any JSON value".
+
+    Raises:
+        RecordError: naming ``where``, if it does not fit.
     """
-    origin = get_origin(hint)
+    origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return _json_value(value, where)
     if is_dataclass(hint):
         return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, where)
     if origin in (typing.Union, types.UnionType):
-        return _one_of(get_args(hint), value, where)
+        return None if value is None else conform(inner[0], value, where)
     if origin is typing.Literal:
-        if value not in get_args(hint):
-            known = ", ".join(map(repr, get_args(hint)))
-            raise RecordError(f"must be one of {known}, got {value!r:.80}", where=where)
+        if value not in inner:
+            raise RecordError(f"must be one of {', '.join(map(repr, inner))}, got {value!r:.80}", where)
         return value
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise _wrong_type("a list", value, where)
-        return [conform(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [conform(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong_type("an object", value, where)
         for key in value:
             if not isinstance(key, str):
                 raise _wrong_type("a string as its key", key, where)
-        return {key: conform(get_args(hint)[1], item, join(where, key)) for key, item in value.items()}
+        return {key: conform(inner[1], item, join(where, key)) for key, item in value.items()}
     return _scalar(hint, value, where)
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
     # bool is an int to Python, and True as a count is always a mistake.
-    if hint is float:
-        if isinstance(value, str) and value in _NOT_FINITE:
-            return _NOT_FINITE[value]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if isinstance(value, int) and abs(value) > sys.float_info.max:
-                raise RecordError("is too large for a number", where=where)
-            return math.nan if math.isnan(value) else float(value)
-        raise _wrong_type("a number", value, where)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    if hint in (str, bool) and isinstance(value, hint):
+    if not isinstance(value, (int, float) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
+        raise _wrong_type(_SCALARS[hint], value, where)
+    if hint is not float:
         return value
-    raise _wrong_type({int: "a whole number", str: "a string", bool: "true or false"}[hint], value, where)
-
-
-def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in hints:
-        return None
-    hints = tuple(hint for hint in hints if hint is not types.NoneType)
-    for hint in hints:
-        try:
-            return conform(hint, value, where)
-        except RecordError:
-            if hint is hints[-1]:
-                raise
-    raise AssertionError(f"a union of nothing but None at {where}")
+    if abs(value) > sys.float_info.max and isinstance(value, int):
+        raise RecordError("is too large for a number", where)
+    return math.nan if math.isnan(value) else float(value)
 
 
 def _build(cls: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _wrong_type(f"an object ({cls.__name__})", value, where)
-    known = {field.name for field in fields(cls)}
     needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in value]:
-        raise RecordError(f"{cls.__name__} lacks {', '.join(missing)}", where=where)
-    if unknown := sorted(set(map(str, value)) - known):
-        raise RecordError(f"{cls.__name__} has no field {', '.join(unknown)}", where=where)
+        raise RecordError(f"{cls.__name__} lacks {', '.join(missing)}", where)
+    if unknown := sorted(set(map(str, value)) - {field.name for field in fields(cls)}):
+        raise RecordError(f"{cls.__name__} has no field {', '.join(unknown)}", where)
     try:
         return cls(**value)
     except RecordError as error:
-        raise error.inside(where) from None
+        raise RecordError(error.problem, join(where, error.where)) from None
 
 
 def _json_value(value: Any, where: str) -> Any:
@@ -149,5 +127,17 @@ def plain(value: Any, hint: Any = float) -> Any:
     return value
 
 
+def to_json(value: Any, *, level: int = 0) -> str:
+    """What `plain` gave as JSON: two levels of objects have a line a field, lists of objects a line an item."""
+    if isinstance(value, dict) and value and level < 2:
+        lines, ends = [f"{to_json(name)}: {to_json(item, level=level + 1)}" for name, item in value.items()], "{}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        lines, ends = [to_json(item, level=2) for item in value], "[]"
+    else:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    indent = "\n" + "  " * level
+    return ends[0] + ",".join(f"{indent}  {line}" for line in lines) + indent + ends[1]
+
+
 def _wrong_type(wanted: str, value: Any, where: str) -> RecordError:
-    return RecordError(f"must be {wanted}, got {type(value).__name__} {value!r:.80}", where=where)
+    return RecordError(f"must be {wanted}, got {type(value).__name__} {value!r:.80}", where)

@@ -199,15 +199,10 @@ def _columns(evidence: Evidence, wrong_W: Tensor) -> Effect | None:
     evidence = _spaced(evidence)
     assert evidence.own is not None, "it was there, and is there in fewer columns"
     module, own_F = evidence.own
-    source_names = [(name, index) for name, whole in evidence.columns.items() for index in range(whole.shape[1])] + [("zeros", 0)]
-    pool_PW = torch.cat([*(whole[wrong_W].double() for whole in evidence.columns.values()),
-                         torch.zeros(len(wrong_W), 1, dtype=torch.float64)], dim=1).T
-    # A plain distance: expanded into products it would lose what tells near columns apart.
-    nearest_F = torch.cdist(evidence.candidate[wrong_W].double().T, pool_PW,
-                            compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    if not evidence.explains(pool_PW[nearest_F].T, wrong_W):
+    pools = {name: whole[wrong_W].T for name, whole in evidence.columns.items()} | {"zeros": torch.zeros(1, len(wrong_W))}
+    found_FW, sources = _nearest(evidence.candidate[wrong_W].T, pools)
+    if not evidence.explains(found_FW.T, wrong_W):
         return None
-    sources = [source_names[index] for index in nearest_F.tolist()]
     moved = [place for place, source in enumerate(sources) if source != (module, int(own_F[place]))]
     if not moved:
         return None
@@ -233,31 +228,34 @@ def _spaced(evidence: Evidence) -> Evidence:
 
 def _repeated_shard(evidence: Evidence, moved: list[tuple[int, tuple[str, int]]], module: str) -> int | None:
     """The rank whose columns stand, in its order, in the place of another rank's. None if it is not as simple as that."""
-    place_of = {int(index): (rank, place) for rank, shard in enumerate(evidence.shards) for place, index in enumerate(shard)}
-    others = set()
-    for index, (name, source) in moved:
-        if name != module or index not in place_of or source not in place_of:
-            return None
-        _, place = place_of[index]
-        rank = next((rank for rank, shard in enumerate(evidence.shards)
-                     if place < len(shard) and int(shard[place]) == source), None)
-        others.add(rank)
+    shards = [shard.tolist() for shard in evidence.shards]
+    place_of = {index: place for shard in shards for place, index in enumerate(shard)}
     # Parts that changed places are in another order; a shard that stands twice has pushed one out.
-    sources = {source for _, (_, source) in moved}
-    return others.pop() if len(others) == 1 and sources.isdisjoint(index for index, _ in moved) else None
+    if not {source for _, (_, source) in moved}.isdisjoint(index for index, _ in moved):
+        return None
+    for rank, shard in enumerate(shards):
+        in_order = dict(enumerate(shard))
+        if all(index in place_of and (module, in_order.get(place_of[index])) == source for index, source in moved):
+            return rank
+    return None
+
+
+def _nearest(values_NK: Tensor, pools: Mapping[str, Tensor]) -> tuple[Tensor, list[tuple[str, int]]]:
+    """For each row of ``values_NK`` the nearest one among all rows of the pools, and the name and index of where it stands."""
+    places = [(name, index) for name, pool in pools.items() for index in range(len(pool))]
+    pool_PK = torch.cat([pool.double() for pool in pools.values()])
+    # A plain distance: expanded into products it would lose what tells near rows apart.
+    nearest_N = torch.cdist(values_NK.double(), pool_PK, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    return pool_PK[nearest_N], [places[index] for index in nearest_N.tolist()]
 
 
 def _rows(evidence: Evidence, wrong_W: Tensor) -> Effect | None:
     """Rows of another token, or of another tensor of that width."""
     if not evidence.rows:
         return None
-    names = [(name, index) for name, rows in evidence.rows.items() for index in range(len(rows))]
-    pool_PF = torch.cat([rows.double() for rows in evidence.rows.values()])
-    nearest_W = torch.cdist(evidence.candidate[wrong_W].double(), pool_PF,
-                            compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    if not evidence.explains(pool_PF[nearest_W], wrong_W):
+    found_WF, [(name, index), *_] = _nearest(evidence.candidate[wrong_W], evidence.rows)
+    if not evidence.explains(found_WF, wrong_W):
         return None
-    name, index = names[int(nearest_W[0])]
     return Effect(kind="stale", text=f"the values of other rows in {_share(wrong_W, evidence)}: "
                                      f"token {int(wrong_W[0])} has those of {name}, token {index}")
 

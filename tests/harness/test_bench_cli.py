@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,14 @@ def with_nan(text: str) -> str:
 
 
 @pytest.mark.parametrize(("damage", "says"), [
-    (cut_short, "not JSON, or cut short"),
+    (cut_short, r"line \d+, column \d+: not JSON, or cut short"),
     (of_somebody_else, "no report of ours"),
-    (of_tomorrow, "format_version=2: this code reads 1"),
-    (without_samples, "zero samples"),
-    (with_nan, "NaN stands in the file"),
+    (of_tomorrow, "format_version: format_version=2: this code reads 1"),
+    (without_samples, r"benches\[0\]\.samples\.step_ms: has zero samples"),
+    (with_nan, r"benches\[0\]\.samples\.step_ms\[0\]: nan: a measurement is positive"),
 ], ids=lambda value: value.__name__ if callable(value) else "")
 @pytest.mark.parametrize("side", ["baseline", "candidate"])
-def test_a_bad_record_is_named_with_its_line_and_no_older_comparison_stays_in_place(
+def test_a_bad_record_is_named_with_its_path_and_no_older_comparison_stays_in_place(
     folder: Path, damage: Callable[[str], str], says: str, side: str
 ) -> None:
     bad = write_report(folder / "bad", timed(100))
@@ -123,10 +124,7 @@ def test_a_bad_record_is_named_with_its_line_and_no_older_comparison_stays_in_pl
     code, stdout, stderr = run("compare", *pair, "--out", folder / "out")
     assert (code, stdout) == (3, "")
     assert str(bad) in stderr.replace("\n", "")
-    assert says in stderr
-    pairs = zip(whole.splitlines(), bad.read_text().splitlines(), strict=False)
-    first_wrong = next(number for number, (was, now) in enumerate(pairs, 1) if was != now)
-    assert f"line {first_wrong}" in stderr
+    assert re.search(says, stderr)
     assert [path.name for path in (folder / "out").iterdir()] == ["report.old.md"]
     assert (folder / "out" / "report.old.md").read_text() == "yesterday's"
 

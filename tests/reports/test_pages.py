@@ -1,4 +1,5 @@
 import html
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ import pytest
 
 from reports.compare import compare
 from reports.markdown import comparison_markdown
-from reports.pages import comparison_html, error_view, report_html
+from reports.pages import comparison_html, report_html
 from reports.plots import bench_plots
 from reports.records import BenchRow, NotMeasured, Report, read_report
 from reports.render import write_all, write_comparison
@@ -163,14 +164,14 @@ def test_the_decimal_points_of_a_column_stand_below_each_other() -> None:
     rows = [a_check(f"c{i}", 1, "finding", error_over_budget=error, seconds=seconds)
             for i, (error, seconds) in enumerate(zip(errors, (0.25, 12.0, 3.5, 100.0), strict=True))]
     source = report_html(a_report(*rows, *(a_bench(str(i), samples={"step_ms": [value]}) for i, value in enumerate(errors))))
-    for kind, numbers in (
-        ("value", ["0|.5", "0|.0625", "12|", "3|.25"]),  # in the table of checks by tp_size
-        ("number", ["0|.5", "0|.0625", "12|", "3|.25"]),  # medians
-        ("number", ["0|.25 s", "12| s", "3|.5 s", "1 min 40| s"]),  # the longest fraction of either has five characters
-    ):
-        for whole, fraction in (number.split("|") for number in numbers):
-            assert re.search(f'class="{kind}"[^>]*>{whole}<span class="fraction" style="width: 5ch">{fraction}</span>', source)
+    # Medians; then how long the checks took. What is in brackets is not seen.
+    for column in (["[1]0.5[625]", "[1]0.0625", "12[.0625]", "[1]3.25[25]"],
+                   ["[1 min 4]0.25 s", "[1 min ]12 s[.25]", "[1 min 4]3.5 s[5]", "1 min 40 s[.25]"]):
+        for number in column:
+            cell = re.sub(r"\[(.*?)\]", r'<i class="unseen">\1</i>', number)
+            assert f'<td class="number">{cell}</td>' in source, number
     assert "font-variant-numeric: tabular-nums" in source
+    assert ".unseen { visibility: hidden;" in source
 
 
 def test_a_command_wraps_and_one_click_selects_all_of_it() -> None:
@@ -188,14 +189,13 @@ def test_every_verdict_is_told_in_words() -> None:
     assert {("good", "pass"), ("bad", "finding"), ("quiet", "skipped"), ("warn", "error")} <= set(badges)
 
 
-@pytest.mark.parametrize(
-    ("error", "text", "percent", "over"),
-    [(0.0, "0", 0.0, False), (0.5, "0.5", 37.5, False), (1.0, "1", 75.0, False), (9.0, "9", 100.0, True)],
-)
+@pytest.mark.parametrize(("error", "text", "percent", "over"), [
+    (0.0, "0", 0.0, False), (0.5, "0.5", 37.5, False), (1.0, "1", 75.0, False), (9.0, "9", 100.0, True),
+    (math.inf, "∞", 100.0, True), (math.nan, "NaN", 100.0, True)])
 def test_the_bar_of_an_error_ends_its_budget_at_three_quarters(error: float, text: str, percent: float, over: bool) -> None:
-    view = error_view(error)
-    assert (view.text, view.percent, view.over) == (text, percent, over)
-    assert error_view(float("inf")).percent == 100.0
+    source = report_html(a_report(a_check(verdict="finding", error_over_budget=error)))
+    bars = re.findall(r'<span class="bar( over)?" role="img" aria-label="(\S+) of its budget"><i style="width: (\S+)%">', source)
+    assert set(bars) == {(" over" if over else "", text, str(percent))}
 
 
 def sized(engine: str = "shardproof", **changes: Any) -> list[BenchRow]:

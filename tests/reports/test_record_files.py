@@ -67,20 +67,18 @@ def test_a_file_with_a_wrong_field_is_refused_by_file_and_path(path: list[Any], 
 @pytest.mark.parametrize(("old", "new", "problem"), [
     ('"case": "two"', '"case": 2', r"benches\[1\]\.case: must be a string"),
     ('"samples": {"step_ms": [2.5]}', '"samples": {"step_ms": []}', r"benches\[1\]\.samples\.step_ms: has zero samples"),
-    ('"samples": {"step_ms": [2.5]}', '"samples": {"step_ms": [NaN]}', "NaN stands in the file"),
-    ('"samples": {"step_ms": [2.5]}', '"samples": {"step_ms": [2.5', "not JSON, or cut short"),
+    ('"samples": {"step_ms": [2.5]}', '"samples": {"step_ms": [NaN]}', r"benches\[1\]\.samples\.step_ms\[0\]: nan: a measure"),
+    ('"samples": {"step_ms": [2.5]}', '"samples": {"step_ms": [2.5', r"line 22, column \d+: not JSON, or cut short"),
 ])  # fmt: skip
-def test_a_damaged_row_is_named_by_its_line(old: str, new: str, problem: str, tmp_path: Path) -> None:
+def test_a_damaged_row_is_named_by_its_path_and_a_cut_one_by_its_line(old: str, new: str, problem: str, tmp_path: Path) -> None:
     rows = (a_bench("one \"NaN\"", samples={"step_ms": [1.5]}), a_bench("two", samples={"step_ms": [2.5]}))
     path = write_report(tmp_path, a_report(a_check(message="NaN, said the rank"), *rows))
     text = path.read_text()
     damaged = text.replace(old, new)
     assert damaged != text
     path.write_text(damaged)
-    line = 1 + next(i for i, (was, now) in enumerate(zip(text.splitlines(), damaged.splitlines(), strict=True)) if was != now)
-    with pytest.raises(RecordError, match=problem) as caught:
+    with pytest.raises(RecordError, match=problem):
         read_report(path)
-    assert f"line {line}, " in str(caught.value) or f"line {line}: " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +89,7 @@ def test_a_damaged_row_is_named_by_its_line(old: str, new: str, problem: str, tm
         (b"null", "no report of ours"),
         (b"<html></html>", "line 1, column 1: not JSON"),
         (b"\xff\xfe", "not UTF-8 text"),
-        (b'{"format": "shardproof-report", "format_version": 1, "x": NaN}', "NaN stands in the file"),
+        (b'{"format": "shardproof-report", "format_version": 1, "x": NaN}', "Report lacks run"),
         (b'{"format": "a", "format": "b"}', r"twice in one object: \['format'\]"),
         (b"[" * 200_000, "not JSON|not a report's JSON"),
         (b'{"format": ' + b"9" * 5000 + b"}", "not a report's JSON"),

@@ -210,8 +210,8 @@ def test_any_table_is_aligned_markdown_with_the_same_columns_on_every_line(
 
 def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:
     table = pd.DataFrame({"name": ["a", "longer"], "value": [1.5, 12345.6]}, dtype=object)
-    assert to_text(table) == "name     value\n──────  ──────\na          1.5\nlonger  12,346\n"
-    assert to_markdown(table) == ("| name   |  value |\n| ------ | -----: |\n| a      |    1.5 |\n| longer | 12,346 |\n")
+    assert to_text(table) == "name     value\n──────────────\na          1.5\nlonger  12,346\n"
+    assert to_markdown(table) == ("| name   |  value |\n|--------|-------:|\n| a      |    1.5 |\n| longer | 12,346 |\n")
 
 
 def test_a_table_without_rows_is_a_head() -> None:
@@ -219,7 +219,7 @@ def test_a_table_without_rows_is_a_head() -> None:
 
 
 def test_wide_characters_take_two_columns_in_a_terminal() -> None:
-    assert to_text(pd.DataFrame({"a": ["日本", "x"], "b": ["c", "d"]})) == "a     b\n────  ─\n日本  c\nx     d\n"
+    assert to_text(pd.DataFrame({"a": ["日本", "x"], "b": ["c", "d"]})) == "a     b\n───────\n日本  c\nx     d\n"
 
 
 @pytest.mark.parametrize(
