@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.bench import aa
-from harness.bench.aa import Question, go_on_from, study
 from harness.bench.bench import BenchResult
 from harness.bench.plan import BenchPlan
+from harness.studies import aa
+from harness.studies.aa import Question, go_on_from, study
 from reports.records import RunInfo, read_report, write_report
 from tests.reports.builders import a_bench, a_report
 
