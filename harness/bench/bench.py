@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from harness.bench import micro
-from harness.bench.lineup import Lineup, Workers
 from harness.bench.plan import BenchPlan, Setting
 from harness.bench.step import Outcome, Watcher
+from harness.bench.steps import Steps, Workers
 from reports.records import Report, RunInfo
 
 
@@ -40,17 +40,17 @@ def run_bench(plan: BenchPlan, watcher: Watcher | None = None, *, argv: list[str
     watcher = watcher or Watcher()
     outcome = Outcome(rows={}, watcher=watcher)
     pool = workers or Workers()
-    lineup = Lineup(setting, pool, outcome)
-    outcome.rows |= {side.name: [] for side in lineup.sides}
+    all_steps = Steps(setting, pool, outcome)
+    outcome.rows |= {side.name: [] for side in all_steps.sides}
     heads: dict[str, RunInfo] = {}
     interrupted = True  # whatever ends it but a last step that is done
     try:
-        for side in lineup.sides:
+        for side in all_steps.sides:
             watcher.on_status(f"starting {side.name}")
             heads[side.name] = pool.first_micro(side, setting).call(
                 micro.describe, "bench", started_at, plan.seed, argv if argv is not None else ["shardproof", *sys.argv[1:]],
                 timeout_s=300.0)
-        steps = list(lineup.steps(with_hardware=with_hardware))
+        steps = list(all_steps.steps(with_hardware=with_hardware))
         try:
             while steps:
                 steps[0].run(outcome)

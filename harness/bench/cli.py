@@ -12,10 +12,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from harness.bench.bench import BenchResult, run_bench
 from harness.bench.engines import OWN
-from harness.bench.lineup import BASELINE, CANDIDATE
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
 from harness.bench.step import Watcher
+from harness.bench.steps import BASELINE, CANDIDATE
 from harness.commands.options import check_device, numbers, prepare_out
 from harness.commands.progress import errors
 from harness.errors import COULD_NOT_RUN, CouldNotRunError, UsageError, usage

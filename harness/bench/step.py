@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from harness.bench.collectives import size_of_case
-from harness.bench.contenders import Block, Contender, Hardware
 from harness.bench.engines import OWN
 from harness.bench.figures import Figures
+from harness.bench.participants import Block, Hardware, Participant
 from harness.bench.plan import Setting
 from harness.bench.serving import ShortAnswerError
 from harness.bench.worker import WorkerError
@@ -60,35 +60,35 @@ class _Samples:
 
 
 class Step:
-    """Measures one block of work on all contenders.
+    """Measures one block of work on all participants.
 
     Args:
-        contenders: makes them when the step begins.
+        participants: makes them when the step begins.
         rounds: after the first run.
     """
 
-    def __init__(self, setting: Setting, workload: str, block: Block, contenders: Callable[[], Sequence[Contender]],
+    def __init__(self, setting: Setting, workload: str, block: Block, participants: Callable[[], Sequence[Participant]],
                  rounds: int) -> None:
         self.setting = setting
         self.workload = workload
         self.block = block
         self.rounds = rounds
-        self._make_contenders = contenders
-        self._everyone: Sequence[Contender] = []
-        self._active: list[Contender] = []
+        self._make_participants = participants
+        self._everyone: Sequence[Participant] = []
+        self._active: list[Participant] = []
         self._samples: dict[int, dict[tuple[str, str], _Samples]] = {}
 
     def run(self, outcome: Outcome) -> None:
         """Raises KeyboardInterrupt on Ctrl-C, once what is finished is among the rows."""
         try:
-            self._everyone = self._make_contenders()
+            self._everyone = self._make_participants()
             self._active = list(self._everyone)
             with ExitStack() as stack:
-                for contender in self._everyone:
-                    outcome.watcher.on_status(f"{self.workload}: starting {contender}")
-                    with self._guard(contender, outcome):
-                        contender.open()
-                        stack.callback(self._close, contender, outcome)
+                for participant in self._everyone:
+                    outcome.watcher.on_status(f"{self.workload}: starting {participant}")
+                    with self._guard(participant, outcome):
+                        participant.open()
+                        stack.callback(self._close, participant, outcome)
                 for turn in range(self.rounds + 1):
                     self._run_turn(turn, outcome)
                 self._make_rows(outcome)
@@ -101,14 +101,14 @@ class Step:
     def _run_turn(self, turn: int, outcome: Outcome) -> None:
         # Nobody always comes first: who does finds the machine as the last one left it.
         shift = turn % max(1, len(self._active))
-        for contender in self._active[shift:] + self._active[:shift]:
-            if turn > contender.rounds:
+        for participant in self._active[shift:] + self._active[:shift]:
+            if turn > participant.rounds:
                 continue
-            what = "first run" if turn == 0 else f"round {turn} of {min(self.rounds, contender.rounds)}"
-            outcome.watcher.on_status(f"{self.workload}{f' {self.case}' if self.case else ''}: {contender}, {what}")
-            with self._guard(contender, outcome):
-                samples = self._samples.setdefault(id(contender), {})
-                for key, figures in contender.measure(self.block).items():
+            what = "first run" if turn == 0 else f"round {turn} of {min(self.rounds, participant.rounds)}"
+            outcome.watcher.on_status(f"{self.workload}{f' {self.case}' if self.case else ''}: {participant}, {what}")
+            with self._guard(participant, outcome):
+                samples = self._samples.setdefault(id(participant), {})
+                for key, figures in participant.measure(self.block).items():
                     kept = samples.setdefault(key, _Samples())
                     if turn == 0:
                         kept.first = figures
@@ -116,59 +116,60 @@ class Step:
                         kept.rounds.append(figures)
 
     def _make_rows(self, outcome: Outcome, *, ask_workers: bool = True) -> None:
-        for contender in self._everyone:
+        for participant in self._everyone:
             memory: Figures = {}
-            if ask_workers and contender in self._active:
-                with self._guard(contender, outcome):
-                    memory = contender.memory()
-            for (case, engine), samples in self._samples.get(id(contender), {}).items():
+            if ask_workers and participant in self._active:
+                with self._guard(participant, outcome):
+                    memory = participant.memory()
+            for (case, engine), samples in self._samples.get(id(participant), {}).items():
                 if not samples.rounds:
                     continue
                 try:
                     row = BenchRow(
-                        workload=self.workload, case=case, model=self._model, engine=engine, tp_size=contender.tp_size,
-                        dtype=self.setting.dtype, fabric=contender.fabric, first=samples.first, axes=_axes(self.block, case),
+                        workload=self.workload, case=case, model=self._model, engine=engine, tp_size=participant.tp_size,
+                        dtype=self.setting.dtype, fabric=participant.fabric, first=samples.first, axes=_axes(self.block, case),
                         samples={name: [figures[name] for figures in samples.rounds] for name in samples.rounds[0]},
                         metrics=memory | {f"bound_{name}": bound for name, bound
-                                          in contender.bounds(self.block, case, outcome.hardware).items()},
+                                          in participant.bounds(self.block, case, outcome.hardware).items()},
                     )
                 except RecordError as error:  # a figure that can't be one, such as no time at all
                     outcome.failed |= engine == OWN
-                    outcome.miss(NotMeasured(workload=self.workload, case=case, engine=engine, tp_size=contender.tp_size,
+                    outcome.miss(NotMeasured(workload=self.workload, case=case, engine=engine, tp_size=participant.tp_size,
                                              verdict="error", reason=f"its figures make no sense: {error}"))
                 else:
-                    outcome.add(contender.side.name, row)
-            for item in contender.not_measured(self.workload):
+                    outcome.add(participant.side.name, row)
+            for item in participant.not_measured(self.workload):
                 outcome.miss(item)
 
     def say_interrupted(self, outcome: Outcome) -> None:
         """Note what this step would still have measured."""
         if not self._everyone:
             outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=OWN, reason="interrupted before it began"))
-        for contender in self._everyone:
-            rounds = min(self.rounds, contender.rounds)
-            done = min((len(samples.rounds) for samples in self._samples.get(id(contender), {}).values()), default=0)
+        for participant in self._everyone:
+            rounds = min(self.rounds, participant.rounds)
+            done = min((len(samples.rounds) for samples in self._samples.get(id(participant), {}).values()), default=0)
             if done < rounds:
-                outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=contender.engine,
-                                         tp_size=contender.tp_size, reason=f"interrupted after {done} of {rounds} rounds"))
+                outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=participant.engine,
+                                         tp_size=participant.tp_size, reason=f"interrupted after {done} of {rounds} rounds"))
 
     @contextmanager
-    def _guard(self, contender: Contender, outcome: Outcome) -> Iterator[None]:
-        """A contender whose worker fails takes no further part, and the others go on."""
+    def _guard(self, participant: Participant, outcome: Outcome) -> Iterator[None]:
+        """A participant whose worker fails takes no further part, and the others go on."""
         try:
             yield
         except WorkerError as failure:
-            self._active = [other for other in self._active if other is not contender]
+            self._active = [other for other in self._active if other is not participant]
             if failure.kind == ShortAnswerError.__name__:
-                self._samples.pop(id(contender), None)  # what it did in the other rounds is in doubt as well
-            outcome.failed |= contender.engine == OWN
-            outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=contender.engine, tp_size=contender.tp_size,
-                                     verdict="error", reason=failure.summary, traceback=str(failure)))
+                self._samples.pop(id(participant), None)  # what it did in the other rounds is in doubt as well
+            outcome.failed |= participant.engine == OWN
+            outcome.miss(NotMeasured(workload=self.workload, case=self.case, engine=participant.engine,
+                                     tp_size=participant.tp_size, verdict="error", reason=failure.summary,
+                                     traceback=str(failure)))
 
-    def _close(self, contender: Contender, outcome: Outcome) -> None:
-        if contender in self._active:
-            with self._guard(contender, outcome):
-                contender.close()
+    def _close(self, participant: Participant, outcome: Outcome) -> None:
+        if participant in self._active:
+            with self._guard(participant, outcome):
+                participant.close()
 
     @property
     def case(self) -> str | None:

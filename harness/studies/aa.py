@@ -1,4 +1,4 @@
-"""Does ``compare`` cry wolf, and does it see the wolf? ``python -m harness.studies.aa`` asks a hundred times each.
+"""False positives and detection rate of ``compare``: ``python -m harness.studies.aa`` counts a hundred comparisons of each kind.
 
 The same code is measured against itself, and then against itself with one layer slowed down by a tenth: both sides run the
 workload ``layers-subset`` with one rank, each on fresh ranks for every comparison, taking turns round by round, and
@@ -27,9 +27,9 @@ if __name__ == "__main__":
     check_packages()  # before what may be somebody else's is imported
 
 from harness.bench.bench import run_bench
-from harness.bench.lineup import BASELINE, CANDIDATE, Workers
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
+from harness.bench.steps import BASELINE, CANDIDATE, Workers
 from harness.bench.worker import CHECKOUT
 from harness.cli import exit_with
 from harness.commands.options import prepare_out

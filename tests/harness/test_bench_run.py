@@ -11,9 +11,9 @@ import pytest
 
 from harness.bench import workloads
 from harness.bench.bench import BenchResult, run_bench
-from harness.bench.lineup import Lineup, Workers
 from harness.bench.plan import BenchPlan, Setting
 from harness.bench.step import Outcome, Watcher
+from harness.bench.steps import Steps, Workers
 from harness.bench.worker import CHECKOUT
 from harness.bench.workloads import (
     CollectivesPart,
@@ -132,16 +132,16 @@ def test_starting_is_measured_from_a_fresh_process_to_the_first_token(tiny_workl
     setting = Setting.of(BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("tiny-start",), tp_sizes=(1, 2),
                                    device="cpu", peers=("transformers", "vllm")))
     outcome = Outcome(rows={}, watcher=Watcher())
-    (step,) = Lineup(setting, Workers(), outcome).steps(with_hardware=False)
-    contenders = {(contender.engine, contender.tp_size): contender for contender in step._make_contenders()}
-    assert set(contenders) == {("shardproof", 1), ("shardproof", 2), ("transformers", 1)}
+    (step,) = Steps(setting, Workers(), outcome).steps(with_hardware=False)
+    participants = {(participant.engine, participant.tp_size): participant for participant in step._make_participants()}
+    assert set(participants) == {("shardproof", 1), ("shardproof", 2), ("transformers", 1)}
     assert [(item.engine, item.tp_size, item.reason) for item in outcome.missing] == [
         ("vllm", tp_size, "the package vllm is not installed") for tp_size in (1, 2)]
-    contender = contenders["shardproof", 2]
-    ((key, figures),) = contender.measure(START).items()
+    participant = participants["shardproof", 2]
+    ((key, figures),) = participant.measure(START).items()
     assert key == ("start to first token", "shardproof")
     assert 1 < figures["start_s"] < 300
-    assert contender.fabric == "gloo"
+    assert participant.fabric == "gloo"
 
 
 @pytest.mark.multirank

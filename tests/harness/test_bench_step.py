@@ -1,4 +1,4 @@
-"""Contenders take turns, first runs stand apart, a failing one is dropped and named, and Ctrl-C loses nothing that is done."""
+"""Participants take turns, first runs stand apart, a failing one is dropped and named, and Ctrl-C loses nothing that is done."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from harness.bench.contenders import Contender, Hardware, Measured, Side
 from harness.bench.figures import Figures
+from harness.bench.participants import Hardware, Measured, Participant, Side
 from harness.bench.plan import BenchPlan, Setting
 from harness.bench.step import Outcome, Step, Watcher
 from harness.bench.worker import Worker, WorkerError
@@ -25,11 +25,11 @@ CASE = GenerateCase(case="a case", draw=equal_requests(1, 1, 1), figures=(), rou
 
 
 def no_worker() -> Worker:
-    raise AssertionError("these contenders have no worker")
+    raise AssertionError("these participants have no worker")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Scripted(Contender):
+class Scripted(Participant):
     """Says what was asked of it, and fails or is interrupted on its n-th turn."""
 
     log: list[str]
@@ -75,9 +75,9 @@ def scripted(setting: Setting, log: list[str], *names: str, **changes: Any) -> l
             for name in names]
 
 
-def run(setting: Setting, contenders: list[Scripted], rounds: int = 3, workload: str = "decode") -> Outcome:
+def run(setting: Setting, participants: list[Scripted], rounds: int = 3, workload: str = "decode") -> Outcome:
     outcome = Outcome(rows={"candidate": []}, watcher=Watcher())
-    step = Step(setting, workload, CASE, lambda: contenders, rounds)
+    step = Step(setting, workload, CASE, lambda: participants, rounds)
     try:
         step.run(outcome)
     except KeyboardInterrupt:
@@ -103,8 +103,8 @@ def test_a_row_has_memory_bounds_and_axes(setting: Setting) -> None:
 
 def test_one_that_is_slow_runs_fewer_rounds(setting: Setting) -> None:
     log: list[str] = []
-    contenders = [*scripted(setting, log, "fast"), *scripted(setting, log, "slow", rounds=1)]
-    rows = {row.engine: row for row in run(setting, contenders, rounds=3).rows["candidate"]}
+    participants = [*scripted(setting, log, "fast"), *scripted(setting, log, "slow", rounds=1)]
+    rows = {row.engine: row for row in run(setting, participants, rounds=3).rows["candidate"]}
     assert [len(rows[name].samples["step_ms"]) for name in ("fast", "slow")] == [3, 1]
 
 
@@ -134,9 +134,9 @@ def test_one_that_returned_too_little_has_an_error_and_no_figure(setting: Settin
 
 @pytest.mark.parametrize("figure", [0.0, -1.0, math.inf, math.nan])
 def test_a_figure_that_cannot_be_one_costs_its_row_and_not_the_run(setting: Setting, figure: float) -> None:
-    contenders = [*scripted(setting, [], "good"), *scripted(setting, [], "bad", figures=[1.0, 1.0, figure])]
+    participants = [*scripted(setting, [], "good"), *scripted(setting, [], "bad", figures=[1.0, 1.0, figure])]
     try:
-        outcome = run(setting, contenders, rounds=2)
+        outcome = run(setting, participants, rounds=2)
     except RecordError as error:
         pytest.fail(f"the run is lost: {error}")
     assert [row.engine for row in outcome.rows["candidate"]] == ["good"]
@@ -151,8 +151,8 @@ def test_a_failure_of_the_projects_own_engine_is_one_of_the_run(setting: Setting
 
 
 def test_ctrl_c_keeps_what_is_done_and_names_what_is_not(setting: Setting) -> None:
-    contenders = [*scripted(setting, [], "a"), *scripted(setting, [], "b", interrupted_at=2)]
-    outcome = run(setting, contenders, rounds=3)
+    participants = [*scripted(setting, [], "a"), *scripted(setting, [], "b", interrupted_at=2)]
+    outcome = run(setting, participants, rounds=3)
     # Turns: a b | b a | a b: the interrupt comes in the second round, when a has two and b one.
     assert {row.engine: len(row.samples["step_ms"]) for row in outcome.rows["candidate"]} == {"a": 2, "b": 1}
     assert {item.engine: item.reason for item in outcome.missing} == {

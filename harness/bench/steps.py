@@ -1,4 +1,4 @@
-"""Who takes part in what: the steps of a run, and the contenders of each."""
+"""Who takes part in what: the steps of a run, and the participants of each."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.bench.contenders import (
+from harness.bench.engines import ENGINES, OWN, REFERENCE
+from harness.bench.engines.base import EngineSpec
+from harness.bench.participants import (
     ALL_ROUNDS,
     ENGINE_CASE,
     ONE_THREAD_CASE,
-    CollectivesContender,
-    Contender,
-    HardwareContender,
-    LayersContender,
-    LoadContender,
-    ServingContender,
+    CollectivesParticipant,
+    HardwareParticipant,
+    LayersParticipant,
+    LoadParticipant,
+    Participant,
+    ServingParticipant,
     Side,
-    StartContender,
+    StartParticipant,
 )
-from harness.bench.engines import ENGINES, OWN, REFERENCE
-from harness.bench.engines.base import EngineSpec
 from harness.bench.plan import Setting
 from harness.bench.step import Outcome, Step
 from harness.bench.worker import CHECKOUT, Worker
@@ -80,7 +80,7 @@ class Workers:
                 worker.close()
 
 
-class Lineup:
+class Steps:
     """Makes the steps of a run, and says who is missing."""
 
     def __init__(self, setting: Setting, workers: Workers, outcome: Outcome) -> None:
@@ -112,44 +112,44 @@ class Lineup:
             else:
                 yield Step(self.setting, part.workload, part, partial(self._whole, part), self.setting.rounds_of(part.rounds))
 
-    def _whole(self, part: LayersPart | CollectivesPart | StartPart) -> Sequence[Contender]:
+    def _whole(self, part: LayersPart | CollectivesPart | StartPart) -> Sequence[Participant]:
         if isinstance(part, StartPart):
             return self._start(part)
         return self._layers(part) if isinstance(part, LayersPart) else self._collectives(part)
 
-    def _hardware(self) -> list[Contender]:
+    def _hardware(self) -> list[Participant]:
         side = self.sides[0]
-        return [HardwareContender(setting=self.setting, side=side, engine="torch", tp_size=1,
+        return [HardwareParticipant(setting=self.setting, side=side, engine="torch", tp_size=1,
                                   worker=partial(self.workers.first_micro, side, self.setting))]
 
-    def _serving(self, part: GeneratePart, case: GenerateCase) -> list[Contender]:
+    def _serving(self, part: GeneratePart, case: GenerateCase) -> list[Participant]:
         return [
-            ServingContender(setting=self.setting, side=side, engine=name, tp_size=tp_size,
+            ServingParticipant(setting=self.setting, side=side, engine=name, tp_size=tp_size,
                              worker=partial(self.workers.get, side, name, str(tp_size)), spec=self._serving_spec(part, tp_size),
                              rounds=REFERENCE_ROUNDS if name == REFERENCE else ALL_ROUNDS)
             for side, name, tp_size in self._engines(part.workload, self.setting.peers_of(case))
         ]
 
-    def _start(self, part: StartPart) -> list[Contender]:
+    def _start(self, part: StartPart) -> list[Participant]:
         self.workers.close_engines()
         return [
-            StartContender(setting=self.setting, side=side, engine=name, tp_size=tp_size, worker=partial(_no_worker, name),
+            StartParticipant(setting=self.setting, side=side, engine=name, tp_size=tp_size, worker=partial(_no_worker, name),
                            spec=self._spec(part.limits, tp_size, (part.limits.max_model_len,), 0.9))
             for side, name, tp_size in self._engines(part.workload, self.setting.plan.peers or ())
         ]
 
-    def _layers(self, part: LayersPart) -> list[Contender]:
+    def _layers(self, part: LayersPart) -> list[Participant]:
         slower = self.setting.plan.slower
-        return [LayersContender(**own, slower=slower if own["side"] is self.sides[0] else {}) for own in self._own(part)]
+        return [LayersParticipant(**own, slower=slower if own["side"] is self.sides[0] else {}) for own in self._own(part)]
 
-    def _collectives(self, part: CollectivesPart) -> list[Contender]:
-        return [CollectivesContender(**own) for own in self._own(part) if own["tp_size"] > 1]
+    def _collectives(self, part: CollectivesPart) -> list[Participant]:
+        return [CollectivesParticipant(**own) for own in self._own(part) if own["tp_size"] > 1]
 
-    def _load(self, part: LoadPart) -> list[Contender]:
-        return [LoadContender(**own) for own in self._own(part)]
+    def _load(self, part: LoadPart) -> list[Participant]:
+        return [LoadParticipant(**own) for own in self._own(part)]
 
     def _own(self, part: LayersPart | CollectivesPart | LoadPart) -> list[dict[str, Any]]:
-        """What every contender of the project's own is made of: one for each tp_size and side."""
+        """What every participant of the project's own is made of: one for each tp_size and side."""
         self.workers.close_engines()
         return [{"setting": self.setting, "side": side, "engine": OWN, "tp_size": tp_size, "part": part,
                  "worker": partial(self.workers.get, side, MICRO, str(tp_size))}

@@ -63,7 +63,7 @@ class Hardware:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Contender:
+class Participant:
     """Base: what the rounds need. ``measure`` gives the figures of one round of a block, a case or a whole part."""
 
     setting: Setting
@@ -105,7 +105,7 @@ class Contender:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class ServingContender(Contender):
+class ServingParticipant(Participant):
     """An engine that serves requests."""
 
     spec: EngineSpec
@@ -153,7 +153,7 @@ class ServingContender(Contender):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class LayersContender(Contender):
+class LayersParticipant(Participant):
     """Parallel layers on fresh ranks."""
 
     part: LayersPart
@@ -197,7 +197,7 @@ class LayersContender(Contender):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class CollectivesContender(Contender):
+class CollectivesParticipant(Participant):
     """All-reduces on fresh ranks. ``problems``: ways that can't run here, and why."""
 
     part: CollectivesPart
@@ -230,7 +230,7 @@ class CollectivesContender(Contender):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class LoadContender(Contender):
+class LoadParticipant(Participant):
     """Checkpoint to shards on live ranks."""
 
     part: LoadPart
@@ -257,7 +257,7 @@ class LoadContender(Contender):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class StartContender(Contender):
+class StartParticipant(Participant):
     """A fresh process each round, until its first token."""
 
     spec: EngineSpec
@@ -275,7 +275,7 @@ class StartContender(Contender):
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class HardwareContender(Contender):
+class HardwareParticipant(Participant):
     """The machine itself. Its rows give everybody's bounds."""
 
     def open(self) -> None:
