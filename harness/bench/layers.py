@@ -23,9 +23,10 @@ from engine.parallel.group import SoloGroup, TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.sharding import head_shard, scale_range
 from engine.ranks.ranks import RankContext
-from harness.bench.slowdown import slow_down
-from harness.bench.timing import Group, fastest, group_of, seconds_of_one
-from harness.bench.workloads import LayersPart
+from harness.bench.figures import Figures, Measured
+from harness.bench.measurement import OnRanks, Ready, Task
+from harness.bench.timing import Group
+from harness.bench.workloads import ENGINE_CASE, ONE_THREAD_CASE, LayersWork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +37,41 @@ class LayerWork:
     flop: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Timed:
-    """One group for each placement of the weights; a round times ``num_groups`` runs of one of them."""
+class LayersMeasurement(OnRanks):
+    """Parallel layers on fresh ranks. The slowest rank's time counts: the others wait for it."""
 
-    groups: list[Group]
-    num_groups: int
+    def __init__(self, task: Task) -> None:
+        # On a CPU one rank is a process of its own too, so that it is as fresh as several are.
+        super().__init__(replace(task, fabric="gloo") if task.tp_size == 1 and task.device == "cpu" else task)
+        self._turns = 0
+
+    def prepare(self) -> None:
+        task = self.task
+        works = self.run(build, task.folder, task.dtype, task.work, task.slower)
+        # The rank that has most to do.
+        most = {case: max((work[case] for work in works), key=lambda work: work.num_bytes + work.flop) for case in works[0]}
+        self.ready = Ready(fabric="solo" if task.tp_size == 1 else self.ready.fabric,
+                           bounds={case: self._bounds(work) for case, work in most.items()})
+
+    def measure(self) -> Measured:
+        # The first run belongs to the first ranks' rounds.
+        if (every := self.task.work.fresh_every) and self._turns > 1 and (self._turns - 1) % every == 0:
+            self.close()
+            self.renew_ranks()
+        self._turns += 1
+        found = self.run(measure)
+        return {(case, self.task.engine): {"call_us": 1e6 * max(times[case] for times in found)} for case in found[0]}
+
+    def _bounds(self, work: LayerWork) -> Figures:
+        # On a CPU one thread a rank; weights in the cache are not read from memory.
+        on_gpu = self.task.device == "cuda"
+        matmul, copy = (self.task.ceiling(ENGINE_CASE if on_gpu else ONE_THREAD_CASE, metric)
+                        for metric in ("matmul_tflop_per_s", "copy_gb_per_s"))
+        if matmul is None or copy is None:
+            return {}
+        read_s = work.num_bytes / (copy * 1e9) if on_gpu or self.task.work.rotate_bytes else 0.0
+        seconds = max(work.flop / (matmul * 1e12), read_s)
+        return {"call_us": 1e6 * seconds} if seconds else {}
 
 
 def case_name(layer: str, batch_size: int, vocab_size: int | None = None) -> str:
@@ -49,8 +79,8 @@ def case_name(layer: str, batch_size: int, vocab_size: int | None = None) -> str
     return f"{layer}{f' of {vocab_size} ids' if vocab_size else ''}, batch {batch_size}"
 
 
-def build(rank: RankContext, folder: Path, dtype: str, part: LayersPart, slower: Mapping[str, float]) -> dict[str, LayerWork]:
-    """Job: make every layer and batch ready to be timed. The work of each case, on the rank that has most of it.
+def build(rank: RankContext, folder: Path, dtype: str, work: LayersWork, slower: Mapping[str, float]) -> dict[str, LayerWork]:
+    """Job: make every layer and batch ready to be timed. What this rank must do in each case.
 
     Args:
         slower: layer -> share of its work that is done on top, to see whether that is found.
@@ -59,22 +89,22 @@ def build(rank: RankContext, folder: Path, dtype: str, part: LayersPart, slower:
     if rank.device.type == "cpu":
         torch.set_num_threads(1)
     config = ModelConfig.from_folder(folder)
-    config = replace(config, vocab_size=min(config.vocab_size, part.most_vocab or config.vocab_size))
+    config = replace(config, vocab_size=min(config.vocab_size, work.most_vocab or config.vocab_size))
     # A process group of one would still cost each call its collective.
     tp = SoloGroup() if rank.tp.size == 1 else rank.tp
     timed: dict[str, _Timed] = {}
     works: dict[str, LayerWork] = {}
     with torch.inference_mode():
-        for name in part.layers:
-            placements = _placements(name, config, tp, DTYPES[dtype], rank.device, part)
+        for name in work.layers:
+            placements = _placements(name, config, tp, DTYPES[dtype], rank.device, work)
             for layer in chain(*placements):
                 if name in slower:
                     slow_down(layer, slower[name])
-            for batch_size in part.batch_sizes:
-                case = case_name(name, batch_size, part.most_vocab if name in ("embed_tokens", "lm_head") else None)
+            for batch_size in work.batch_sizes:
+                case = case_name(name, batch_size, work.most_vocab if name in ("embed_tokens", "lm_head") else None)
                 x = _input(placements[0][0], config, batch_size, DTYPES[dtype], rank.device)
                 works[case] = _work(placements[0][0], x)
-                timed[case] = _time_case(rank, placements, x, part)
+                timed[case] = _time_case(rank, placements, x, work)
     rank.state["layers"] = timed
     return works
 
@@ -86,9 +116,9 @@ def measure(rank: RankContext) -> dict[str, float]:
     number = rank.state["layers_round"] = rank.state.get("layers_round", -1) + 1
     figures = {}
     with torch.inference_mode(), _on_one_core(rank, number):
-        for case, item in timed.items():
+        for case, (groups, num_runs) in timed.items():
             rank.tp.barrier()
-            figures[case] = fastest(item.groups[number % len(item.groups)], item.num_groups)
+            figures[case] = groups[number % len(groups)].fastest(num_runs)
     return figures
 
 
@@ -133,13 +163,13 @@ def make_layer(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, 
 
 
 def _placements(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                part: LayersPart) -> list[list[Any]]:
+                work: LayersWork) -> list[list[Any]]:
     """The layer, as many times as there are placements, each as often as its weights fill ``rotate_bytes``, at least once."""
     first = make_layer(name, config, tp, dtype, device)
     first.weight.data.copy_(torch.randn(first.weight.shape, device=device).mul_(first.weight.shape[1] ** -0.5))
-    num_copies = max(1, -(-part.rotate_bytes // (first.weight.numel() * first.weight.element_size())))
+    num_copies = max(1, -(-work.rotate_bytes // (first.weight.numel() * first.weight.element_size())))
     layers = [first]
-    while len(layers) < part.placements * num_copies:
+    while len(layers) < work.placements * num_copies:
         layers.append(make_layer(name, config, tp, dtype, device))
         layers[-1].weight.data.copy_(first.weight.data)
     return [layers[start : start + num_copies] for start in range(0, len(layers), num_copies)]
@@ -152,28 +182,40 @@ def _input(layer: Any, config: ModelConfig, batch_size: int, dtype: torch.dtype,
     return torch.randn(batch_size, layer.weight.shape[1], generator=generator).to(dtype).to(device)
 
 
-def _time_case(rank: RankContext, placements: Sequence[Sequence[nn.Module]], x: Tensor, part: LayersPart) -> _Timed:
+def slow_down(layer: Any, share: float) -> None:
+    """Let a linear layer compute ``share`` more output features than it has: more of the same work, never a pause.
+
+    Nothing drops them: that would cost time too.
+
+    Raises:
+        ValueError: for shares out of (0, 1], and for layers whose weight is no matrix of output features.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must lie in (0, 1]: the part of the work that is done on top")
+    if not hasattr(layer, "weight") or layer.weight.ndim != 2:
+        raise ValueError(f"layer={type(layer).__name__} has no matrix of output features to make longer")
+    extra = max(1, round(share * layer.weight.shape[0]))
+    layer.weight.data = torch.cat((layer.weight.data, layer.weight.data[:extra]))
+
+
+_Timed = tuple[list[Group], int]
+"""A group for each placement of the weights; how many runs of one of them a round takes."""
+
+
+def _time_case(rank: RankContext, placements: Sequence[Sequence[nn.Module]], x: Tensor, work: LayersWork) -> _Timed:
     calls = [[partial(layer, x) for layer in layers] for layers in placements]
     rank.tp.barrier()
     # Every rank must enter a layer's collective equally often.
-    num_calls = rank.tp.all_reduce_min(max(1, round(part.group_s / _seconds(rank, calls[0][0]))))
-    groups = [group_of(each, num_calls, rank.device) for each in calls]
-    num_groups = rank.tp.all_reduce_min(max(2, int(part.slice_s / groups[0].run())))
-    return _Timed(groups=groups, num_groups=num_groups)
-
-
-def _seconds(rank: RankContext, call: Any) -> float:
-    if rank.tp.size == 1:
-        return seconds_of_one(call, rank.device)
-    # Ranks would not agree when enough calls were made: three for everyone, the last one counts.
-    return min(group_of([call], 1, torch.device("cpu")).run() for _ in range(3))
+    one = Group(calls[0][:1], 1, rank.device, graph=False)
+    num_calls = rank.tp.all_reduce_min(max(1, round(work.group_s / one.fastest(10))))
+    groups = [Group(each, num_calls, rank.device, graph=rank.device.type == "cuda") for each in calls]
+    return groups, rank.tp.all_reduce_min(max(2, int(work.slice_s / groups[0].run())))
 
 
 def _work(layer: Any, x: Tensor) -> LayerWork:
     weight: Tensor = layer.weight
-    if isinstance(layer, VocabParallelEmbedding):
-        moved = x.numel() * weight.shape[1] * weight.element_size()
-        return LayerWork(num_bytes=2 * moved, flop=0.0)
     size = weight.element_size()
+    if isinstance(layer, VocabParallelEmbedding):
+        return LayerWork(num_bytes=2.0 * x.numel() * weight.shape[1] * size, flop=0.0)
     return LayerWork(num_bytes=float(weight.numel() + x.numel() + x.shape[0] * weight.shape[0]) * size,
                      flop=2.0 * x.shape[0] * weight.numel())

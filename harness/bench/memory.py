@@ -12,7 +12,7 @@ from engine.parallel.sharding import head_shard
 from harness.bench.bounds import ModelSize
 from harness.bench.engines import OWN, REFERENCE
 from harness.bench.engines.base import LARGEST_BATCH
-from harness.bench.workloads import GenerateCase, GeneratePart, Requests
+from harness.bench.workloads import GenerateWork, Requests, Work
 
 GIB = 2**30
 _PROCESS_BYTES = 0.4 * GIB
@@ -57,28 +57,28 @@ class Memory:
         return num_tokens * (4 * self.config.hidden_size + 3 * self.config.intermediate_size) * self.itemsize
 
 
-def too_large(memory: Memory, parts: Sequence[GeneratePart], peers_of: Callable[[GenerateCase], Sequence[str]], *,
-              tp_sizes: Sequence[int], num_sides: int) -> dict[tuple[str, str], str]:
-    """Cases that don't fit into the memory that is free: (workload, case) -> why. Those that do, do so together.
+def too_large(memory: Memory, works: Sequence[GenerateWork], peers_of: Callable[[GenerateWork], Sequence[str]], *,
+              tp_sizes: Sequence[int], num_sides: int) -> dict[Work, str]:
+    """Works that don't fit into the memory that is free, and why. Those that do, do so together.
 
     Args:
         peers_of: the engines that run a case beside our own.
         num_sides: checkouts that take turns.
     """
     available = float(psutil.virtual_memory().available)
-    drawn = [(part, case, case.draw()) for part in parts for case in part.cases]
+    drawn = {work: work.draw() for work in works}
     largest: dict[str, float] = {}  # an engine goes on from case to case
-    refused = {}
-    for part, case, requests in sorted(drawn, key=lambda item: sum(len(prompt) + count for prompt, count in item[2])):
-        needs = {f"{OWN} tp {size}": num_sides * memory.own(requests, size, part.limits.max_num_batched_tokens)
+    refused: dict[Work, str] = {}
+    for work, requests in sorted(drawn.items(), key=lambda item: sum(len(prompt) + count for prompt, count in item[1])):
+        needs = {f"{OWN} tp {size}": num_sides * memory.own(requests, size, work.limits.max_num_batched_tokens)
                  for size in tp_sizes}
-        needs |= {REFERENCE: memory.reference(requests)} if REFERENCE in peers_of(case) else {}
+        needs |= {REFERENCE: memory.reference(requests)} if REFERENCE in peers_of(work) else {}
         together = {name: max(needs.get(name, 0.0), largest.get(name, 0.0)) for name in (*needs, *largest)}
         if sum(together.values()) <= available:
             largest = together
         else:
             listed, needed = ", ".join(f"{name} {each / GIB:.1f}" for name, each in together.items()), sum(together.values())
-            refused[part.workload, case.case] = (
+            refused[work] = (
                 f"needs about {needed / GIB:.1f} GiB of memory ({listed}), and {available / GIB:.1f} GiB are free: name fewer "
                 "tp_sizes or peers, or a smaller dtype")
     return refused

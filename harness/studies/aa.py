@@ -26,10 +26,9 @@ from harness.shardproof.command import check_packages
 if __name__ == "__main__":
     check_packages()  # before what may be somebody else's is imported
 
-from harness.bench.bench import run_bench
+from harness.bench.bench import BASELINE, CANDIDATE, Workers, run_bench
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
-from harness.bench.steps import BASELINE, CANDIDATE, Workers
 from harness.bench.worker import CHECKOUT
 from harness.cli import exit_with
 from harness.commands.options import prepare_out

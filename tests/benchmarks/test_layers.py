@@ -12,11 +12,11 @@ from engine.parallel.embedding import VocabParallelEmbedding
 from engine.parallel.group import SoloGroup
 from harness.bench.layers import make_layer
 from harness.bench.shapes import NO_SPECIAL_TOKENS, SHAPES
-from harness.bench.workloads import LayersPart
+from harness.bench.workloads import LayersWork
 from reference.checkpoints import as_config
 from tests.benchmarks.timed import finished
 
-LAYERS = LayersPart(batch_sizes=(1, 16), rounds=1, slice_s=1).layers
+LAYERS = LayersWork(batch_sizes=(1, 16), rounds=1, slice_s=1).layers
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])

@@ -7,7 +7,7 @@ import pytest
 from engine.config import ModelConfig
 from harness.bench.bounds import Ceilings, ModelSize, all_reduce_bytes, decode_step_s, generate_s, prefill_s
 from harness.bench.shapes import NO_SPECIAL_TOKENS, SHAPES
-from harness.bench.workloads import WORKLOADS, GeneratePart, parts_of, w1_requests
+from harness.bench.workloads import WORKLOADS, GenerateWork, w1_requests, works_of
 from reference.checkpoints import as_config, weight_shapes
 
 H200 = Ceilings(copy_bytes_per_s=4.3e12, matmul_flop_per_s=7.9e14, all_reduce_s=5e-6)
@@ -27,25 +27,23 @@ def test_w1_is_nano_vllms_own_benchmark() -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_workload_repeats_and_its_engine_has_room_for_it(name: str) -> None:
-    for part in parts_of([name]):
-        if not isinstance(part, GeneratePart):
-            continue
-        for case in part.cases:
-            requests = case.draw()
-            assert requests == case.draw()
-            assert len(requests) <= part.limits.max_num_seqs, "all requests of a case run at once"
-            assert all(len(prompt) + num_tokens <= part.limits.max_model_len for prompt, num_tokens in requests)
+    for work in works_of([name]):
+        if isinstance(work, GenerateWork):
+            requests = work.draw()
+            assert requests == work.draw()
+            assert len(requests) <= work.limits.max_num_seqs, "all requests of a case run at once"
+            assert all(len(prompt) + num_tokens <= work.limits.max_model_len for prompt, num_tokens in requests)
 
 
 def test_no_case_of_a_workload_has_another_ones_name() -> None:
     for name in WORKLOADS:
-        cases = [(part.workload, case.case) for part in parts_of([name]) if isinstance(part, GeneratePart) for case in part.cases]
+        cases = [(work.workload, work.case) for work in works_of([name])]
         assert len(set(cases)) == len(cases)
 
 
 def test_an_unknown_workload_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"workloads=\['w2'\] are unknown; there are: w1, decode"):
-        parts_of(["w1", "w2"])
+        works_of(["w1", "w2"])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

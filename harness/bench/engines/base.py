@@ -27,7 +27,6 @@ class EngineSpec:
     fabric: str
     device: str
     dtype: str
-    vocab_size: int
     limits: Limits
     sequence_lens: tuple[int, ...]
     memory_share: float = 0.9
