@@ -11,9 +11,8 @@ import psutil
 
 from engine.checkpoint.checkpoint_files import CONFIG_FILE, INDEX_FILE, weight_files
 from engine.config import DTYPES, ModelConfig
-from harness.bench.bounds import Ceilings, ModelSize, decode_step_s, generate_s, prefill_s
-from harness.bench.engines import ENGINES
-from harness.bench.engines.base import Engine, EngineSpec
+from harness.bench.bounds import Bounds
+from harness.bench.engines import ENGINES, Engine, EngineSpec
 from harness.bench.figures import (
     Answered,
     Figures,
@@ -129,23 +128,18 @@ class ServingMeasurement(Measurement):
         if copy is None or matmul is None:
             return {}
         on_gpu = task.device == "cuda"
-        ceilings = Ceilings(copy_bytes_per_s=copy * 1e9, matmul_flop_per_s=matmul * 1e12,
-                            all_reduce_s=NVLINK_ALL_REDUCE_S if on_gpu else 0.0)
-        size = ModelSize.of(self._config, DTYPES[task.dtype].itemsize)
+        least = Bounds(config=self._config, itemsize=DTYPES[task.dtype].itemsize, copy_bytes_per_s=copy * 1e9,
+                       matmul_flop_per_s=matmul * 1e12, all_reduce_s=NVLINK_ALL_REDUCE_S if on_gpu else 0.0,
+                       tp_size=task.tp_size if on_gpu else 1)  # the ceilings are the whole machine's, which ranks share
         prompt_lens, output_lens = [len(prompt) for prompt, _ in task.requests], [count for _, count in task.requests]
-        tp_size = task.tp_size if on_gpu else 1  # the ceilings are the whole machine's, which ranks share
         found: Figures = {}
         if "throughput" in wanted:
-            seconds = generate_s(size, ceilings, prompt_lens=prompt_lens, output_lens=output_lens, tp_size=tp_size)
-            found["output_tokens_per_s"] = sum(output_lens) / seconds
+            found["output_tokens_per_s"] = sum(output_lens) / least.generate_s(prompt_lens, output_lens)
         if "prompt" in wanted:
-            seconds = prefill_s(size, ceilings, prompt_lens=prompt_lens, tp_size=tp_size)
-            found["prompt_tokens_per_s"] = sum(prompt_lens) / seconds
+            found["prompt_tokens_per_s"] = sum(prompt_lens) / least.prefill_s(prompt_lens)
         if "itl" in wanted:
-            step_s = decode_step_s(size, ceilings, batch_size=len(task.requests), context=prompt_lens[0] + output_lens[0] / 2,
-                                   tp_size=tp_size)
-            found |= {"ms_per_token": 1e3 * step_s} if "decode" in wanted else {}
-            found["itl_ms"] = 1e3 * step_s
+            step_s = least.decode_step_s(batch_size=len(prompt_lens), context=prompt_lens[0] + output_lens[0] / 2)
+            found |= {name: 1e3 * step_s for name in ("ms_per_token", "itl_ms") if name == "itl_ms" or "decode" in wanted}
         return found
 
     def memory(self) -> Figures:

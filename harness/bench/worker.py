@@ -11,13 +11,11 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,7 +46,7 @@ class Worker:
     def __init__(self, name: str, *, checkout: Path = CHECKOUT, environ: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
-        ours, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         # With a random hash seed the same Python code is a few percent faster in one process than in the next.
         env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
@@ -58,7 +56,6 @@ class Worker:
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the worker and all that it started
             )
-        self._connection = Connection(ours.detach())
 
     def call(self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
         """``function(state, *args)`` in the worker, by its name; ``state`` is a dict that lives as long as the worker.
@@ -145,11 +142,6 @@ def serve(connection: Connection) -> None:
     for item in reversed(list(state.values())):
         if hasattr(item, "close"):
             item.close()
-
-
-def hello(state: dict[str, Any]) -> float:
-    """Does nothing: answers once the worker is up. The time there, on the clock that all processes share."""
-    return time.monotonic()
 
 
 if __name__ == "__main__":

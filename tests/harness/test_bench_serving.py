@@ -11,8 +11,7 @@ import pytest
 
 from engine.checkpoint.checkpoint_files import INDEX_FILE, read_headers
 from harness.bench import figures, measuring, serving
-from harness.bench.engines import ENGINES, EngineKind
-from harness.bench.engines.base import EngineSpec
+from harness.bench.engines import ENGINES, EngineKind, EngineSpec
 from harness.bench.measurement import Task
 from harness.bench.serving import ServingMeasurement
 from harness.bench.workloads import GenerateWork, Limits, Requests, equal_requests

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from harness.bench.engines.base import EngineSpec
+from harness.bench.engines import EngineSpec
 from harness.bench.engines.transformers_engine import ContinuousBatchingEngine, GenerateEngine
 from harness.bench.workloads import Limits
 from reference.checkpoints import random_checkpoint
