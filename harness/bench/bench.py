@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from engine.config import DTYPES, EngineConfig, ModelConfig
 from harness.bench import measuring
@@ -18,7 +19,7 @@ from harness.bench.measurement import Ready, Task
 from harness.bench.memory import Memory, too_large
 from harness.bench.plan import BenchPlan
 from harness.bench.serving import ShortAnswerError
-from harness.bench.worker import CHECKOUT, Worker, WorkerError
+from harness.bench.worker import CHECKOUT, CLOSE_S, Worker, WorkerError
 from harness.bench.workloads import (
     ENGINE_CASE,
     ONE_THREAD_CASE,
@@ -36,6 +37,7 @@ from reports.records import BenchRow, NotMeasured, RecordError, Report, RunInfo
 
 CANDIDATE, BASELINE = "candidate", "baseline"
 """The two checkouts that can take turns."""
+MICRO = "micro"
 CALL_TIMEOUT_S = 1800.0
 _SHORT_CALL_S = 300.0
 
@@ -59,32 +61,25 @@ class Watcher:
 
 
 class Workers:
-    """The workers of a run, started when they are first needed, by (side, engine, tp_size); "" for no engine."""
+    """The workers of a run, started when they are first needed, by (side, engine or "micro" for what needs none, tp_size)."""
 
     def __init__(self) -> None:
         self._workers: dict[tuple[str, str, int], Worker] = {}
 
-    def get(self, side: str, checkout: Path, engine: str, tp_size: int) -> Worker:
+    def get(self, side: str, role: str, tp_size: int, checkout: Path) -> Worker:
         """A new one in place of one that has died."""
-        key = (side, engine, tp_size)
+        key = (side, role, tp_size)
         if key not in self._workers or self._workers[key].is_closed:
-            self._workers[key] = Worker(f"{side} {engine or 'micro'} {tp_size}", checkout=checkout)
+            self._workers[key] = Worker(" ".join(map(str, key)), checkout=checkout)
         return self._workers[key]
 
-    def close_engines(self) -> None:
-        """End the workers of all engines: their memory and threads are no part of what comes next."""
-        self._close([key for key in self._workers if key[1]])
-
-    def close(self, *, at_once: bool = False) -> None:
-        """End them all, in good order or at once."""
-        self._close(list(self._workers), at_once=at_once)
-
-    def _close(self, keys: list[tuple[str, str, int]], *, at_once: bool = False) -> None:
-        leaving = [self._workers.pop(key) for key in keys]
+    def close(self, *, but_micro: bool = False, grace_s: float = CLOSE_S) -> None:
+        """End them all, or those of engines: their memory and threads are no part of what comes next."""
+        leaving = [self._workers.pop(key) for key in list(self._workers) if not (but_micro and key[1] == MICRO)]
         for worker in leaving:
             worker.hang_up()  # so that they go all at the same time
         for worker in leaving:
-            worker.close(**({"grace_s": 0} if at_once else {}))
+            worker.close(grace_s=grace_s)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -97,7 +92,6 @@ class Participant:
 
     task: Task
     side: str
-    checkout: Path
     rounds: int
     worker: Callable[[], Worker]
     ready: Ready = field(default_factory=Ready)
@@ -106,36 +100,45 @@ class Participant:
 
     def start(self) -> None:
         """Make ready. What this costs is no part of any round."""
-        if not self._is_fresh:
-            self.ready = self.worker().call(measuring.start, self.task, timeout_s=CALL_TIMEOUT_S)
+        self.ready = self.worker().call(measuring.start, self.task, timeout_s=CALL_TIMEOUT_S)
 
     def measure(self) -> Measured:
         """One round."""
-        if not self._is_fresh:
-            measured: Measured = self.worker().call(measuring.measure, timeout_s=CALL_TIMEOUT_S)
-            return measured
+        measured: Measured = self.worker().call(measuring.measure, timeout_s=CALL_TIMEOUT_S)
+        return measured
+
+    def memory(self) -> Figures:
+        """``memory_gib``, if it is known."""
+        held: Figures = self.worker().call(measuring.memory, timeout_s=_SHORT_CALL_S)
+        return held
+
+    def finish(self) -> None:
+        """Free what the task took."""
+        self.worker().call(measuring.finish, timeout_s=_SHORT_CALL_S)
+
+    def __str__(self) -> str:
+        return f"{self.task.engine}{'' if self.side == CANDIDATE else f' ({self.side})'} tp {self.task.tp_size}"
+
+
+class FreshParticipant(Participant):
+    """Starts a process each round: ``worker`` gives a new one, and how long it takes is what is measured."""
+
+    def start(self) -> None:
+        """Nothing, before the first round."""
+
+    def measure(self) -> Measured:
         started = time.perf_counter()
-        with Worker(str(self), checkout=self.checkout) as worker:
+        with self.worker() as worker:
             self.ready = worker.call(measuring.start, self.task, timeout_s=CALL_TIMEOUT_S)
             worker.call(measuring.measure, timeout_s=CALL_TIMEOUT_S)
             seconds = time.perf_counter() - started
         return {(self.task.work.case, self.task.engine): {"start_s": seconds}}
 
     def memory(self) -> Figures:
-        """``memory_gib``, if it is known."""
-        return {} if self._is_fresh else self.worker().call(measuring.memory, timeout_s=_SHORT_CALL_S)
+        return {}
 
     def finish(self) -> None:
-        """Free what the task took."""
-        if not self._is_fresh:
-            self.worker().call(measuring.finish, timeout_s=_SHORT_CALL_S)
-
-    @property
-    def _is_fresh(self) -> bool:
-        return isinstance(self.task.work, GenerateWork) and self.task.work.is_fresh
-
-    def __str__(self) -> str:
-        return f"{self.task.engine}{'' if self.side == CANDIDATE else f' ({self.side})'} tp {self.task.tp_size}"
+        """Nothing is left."""
 
 
 def run_bench(plan: BenchPlan, watcher: Watcher | None = None, *, argv: list[str] | None = None, workers: Workers | None = None,
@@ -162,13 +165,13 @@ def run_bench(plan: BenchPlan, watcher: Watcher | None = None, *, argv: list[str
     try:
         for side, checkout in run.sides.items():
             run.watcher.on_status(f"starting {side}")
-            heads[side] = run.workers.get(side, checkout, "", plan.tp_sizes[0]).call(
+            heads[side] = run.workers.get(side, MICRO, plan.tp_sizes[0], checkout).call(
                 measuring.describe, "bench", started_at, plan.seed, argv if argv is not None else ["shardproof", *sys.argv[1:]],
                 timeout_s=_SHORT_CALL_S)
         interrupted = not run.measure_all(works)
     finally:
         if interrupted or workers is None:
-            run.workers.close(at_once=interrupted)
+            run.workers.close(grace_s=0.0 if interrupted else CLOSE_S)
     seconds = (datetime.now(UTC) - started_at).total_seconds()
     reports = {side: Report(run=replace(head, seconds=seconds), benches=run.rows[side], not_measured=run.missing)
                for side, head in heads.items()}
@@ -205,7 +208,7 @@ class BenchRun:
         unfit = self._unfit(works := works_of(plan.workloads))
         self.works = [work for work in works if work not in unfit]
         for work, reason in unfit.items():
-            self.miss(work, OWN, 1 if isinstance(work, CollectivesWork) else None, reason)
+            self.miss(work, OWN, reason)
 
     def _unfit(self, works: Sequence[Work]) -> dict[Work, str]:
         """Works that can't be measured here, and why."""
@@ -233,7 +236,7 @@ class BenchRun:
                 self.measure(work)
             except KeyboardInterrupt:
                 for left in works[number + 1 :]:
-                    self.miss(left, OWN, None, "interrupted before it began")
+                    self.miss(left, OWN, "interrupted before it began")
                 return False
         return True
 
@@ -246,7 +249,7 @@ class BenchRun:
         everyone: list[Participant] = []
         try:
             if not isinstance(work, GenerateWork) or work.is_fresh:
-                self.workers.close_engines()
+                self.workers.close(but_micro=True)
             everyone += self.participants(work)
             with ExitStack() as stack:
                 for participant in everyone:
@@ -264,10 +267,10 @@ class BenchRun:
                 self._make_rows(participant, ask_worker=False)
                 done = min((len(figures) - 1 for figures in participant.samples.values()), default=0)
                 if done < participant.rounds:
-                    self.miss(work, participant.task.engine, participant.task.tp_size,
-                              f"interrupted after {done} of {participant.rounds} rounds")
+                    self.miss(work, participant.task.engine, f"interrupted after {done} of {participant.rounds} rounds",
+                              tp_size=participant.task.tp_size)
             if not everyone:
-                self.miss(work, OWN, None, "interrupted before it began")
+                self.miss(work, OWN, "interrupted before it began")
             raise
 
     def participants(self, work: Work) -> list[Participant]:
@@ -285,7 +288,7 @@ class BenchRun:
                 if reason is None:
                     everyone.append(self._participant(work, CANDIDATE, name, tp_size))
                 else:
-                    self.miss(work, name, tp_size, reason, all_cases=True)
+                    self.miss(work, name, reason, tp_size=tp_size, case=None)
         return everyone
 
     def _participant(self, work: Work, side: str, engine: str, tp_size: int, worker_size: int | None = None) -> Participant:
@@ -303,10 +306,13 @@ class BenchRun:
                            memory_share=0.9 if work.is_fresh else 0.9 / num_engines)
         elif isinstance(work, LayersWork) and side == CANDIDATE:
             task = replace(task, slower=self.plan.slower)
-        role = engine if isinstance(work, GenerateWork) else ""
-        checkout = self.sides[side]
-        return Participant(task=task, side=side, checkout=checkout, rounds=self.plan.rounds_of(work, engine),
-                           worker=lambda: self.workers.get(side, checkout, role, worker_size or tp_size))
+        checkout, rounds = self.sides[side], self.plan.rounds_of(work, engine)
+        if isinstance(work, GenerateWork) and work.is_fresh:
+            return FreshParticipant(task=task, side=side, rounds=rounds,
+                                    worker=lambda: Worker(f"{side} {engine} {tp_size}", checkout=checkout))
+        role = engine if isinstance(work, GenerateWork) else MICRO
+        return Participant(task=task, side=side, rounds=rounds,
+                           worker=lambda: self.workers.get(side, role, worker_size or tp_size, checkout))
 
     def _run_turn(self, turn: int, everyone: Sequence[Participant]) -> None:
         active = [participant for participant in everyone if participant.is_active]
@@ -342,28 +348,23 @@ class BenchRun:
                 )
             except RecordError as error:  # a figure that can't be one, such as no time at all
                 self.failed |= engine == OWN
-                self.add_missing(NotMeasured(workload=work.workload, case=case, engine=engine, tp_size=task.tp_size,
-                                             verdict="error", reason=f"its figures make no sense: {error}"))
+                self.miss(work, engine, f"its figures make no sense: {error}", case=case, tp_size=task.tp_size, verdict="error")
             else:
                 self.add(participant.side, row)
         for (who, where), why in participant.ready.problems.items():
-            self.add_missing(NotMeasured(workload=work.workload, case=where, engine=who, tp_size=task.tp_size, reason=why))
+            self.miss(work, who, why, case=where, tp_size=task.tp_size)
 
     def add(self, side: str, row: BenchRow) -> None:
-        """Note a row that is done."""
+        """Note a row."""
         self.rows[side].append(row)
         self.watcher.on_row(side, row)
         if row.workload == HARDWARE:
             self.hardware[row.case] = {name: (max if direction(name) == "higher" else min)(values)
                                        for name, values in row.samples.items()}
 
-    def miss(self, work: Work, engine: str, tp_size: int | None, reason: str, *, all_cases: bool = False) -> None:
-        """Note what is not measured."""
-        self.add_missing(NotMeasured(workload=work.workload, case=None if all_cases else work.case, engine=engine,
-                                     tp_size=tp_size, reason=reason))
-
-    def add_missing(self, item: NotMeasured) -> None:
-        """Note what is not measured, once."""
+    def miss(self, work: Work, engine: str, reason: str, **fields: Any) -> None:
+        """Note what is not measured, once; by default all tp_sizes of the work's case, if it has one."""
+        item = NotMeasured(**{"workload": work.workload, "case": work.case, "engine": engine, "reason": reason} | fields)
         if item not in self.missing:
             self.missing.append(item)
             self.watcher.on_missing(item)
@@ -379,8 +380,7 @@ class BenchRun:
                 participant.samples.clear()  # what it did in the other rounds is in doubt as well
             task = participant.task
             self.failed |= task.engine == OWN
-            self.add_missing(NotMeasured(workload=task.work.workload, case=task.work.case, engine=task.engine,
-                                         tp_size=task.tp_size, verdict="error", reason=failure.summary, traceback=str(failure)))
+            self.miss(task.work, task.engine, failure.summary, tp_size=task.tp_size, verdict="error", traceback=str(failure))
 
     def _finish(self, participant: Participant) -> None:
         if participant.is_active:

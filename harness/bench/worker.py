@@ -22,7 +22,8 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _LOG_TAIL = 3000  # characters of a worker's output that an error shows
-_CLOSE_S = 20.0
+CLOSE_S = 20.0
+"""How long a worker has to end in good order."""
 
 
 class WorkerError(RuntimeError):
@@ -69,7 +70,7 @@ class Worker:
                 raise self._gone(f"{self.name} gave no answer within timeout_s={timeout_s}")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
-            code = self._process.wait(_CLOSE_S)
+            code = self._process.wait(CLOSE_S)
             raise self._gone(f"{self.name} died with exit code {code}") from None
         if kind == "raised":
             story, summary, *kind = value  # an older checkout tells no kind
@@ -96,7 +97,7 @@ class Worker:
         if not self._log.closed:
             self._connection.close()
 
-    def close(self, *, grace_s: float = _CLOSE_S) -> None:
+    def close(self, *, grace_s: float = CLOSE_S) -> None:
         """End the worker and every process that it started. Closing twice does nothing."""
         if self._log.closed:
             return
@@ -116,7 +117,7 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close(grace_s=_CLOSE_S if kind is None else 0)
+        self.close(grace_s=CLOSE_S if kind is None else 0)
 
 
 def serve(connection: Connection) -> None:

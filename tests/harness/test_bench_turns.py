@@ -76,7 +76,7 @@ def a_work(workload: str = "decode") -> Work:
 def scripted(log: list[str], *names: str, rounds: int = 3, **changes: Any) -> list[Scripted]:
     options: dict[str, Any] = {"work": a_work(), "folder": Path(), "tp_size": 1, "fabric": "solo", "device": "cpu",
                                "dtype": "float32"}
-    return [Scripted(task=Task(engine=name, **options), side="candidate", checkout=Path(), worker=no_worker, rounds=rounds,
+    return [Scripted(task=Task(engine=name, **options), side="candidate", worker=no_worker, rounds=rounds,
                      log=log, **changes) for name in names]
 
 
