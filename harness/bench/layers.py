@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,14 +29,6 @@ from harness.bench.timing import Group
 from harness.bench.workloads import ENGINE_CASE, ONE_THREAD_CASE, LayersWork
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWork:
-    """The least that one call of one rank must do."""
-
-    num_bytes: float
-    flop: float
-
-
 class LayersMeasurement(OnRanks):
     """Parallel layers on fresh ranks. The slowest rank's time counts: the others wait for it."""
 
@@ -48,10 +40,9 @@ class LayersMeasurement(OnRanks):
     def prepare(self) -> None:
         task = self.task
         works = self.run(build, task.folder, task.dtype, task.work, task.slower)
-        # The rank that has most to do.
-        most = {case: max((work[case] for work in works), key=lambda work: work.num_bytes + work.flop) for case in works[0]}
+        most = {case: max((work[case] for work in works), key=sum) for case in works[0]}  # of the rank that has most to do
         self.ready = Ready(fabric="solo" if task.tp_size == 1 else self.ready.fabric,
-                           bounds={case: self._bounds(work) for case, work in most.items()})
+                           bounds={case: self._bounds(*work) for case, work in most.items()})
 
     def measure(self) -> Measured:
         # The first run belongs to the first ranks' rounds.
@@ -62,28 +53,27 @@ class LayersMeasurement(OnRanks):
         found = self.run(measure)
         return {(case, self.task.engine): {"call_us": 1e6 * max(times[case] for times in found)} for case in found[0]}
 
-    def _bounds(self, work: LayerWork) -> Figures:
+    def _bounds(self, num_bytes: float, flop: float) -> Figures:
         # On a CPU one thread a rank; weights in the cache are not read from memory.
         on_gpu = self.task.device == "cuda"
         matmul, copy = (self.task.ceiling(ENGINE_CASE if on_gpu else ONE_THREAD_CASE, metric)
                         for metric in ("matmul_tflop_per_s", "copy_gb_per_s"))
         if matmul is None or copy is None:
             return {}
-        read_s = work.num_bytes / (copy * 1e9) if on_gpu or self.task.work.rotate_bytes else 0.0
-        seconds = max(work.flop / (matmul * 1e12), read_s)
+        reads = on_gpu or self.task.work.rotate_bytes > 0
+        seconds = max(flop / (matmul * 1e12), num_bytes / (copy * 1e9) if reads else 0.0)
         return {"call_us": 1e6 * seconds} if seconds else {}
 
 
-def case_name(layer: str, batch_size: int, vocab_size: int | None = None) -> str:
-    """``vocab_size`` where the model's own was cut."""
-    return f"{layer}{f' of {vocab_size} ids' if vocab_size else ''}, batch {batch_size}"
-
-
-def build(rank: RankContext, folder: Path, dtype: str, work: LayersWork, slower: Mapping[str, float]) -> dict[str, LayerWork]:
-    """Job: make every layer and batch ready to be timed. What this rank must do in each case.
+def build(rank: RankContext, folder: Path, dtype: str, work: LayersWork,
+          slower: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Job: make every layer and batch ready to be timed.
 
     Args:
         slower: layer -> share of its work that is done on top, to see whether that is found.
+
+    Returns:
+        bytes and floating-point operations that one call of this rank must at least move and do, by case.
     """
     rank.phase = "build layers"
     if rank.device.type == "cpu":
@@ -93,20 +83,21 @@ def build(rank: RankContext, folder: Path, dtype: str, work: LayersWork, slower:
     # A process group of one would still cost each call its collective.
     tp = SoloGroup() if rank.tp.size == 1 else rank.tp
     timed: dict[str, _Timed] = {}
-    works: dict[str, LayerWork] = {}
+    least: dict[str, tuple[float, float]] = {}
     with torch.inference_mode():
         for name in work.layers:
             placements = _placements(name, config, tp, DTYPES[dtype], rank.device, work)
             for layer in chain(*placements):
                 if name in slower:
                     slow_down(layer, slower[name])
+            cut = f" of {work.most_vocab} ids" if work.most_vocab and name in ("embed_tokens", "lm_head") else ""
             for batch_size in work.batch_sizes:
-                case = case_name(name, batch_size, work.most_vocab if name in ("embed_tokens", "lm_head") else None)
-                x = _input(placements[0][0], config, batch_size, DTYPES[dtype], rank.device)
-                works[case] = _work(placements[0][0], x)
+                case = f"{name}{cut}, batch {batch_size}"
+                x = layer_input(placements[0][0], config, batch_size, DTYPES[dtype], rank.device)
+                least[case] = _least(placements[0][0], x)
                 timed[case] = _time_case(rank, placements, x, work)
     rank.state["layers"] = timed
-    return works
+    return least
 
 
 def measure(rank: RankContext) -> dict[str, float]:
@@ -144,22 +135,25 @@ def _on_one_core(rank: RankContext, number: int) -> Iterator[None]:
 def make_layer(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> Any:
     """A layer as the model has it, its weights not yet written."""
     hidden, width = config.hidden_size, config.intermediate_size
-    options: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
-    if name == "qkv_proj":
-        return QKVParallelLinear(hidden, config.head_dim, config.num_q_heads, config.num_kv_heads, **options)
-    if name == "o_proj":
-        heads = head_shard(config.num_q_heads, config.num_kv_heads, tp_rank=tp.rank, tp_size=tp.size)
-        return RowParallelLinear(config.num_q_heads * config.head_dim, hidden,
-                                 input_range=scale_range(heads.q_heads, config.head_dim), **options)
-    if name == "gate_up_proj":
-        return MergedColumnParallelLinear(hidden, (width, width), **options)
-    if name == "down_proj":
-        return RowParallelLinear(width, hidden, **options)
-    if name == "embed_tokens":
-        return VocabParallelEmbedding(config.vocab_size, hidden, **options)
-    if name == "lm_head":
-        return ParallelLMHead(config.vocab_size, hidden, **options)
-    raise ValueError(f"layer={name!r} is unknown")
+    heads = head_shard(config.num_q_heads, config.num_kv_heads, tp_rank=tp.rank, tp_size=tp.size)
+    kind, sizes, options = {
+        "qkv_proj": (QKVParallelLinear, (hidden, config.head_dim, config.num_q_heads, config.num_kv_heads), {}),
+        "o_proj": (RowParallelLinear, (config.num_q_heads * config.head_dim, hidden),
+                   {"input_range": scale_range(heads.q_heads, config.head_dim)}),
+        "gate_up_proj": (MergedColumnParallelLinear, (hidden, (width, width)), {}),
+        "down_proj": (RowParallelLinear, (width, hidden), {}),
+        "embed_tokens": (VocabParallelEmbedding, (config.vocab_size, hidden), {}),
+        "lm_head": (ParallelLMHead, (config.vocab_size, hidden), {}),
+    }[name]
+    return kind(*sizes, tp=tp, dtype=dtype, device=device, **options)
+
+
+def layer_input(layer: Any, config: ModelConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Token ids ``[T]`` for an embedding, else values ``[T, I]``; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(layer, VocabParallelEmbedding):
+        return torch.randint(0, config.vocab_size, (batch_size,), generator=generator).to(device)
+    return torch.randn(batch_size, layer.weight.shape[1], generator=generator).to(dtype).to(device)
 
 
 def _placements(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, device: torch.device,
@@ -173,13 +167,6 @@ def _placements(name: str, config: ModelConfig, tp: TPGroup, dtype: torch.dtype,
         layers.append(make_layer(name, config, tp, dtype, device))
         layers[-1].weight.data.copy_(first.weight.data)
     return [layers[start : start + num_copies] for start in range(0, len(layers), num_copies)]
-
-
-def _input(layer: Any, config: ModelConfig, batch_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(layer, VocabParallelEmbedding):
-        return torch.randint(0, config.vocab_size, (batch_size,), generator=generator).to(device)
-    return torch.randn(batch_size, layer.weight.shape[1], generator=generator).to(dtype).to(device)
 
 
 def slow_down(layer: Any, share: float) -> None:
@@ -212,10 +199,8 @@ def _time_case(rank: RankContext, placements: Sequence[Sequence[nn.Module]], x: 
     return groups, rank.tp.all_reduce_min(max(2, int(work.slice_s / groups[0].run())))
 
 
-def _work(layer: Any, x: Tensor) -> LayerWork:
-    weight: Tensor = layer.weight
-    size = weight.element_size()
+def _least(layer: Any, x: Tensor) -> tuple[float, float]:
+    (num_outputs, num_inputs), size = layer.weight.shape, layer.weight.element_size()
     if isinstance(layer, VocabParallelEmbedding):
-        return LayerWork(num_bytes=2.0 * x.numel() * weight.shape[1] * size, flop=0.0)
-    return LayerWork(num_bytes=float(weight.numel() + x.numel() + x.shape[0] * weight.shape[0]) * size,
-                     flop=2.0 * x.shape[0] * weight.numel())
+        return 2.0 * len(x) * num_inputs * size, 0.0
+    return float(num_outputs * num_inputs + x.numel() + len(x) * num_outputs) * size, 2.0 * len(x) * num_outputs * num_inputs
