@@ -55,8 +55,9 @@ class BenchPlan:
             raise ValueError(f"rounds={self.rounds} must be at least 1")
         if unknown := [peer for peer in self.peers or () if peer not in PEERS]:
             raise ValueError(f"peers={unknown} are unknown; there are: {', '.join(PEERS)}, and none")
-        if self.against is not None and not (self.against / "harness" / "bench" / "worker.py").is_file():
-            raise ValueError(f"against={self.against} is no checkout of this project that has benchmarks")
+        if self.against is not None and not (self.against / "harness" / "bench" / "measuring.py").is_file():
+            raise ValueError(f"against={self.against} is no checkout of this project with benchmarks that this one can drive "
+                             "(harness/bench/measuring.py): name another, or compare two reports")
 
     def peers_of(self, work: GenerateWork) -> tuple[str, ...]:
         """The engines that run it beside our own."""
