@@ -10,8 +10,7 @@ import torch
 from engine.config import DTYPES
 from harness.bench.engines import PEERS, REFERENCE
 from harness.bench.workloads import REFERENCE_ROUNDS, GenerateWork, Work, works_of
-
-FABRICS = ("auto", "gloo", "threads", "nccl")
+from harness.names import FABRICS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
