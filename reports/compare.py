@@ -183,7 +183,7 @@ def compare(
     How many rounds it takes to be sure of a slow-down of 10 % among twelve rows, in 95 comparisons of a hundred:
     30 a side with 5 % of noise and outliers, 7 with 1 % of noise. The samples stand for one run each: what differs
     between runs but not within one (clocks, neighbours, memory layout) no interval can show. In turns, what slows the machine
-    down for a while slows both sides of a pair: see harness/bench/aa.py.
+    down for a while slows both sides of a pair: see harness/studies/aa.py.
 
     Raises UnlikeMachinesError if there are speeds to compare and the machines differ; ValueError for settings
     out of range.

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 
 import torch
 
 from engine.config import DTYPES
 from engine.ranks.ranks import RankContext
-from harness.bench.figures import Figures
+from harness.bench.figures import Figures, Measured
+from harness.bench.measurement import OnRanks
 
 _REPEATS = {"cpu": 20, "cuda": 5}  # short and many on a CPU: the fastest is one that nobody interrupted
 _AT_ONCE = {"cpu": 1, "cuda": 10}  # in a row on a GPU: what the host needs to start and to notice the end is no part of it
 _COPY_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}  # beyond any cache
 _MATMUL_SIZE = {"cpu": 512, "cuda": 8192}
+
+
+class HardwareMeasurement(OnRanks):
+    """On one rank."""
+
+    def measure(self) -> Measured:
+        work = self.task.work
+        return {(work.case, self.task.engine): self.run(measure, self.task.dtype, work.num_threads)[0]}
 
 
 def measure(rank: RankContext, dtype: str, num_threads: int | None) -> Figures:
@@ -40,7 +49,6 @@ def measure(rank: RankContext, dtype: str, num_threads: int | None) -> Figures:
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Figures:
-    on_gpu = device.type == "cuda"
     num_bytes, size = _COPY_BYTES[device.type], _MATMUL_SIZE[device.type]
     source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -48,7 +56,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Figures:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     matmul_s = _fastest(lambda: a @ b, device)
     found = {"copy_gb_per_s": 2 * num_bytes / copy_s / 1e9, "matmul_tflop_per_s": 2 * size**3 / matmul_s / 1e12}
-    if on_gpu:
+    if device.type == "cuda":
         pinned = torch.ones(num_bytes // 16, dtype=torch.float32, pin_memory=True)
         part = target[: pinned.numel()]
         host_s = _fastest(lambda: part.copy_(pinned, non_blocking=True), device)
@@ -62,18 +70,11 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Figures:
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call in the fastest of a few runs, after one to warm up."""
-    times, at_once = [], _AT_ONCE[device.type]
-    for _ in range(_REPEATS[device.type] + 1):
-        _wait(device)
-        started = time.perf_counter()
-        for _ in range(at_once):
+    def run() -> None:
+        for _ in range(_AT_ONCE[device.type]):
             work()
-        _wait(device)
-        times.append((time.perf_counter() - started) / at_once)
-    return min(times[1:])
+        if device.type == "cuda":
+            for number in range(torch.cuda.device_count()):
+                torch.cuda.synchronize(number)
 
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        for number in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(number)
+    return min(timeit.repeat(run, number=1, repeat=_REPEATS[device.type] + 1)[1:]) / _AT_ONCE[device.type]

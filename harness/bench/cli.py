@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from harness.bench.bench import BenchResult, run_bench
+from harness.bench.bench import BASELINE, CANDIDATE, BenchResult, Watcher, run_bench
 from harness.bench.engines import OWN
-from harness.bench.lineup import BASELINE, CANDIDATE
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
-from harness.bench.step import Watcher
 from harness.commands.options import check_device, numbers, prepare_out
 from harness.commands.progress import errors
 from harness.errors import COULD_NOT_RUN, CouldNotRunError, UsageError, usage
@@ -57,7 +56,7 @@ def bench(*, model: str, names: tuple[str, ...], tp: str, peers: tuple[str, ...]
             on_missing=lambda item: bar.console.print(f"[yellow]{escape(_missing_line(item))}[/yellow]", highlight=False,
                                                       soft_wrap=True),
         )
-        result = run_bench(plan.with_folder(model_folder(model, dtype=dtype)), watcher)
+        result = run_bench(replace(plan, folder=model_folder(model, dtype=dtype)), watcher)
     return _finish(result, names, out, save_baseline=save_baseline)
 
 

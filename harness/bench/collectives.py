@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -15,76 +14,91 @@ from torch import Tensor
 from engine.config import DTYPES
 from engine.parallel.group import ProcessTPGroup
 from engine.ranks.ranks import RankContext
-from harness.bench.timing import group_of
-from harness.bench.workloads import CollectivesPart
+from harness.bench.bounds import all_reduce_bytes
+from harness.bench.figures import Measured
+from harness.bench.measurement import OnRanks
+from harness.bench.timing import Group
+from harness.bench.workloads import ENGINE_CASE, CollectivesWork, size_name
 
 OWN_WAY = "shardproof"
-MODES = ("eager", "graph")
-Way = tuple[str, str, str]
-"""(case, who does it, ``eager`` or ``graph``)"""
 Problems = dict[tuple[str, str | None], str]
 """(who, case; None for all) -> why it can't run here"""
 _SYMMETRIC = "symmetric"
 
 
-def case_name(message_bytes: int, mode: str) -> str:
-    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
-        if message_bytes >= scale and message_bytes % scale == 0:
-            return f"{message_bytes // scale} {unit}, {mode}"
-    return f"{message_bytes} B, {mode}"
+class CollectivesMeasurement(OnRanks):
+    """All-reduces on fresh ranks. The slowest rank's time counts."""
+
+    def prepare(self) -> None:
+        task = self.task
+        for problems in self.run(build, task.dtype, task.work):
+            self.ready.problems |= problems
+        rate = task.ceiling(ENGINE_CASE, "gpu_to_gpu_gb_per_s" if task.device == "cuda" else "copy_gb_per_s")
+        if rate is not None:
+            self.ready.bounds = {
+                f"{size_name(size)}, {mode}": {"all_reduce_us": all_reduce_bytes(size, task.tp_size) / (rate * 1e3)}
+                for size in task.work.message_bytes for mode in ("eager", "graph")}
+
+    def measure(self) -> Measured:
+        found = self.run(measure)
+        return {way: {"all_reduce_us": 1e6 * max(times[way] for times in found)} for way in found[0]}
+
+    def close(self) -> None:
+        with suppress(Exception):  # ranks that are broken are ended all the same
+            self.run(free)
+        super().close()
 
 
-def size_of_case(sizes: Sequence[int], case: str) -> int:
-    """The message size of a case."""
-    return next(size for size in sizes for mode in MODES if case_name(size, mode) == case)
-
-
-def build(rank: RankContext, dtype: str, part: CollectivesPart) -> Problems:
+def build(rank: RankContext, dtype: str, work: CollectivesWork) -> Problems:
     """Job: make every size and way ready. Returns the ways that can't run here, and why."""
     rank.phase = "build collectives"
     problems: Problems = {}
-    runs: dict[Way, Callable[[], float]] = {}
-    for message_bytes in part.message_bytes:
-        for who, mode, call in _ways(rank, message_bytes, DTYPES[dtype], problems):
-            case = case_name(message_bytes, mode)
-            try:
-                runs[case, who, mode] = _timed(rank, call, mode, part.calls)
-            except RuntimeError as problem:
-                if not who.startswith(_SYMMETRIC):
-                    raise
-                # They refuse some sizes, on all ranks alike.
-                problems[who, case] = _in_a_line(problem)
-    rank.state["collectives"] = runs
+    groups: dict[tuple[str, str], Group] = {}
+    modes = ("eager", "graph") if rank.tp.fabric == "nccl" else ("eager",)
+    for message_bytes in work.message_bytes:
+        for who, call in _ways(rank, message_bytes, DTYPES[dtype], problems):
+            for mode in modes:
+                case = f"{size_name(message_bytes)}, {mode}"
+                try:
+                    call()
+                    groups[case, who] = Group([call], work.calls, rank.device, graph=mode == "graph")
+                except RuntimeError as problem:
+                    if not who.startswith(_SYMMETRIC):
+                        raise
+                    # They refuse some sizes, on all ranks alike.
+                    problems[who, case] = _in_a_line(problem)
+    rank.state["collectives"] = groups
     return problems
 
 
 def measure(rank: RankContext) -> dict[tuple[str, str], float]:
-    """Job: seconds of one call, by (case, who)."""
+    """Job: seconds of one call, the mean of many, by (case, who)."""
     rank.phase = "time collectives"
-    runs: Mapping[Way, Callable[[], float]] = rank.state["collectives"]
+    groups: Mapping[tuple[str, str], Group] = rank.state["collectives"]
     found = {}
-    for (case, who, _), run in runs.items():
+    for way, group in groups.items():
         rank.tp.barrier()
-        found[case, who] = run()
+        found[way] = group.run() / group.num_calls
     return found
 
 
+def free(rank: RankContext) -> None:
+    """Job: graphs go before the group does."""
+    rank.state.pop("collectives", None)
+
+
 def _ways(rank: RankContext, message_bytes: int, dtype: torch.dtype,
-          problems: Problems) -> Iterator[tuple[str, str, Callable[[], Tensor]]]:
+          problems: Problems) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     # Zeros stay zeros, however often they are summed.
     x = torch.zeros(message_bytes // dtype.itemsize, dtype=dtype, device=rank.device)
-    ways: dict[str, Callable[[], Tensor]] = {OWN_WAY: partial(rank.tp.all_reduce, x)}
+    yield OWN_WAY, partial(rank.tp.all_reduce, x)
     if isinstance(rank.tp, ProcessTPGroup):
-        ways[f"torch {rank.tp.fabric}"] = partial(_torch_all_reduce, x, rank.tp.process_group)
+        yield f"torch {rank.tp.fabric}", partial(_torch_all_reduce, x, rank.tp.process_group)
     if rank.tp.fabric == "nccl":
         try:
-            ways |= _symmetric_ways(rank, message_bytes, dtype)
+            yield from _symmetric_ways(rank, message_bytes, dtype).items()
         except Exception as problem:  # of a torch build or a machine without them: said in the report
             problems["symmetric memory", None] = _in_a_line(problem)
-    modes = MODES if rank.tp.fabric == "nccl" else MODES[:1]
-    for who, call in ways.items():
-        for mode in modes:
-            yield who, mode, call
 
 
 def _torch_all_reduce(x: Tensor, group: Any) -> Tensor:
@@ -107,32 +121,3 @@ def _symmetric_ways(rank: RankContext, message_bytes: int, dtype: torch.dtype) -
 
 def _in_a_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
-
-
-def _timed(rank: RankContext, call: Callable[[], Tensor], mode: str, num_calls: int) -> Callable[[], float]:
-    """Seconds of one call, the mean over ``num_calls``."""
-    call()
-    if mode == "graph":
-        group = group_of([call], num_calls, rank.device)
-        return lambda: group.run() / num_calls
-
-    def run() -> float:
-        _wait(rank.device)
-        started = time.perf_counter()
-        for _ in range(num_calls):
-            call()
-        _wait(rank.device)
-        return (time.perf_counter() - started) / num_calls
-
-    return run
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free(rank: RankContext) -> None:
-    """Job: graphs go before the group does."""
-    with suppress(KeyError):
-        del rank.state["collectives"]

@@ -10,6 +10,8 @@ import numpy as np
 
 Figures = dict[str, float]
 """metric -> value of one round; the metric's name ends in its unit"""
+Measured = dict[tuple[str, str], Figures]
+"""(case, engine) -> figures of one round"""
 TokenTimes = Sequence[Sequence[float]]
 """For each request, the seconds after the start at which each of its tokens arrived."""
 
@@ -20,10 +22,6 @@ class Answered:
 
     seconds: float
     num_tokens: Sequence[int]
-
-
-def throughput(num_tokens: int, seconds: float) -> Figures:
-    return {"output_tokens_per_s": num_tokens / seconds}
 
 
 def prompt_figures(times: TokenTimes, num_prompt_tokens: int) -> Figures:
@@ -46,18 +44,17 @@ def inter_token_figures(times: TokenTimes) -> Figures:
               if earlier >= start and later <= stop]
     if not gaps_s:
         raise ValueError("no two tokens came while all requests were decoding: generate more tokens")
-    return {"itl_ms": 1e3 * float(np.median(gaps_s)), "itl_ms_p99": 1e3 * float(np.percentile(gaps_s, 99))}
+    return _median_and_tail("itl_ms", gaps_s)
 
 
 def first_token_figures(times: TokenTimes) -> Figures:
-    first_ms = [1e3 * request[0] for request in times]
-    return {"ttft_ms": float(np.median(first_ms)), "ttft_ms_p99": float(np.percentile(first_ms, 99))}
+    """Time to a first token, over requests."""
+    return _median_and_tail("ttft_ms", [request[0] for request in times])
 
 
 def per_token_figures(times: TokenTimes) -> Figures:
     """Mean time a token after the first, over requests."""
-    per_token_ms = [1e3 * (request[-1] - request[0]) / (len(request) - 1) for request in times]
-    return {"tpot_ms": float(np.median(per_token_ms)), "tpot_ms_p99": float(np.percentile(per_token_ms, 99))}
+    return _median_and_tail("tpot_ms", [(request[-1] - request[0]) / (len(request) - 1) for request in times])
 
 
 def decode_figures(short_s: float, long_s: float, num_steps: int) -> Figures:
@@ -69,3 +66,7 @@ def decode_figures(short_s: float, long_s: float, num_steps: int) -> Figures:
     if long_s <= short_s:
         raise ValueError(f"{num_steps} more tokens took no longer ({long_s:.4g} s against {short_s:.4g} s): generate more tokens")
     return {"ms_per_token": 1e3 * (long_s - short_s) / num_steps}
+
+
+def _median_and_tail(name: str, seconds: Sequence[float]) -> Figures:
+    return {name: 1e3 * float(np.median(seconds)), f"{name}_p99": 1e3 * float(np.percentile(seconds, 99))}

@@ -1,4 +1,4 @@
-"""What a worker does for a serving workload: start an engine, run cases on it, say what it took."""
+"""What a worker does for requests: start an engine, run them on it, say what it took."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 
 from engine.checkpoint.checkpoint_files import CONFIG_FILE, INDEX_FILE, weight_files
-from harness.bench.engines import ENGINES
-from harness.bench.engines.base import Engine, EngineSpec
+from engine.config import DTYPES, ModelConfig
+from harness.bench.bounds import Bounds
+from harness.bench.engines import ENGINES, Engine, EngineSpec
 from harness.bench.figures import (
     Answered,
     Figures,
+    Measured,
     TokenTimes,
     decode_figures,
     first_token_figures,
     inter_token_figures,
     per_token_figures,
     prompt_figures,
-    throughput,
 )
-from harness.bench.workloads import Requests
+from harness.bench.measurement import Measurement, Ready, Task
+from harness.bench.workloads import ENGINE_CASE, Requests
 
-State = dict[str, Any]
+NVLINK_ALL_REDUCE_S = 5e-6
+"""The least that an all-reduce of a few KiB is taken to cost between GPUs; one-shot over NVLink takes 6 µs in a graph."""
 _OF_TIMES = {"itl": inter_token_figures, "ttft": first_token_figures, "tpot": per_token_figures}
 _DECODE_TRIES = 3
 """A hiccup of the machine can make one token slower than many. Such a pair of runs tells nothing, and is run again."""
@@ -36,95 +38,119 @@ class ShortAnswerError(RuntimeError):
     """An engine gave back more or fewer tokens than it was asked for: its time is one for other work."""
 
 
-class _Started:
-    """An engine with the folder it was given. Its answers are counted before their time is taken for a figure.
+class ServingMeasurement(Measurement):
+    """An engine, for one case after the other. Its answers are counted before their time is taken for a figure."""
 
-    ``is_whole``: every run so far was answered in full. What an engine left undone would come back in the next case.
-    """
+    lasts = True
 
-    def __init__(self, name: str, spec: EngineSpec) -> None:
-        self.spec = spec
-        self.is_whole = True
+    def __init__(self, task: Task) -> None:
+        self._config = ModelConfig.from_folder(task.folder)
+        self._spec = self._spec_of(task)
+        self._is_whole = True  # what an engine left undone would come back in the next case
         self._runs = itertools.count()
         self._folder = TemporaryDirectory()
         try:
-            self.engine: Engine = ENGINES[name].load()(spec, _weights_alone(spec.folder, Path(self._folder.name)))
+            self._engine: Engine = ENGINES[task.engine].load()(self._spec, _weights_alone(task.folder, Path(self._folder.name)))
         except BaseException:
             self._folder.cleanup()
             raise
+        self.take(task)
 
-    def fresh(self, requests: Requests) -> Requests:
-        """Requests whose prompts nobody has seen yet, in their first token: one engine can't switch prefix caching off."""
-        number = next(self._runs)
-        return [([(prompt[0] + number) % self.spec.vocab_size, *prompt[1:]], num_tokens) for prompt, num_tokens in requests]
+    def take(self, task: Task) -> bool:
+        if self._spec_of(task) != self._spec or not self._is_whole:
+            return False
+        self.task = task
+        self.ready = Ready(fabric=self._engine.fabric, bounds={task.work.case: self._bounds()})
+        return True
 
-    def generate(self, requests: Requests, temperature: float) -> Answered:
-        self.is_whole = False
-        answered = self.engine.generate(self.fresh(requests), temperature)
+    def _spec_of(self, task: Task) -> EngineSpec:
+        return EngineSpec(folder=task.folder, tp_size=task.tp_size, fabric=task.fabric, device=task.device, dtype=task.dtype,
+                          limits=task.work.limits.within(self._config.max_position_embeddings),
+                          sequence_lens=task.sequence_lens, memory_share=task.memory_share)
+
+    def measure(self) -> Measured:
+        """One round: run the requests as the figures need it, and compute these.
+
+        Raises:
+            ShortAnswerError: if the engine gave back more or fewer tokens than it was asked for.
+        """
+        return {(self.task.work.case, self.task.engine): self._figures(self.task.work.figures)}
+
+    def _figures(self, wanted: tuple[str, ...]) -> Figures:
+        requests = self.task.requests
+        found: Figures = {}
+        if wanted in (("throughput",), ("start",)):
+            answered = self._generate(requests)
+            return {"output_tokens_per_s": sum(answered.num_tokens) / answered.seconds}
+        if "decode" in wanted:
+            found |= self._decode(requests)
+        times = self._stream(requests)
+        for name, compute in _OF_TIMES.items():
+            if name in wanted:
+                found |= compute(times)
+        if "throughput" in wanted:
+            found["output_tokens_per_s"] = sum(map(len, times)) / max(request[-1] for request in times)
+        if "prompt" in wanted:
+            found |= prompt_figures(times, sum(len(prompt) for prompt, _ in requests))
+        return found
+
+    def _decode(self, requests: Requests) -> Figures:
+        first_tokens = [(prompt, 1) for prompt, _ in requests]
+        for _ in range(_DECODE_TRIES):
+            short_s, long_s = (self._generate(asked).seconds for asked in (first_tokens, requests))
+            if long_s > short_s:
+                break
+        return decode_figures(short_s, long_s, requests[0][1] - 1)
+
+    def _generate(self, requests: Requests) -> Answered:
+        self._is_whole = False
+        answered = self._engine.generate(self._fresh(requests), self.task.work.temperature)
         _expect_all(requests, answered.num_tokens)
-        self.is_whole = True
+        self._is_whole = True
         return answered
 
-    def stream(self, requests: Requests, temperature: float) -> TokenTimes:
-        self.is_whole = False
-        times = self.engine.stream(self.fresh(requests), temperature)
+    def _stream(self, requests: Requests) -> TokenTimes:
+        self._is_whole = False
+        times = self._engine.stream(self._fresh(requests), self.task.work.temperature)
         _expect_all(requests, [len(request) for request in times])
-        self.is_whole = True
+        self._is_whole = True
         return times
+
+    def _fresh(self, requests: Requests) -> Requests:
+        """Requests whose prompts nobody has seen yet, in their first token: one engine can't switch prefix caching off."""
+        number = next(self._runs)
+        return [([(prompt[0] + number) % self._config.vocab_size, *prompt[1:]], num_tokens) for prompt, num_tokens in requests]
+
+    def _bounds(self) -> Figures:
+        """Of the figures of one round, by the ceilings of one rank that has the whole machine, or a whole GPU."""
+        task, wanted = self.task, self.task.work.figures
+        copy, matmul = (task.ceiling(ENGINE_CASE, metric) for metric in ("copy_gb_per_s", "matmul_tflop_per_s"))
+        if copy is None or matmul is None:
+            return {}
+        on_gpu = task.device == "cuda"
+        least = Bounds(config=self._config, itemsize=DTYPES[task.dtype].itemsize, copy_bytes_per_s=copy * 1e9,
+                       matmul_flop_per_s=matmul * 1e12, all_reduce_s=NVLINK_ALL_REDUCE_S if on_gpu else 0.0,
+                       tp_size=task.tp_size if on_gpu else 1)  # the ceilings are the whole machine's, which ranks share
+        prompt_lens, output_lens = [len(prompt) for prompt, _ in task.requests], [count for _, count in task.requests]
+        found: Figures = {}
+        if "throughput" in wanted:
+            found["output_tokens_per_s"] = sum(output_lens) / least.generate_s(prompt_lens, output_lens)
+        if "prompt" in wanted:
+            found["prompt_tokens_per_s"] = sum(prompt_lens) / least.prefill_s(prompt_lens)
+        if "itl" in wanted:
+            step_s = least.decode_step_s(batch_size=len(prompt_lens), context=prompt_lens[0] + output_lens[0] / 2)
+            found |= {name: 1e3 * step_s for name in ("ms_per_token", "itl_ms") if name == "itl_ms" or "decode" in wanted}
+        return found
+
+    def memory(self) -> Figures:
+        peak = self._engine.peak_device_bytes() if self.task.device == "cuda" else _peak_resident_bytes()
+        return {} if peak is None else {"memory_gib": peak / 2**30}
 
     def close(self) -> None:
         try:
-            self.engine.close()
+            self._engine.close()
         finally:
             self._folder.cleanup()
-
-
-def start(state: State, name: str, spec: EngineSpec) -> str:
-    """Have an engine with this ``spec`` running; the fabric that joins its ranks."""
-    started: _Started | None = state.get("engine")
-    if started is None or started.spec != spec or not started.is_whole:
-        stop(state)
-        started = state["engine"] = _Started(name, spec)
-    return started.engine.fabric
-
-
-def stop(state: State) -> None:
-    """End the engine if one runs."""
-    if (started := state.pop("engine", None)) is not None:
-        started.close()
-
-
-def run_case(state: State, requests: Requests, figures: tuple[str, ...], temperature: float) -> Figures:
-    """One round: run the requests as the figures need it, and compute these.
-
-    Raises:
-        ShortAnswerError: if the engine gave back more or fewer tokens than it was asked for.
-    """
-    started: _Started = state["engine"]
-    found: Figures = {}
-    if figures == ("throughput",):
-        answered = started.generate(requests, temperature)
-        return throughput(sum(answered.num_tokens), answered.seconds)
-    if "decode" in figures:
-        found |= _decode(started, requests, temperature)
-    times = started.stream(requests, temperature)
-    for name, compute in _OF_TIMES.items():
-        if name in figures:
-            found |= compute(times)
-    if "throughput" in figures:
-        found |= throughput(sum(map(len, times)), max(request[-1] for request in times))
-    if "prompt" in figures:
-        found |= prompt_figures(times, sum(len(prompt) for prompt, _ in requests))
-    return found
-
-
-def _decode(started: _Started, requests: Requests, temperature: float) -> Figures:
-    first_tokens = [(prompt, 1) for prompt, _ in requests]
-    for _ in range(_DECODE_TRIES):
-        short_s, long_s = (started.generate(asked, temperature).seconds for asked in (first_tokens, requests))
-        if long_s > short_s:
-            break
-    return decode_figures(short_s, long_s, requests[0][1] - 1)
 
 
 def _expect_all(requests: Requests, num_tokens: Sequence[int]) -> None:
@@ -138,21 +164,6 @@ def _expect_all(requests: Requests, num_tokens: Sequence[int]) -> None:
     raise ShortAnswerError(
         f"{sum(num_tokens)} tokens came back of {sum(asked)} asked for: {len(wrong)} of {len(asked)} requests differ, "
         f"number {first} with {num_tokens[first]} of {asked[first]}; such a run is no measurement")
-
-
-def first_token(state: State, name: str, spec: EngineSpec, prompt: list[int]) -> str:
-    """Start an engine and have it give one token; the fabric that joins its ranks."""
-    fabric = start(state, name, spec)
-    state["engine"].generate([(prompt, 1)], 0.6)
-    return fabric
-
-
-def peak_bytes(state: State) -> int | None:
-    """Most memory that the engine's processes have held together: of the GPUs, or resident in RAM. None: unknown."""
-    started: _Started = state["engine"]
-    if started.spec.device == "cuda":
-        return started.engine.peak_device_bytes()
-    return _peak_resident_bytes()
 
 
 def _peak_resident_bytes() -> int | None:

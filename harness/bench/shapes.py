@@ -11,37 +11,35 @@ from typing import Any
 from harness.errors import UsageError
 from harness.names import DTYPES
 
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151_936, "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960,
-          "rope_theta": 1e6, "num_key_value_heads": 8}
-_LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072,
-            "rope_theta": 5e5, "num_key_value_heads": 8}
+_COMMON = {
+    "qwen3": {"vocab_size": 151_936, "head_dim": 128, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960, "rope_theta": 1e6},
+    "llama": {"vocab_size": 128_256, "rms_norm_eps": 1e-5, "max_position_embeddings": 131_072, "rope_theta": 5e5},
+}
 _LLAMA_31_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                   "original_max_position_embeddings": 8192, "rope_theta": 5e5}
 
-_LLAMA_32_1B = _LLAMA_3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-                           "head_dim": 64, "tie_word_embeddings": True, "rope_scaling": _LLAMA_31_ROPE | {"factor": 32.0}}
+
+def _shape(model_type: str, hidden: int, intermediate: int, layers: int, heads: int, *, tied: bool = False,
+           **others: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "num_key_value_heads": 8, **_COMMON[model_type], "hidden_size": hidden,
+            "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "tie_word_embeddings": tied, **others}
+
+
+_LLAMA_32_1B = _shape("llama", 2048, 8192, 16, 32, tied=True, head_dim=64, rope_scaling=_LLAMA_31_ROPE | {"factor": 32.0})
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
-    "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-                            "tie_word_embeddings": True},
-    "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-                            "tie_word_embeddings": True},
-    "qwen3-4b": _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-                          "tie_word_embeddings": True},
-    "qwen3-8b": _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-                          "tie_word_embeddings": False},
-    "qwen3-14b": _QWEN3 | {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
-                           "tie_word_embeddings": False},
-    "qwen3-32b": _QWEN3 | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
-                           "tie_word_embeddings": False},
-    "llama-3.1-8b": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                                "num_attention_heads": 32, "head_dim": 128, "tie_word_embeddings": False,
-                                "rope_scaling": _LLAMA_31_ROPE | {"factor": 8.0}},
+    "qwen3-0.6b": _shape("qwen3", 1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _shape("qwen3", 2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _shape("qwen3", 2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32),
+    "qwen3-14b": _shape("qwen3", 5120, 17408, 40, 40),
+    "qwen3-32b": _shape("qwen3", 5120, 25600, 64, 64),
+    "llama-3.1-8b": _shape("llama", 4096, 14336, 32, 32, head_dim=128, rope_scaling=_LLAMA_31_ROPE | {"factor": 8.0}),
     "llama-3.2-1b": _LLAMA_32_1B,
     "llama-3.2-1b-biased": _LLAMA_32_1B | {"attention_bias": True, "mlp_bias": True},
-    "smollm2-135m": {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536,
-                     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
-                     "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True},
+    "smollm2-135m": _shape("llama", 576, 1536, 30, 9, tied=True, vocab_size=49_152, num_key_value_heads=3,
+                           max_position_embeddings=8192, rope_theta=1e5),
 }
 """Names and sizes of public models; their weights are random. ``-biased``: with biases in every linear layer, which few public
 models have and which tensor parallelism gets wrong most easily."""

@@ -1,11 +1,10 @@
-"""Times of short calls: groups of calls in a row on a CPU, CUDA graphs that hold a group on a GPU."""
+"""Times of short calls: groups of calls in a row, or CUDA graphs that hold a group."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,74 +12,53 @@ from torch import Tensor
 Call = Callable[[], Tensor]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Calls timed together. ``run`` does them all once and waits for them."""
+    """``num_calls`` calls timed together, going round ``calls``; ``graph``: captured in one CUDA graph."""
 
-    run: Callable[[], float]
-    """Seconds that it took."""
-    num_calls: int
-    calls: Sequence[Call]
-    """What is timed. A captured graph reads their tensors, and does not keep them alive by itself."""
+    def __init__(self, calls: Sequence[Call], num_calls: int, device: torch.device, *, graph: bool) -> None:
+        self.num_calls = num_calls
+        self.device = device
+        self._calls = calls  # a captured graph reads their tensors, and does not keep them alive by itself
+        self._endless = itertools.cycle(calls)  # goes on from group to group, so that every copy of the weights has its turn
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if graph:
+            wait(device)
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                self._run_all()  # libraries pick kernels and make workspaces on the first calls
+            wait(device)
+            self._endless = itertools.cycle(calls)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                self._run_all()
+            self._graph = captured
 
-
-def group_of(calls: Sequence[Call], num_calls: int, device: torch.device) -> Group:
-    """``num_calls`` calls, going round ``calls``. On a GPU they are captured in one CUDA graph."""
-    chosen = list(itertools.islice(itertools.cycle(calls), num_calls))
-    return _graph_group(chosen, device) if device.type == "cuda" else _eager_group(calls, num_calls)
-
-
-def _eager_group(calls: Sequence[Call], num_calls: int) -> Group:
-    endless = itertools.cycle(calls)  # goes on from group to group, so that every copy of the weights has its turn
-
-    def run() -> float:
-        chosen = list(itertools.islice(endless, num_calls))
+    def run(self) -> float:
+        """Do them all once and wait for them; the seconds that it took."""
+        if self._graph is not None:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            self._graph.replay()
+            stop.record()
+            stop.synchronize()
+            return float(start.elapsed_time(stop)) / 1e3
+        chosen = list(itertools.islice(self._endless, self.num_calls))
+        wait(self.device)
         started = time.perf_counter()
         for call in chosen:
             call()
+        wait(self.device)
         return time.perf_counter() - started
 
-    return Group(run=run, num_calls=num_calls, calls=calls)
+    def fastest(self, num_runs: int) -> float:
+        """Seconds of one call in the fastest of some runs: what interrupts a run makes it slower, never faster."""
+        return min(self.run() for _ in range(num_runs)) / self.num_calls
 
-
-def _graph_group(calls: Sequence[Call], device: torch.device) -> Group:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for call in calls[:3]:  # libraries pick kernels and make workspaces on the first calls
+    def _run_all(self) -> None:
+        for call in itertools.islice(self._endless, self.num_calls):
             call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def run() -> float:
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3
-
-    return Group(run=run, num_calls=len(calls), calls=calls)
 
 
-def seconds_of_one(call: Call, device: torch.device, *, least_s: float = 0.002) -> float:
-    """About how long one call takes, after two to warm up."""
-    call()
-    call()
-    count, started = 0, time.perf_counter()
-    while True:
-        call()
-        count += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if (taken := time.perf_counter() - started) >= least_s:
-            return taken / count
-
-
-def fastest(group: Group, num_groups: int) -> float:
-    """Seconds of one call in the fastest of ``num_groups`` groups: what interrupts a group makes it slower, never faster."""
-    return min(group.run() for _ in range(num_groups)) / group.num_calls
+def wait(device: torch.device) -> None:
+    """Until the device is done; on a CPU it always is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -11,20 +11,19 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 _LOG_TAIL = 3000  # characters of a worker's output that an error shows
-_CLOSE_S = 20.0
+CLOSE_S = 20.0
+"""How long a worker has to end in good order."""
 
 
 class WorkerError(RuntimeError):
@@ -48,7 +47,7 @@ class Worker:
     def __init__(self, name: str, *, checkout: Path = CHECKOUT, environ: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close)
-        ours, theirs = socket.socketpair()
+        self._connection, theirs = Pipe()
         path = os.pathsep.join(filter(None, (str(checkout), os.environ.get("PYTHONPATH"))))
         # With a random hash seed the same Python code is a few percent faster in one process than in the next.
         env = os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}
@@ -58,7 +57,6 @@ class Worker:
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the worker and all that it started
             )
-        self._connection = Connection(ours.detach())
 
     def call(self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> Any:
         """``function(state, *args)`` in the worker, by its name; ``state`` is a dict that lives as long as the worker.
@@ -72,7 +70,7 @@ class Worker:
                 raise self._gone(f"{self.name} gave no answer within timeout_s={timeout_s}")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
-            code = self._process.wait(_CLOSE_S)
+            code = self._process.wait(CLOSE_S)
             raise self._gone(f"{self.name} died with exit code {code}") from None
         if kind == "raised":
             story, summary, *kind = value  # an older checkout tells no kind
@@ -99,7 +97,7 @@ class Worker:
         if not self._log.closed:
             self._connection.close()
 
-    def close(self, *, grace_s: float = _CLOSE_S) -> None:
+    def close(self, *, grace_s: float = CLOSE_S) -> None:
         """End the worker and every process that it started. Closing twice does nothing."""
         if self._log.closed:
             return
@@ -119,7 +117,7 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close(grace_s=_CLOSE_S if kind is None else 0)
+        self.close(grace_s=CLOSE_S if kind is None else 0)
 
 
 def serve(connection: Connection) -> None:
@@ -145,11 +143,6 @@ def serve(connection: Connection) -> None:
     for item in reversed(list(state.values())):
         if hasattr(item, "close"):
             item.close()
-
-
-def hello(state: dict[str, Any]) -> float:
-    """Does nothing: answers once the worker is up. The time there, on the clock that all processes share."""
-    return time.monotonic()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from harness.bench.timing import Group
+
 _ROTATED_BYTES = 256 * 2**20  # well above an H200's 60 MB of L2 cache
 _COPY_BYTES_PER_S = 4.30e12  # device copy measured on an H200
 DTYPE = torch.bfloat16
@@ -40,30 +42,11 @@ class Row:
         }
 
 
-def time_us(calls: Sequence[Callable[[], object]], *, rounds: int = 7, min_calls: int = 16) -> float:
+def time_us(calls: Sequence[Callable[[], Any]], *, rounds: int = 7, min_calls: int = 16) -> float:
     """Median time of one call, in µs: the calls in turn inside one CUDA graph, replayed ``rounds`` times."""
-    repeats = -(-min_calls // len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(rounds):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
-    return statistics.median(times)
+    group = Group(calls, len(calls) * -(-min_calls // len(calls)), torch.device("cuda"), graph=True)
+    group.run()
+    return 1e6 * statistics.median(group.run() for _ in range(rounds)) / group.num_calls
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -10,13 +10,13 @@ import torch
 from engine.config import ModelConfig
 from engine.parallel.embedding import VocabParallelEmbedding
 from engine.parallel.group import SoloGroup
-from harness.bench.layers import make_layer
+from harness.bench.layers import layer_input, make_layer
 from harness.bench.shapes import NO_SPECIAL_TOKENS, SHAPES
-from harness.bench.workloads import LayersPart
+from harness.bench.workloads import LayersWork
 from reference.checkpoints import as_config
 from tests.benchmarks.timed import finished
 
-LAYERS = LayersPart(batch_sizes=(1, 16), rounds=1, slice_s=1).layers
+LAYERS = LayersWork(batch_sizes=(1, 16), rounds=1, slice_s=1).layers
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
@@ -26,12 +26,8 @@ def test_layer(name: str, batch_size: int, benchmark: Any, device: torch.device,
     config = ModelConfig.from_hf(as_config(dict(SHAPES[shape]) | NO_SPECIAL_TOKENS))
     layer = make_layer(name, config, SoloGroup(), dtype, device)
     layer.weight.data.normal_(std=layer.weight.shape[1] ** -0.5)
-    if isinstance(layer, VocabParallelEmbedding):
-        x = torch.randint(0, config.vocab_size, (batch_size,), device=device)
-        width = config.hidden_size
-    else:
-        x = torch.randn(batch_size, layer.weight.shape[1], device=device).to(dtype)
-        width = layer.weight.shape[0]
+    x = layer_input(layer, config, batch_size, dtype, device)
+    width = config.hidden_size if isinstance(layer, VocabParallelEmbedding) else layer.weight.shape[0]
     with torch.inference_mode():
         result = benchmark(finished(lambda: layer(x), device))
     benchmark.extra_info |= {"model": shape, "batch_size": batch_size, "device": device.type}

@@ -12,9 +12,9 @@ from torch import Tensor
 from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext
 from harness.bench import collectives
-from harness.bench.workloads import CollectivesPart
+from harness.bench.workloads import CollectivesWork
 
-PART = CollectivesPart(message_bytes=(1024, 4096), rounds=1, calls=2)
+WORK = CollectivesWork(message_bytes=(1024, 4096), rounds=1, calls=2)
 WAYS = collectives._ways
 
 
@@ -30,7 +30,7 @@ def refuses_large_ones(who: str) -> Any:
             return torch.zeros(1)
 
         yield from WAYS(rank, message_bytes, dtype, problems)
-        yield who, "eager", call
+        yield who, call
 
     return ways
 
@@ -38,7 +38,7 @@ def refuses_large_ones(who: str) -> Any:
 def test_a_way_that_refuses_a_size_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "_ways", refuses_large_ones("symmetric one-shot"))
     context = rank()
-    problems = collectives.build(context, "float32", PART)
+    problems = collectives.build(context, "float32", WORK)
     assert problems == {("symmetric one-shot", "4 KiB, eager"): "RuntimeError: 4096 bytes are too many"}
     found = collectives.measure(context)
     assert set(found) == {("1 KiB, eager", "shardproof"), ("4 KiB, eager", "shardproof"), ("1 KiB, eager", "symmetric one-shot")}
@@ -48,4 +48,4 @@ def test_a_way_that_refuses_a_size_is_named_and_the_others_are_measured(monkeypa
 def test_the_engines_own_way_may_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "_ways", refuses_large_ones("torch gloo"))
     with pytest.raises(RuntimeError, match="4096 bytes are too many"):
-        collectives.build(rank(), "float32", PART)
+        collectives.build(rank(), "float32", WORK)

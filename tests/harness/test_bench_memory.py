@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from engine.config import ModelConfig
-from harness.bench.plan import BenchPlan, Setting
-from harness.bench.workloads import GeneratePart
+from harness.bench.bench import BenchRun, Watcher, Workers
+from harness.bench.plan import BenchPlan
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import tiny_config
 
@@ -31,25 +31,22 @@ def large_model(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     return folder
 
 
-def setting_of(folder: Any, free_gib: float, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Setting:
+def run_of(folder: Any, free_gib: float, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> BenchRun:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gib * 2**30))
     values: dict[str, Any] = {"workloads": ("decode",), "tp_sizes": (1, 2), "device": "cpu", "dtype": "float32"}
-    return Setting.of(BenchPlan(model="smollm2", folder=folder, **(values | changes)))
-
-
-def cases_of(setting: Setting) -> list[str]:
-    return [case.case.split(",")[0] for part in setting.parts if isinstance(part, GeneratePart) for case in part.cases]
+    return BenchRun(BenchPlan(model="smollm2", folder=folder, **(values | changes)), Watcher(), Workers())
 
 
 def test_a_case_for_which_memory_is_too_small_is_refused_with_what_it_needs_and_what_there_is(
     large_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = setting_of(large_model, 20, monkeypatch)
-    assert cases_of(setting) == ["batch 1", "batch 8", "batch 64"]
-    ((workload, case, why),) = setting.unfit
-    assert (workload, case) == ("decode", "batch 256, context 1024")
-    assert why == ("needs about 50.9 GiB of memory (shardproof tp 1 13.1, shardproof tp 2 18.3, transformers 19.5), and 20.0 GiB "
-                   "are free: name fewer tp_sizes or peers, or a smaller dtype")
+    bench = run_of(large_model, 20, monkeypatch)
+    assert [work.case for work in bench.works] == [f"batch {size}, context 1024" for size in (1, 8, 64)]
+    (item,) = bench.missing
+    assert (item.workload, item.case) == ("decode", "batch 256, context 1024")
+    assert item.reason == (
+        "needs about 50.9 GiB of memory (shardproof tp 1 13.1, shardproof tp 2 18.3, transformers 19.5), and 20.0 GiB are free: "
+        "name fewer tp_sizes or peers, or a smaller dtype")
 
 
 @pytest.mark.parametrize(("free_gib", "changes", "cases"), [
@@ -58,13 +55,13 @@ def test_a_case_for_which_memory_is_too_small_is_refused_with_what_it_needs_and_
 def test_the_fewer_engines_and_the_smaller_the_dtype_the_more_cases_fit(
     free_gib: float, changes: dict[str, Any], cases: int, large_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = setting_of(large_model, free_gib, monkeypatch, **changes)
-    assert len(cases_of(setting)) == cases
-    assert len(setting.unfit) == 4 - cases
+    bench = run_of(large_model, free_gib, monkeypatch, **changes)
+    assert len(bench.works) == cases
+    assert len(bench.missing) == 4 - cases
 
 
 def test_workloads_without_requests_and_small_models_are_never_refused(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = setting_of(tiny_model(tiny_config()), 4, monkeypatch, workloads=("quick", "layers", "load"))
-    assert not [why for _, _, why in setting.unfit if "memory" in why]
+    bench = run_of(tiny_model(tiny_config()), 4, monkeypatch, workloads=("quick", "layers", "load"))
+    assert not [item for item in bench.missing if "memory" in item.reason]

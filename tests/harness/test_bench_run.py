@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from harness.bench import workloads
-from harness.bench.bench import BenchResult, run_bench
-from harness.bench.lineup import Lineup, Workers
-from harness.bench.plan import BenchPlan, Setting
-from harness.bench.step import Outcome, Watcher
+from harness.bench.bench import BenchResult, BenchRun, Watcher, Workers, run_bench
+from harness.bench.plan import BenchPlan
 from harness.bench.worker import CHECKOUT
 from harness.bench.workloads import (
-    CollectivesPart,
-    GenerateCase,
-    GeneratePart,
-    LayersPart,
+    COLD,
+    WARM,
+    CollectivesWork,
+    GenerateWork,
+    LayersWork,
     Limits,
-    LoadPart,
-    StartPart,
+    LoadWork,
     equal_requests,
 )
 from reports.records import BenchRow
@@ -30,19 +30,24 @@ from tests.harness.conftest import MakeModel
 from tests.reference.tiny import tiny_config
 
 LIMITS = Limits(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64)
-TINY_LAYERS = LayersPart(batch_sizes=(1, 4), rounds=2, slice_s=0.001, rotate_bytes=0, placements=2, fresh_every=1, most_vocab=50)
+TINY_LAYERS = LayersWork(batch_sizes=(1, 4), rounds=2, slice_s=0.001, rotate_bytes=0, placements=2, fresh_every=1, most_vocab=50)
+
+
+def serve(case: str, *size: int, **options: Any) -> GenerateWork:
+    return GenerateWork(**{"workload": "serve", "case": case, "limits": LIMITS, "draw": partial(equal_requests, *size),
+                           "rounds": 2} | options)
+
+
 TINY = (
-    GeneratePart(workload="serve", limits=LIMITS, cases=(
-        GenerateCase(case="all", draw=equal_requests(2, 8, 6), rounds=2, axes={"batch_size": 2},
-                     figures=("throughput", "prompt", "itl", "ttft", "tpot")),
-        GenerateCase(case="decode", draw=equal_requests(1, 4, 24), rounds=2, figures=("decode", "itl")),
-        GenerateCase(case="too long", draw=equal_requests(1, 127, 6), rounds=2, figures=("throughput",)),
-    )),
-    CollectivesPart(message_bytes=(4, 1024), rounds=2, calls=2),
+    serve("all", 2, 8, 6, axes={"batch_size": 2}, figures=("throughput", "prompt", "itl", "ttft", "tpot")),
+    serve("decode", 1, 4, 24, figures=("decode", "itl")),
+    serve("too long", 1, 127, 6, figures=("throughput",)),
+    CollectivesWork(message_bytes=(4, 1024), rounds=2, calls=2),
     TINY_LAYERS,
-    LoadPart(rounds=2),
+    LoadWork(case=COLD, rounds=2),
+    LoadWork(case=WARM, rounds=2),
 )
-START = StartPart(limits=LIMITS, rounds=1, prompt_len=4)
+START = serve("start to first token", 1, 4, 1, workload="start", rounds=1, figures=("start",), reference=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +134,20 @@ def test_loading_tells_what_a_rank_reads_and_holds(result: BenchResult) -> None:
 
 @pytest.mark.multirank
 def test_starting_is_measured_from_a_fresh_process_to_the_first_token(tiny_workloads: None, tiny_model: MakeModel) -> None:
-    setting = Setting.of(BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("tiny-start",), tp_sizes=(1, 2),
-                                   device="cpu", peers=("transformers", "vllm")))
-    outcome = Outcome(rows={}, watcher=Watcher())
-    (step,) = Lineup(setting, Workers(), outcome).steps(with_hardware=False)
-    contenders = {(contender.engine, contender.tp_size): contender for contender in step._make_contenders()}
-    assert set(contenders) == {("shardproof", 1), ("shardproof", 2), ("transformers", 1)}
-    assert [(item.engine, item.tp_size, item.reason) for item in outcome.missing] == [
+    plan = BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("tiny-start",), tp_sizes=(1, 2), device="cpu",
+                     peers=("transformers", "vllm"))
+    run = BenchRun(plan, Watcher(), Workers())
+    (work,) = run.works
+    participants = {(each.task.engine, each.task.tp_size): each for each in run.participants(work)}
+    assert set(participants) == {("shardproof", 1), ("shardproof", 2), ("transformers", 1)}
+    assert [(item.engine, item.tp_size, item.reason) for item in run.missing] == [
         ("vllm", tp_size, "the package vllm is not installed") for tp_size in (1, 2)]
-    contender = contenders["shardproof", 2]
-    ((key, figures),) = contender.measure(START).items()
+    participant = participants["shardproof", 2]
+    participant.start()
+    ((key, figures),) = participant.measure().items()
     assert key == ("start to first token", "shardproof")
     assert 1 < figures["start_s"] < 300
-    assert contender.fabric == "gloo"
+    assert participant.ready.fabric == "gloo"
 
 
 @pytest.mark.multirank
@@ -205,4 +211,4 @@ def test_a_plan_that_makes_no_sense_is_refused_before_anything_starts(changes: d
 def test_more_ranks_than_query_heads_are_refused(tiny_model: MakeModel) -> None:
     plan = BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("w1",), tp_sizes=(1, 7), device="cpu")
     with pytest.raises(ValueError, match=r"tp_sizes=\[7\] are above num_q_heads=6"):
-        Setting.of(plan)
+        BenchRun(plan, Watcher(), Workers())

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from engine.checkpoint.checkpoint_files import INDEX_FILE, read_headers
-from harness.bench import figures, serving
-from harness.bench.engines import ENGINES, EngineKind
-from harness.bench.engines.base import EngineSpec
-from harness.bench.workloads import Limits, Requests, equal_requests
+from harness.bench import figures, measuring, serving
+from harness.bench.engines import ENGINES, EngineKind, EngineSpec
+from harness.bench.measurement import Task
+from harness.bench.serving import ServingMeasurement
+from harness.bench.workloads import GenerateWork, Limits, Requests, equal_requests
 from reference.checkpoints import random_checkpoint
 from tests.reference.tiny import small_config
 
-REQUESTS = equal_requests(2, 8, 5)()
+REQUESTS = equal_requests(2, 8, 5)
 Counts = Callable[[Requests], list[int]]
 
 
@@ -53,37 +54,41 @@ class ScriptedEngine:
 
 @pytest.fixture
 def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
-    """A worker's state in which a scripted engine has started, or starts again where it must."""
+    """A worker's state in which a scripted engine has started, or goes on, or starts again where it must."""
     monkeypatch.setitem(ENGINES, "scripted", EngineKind(target=f"{__name__}:ScriptedEngine", needs="torch", devices=("cpu",)))
     limits = Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64)
     folder = random_checkpoint(tmp_path / "model", small_config("llama"))
-    spec = EngineSpec(folder=folder, tp_size=1, fabric="solo", device="cpu", dtype="float32", vocab_size=99, limits=limits,
-                      sequence_lens=(13,))
-
     states: list[dict[str, Any]] = []
 
-    def started(counts: Counts = as_asked, *, short_s: tuple[float, ...] = (1.0,) * 9,
+    def started(*wanted: str, counts: Counts = as_asked, short_s: tuple[float, ...] = (1.0,) * 9,
                 state: dict[str, Any] | None = None) -> dict[str, Any]:
         if state is None:
             ScriptedEngine.log = []
+            states.append(state := {})
         ScriptedEngine.counts, ScriptedEngine.short_s = staticmethod(counts), iter(short_s)
-        state = {} if state is None else state
-        states.append(state)
-        serving.start(state, "scripted", spec)
+        work = GenerateWork(workload="serve", case="a case", draw=list, figures=wanted, rounds=1, limits=limits)
+        measuring.start(state, Task(work=work, engine="scripted", folder=folder, tp_size=1, fabric="solo", device="cpu",
+                                    dtype="float32", requests=REQUESTS))
         return state
 
     yield started
     for state in states:
-        serving.stop(state)
+        assert isinstance(state["measurement"], ServingMeasurement)
+        state["measurement"].close()
+
+
+def figures_of(state: dict[str, Any]) -> figures.Figures:
+    """Of one round."""
+    return measuring.measure(state)["a case", "scripted"]
 
 
 def test_a_hiccup_in_the_short_run_has_both_runs_made_again(scripted: Callable[..., dict[str, Any]]) -> None:
-    assert serving.run_case(scripted(short_s=(9.0, 1.0)), REQUESTS, ("decode",), 0.6) == {"ms_per_token": 500.0}
+    assert figures_of(scripted("decode", short_s=(9.0, 1.0))) == {"ms_per_token": 500.0}
 
 
 def test_decode_steps_that_cost_nothing_time_and_again_are_not_reported(scripted: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="4 more tokens took no longer"):
-        serving.run_case(scripted(short_s=(9.0, 8.0, 7.0)), REQUESTS, ("decode",), 0.6)
+        figures_of(scripted("decode", short_s=(9.0, 8.0, 7.0)))
 
 
 def stops_at_once(requests: Requests) -> list[int]:
@@ -127,24 +132,24 @@ def test_an_engine_is_paid_only_for_what_it_gave_back(
         return as_asked(requests) if requests[0][1] == 1 else counts(requests)
 
     with pytest.raises(RuntimeError, match=says):
-        serving.run_case(scripted(but_for_short_runs), REQUESTS, asked_for, 0.6)
+        figures_of(scripted(*asked_for, counts=but_for_short_runs))
 
 
 def test_what_came_back_is_what_a_throughput_counts(scripted: Callable[..., dict[str, Any]]) -> None:
-    assert serving.run_case(scripted(), REQUESTS, ("throughput",), 0.6) == {"output_tokens_per_s": 10 / 3.0}
-    assert serving.run_case(scripted(), REQUESTS, ("throughput", "ttft"), 0.6)["output_tokens_per_s"] == 10 / 5.0
+    assert figures_of(scripted("throughput")) == {"output_tokens_per_s": 10 / 3.0}
+    assert figures_of(scripted("throughput", "ttft"))["output_tokens_per_s"] == 10 / 5.0
 
 
 def test_an_engine_that_failed_starts_anew_for_the_next_case_and_one_that_did_not_goes_on(
     scripted: Callable[..., dict[str, Any]]
 ) -> None:
-    state = scripted(one_stops_early)
+    state = scripted("ttft", counts=one_stops_early)
     with pytest.raises(RuntimeError, match="came back"):
-        serving.run_case(state, REQUESTS, ("ttft",), 0.6)
-    scripted(state=state)
+        figures_of(state)
+    scripted("ttft", state=state)
     assert ScriptedEngine.log == ["start", "close", "start"], "what it had left undone would come back in the next case"
-    serving.run_case(state, REQUESTS, ("ttft",), 0.6)
-    scripted(state=state)
+    figures_of(state)
+    scripted("ttft", state=state)
     assert ScriptedEngine.log == ["start", "close", "start"]
 
 

@@ -229,15 +229,15 @@ def test_a_signal_in_verify_leaves_the_report_of_what_was_finished(number: signa
 
 def test_the_study_of_compare_names_what_is_not_ours(tmp_path: Path) -> None:
     found = make_foreign(tmp_path, "engine.py")
-    result = subprocess.run([sys.executable, "-m", "harness.bench.aa", "--help"], cwd=tmp_path, env=environment(ROOT),
+    result = subprocess.run([sys.executable, "-m", "harness.studies.aa", "--help"], cwd=tmp_path, env=environment(ROOT),
                             capture_output=True, text=True, timeout=120)
     assert_told(result, "engine", found)
 
 
 def test_the_study_of_compare_ends_with_2_on_wrong_usage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = subprocess.run([sys.executable, "-m", "harness.bench.aa", "--model", "", "--out", str(tmp_path / "file")], cwd=ROOT,
-                            capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "harness.studies.aa", "--model", "", "--out", str(tmp_path / "file")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (2, "")
     assert "no report can be written there" in result.stderr
 

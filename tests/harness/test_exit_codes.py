@@ -64,7 +64,7 @@ def assert_one_line(result: Result, code: int, says: str) -> None:
 INSIDE = {
     "verify": "harness.verification.verify.Truth", "faults": "harness.faults.gate.FaultPlan.cases",
     "generate": "engine.llm.Stream.__next__",
-    "fetch": "reference.checkpoints.resolve", "bench": "harness.bench.bench.Lineup",
+    "fetch": "reference.checkpoints.resolve", "bench": "harness.bench.bench.Workers.get",
     "calibrate": "harness.studies.calibrate.run.CalibratePlan.tasks", "compare": "harness.bench.cli.write_comparison",
 }
 """What each command calls in the middle of its work."""

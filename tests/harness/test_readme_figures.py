@@ -64,7 +64,7 @@ def test_a_table_of_the_readme_holds_what_its_record_says(record: str) -> None:
     assert lines == lines_of(report), "the README should have:\n" + "\n".join(lines_of(report))
     # The command beside it is the one in the record, but for options that change no figure.
     made_by = {word for word in report.run.argv if word not in ("--minutes", "--save-baseline")}
-    assert set(shlex.split(command)) - {"python", "-m", "tox", "-e", "--", "--save-baseline", "harness.bench.aa"} <= made_by
+    assert set(shlex.split(command)) - {"python", "-m", "tox", "-e", "--", "--save-baseline", "harness.studies.aa"} <= made_by
 
 
 BASELINES = ROOT / "reports/baselines"

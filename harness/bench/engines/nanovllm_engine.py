@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.bench.engines.base import EngineSpec
+from harness.bench.engines import EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 

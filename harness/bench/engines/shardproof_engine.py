@@ -9,7 +9,7 @@ import torch
 
 from engine import LLM, SamplingParams
 from engine.ranks.ranks import RankContext
-from harness.bench.engines.base import EngineSpec
+from harness.bench.engines import EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from harness.bench.engines.base import LARGEST_BATCH, EngineSpec
+from harness.bench.engines import LARGEST_BATCH, EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 

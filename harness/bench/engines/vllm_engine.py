@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.bench.engines.base import EngineSpec
+from harness.bench.engines import EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
 

@@ -1,4 +1,4 @@
-"""Does ``compare`` cry wolf, and does it see the wolf? ``python -m harness.bench.aa`` asks a hundred times each.
+"""False positives and detection rate of ``compare``: ``python -m harness.studies.aa`` counts a hundred comparisons of each kind.
 
 The same code is measured against itself, and then against itself with one layer slowed down by a tenth: both sides run the
 workload ``layers-subset`` with one rank, each on fresh ranks for every comparison, taking turns round by round, and
@@ -26,8 +26,7 @@ from harness.shardproof.command import check_packages
 if __name__ == "__main__":
     check_packages()  # before what may be somebody else's is imported
 
-from harness.bench.bench import run_bench
-from harness.bench.lineup import BASELINE, CANDIDATE, Workers
+from harness.bench.bench import BASELINE, CANDIDATE, Workers, run_bench
 from harness.bench.plan import BenchPlan
 from harness.bench.shapes import model_folder
 from harness.bench.worker import CHECKOUT
@@ -177,7 +176,7 @@ def go_on_from(path: Path, questions: list[Question], now: RunInfo) -> None:
 
 def main() -> int:
     """The command line. Exits 0 if compare was right often enough, 1 if not, 3 if there are comparisons still to make."""
-    parser = argparse.ArgumentParser(prog="python -m harness.bench.aa", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m harness.studies.aa", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="whose layers are measured")
     parser.add_argument("--comparisons", type=int, default=100, help="of each kind")
     parser.add_argument("--layer", default="down_proj", help="which layer is slowed down")
@@ -189,7 +188,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.comparisons < 1:
         parser.error(f"--comparisons={options.comparisons} must be at least 1")
-    started_at, argv = datetime.now(UTC), ["python", "-m", "harness.bench.aa", *sys.argv[1:]]
+    started_at, argv = datetime.now(UTC), ["python", "-m", "harness.studies.aa", *sys.argv[1:]]
     questions = [Question(slower={}), Question(slower={options.layer: options.share})]
     head = run_info("bench aa", started_at=started_at, seed=None, argv=argv)
     if (options.out / "report.json").is_file():

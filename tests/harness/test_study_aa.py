@@ -1,4 +1,4 @@
-"""The A/A study counts what compare says, goes on from earlier pieces, and calls wolf itself when compare does."""
+"""The A/A study counts what compare says, goes on from earlier pieces, and finds it when compare is wrong too often."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.bench import aa
-from harness.bench.aa import Question, go_on_from, study
 from harness.bench.bench import BenchResult
 from harness.bench.plan import BenchPlan
+from harness.studies import aa
+from harness.studies.aa import Question, go_on_from, study
 from reports.records import RunInfo, read_report, write_report
 from tests.reports.builders import a_bench, a_report
 
@@ -22,9 +22,9 @@ CASES = ("down_proj, batch 1", "o_proj, batch 1")
 class Bench:
     """Stands where ``run_bench`` stands: timings with little noise, of a candidate that is as slow as it is told to be."""
 
-    def __init__(self, wolf: dict[str, float] | None = None, *, deaf: bool = False) -> None:
+    def __init__(self, alarms: dict[str, float] | None = None, *, deaf: bool = False) -> None:
         self.draw = random.Random(0)
-        self.wolf = wolf or {}
+        self.alarms = alarms or {}
         self.deaf = deaf
         self.asked: list[str] = []
 
@@ -34,7 +34,7 @@ class Bench:
         for side in ("candidate", "baseline"):
             rows = []
             for case in CASES:
-                share = (0.0 if self.deaf else plan.slower.get(case.split(",")[0], 0.0)) + self.wolf.get(case, 0.0)
+                share = (0.0 if self.deaf else plan.slower.get(case.split(",")[0], 0.0)) + self.alarms.get(case, 0.0)
                 scale = 1 + (share if side == "candidate" else 0)
                 times = [scale * self.draw.gauss(100, 1) for _ in range(30)]
                 rows.append(a_bench(case, workload="layers", samples={"call_us": times}))
