@@ -16,6 +16,7 @@ from tqdm import tqdm
 from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.checkpoint.hub import find_model
 from engine.checkpoint.preflight import check_checkpoint
+from engine.checkpoint.tokenizer import load_tokenizer
 from engine.config import EngineConfig, ModelConfig
 from engine.execution.core import start_core
 from engine.execution.driver import Driver
@@ -25,7 +26,6 @@ from engine.frontend.outputs import RequestOutput
 from engine.frontend.prompts import Prompt
 from engine.frontend.requests import Admission
 from engine.frontend.sampling import SamplingParams
-from engine.checkpoint.tokenizer import load_tokenizer
 from engine.layers.attention_backends import check_name
 from engine.ranks.ranks import Ranks
 

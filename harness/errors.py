@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.ranks.failures import RankError, RankFailure
+    from harness.subjects.base import SubjectFailure
 
 FINDING, USAGE, COULD_NOT_RUN, UNEXPECTED = 1, 2, 3, 4
 """Exit codes beside 0. 1 is a finding or a regression and nothing else."""
@@ -39,7 +40,7 @@ def usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def refusal_of(failure: RankFailure) -> str | None:
+def refusal_of(failure: RankFailure | SubjectFailure) -> str | None:
     """What ranks say of a checkpoint that they can't load, one line; None if they broke over something else."""
     causes = [error for error in failure.failures.values() if not error.consequence]
     said = {error.summary.partition(": ")[2] for error in causes if _is_refusal(error)}
@@ -69,13 +70,14 @@ def told(error: BaseException) -> tuple[str, int] | None:
         from engine.checkpoint.checkpoint_files import CheckpointError
         from engine.ranks.ranks import RankFailure
         from harness.bench.worker import WorkerError
+        from harness.subjects.base import SubjectFailure
     except ImportError:  # then it is none of these
         return None
     if isinstance(error, CheckpointError):
         return str(error), COULD_NOT_RUN
     if isinstance(error, (WorkerError, torch.OutOfMemoryError)):
         return f"could not run: {error}", COULD_NOT_RUN
-    if isinstance(error, RankFailure):
+    if isinstance(error, (RankFailure, SubjectFailure)):
         if (refusal := refusal_of(error)) is not None:
             return refusal, COULD_NOT_RUN
         if error.job == "start" or all(map(_is_the_machines, error.failures.values())):

@@ -24,6 +24,7 @@ __all__ = [
     "Element",
     "ElementIndex",
     "as_config",
+    "checkpoint_dtype",
     "checkpoint_shapes",
     "fetch_smollm2",
     "index_checkpoint",
@@ -33,6 +34,11 @@ __all__ = [
     "weight_shapes",
     "write_checkpoint",
 ]
+
+
+def checkpoint_dtype(config: Any) -> str:
+    """The dtype that a config says its weights are in, as ``bfloat16``; ``float32`` if it says none."""
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
 def random_checkpoint(

@@ -17,10 +17,10 @@ CONTROL = "nothing: a control"
 def faults_by_seed(reports: Iterable[Report]) -> pd.DataFrame:
     """One row a fault and number of ranks. Where two reports have it at the same seed, the later counts.
 
-    A fault holds where all checks that must see it did, a control where none minded it.
+    A fault holds where all checks that must see it did, a control where none minded it. Older reports name it as a model.
     """
     rows = pd.DataFrame([
-        {"part": row.extra["patched"], "fault": row.model, "ranks": row.tp_size, "seed": report.run.seed,
+        {"part": row.extra["patched"], "fault": row.fault or row.model, "ranks": row.tp_size, "seed": report.run.seed,
          "seen by": ", ".join(row.extra["expected"]) or CONTROL, "holds": row.verdict == "pass"}
         for report in reports for row in report.checks if "patched" in row.extra])
     keys = ["part", "fault", "ranks", "seen by"]

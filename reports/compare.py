@@ -73,6 +73,7 @@ class CheckChange:
 
     check: str
     kind: str = ""
+    fault: str = ""
     model: str
     dtype: str
     fabric: str
@@ -89,7 +90,7 @@ class CheckChange:
     @property
     def name(self) -> str:
         """As ``CheckRow.name``."""
-        return f"{self.check}: {self.kind}" if self.kind else self.check
+        return ": ".join(part for part in (self.check, self.kind, self.fault) if part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +285,7 @@ def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], 
         row = after or old[key]
         changes.append(
             CheckChange(
-                **{name: getattr(row, name) for name in ("check", "kind", "model", "dtype", "fabric")},
+                **{name: getattr(row, name) for name in ("check", "kind", "fault", "model", "dtype", "fabric")},
                 tp_size=row.tp_size,
                 verdict=_check_verdict(before, after, spread),
                 baseline=before.verdict if before else "",
@@ -299,7 +300,7 @@ def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], 
     return changes
 
 
-def _with_whole(rows: Sequence[CheckRow], layouts: Set[tuple[str, str, str, str, int]]) -> Iterator[CheckRow]:
+def _with_whole(rows: Sequence[CheckRow], layouts: Set[tuple[str, str, str, str, str, int]]) -> Iterator[CheckRow]:
     """The rows, those of each of ``layouts`` as one."""
     wholes = {row.layout: row for row in whole_checks(rows)}
     return (wholes.pop(row.layout) if row.layout in layouts else row for row in rows

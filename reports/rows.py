@@ -124,6 +124,7 @@ class CheckRow(Record):
     """One check on one layout, or one kind of its cases there.
 
     kind               of a check that tells its cases apart by kind: which one, such as ``row with bias``
+    fault              of ``faults``: what was planted
     cases              examples drawn and run
     compared           values compared; a pass with none is refused, for nothing uncompared passes
     error_over_budget  worst error as a fraction of its budget, over 1 in a finding; infinite if the candidate
@@ -147,6 +148,7 @@ class CheckRow(Record):
     compared: int
     seconds: float
     kind: str = ""
+    fault: str = ""
     error_over_budget: float | None = None
     rank: int | None = None
     module: str | None = None
@@ -180,16 +182,16 @@ class CheckRow(Record):
 
     @property
     def name(self) -> str:
-        """For people: ``logits``, ``layers: row with bias``."""
-        return f"{self.check}: {self.kind}" if self.kind else self.check
+        """For people: ``logits``, ``layers: row with bias``, ``faults: reduced-twice``."""
+        return ": ".join(part for part in (self.check, self.kind, self.fault) if part)
 
     @property
-    def layout(self) -> tuple[str, str, str, str, int]:
+    def layout(self) -> tuple[str, str, str, str, str, int]:
         """What the rows of one check that differ in kind alone have in common."""
-        return (self.check, self.model, self.dtype, self.fabric, self.tp_size)
+        return (self.check, self.fault, self.model, self.dtype, self.fabric, self.tp_size)
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, str]:
+    def key(self) -> tuple[str, str, str, str, str, int, str]:
         """What makes two rows the same row."""
         return (*self.layout, self.kind)
 

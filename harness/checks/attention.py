@@ -11,25 +11,15 @@ Shape suffixes: T = tokens of the step, Q / N = query / KV heads, H = head dim, 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from engine.frontend.sampling import SamplingParams
-from engine.layers.attention_backends import BACKENDS
-from engine.layers.attention_layout import AttentionLayout, LayerCache
-from engine.parallel.sharding import HeadShard, head_shard
-from engine.ranks.ranks import RankContext
-from engine.scheduling.batch import build_batch
-from engine.scheduling.kv_cache import BlockManager
-from engine.scheduling.scheduler import Chunk
-from engine.scheduling.sequence import Request
-from engine.scheduling.sequence import Sequence as EngineSequence
-from harness.checks.base import CheckContext, Outcome
-from harness.checks.rotary import check_rotary
+from harness.checks.base import Answer, Cases, Check, CheckContext
+from harness.checks.rotary import RotaryCase, draw_rotary, run_rotary
+from harness.subjects.base import AttentionStep, Rank
 from harness.verification.budgets import rounding, sum_variance
 from reference.hf import DTYPES
 
@@ -60,10 +50,13 @@ class AttentionCase:
     num_rows: int | None = None
     """So many queries of a sequence are compared, the last one among them; None: all."""
 
-    @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> AttentionCase:
-        """From JSON values."""
-        return cls(**{**values, "chunks": tuple((before, new) for before, new in values["chunks"])})
+    kind: ClassVar[str] = "scores"
+    module: ClassVar[str] = "attention"
+
+    @property
+    def size(self) -> int:
+        """Scores."""
+        return self.num_q_heads * sum(new * (before + new) for before, new in self.chunks)
 
     def __str__(self) -> str:
         chunks = ", ".join(f"{before}+{new}" for before, new in self.chunks)
@@ -71,40 +64,8 @@ class AttentionCase:
                 f"blocks of {self.block_size}, tokens cached+new {chunks}, {self.shared} shared (seed={self.seed})")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionAnswer:
-    """What one backend of one rank gave."""
-
-    backend: str
-    compared: int
-    error_over_budget: float
-    problem: str | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-
-def check_attention(context: CheckContext) -> Outcome:
-    before = Outcome(cases=0, compared=0)
-    if context.case is None or "positions" in context.case:
-        before = check_rotary(context)
-        if before.finding is not None or context.case is not None:
-            return before
-    if context.case is None:
-        cases = draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.ranks.tp_size)
-    else:
-        cases = [AttentionCase.from_plain(context.case)]
-    by_rank: list[list[list[AttentionAnswer]]] = context.ranks.run(run_cases, cases)
-    everything = [answer for answers in by_rank for backends in answers for answer in backends]
-    compared = before.compared + sum(answer.compared for answer in everything)
-    extra = {"backends": sorted({answer.backend for answer in everything})}
-    for number, case in enumerate(cases):
-        for rank, answers in enumerate(by_rank):
-            for answer in answers[number]:
-                if answer.problem:
-                    return Outcome(cases=len(cases), compared=compared, rank=rank, module=f"attention ({answer.backend})",
-                                   error_over_budget=answer.error_over_budget, case=asdict(case), tensors=answer.tensors,
-                                   extra=extra, finding=f"{case}: backend {answer.backend} on rank {rank}: {answer.problem}")
-    return Outcome(cases=before.cases + len(cases), compared=compared, extra=extra,
-                   error_over_budget=max(answer.error_over_budget for answer in everything))
+def _draw(context: CheckContext) -> list[AttentionCase]:
+    return draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.tp_size)
 
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size: int,
@@ -143,39 +104,30 @@ def _draw_chunks(draw: random.Random, block_size: int) -> tuple[tuple[int, int],
     return tuple(chunks)
 
 
-def run_cases(rank: RankContext, cases: Sequence[AttentionCase]) -> list[list[AttentionAnswer]]:
-    """Job: every case on every backend that serves its layout."""
-    with torch.inference_mode():
-        return [_run_case(rank, case) for case in cases]
-
-
-def _run_case(rank: RankContext, case: AttentionCase) -> list[AttentionAnswer]:
-    if case.only_rank not in (None, rank.tp.rank):
+@torch.inference_mode()
+def run_case(rank: Rank, case: AttentionCase) -> list[Answer]:
+    """One answer a backend that serves the layout."""
+    if case.only_rank not in (None, rank.tp_rank):
         return []
-    heads = head_shard(case.num_q_heads, case.num_kv_heads, tp_rank=rank.tp.rank, tp_size=rank.tp.size)
-    layout = AttentionLayout(heads=heads, head_dim=case.head_dim, block_size=case.block_size, dtype=DTYPES[case.dtype],
-                             device=rank.device)
     problem = _Problem(case)
-    chunks, num_blocks = problem.chunks()
-    cache = problem.cache(heads, chunks, num_blocks, rank.device)
-    batch = build_batch(chunks, case.block_size).to(rank.device)
-    given = problem.given(heads, chunks)
-    row_R, exact, variance = problem.dense(heads, chunks)
+    q_heads, _ = rank.attention.heads(case.num_q_heads, case.num_kv_heads)
+    row_R, exact, variance = problem.dense(q_heads)
     answers = []
-    for name, backend in BACKENDS.items():
-        if backend.refusal(layout) is not None:
+    for name, parts in rank.attention.attend(problem.step).items():
+        whole = torch.cat(parts)
+        shape = (sum(new for _, new in case.chunks), len(q_heads), case.head_dim)
+        if whole.shape != shape or whole.dtype != problem.dtype:
+            answers.append(Answer(compared=whole.numel(), module=f"attention ({name})", problem=(
+                f"backend {name} gave {tuple(whole.shape)} {whole.dtype}, expected {shape} {problem.dtype}")))
             continue
-        whole = backend(layout)(given.to(rank.device), cache, batch).cpu()
         found = whole[row_R]
         # A row is a query head of a token: its elements share the scores and the sum that they are divided by.
         comparison = rounding(found.flatten(0, 1), exact.flatten(0, 1), variance.flatten(0, 1), shared=True)
-        ok = comparison.ok and whole.shape == given.shape and found.dtype == given.dtype
-        answers.append(AttentionAnswer(
-            backend=name, compared=found.numel(), error_over_budget=comparison.error_over_budget,
-            problem=None if ok else (f"{comparison.where} of tokens times heads is off by {comparison.error_over_budget:.3g} of "
-                                     "the budget"),
-            tensors={} if ok else {"given": given, "found": found, "exact": exact},
-        ))
+        answers.append(Answer(
+            module=f"attention ({name})", compared=found.numel(), error_over_budget=comparison.error_over_budget,
+            problem=None if comparison.ok else (f"backend {name}: {comparison.where} of tokens times heads is off by "
+                                                f"{comparison.error_over_budget:.3g} of the budget"),
+            tensors={} if comparison.ok else {"found": found, "exact": exact}))
     return answers
 
 
@@ -201,60 +153,30 @@ class _Problem:
                 tensor[: case.shared] = common[: min(case.shared, before + new)]
             self.keys_values.append(own)
 
-    def chunks(self) -> tuple[list[Chunk], int]:
-        """The step, decodes first, its blocks handed out by the engine's own bookkeeping; and the number of blocks."""
+    @property
+    def step(self) -> AttentionStep:
         case = self.case
-        num_blocks = 1 + sum(-(-(before + new) // case.block_size) for before, new in case.chunks)
-        blocks = BlockManager(num_blocks, case.block_size)
-        # Hand all blocks out and take them back in another order, so that no table counts up.
-        fillers = [_sequence(-1 - number, [0]) for number in range(num_blocks)]
-        for filler in fillers:
-            blocks.grow(filler, 1)
-        for filler in random.Random(case.seed).sample(fillers, num_blocks):
-            blocks.release(filler)
-        chunks = []
-        for number, (before, new) in enumerate(case.chunks):
-            ids = [token if token < case.shared else (number + 1) * 100_000 + token for token in range(before + new)]
-            sequence = _sequence(number, ids)
-            hits = blocks.cached_prefix(sequence)[: before // case.block_size]
-            blocks.take_prefix(sequence, hits)
-            blocks.grow(sequence, before + new)
-            sequence.num_computed = before + new
-            blocks.register(sequence)
-            chunks.append(Chunk(sequence, before, new, samples=False, in_flight=False))
-        return sorted(chunks, key=lambda chunk: chunk.num_tokens > 1), num_blocks
+        keys, values = zip(*self.keys_values, strict=True)
+        return AttentionStep(num_q_heads=case.num_q_heads, num_kv_heads=case.num_kv_heads, head_dim=case.head_dim,
+                             block_size=case.block_size, dtype=self.dtype, queries=self.queries, keys=keys, values=values,
+                             shared=case.shared, seed=case.seed)
 
-    def cache(self, heads: HeadShard, chunks: Sequence[Chunk], num_blocks: int, device: torch.device) -> LayerCache:
-        """This rank's cache, NaN where no token stands. A shared block is written by each of its holders, alike."""
-        shape = (num_blocks, heads.local_num_kv_heads, self.case.block_size, self.case.head_dim)
-        caches = torch.full((2, *shape), float("nan"), dtype=self.dtype)
-        for chunk in chunks:
-            for cache, values in zip(caches, self.keys_values[chunk.sequence.request.request_id], strict=True):
-                for position, row in enumerate(values[:, heads.kv_heads.start : heads.kv_heads.stop]):
-                    block, slot = divmod(position, self.case.block_size)
-                    cache[chunk.sequence.blocks[block], :, slot] = row
-        return LayerCache(*caches.to(device))
-
-    def given(self, heads: HeadShard, chunks: Sequence[Chunk]) -> Tensor:
-        """This rank's queries in the step's order, ``[T, Q, H]``."""
-        local = slice(heads.q_heads.start, heads.q_heads.stop)
-        return torch.cat([self.queries[chunk.sequence.request.request_id][:, local] for chunk in chunks])
-
-    def dense(self, heads: HeadShard, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the step that are compared, ``[R]``; of this rank's heads the exact result and the variance of its rounding."""
+    def dense(self, q_heads: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are compared, sequence after sequence, ``[R]``; of these heads the exact result and the variance of its
+        rounding.
+        """
         parts: list[tuple[Tensor, ...]] = []
         group = self.case.num_q_heads // self.case.num_kv_heads
-        kv_heads = torch.tensor([head // group for head in heads.q_heads])
+        kv_heads = torch.tensor([head // group for head in q_heads])
         first = 0
-        for chunk in chunks:
-            number = chunk.sequence.request.request_id
-            row_I = self._rows(chunk.num_tokens)
-            q_QIH = self.queries[number][row_I, heads.q_heads.start : heads.q_heads.stop].transpose(0, 1)
-            k_QLH, v_QLH = (x.transpose(0, 1)[kv_heads] for x in self.keys_values[number])
-            visible_IL = torch.arange(k_QLH.shape[1]) <= (chunk.start + row_I)[:, None]
+        for queries, keys_values, (before, new) in zip(self.queries, self.keys_values, self.case.chunks, strict=True):
+            row_I = self._rows(new)
+            q_QIH = queries[row_I, q_heads.start : q_heads.stop].transpose(0, 1)
+            k_QLH, v_QLH = (x.transpose(0, 1)[kv_heads] for x in keys_values)
+            visible_IL = torch.arange(k_QLH.shape[1]) <= (before + row_I)[:, None]
             exact, variance = self._exact(q_QIH.double(), k_QLH.double(), v_QLH.double(), visible_IL)
             parts.append((first + row_I, exact.transpose(0, 1), variance.transpose(0, 1)))
-            first += chunk.num_tokens
+            first += new
         row_R, exact, variance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return row_R, exact, variance
 
@@ -291,6 +213,8 @@ class _Problem:
         return torch.tensor(sorted([*drawn, num_tokens - 1]))
 
 
-def _sequence(number: int, token_ids: list[int]) -> EngineSequence:
-    return EngineSequence.from_request(Request(request_id=number, prompt_token_ids=tuple(token_ids), params=SamplingParams(),
-                                               seed=0, max_tokens=1, stop_token_ids=frozenset()))
+CHECK = Check(
+    name="attention", question="Does attention over the paged cache, rotary embedding first, give what dense attention gives?",
+    parts=(Cases(case=RotaryCase, draw=draw_rotary, run=run_rotary, kinds=(RotaryCase.kind,), needs="attention"),
+           Cases(case=AttentionCase, draw=_draw, run=run_case, kinds=(AttentionCase.kind,), needs="attention")),
+    needs_model=False)

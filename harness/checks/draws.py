@@ -14,15 +14,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from engine.layers.sampler import sample
-from engine.ranks.ranks import RankContext
-from engine.scheduling.batch import SamplingBatch
-from harness.checks.base import CheckContext, Outcome
+from harness.checks.base import Answer, CheckContext
+from harness.subjects.base import DrawRow, Rank
 from harness.verification.budgets import improbable_counts
 from reference.hf import DTYPES
 
@@ -58,27 +56,24 @@ class DrawCase:
     only_rank: int
     seed: int
 
-    @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> DrawCase:
-        """From JSON values."""
-        return cls(**{**values, "kinds": tuple(DrawKind(**kind) for kind in values["kinds"])})
+    kind: ClassVar[str] = "sampler"
+    module: ClassVar[str] = "sampler"
+
+    def __post_init__(self) -> None:
+        # From a file they come as JSON values.
+        kinds = tuple(kind if isinstance(kind, DrawKind) else DrawKind(**kind) for kind in self.kinds)
+        object.__setattr__(self, "kinds", kinds)
+
+    @property
+    def size(self) -> int:
+        return self.vocab_size
 
     def __str__(self) -> str:
         return f"draws from {self.vocab_size} {self.dtype} logits (seed={self.seed})"
 
 
-def check_draws(context: CheckContext) -> Outcome:
-    if context.case is None:
-        cases = draw_cases(random.Random(context.seed), context.dtype, context.ranks.tp_size)
-    else:
-        cases = [DrawCase.from_plain(context.case)]
-    by_rank: list[list[str | None]] = context.ranks.run(run_cases, cases)
-    for number, case in enumerate(cases):
-        for rank, problems in enumerate(by_rank):
-            if problems[number] is not None:
-                return Outcome(cases=len(cases), compared=0, rank=rank, module="sampler", case=asdict(case),
-                               extra={"smallest_case": str(case)}, finding=f"{case}: rank {rank}: {problems[number]}")
-    return Outcome(cases=len(cases), compared=sum(len(case.kinds) * NUM_DRAWS for case in cases))
+def draw_sampler(context: CheckContext) -> list[DrawCase]:
+    return draw_cases(random.Random(context.seed), context.dtype, context.tp_size)
 
 
 def draw_cases(draw: random.Random, dtype: str, tp_size: int, num_cases: int = NUM_CASES) -> list[DrawCase]:
@@ -100,15 +95,16 @@ def draw_cases(draw: random.Random, dtype: str, tp_size: int, num_cases: int = N
     return cases
 
 
-def run_cases(rank: RankContext, cases: Sequence[DrawCase]) -> list[str | None]:
-    """Job: what is wrong with each case's draws, if something is."""
-    with torch.inference_mode():
-        return [_run_case(rank, case) for case in cases]
+@torch.inference_mode()
+def run_sampler(rank: Rank, case: DrawCase) -> list[Answer]:
+    """All kinds of rows in one batch."""
+    if case.only_rank != rank.tp_rank:
+        return []
+    problem = _problem(rank, case)
+    return [Answer(compared=0 if problem else len(case.kinds) * NUM_DRAWS, problem=problem)]
 
 
-def _run_case(rank: RankContext, case: DrawCase) -> str | None:
-    if case.only_rank != rank.tp.rank:
-        return None
+def _problem(rank: Rank, case: DrawCase) -> str | None:
     generator = torch.Generator().manual_seed(case.seed)
     logits_V = (case.spread * torch.randn(case.vocab_size, generator=generator, dtype=torch.float64)).to(DTYPES[case.dtype])
     targets = [_target(logits_V.double(), kind) for kind in case.kinds]
@@ -151,21 +147,15 @@ def _target(logits_V: Tensor, kind: DrawKind) -> tuple[Tensor, float]:
     return probability_V, top_p
 
 
-def _draw(rank: RankContext, case: DrawCase, logits_V: Tensor, top_ps: Sequence[float], number_R: Tensor,
+def _draw(rank: Rank, case: DrawCase, logits_V: Tensor, top_ps: Sequence[float], number_R: Tensor,
           kind_R: Tensor) -> Tensor:
     """Rows ``number_R`` of kinds ``kind_R``, drawn in this order."""
-    kinds = [case.kinds[kind] for kind in kind_R.tolist()]
     best = logits_V.sort(descending=True, stable=True).indices.tolist()
-    banned = [(row, token) for row, kind in enumerate(kinds) for token in best[: kind.num_banned]]
-    sampling = SamplingBatch(
-        temperature_R=torch.tensor([kind.temperature for kind in kinds], device=rank.device),
-        top_k_R=torch.tensor([kind.top_k for kind in kinds], dtype=torch.int32, device=rank.device),
-        top_p_R=torch.tensor([top_ps[kind] for kind in kind_R.tolist()], device=rank.device),
+    rows = []
+    for number, kind_number in zip(number_R.tolist(), kind_R.tolist(), strict=True):
+        kind = case.kinds[kind_number]
         # Half of the rows differ by their seed alone, half by their position alone.
-        seed_R=torch.where(number_R % 2 == 0, case.seed, case.seed + number_R).to(rank.device),
-        position_R=torch.where(number_R % 2 == 0, number_R, 7).to(rank.device),
-        banned_row_X=torch.tensor([row for row, _ in banned], dtype=torch.int64, device=rank.device),
-        banned_token_X=torch.tensor([token for _, token in banned], dtype=torch.int64, device=rank.device),
-        filters=True,
-    )
-    return sample(logits_V.to(rank.device).expand(len(kinds), -1).contiguous(), sampling).cpu()
+        seed, position = (case.seed, number) if number % 2 == 0 else (case.seed + number, 7)
+        rows.append(DrawRow(temperature=kind.temperature, top_k=kind.top_k, top_p=top_ps[kind_number], seed=seed,
+                            position=position, banned=tuple(best[: kind.num_banned])))
+    return rank.draw(logits_V, rows)

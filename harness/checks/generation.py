@@ -1,7 +1,7 @@
 """Does generation bring what it must: from the sampler, from the model under test, from every parameter of a request?
 
 Three kinds of case. *sampler*: the sampler by itself (``harness.checks.draws``). *model*: the model's own checkpoint behind the
-engine's front door, greedy and sampled prompts in one batch, in a cache that does not hold them all. Greedy ids are those of the
+subject's front door, greedy and sampled prompts in one batch, in a cache that does not hold them all. Greedy ids are those of the
 exact reference, but for near-ties that rounding may turn round; after a difference that is excused the comparison goes on, with
 the reference's id put in. Sampled ids must be such as the exact reference would draw, in probability. *requests*: every
 parameter of a request, on a small model (``harness.checks.requests``).
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from harness import jobs
-from harness.checks.base import CheckContext, Outcome, together
-from harness.checks.draws import check_draws
+from harness.checks.base import Cases, Check, CheckContext, Outcome, Whole
+from harness.checks.draws import DrawCase, draw_sampler, run_sampler
 from harness.checks.requests import check_requests
 from harness.checks.semantics import WrongAnswerError, answered, require
-from harness.subjects import GENERATORS
 from harness.verification.budgets import improbability, near_tie_margins, too_many_flips
 from harness.verification.truth import NUM_NEW_TOKENS, Truth
 
@@ -28,7 +26,6 @@ Draw = Callable[[Sequence[Sequence[int]], Sequence[Mapping[str, Any]]], list[lis
 
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 NUM_SAMPLED = 16
-KINDS = ("sampler", "model", "requests")
 
 
 class _DifferentError(WrongAnswerError):
@@ -78,36 +75,18 @@ class _Prompt:
         return self.done - first
 
 
-def check_generation(context: CheckContext) -> Outcome:
-    checks = dict(zip(KINDS, (check_draws, _check_model, check_requests), strict=True))
-    if context.case is not None:
-        kind = "requests" if "asked" in context.case else "sampler"
-        return together([replace(checks[kind](context), kind=kind)])
-    parts: list[Outcome] = []
-    for kind, check in checks.items():
-        parts.append(replace(check(context), kind=kind))
-        if parts[-1].finding is not None:
-            break
-    return together(parts)
-
-
-def _check_model(context: CheckContext) -> Outcome:
-    context.ranks.run(jobs.unload)  # the engine loads the weights anew, and two copies might not fit
+def check_model(context: CheckContext) -> Outcome:
+    """The model's own checkpoint."""
     truth = context.truth
     # All of one prompt and its answer, and half of the others'.
     lengths = [len(prompt) + NUM_NEW_TOKENS + 1 for prompt in truth.prompts]
-    block_size = context.options["block_size"]
-    options = {**context.options, "num_kv_blocks": -(-(max(lengths) + sum(lengths) // 2) // block_size), "dtype": context.dtype}
-    with answered("the engine does not start"):
-        generator = GENERATORS[context.subject](context.ranks, truth.folder, truth.device, options)
-    with generator as llm:
-        def draw(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-            with answered():
-                outputs = llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], list(map(llm.params, params)))
-            require(not any(output.error for output in outputs), f"errors={[output.error for output in outputs if output.error]}")
-            return [list(output.outputs[0].token_ids) for output in outputs]
+    num_kv_blocks = -(-(max(lengths) + sum(lengths) // 2) // context.options["block_size"])
 
-        return compare(truth, context.seed, draw)
+    def draw(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        with answered():
+            return context.subject.generate(prompts, params, {**context.options, "num_kv_blocks": num_kv_blocks})
+
+    return compare(truth, context.seed, draw)
 
 
 def compare(truth: Truth, seed: int, draw: Draw) -> Outcome:
@@ -179,3 +158,9 @@ def _baseline_flips(truth: Truth) -> tuple[int, int]:
     flips = sum(int((logits.argmax(-1).cpu() != exact.argmax(-1).cpu()).sum()) for logits, exact in
                 zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, strict=True))
     return flips, NUM_NEW_TOKENS * len(truth.prompts)
+
+
+CHECK = Check(
+    name="generation", question="Does generation bring what it must: from the sampler, the model, every parameter of a request?",
+    parts=(Cases(case=DrawCase, draw=draw_sampler, run=run_sampler, kinds=(DrawCase.kind,), needs="sampler"),
+           Whole(judge=check_model, kind="model"), Whole(judge=check_requests, kind="requests", needs="requests")))

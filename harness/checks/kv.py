@@ -1,6 +1,6 @@
 """Is the KV cache's bookkeeping right, and the same on every rank?
 
-Every rank runs the engine's own scheduler and block manager, over a device that is made up (``tape.py``), through drawn
+Every rank runs the subject's scheduler and block manager, over a device that is made up (``tape.py``), through drawn
 schedules: requests that come and are aborted, shared prefixes, a cache so small that sequences give way. (The real model in
 a cache that is too small is part of ``generation``.) Two ranks whose steps differ in anything are the finding,
 whatever the output says; so are ranks that hold caches of different sizes.
@@ -9,18 +9,12 @@ whatever the output says; so are ranks that hold caches of different sizes.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import ClassVar
 
-from engine.execution.core import EngineCore
-from engine.execution.runner import Runner
-from engine.frontend.sampling import SamplingParams
-from engine.ranks.ranks import RankContext
-from engine.scheduling.sequence import Request
-from engine.scheduling.sequence import Sequence as EngineSequence
-from harness.checks.base import CheckContext, Outcome
-from harness.checks.tape import VOCAB_SIZE, DisagreementError, TapeConfig, TapeRunner, continuation
+from harness.checks.base import Answer, Cases, Check, CheckContext, Outcome, Whole
+from harness.checks.tape import VOCAB_SIZE, DisagreementError, Tape, continuation
+from harness.subjects.base import Rank, SchedulerAlone, SchedulerLimits
 
 NUM_CASES = 35
 
@@ -40,11 +34,19 @@ class KVCase:
     aborts: tuple[tuple[int, int], ...]
     """(step, number of the request)"""
 
-    @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> KVCase:
-        """From JSON values."""
-        requests = tuple((step, tuple(prompt), num_tokens) for step, prompt, num_tokens in values["requests"])
-        return cls(**{**values, "requests": requests, "aborts": tuple((step, number) for step, number in values["aborts"])})
+    kind: ClassVar[str] = "schedules"
+    module: ClassVar[str] = "scheduler and block manager"
+
+    @property
+    def size(self) -> int:
+        """Tokens, those of the prompts included."""
+        return sum(len(prompt) + count for _, prompt, count in self.requests)
+
+    @property
+    def limits(self) -> SchedulerLimits:
+        return SchedulerLimits(block_size=self.block_size, num_blocks=self.num_blocks, max_num_seqs=self.max_num_seqs,
+                               max_num_batched_tokens=self.max_num_batched_tokens, enable_chunked_prefill=self.chunked_prefill,
+                               enable_prefix_caching=self.prefix_caching)
 
     def __str__(self) -> str:
         return (f"{len(self.requests)} requests in {self.num_blocks} blocks of {self.block_size}, {self.max_num_seqs} at a time, "
@@ -52,49 +54,8 @@ class KVCase:
                 f"{'' if self.prefix_caching else 'no '}prefix caching, {len(self.aborts)} aborts")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVAnswer:
-    """What one rank saw."""
-
-    digests: list[bytes]
-    """Of each step's inputs, in order."""
-    compared: int = 0
-    problem: str | None = None
-
-
-def check_kv(context: CheckContext) -> Outcome:
-    if context.case is None:
-        cases = draw_cases(random.Random(context.seed))
-    else:
-        cases = [KVCase.from_plain(context.case)]
-    by_rank: list[list[KVAnswer]] = context.ranks.run(run_cases, cases)
-    compared = sum(answer.compared for answers in by_rank for answer in answers)
-    for number, case in enumerate(cases):
-        problem = _problem([answers[number] for answers in by_rank])
-        if problem is not None:
-            rank, what = problem
-            return Outcome(cases=len(cases), compared=compared, rank=rank, module="scheduler and block manager",
-                           case=asdict(case), finding=f"{case}: rank {rank}: {what}")
-    sizes: list[tuple[int, int]] = context.ranks.run(cache_sizes)
-    if sizes != [sizes[0]] * len(sizes) or sizes[0][0] != sizes[0][1]:
-        rank = next((rank for rank, size in enumerate(sizes) if size != sizes[0] or size[0] != size[1]))
-        return Outcome(cases=len(cases), compared=compared, rank=rank, module="cache",
-                       finding=f"rank {rank} counts {sizes[rank][0]} blocks and holds {sizes[rank][1]}, rank 0 {sizes[0][0]} and "
-                               f"{sizes[0][1]}: all must have the same")
-    return Outcome(cases=len(cases), compared=compared)
-
-
-def _problem(answers: Sequence[KVAnswer]) -> tuple[int, str] | None:
-    """The first rank with something wrong, and what. Ranks that differ come last: the one that is wrong by itself is to blame."""
-    for rank, answer in enumerate(answers):
-        if answer.problem is not None:
-            return rank, answer.problem
-    for rank, answer in enumerate(answers):
-        if answer.digests != answers[0].digests:
-            step = next((step for step, (own, first) in enumerate(zip(answer.digests, answers[0].digests, strict=False))
-                         if own != first), min(len(answer.digests), len(answers[0].digests)))
-            return rank, f"other inputs in step {step} than on rank 0"
-    return None
+def _draw(context: CheckContext) -> list[KVCase]:
+    return draw_cases(random.Random(context.seed))
 
 
 def draw_cases(draw: random.Random, num_cases: int = NUM_CASES) -> list[KVCase]:
@@ -150,31 +111,24 @@ def _draw_case(draw: random.Random) -> KVCase:
     )
 
 
-def run_cases(rank: RankContext, cases: Sequence[KVCase]) -> list[KVAnswer]:
-    """Job: every schedule through this rank's scheduler, block manager and loop."""
-    return [_run_case(case) for case in cases]
-
-
-def _run_case(case: KVCase) -> KVAnswer:
-    config = TapeConfig(block_size=case.block_size, max_num_seqs=case.max_num_seqs,
-                        max_num_batched_tokens=case.max_num_batched_tokens, enable_chunked_prefill=case.chunked_prefill,
-                        enable_prefix_caching=case.prefix_caching)
-    tape = TapeRunner(config, case.num_blocks)
-    play = _Play(case, EngineCore(cast(Runner, tape), case.num_blocks))
+def run_case(rank: Rank, case: KVCase) -> list[Answer]:
+    """One schedule through this rank's scheduler, block manager and loop."""
+    tape = Tape(case.limits)
+    play = _Play(case, rank.scheduler(case.limits, tape.launch))
     problem = None
     try:
         play.run()
-    except Exception as failure:  # whatever the engine's bookkeeping trips over is the finding
+    except Exception as failure:  # whatever the bookkeeping trips over is the finding
         problem = f"step {len(tape.digests)}: {failure if isinstance(failure, DisagreementError) else repr(failure)}"
-    return KVAnswer(digests=tape.digests, compared=play.num_tokens, problem=problem)
+    return [Answer(digests=tape.digests, compared=play.num_tokens, problem=problem)]
 
 
 class _Play:
     """One schedule on one rank, held against what each request must bring."""
 
-    def __init__(self, case: KVCase, core: EngineCore) -> None:
+    def __init__(self, case: KVCase, scheduler: SchedulerAlone) -> None:
         self.case = case
-        self.core = core
+        self.scheduler = scheduler
         self.expected = {number: continuation(prompt, count) for number, (_, prompt, count) in enumerate(case.requests)}
         self.brought: dict[int, list[int]] = {number: [] for number in self.expected}
         self.aborted: set[int] = set()
@@ -188,53 +142,64 @@ class _Play:
         # One after the other and one token at a time, starting over for each token: nothing takes longer.
         most = last_event + 10 + sum((len(prompt) + count) * (count + 1) for _, prompt, count in self.case.requests)
         step = 0
-        while step <= last_event or self.core.has_work:
+        while step <= last_event or self.scheduler.has_work:
             if step > most:
                 raise DisagreementError(f"no end after {most} steps: {self.num_tokens} tokens of "
                                    f"{sum(map(len, self.expected.values()))} have come")
             self._arrive(step)
-            if self.core.has_work:
-                self._take(self.core.step())
+            if self.scheduler.has_work:
+                self._take(self.scheduler.step())
                 self._check_blocks()
             step += 1
         for number, expected in self.expected.items():
             if number not in self.aborted and self.brought[number] != expected:
                 raise DisagreementError(f"request {number} brought {self.brought[number]}, it must bring {expected}")
-        blocks = self.core.scheduler.blocks
-        if blocks.num_free != blocks.num_blocks:
-            raise DisagreementError(f"{blocks.num_blocks - blocks.num_free} blocks are still held when all requests are done")
+        if missing := self.case.num_blocks - self.scheduler.blocks()[2]:
+            raise DisagreementError(f"{missing} blocks are still held when all requests are done")
 
     def _arrive(self, step: int) -> None:
         for number, (at, prompt, count) in enumerate(self.case.requests):
             if at == step:
-                self.core.scheduler.add(EngineSequence.from_request(Request(
-                    request_id=number, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0), seed=0, max_tokens=count,
-                    stop_token_ids=frozenset())))
+                self.scheduler.add(number, prompt, count)
         for at, number in self.case.aborts:
             if at == step:
-                self.core.scheduler.abort(number)
+                self.scheduler.abort(number)
                 self.aborted.add(number)  # one that comes later runs to its end; nobody counts its tokens
 
-    def _take(self, news: list[tuple[EngineSequence, int]]) -> None:
-        for sequence, token_id in news:
-            number = sequence.request.request_id
+    def _take(self, news: list[tuple[int, int]]) -> None:
+        for number, token_id in news:
             self.brought[number].append(token_id)
             if self.brought[number] != self.expected[number][: len(self.brought[number])]:
                 raise DisagreementError(f"request {number} brought {self.brought[number]}, it must bring {self.expected[number]}")
 
     def _check_blocks(self) -> None:
         """Who holds what, counted again."""
-        blocks, running = self.core.scheduler.blocks, self.core.scheduler.running
-        held = [block for sequence in running for block in sequence.blocks]
-        counts = [held.count(block) for block in range(blocks.num_blocks)]
-        if counts != blocks.ref_counts:
-            raise DisagreementError(f"blocks are held {counts} times, ref_counts says {blocks.ref_counts}")
-        if blocks.num_free != counts.count(0):
-            raise DisagreementError(f"{counts.count(0)} blocks are held by nobody, {blocks.num_free} count as free")
+        held, ref_counts, num_free = self.scheduler.blocks()
+        counts = [held.count(block) for block in range(self.case.num_blocks)]
+        if counts != ref_counts:
+            raise DisagreementError(f"blocks are held {counts} times, ref_counts says {ref_counts}")
+        if num_free != counts.count(0):
+            raise DisagreementError(f"{counts.count(0)} blocks are held by nobody, {num_free} count as free")
 
 
-def cache_sizes(rank: RankContext) -> tuple[int, int]:
-    """Job: blocks that the loaded subject's bookkeeping counts on, and blocks that its cache tensors have."""
-    subject = rank.state["subject"]
-    held = {tensor.shape[0] for cache in subject.runner.caches for tensor in (cache.k_PNBH, cache.v_PNBH)}
-    return subject.num_blocks, min(held)
+def check_cache_sizes(context: CheckContext) -> Outcome:
+    """Ranks that hold caches of different sizes, or other ones than they count on."""
+    sizes = context.subject.run(cache_sizes)
+    wrong = [rank for rank, size in enumerate(sizes) if size != sizes[0] or size[0] != size[1] or size[0] < 1]
+    if not wrong:
+        return Outcome(cases=1, compared=len(sizes))
+    counted, held = sizes[wrong[0]]
+    return Outcome(cases=1, compared=len(sizes), rank=wrong[0], module="cache",
+                   finding=f"rank {wrong[0]} counts {counted} blocks and holds {held}, rank 0 {sizes[0][0]} and {sizes[0][1]}: "
+                           "all must have the same, and some")
+
+
+def cache_sizes(rank: Rank) -> tuple[int, int]:
+    """Job: blocks that the bookkeeping of the loaded model counts on, and blocks that its cache tensors have."""
+    return rank.cache_blocks()
+
+
+CHECK = Check(
+    name="kv", question="Is the KV cache's bookkeeping right, and the same on every rank?",
+    parts=(Cases(case=KVCase, draw=_draw, run=run_case, kinds=(KVCase.kind,), needs="scheduler"),
+           Whole(judge=check_cache_sizes, kind="cache sizes", needs="scheduler")))

@@ -1,8 +1,8 @@
 """One parallel layer with its values: drawn from a seed, the same on every rank, with what each rank must show.
 
 Values are integers that the dtype adds exactly, so that no order of summation rounds, or real numbers, with the float64
-result and the variance that rounding gives it. Which part of the whole result a rank must show comes from
-``reference.shards``.
+result and the variance that rounding gives it. Which part of the whole result a rank must show follows from the subject's
+layout.
 
 Shape suffixes: T = tokens, I = input features, O = output features, V = vocabulary, E = hidden size.
 """
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.subjects.base import Rank
 from harness.verification.budgets import EXACT_INTEGER_LIMIT, sum_variance
 from reference.hf import DTYPES
-from reference.shards import owners
 
-KINDS = ("replicated", "column", "merged", "qkv", "row", "attention_output", "embedding", "lm_head")
+LAYERS = ("replicated", "column", "merged", "qkv", "row", "attention_output", "embedding", "lm_head")
 LARGEST_WEIGHT, LARGEST_INPUT, LARGEST_BIAS = 3, 3, 8
 OUTLIER = 64.0
 """How much larger a few input features are, as in real models, if the case has outliers."""
 NUM_TOKEN_IDS = 29
 WITH_BIAS = " with bias"
-NAMES = tuple(kind + bias for kind in KINDS for bias in ("", WITH_BIAS) if (kind, bias) != ("embedding", WITH_BIAS))
+NAMES = tuple(layer + bias for layer in LAYERS for bias in ("", WITH_BIAS) if (layer, bias) != ("embedding", WITH_BIAS))
 """Kinds of case to be told apart; an embedding has no bias."""
 
 
@@ -33,7 +33,8 @@ NAMES = tuple(kind + bias for kind in KINDS for bias in ("", WITH_BIAS) if (kind
 class LayerCase:
     """One layer with its sizes; the values follow from the seed."""
 
-    kind: str
+    layer: str
+    """One of ``LAYERS``."""
     hidden_size: int
     intermediate_size: int
     num_q_heads: int
@@ -51,9 +52,13 @@ class LayerCase:
     """No result is positive: zeros that pad a vocabulary would win."""
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         """One of ``NAMES``."""
-        return self.kind + (WITH_BIAS if self.bias else "")
+        return self.layer + (WITH_BIAS if self.bias else "")
+
+    @property
+    def module(self) -> str:
+        return self.layer
 
     @property
     def config(self) -> dict[str, Any]:
@@ -76,11 +81,11 @@ class LayerCase:
             "attention_output": [("o_proj", hidden, q_size)],
             "embedding": [("embed_tokens", vocab, hidden)],
             "lm_head": [("lm_head", vocab, hidden)],
-        }[self.kind]
+        }[self.layer]
 
     @property
-    def num_weights(self) -> int:
-        """How large it is."""
+    def size(self) -> int:
+        """Its weights."""
         return sum(out * into for _, out, into in self.parts)
 
     def __str__(self) -> str:
@@ -90,10 +95,10 @@ class LayerCase:
                  "row": f"{self.intermediate_size}->{self.hidden_size}"}
         heads = f"{self.num_q_heads} query and {self.num_kv_heads} KV heads of {self.head_dim}, hidden {self.hidden_size}"
         vocabulary = f"vocabulary {self.vocab_size}, hidden {self.hidden_size}"
-        size = sizes.get(self.kind) or (vocabulary if self.kind in ("embedding", "lm_head") else heads)
+        size = sizes.get(self.layer) or (vocabulary if self.layer in ("embedding", "lm_head") else heads)
         values = "integers" if self.integers else f"{self.num_tokens} rows of reals{' with outliers' if self.outliers else ''}"
         values += ", none positive" if self.negative else ""
-        return (f"{self.kind} layer, {size}, {'with' if self.bias else 'no'} bias, {self.dtype} {values}, "
+        return (f"{self.layer} layer, {size}, {'with' if self.bias else 'no'} bias, {self.dtype} {values}, "
                 f"seed={self.seed}")
 
 
@@ -124,13 +129,13 @@ class LayerProblem:
         if case.negative:
             self.weights, self.biases = [-w.abs() for w in self.weights], [-b.abs() for b in self.biases]
 
-    def part(self, tp_rank: int, tp_size: int) -> RankPart:
-        """What ``tp_rank`` is given and must show. To be called once: it draws the inputs."""
-        case = self.case
-        if case.kind == "embedding":
+    def part(self, rank: Rank) -> RankPart:
+        """What a rank is given and must show, by the subject's own layout. To be called once: it draws the inputs."""
+        case, tp_rank, tp_size = self.case, rank.tp_rank, rank.tp_size
+        if case.layer == "embedding":
             ids_T = torch.randint(0, case.vocab_size, (NUM_TOKEN_IDS,), generator=self._generator)
             # Every rank's first and last row.
-            by_rank = owners(case.config, "model.embed_tokens.weight", (case.vocab_size, case.hidden_size), tp_size).indices
+            by_rank = rank.layout(case.config, "model.embed_tokens.weight", (case.vocab_size, case.hidden_size), tp_size).indices
             ids_T = torch.cat([torch.tensor([int(ids[end]) for ids in by_rank if len(ids) for end in (0, -1)]), ids_T])
             rows = self.weights[0][ids_T]
             return RankPart(given=ids_T, exact=rows.double(), variance=torch.zeros(rows.shape, dtype=torch.float64))
@@ -140,9 +145,9 @@ class LayerProblem:
         exact: list[Tensor] = []
         variance: list[Tensor] = []
         for (name, out, into), weight, bias in zip(case.parts, self.weights, self.biases, strict=True):
-            owned = owners(case.config, f"model.layers.0.{name}.weight", (out, into), tp_size)
+            owned = rank.layout(case.config, f"model.layers.0.{name}.weight", (out, into), tp_size)
             whole = self._whole(x_TI, weight, bias if case.bias else None, parts=tp_size if owned.dim == 1 else 1)
-            if owned.dim == 0 and case.kind != "lm_head":
+            if owned.dim == 0 and case.layer != "lm_head":
                 columns = torch.from_numpy(owned.indices[tp_rank])
                 whole = [tensor[:, columns] for tensor in whole]
             elif owned.dim == 1:

@@ -16,19 +16,12 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 import psutil
 
-from engine.execution.core import EngineCore
-from engine.execution.runner import Runner
-from engine.frontend.sampling import SamplingParams
-from engine.ranks.ranks import RankContext, RankFailure, Ranks
-from engine.scheduling.batch import StepBatch
-from engine.scheduling.sequence import Request
-from engine.scheduling.sequence import Sequence as EngineSequence
-from harness import jobs
-from harness.checks.base import PRELOAD, CheckContext, Outcome
+from harness.checks.base import Check, CheckContext, Outcome, Whole
+from harness.subjects.base import Placement, Rank, Subject, SubjectFailure
 from reference.checkpoints import random_checkpoint
 
 TP_SIZE = 2
@@ -86,16 +79,17 @@ def all_cases(fabric: str) -> list[LifecycleCase]:
 
 
 def check_lifecycle(context: CheckContext) -> Outcome:
-    if context.ranks.tp_size != TP_SIZE:
+    """Every case on ranks of its own."""
+    if context.tp_size != TP_SIZE:
         return Outcome(cases=0, compared=0, skipped=f"it is for tp_size={TP_SIZE} alone (--tp {TP_SIZE}): how a rank fails does "
                                                     "not depend on how many there are")
-    processes = "nccl" if context.ranks.fabric == "nccl" else "gloo"
+    processes = "nccl" if context.subject.fabric == "nccl" else "gloo"
     cases = [*all_cases("threads"), *all_cases(processes)] if context.case is None else [LifecycleCase(**context.case)]
     device = "cuda" if processes == "nccl" else "cpu"
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = random_checkpoint(Path(scratch) / "model", CONFIG, seed=context.seed)
         for fabric in dict.fromkeys(case.fabric for case in cases):
-            problem = run_cases([case for case in cases if case.fabric == fabric], folder, device=device)
+            problem = run_cases(type(context.subject), [case for case in cases if case.fabric == fabric], folder, device=device)
             if problem is not None:
                 case, what = problem
                 return Outcome(cases=len(cases), compared=0, rank=VICTIM, module=f"ranks ({case.fabric})", case=asdict(case),
@@ -103,37 +97,38 @@ def check_lifecycle(context: CheckContext) -> Outcome:
     return Outcome(cases=len(cases), compared=len(cases))
 
 
-def run_cases(cases: Sequence[LifecycleCase], folder: Path, *, device: str = "cpu") -> tuple[LifecycleCase, str] | None:
+def run_cases(make: type[Subject], cases: Sequence[LifecycleCase], folder: Path, *,
+              device: str = "cpu") -> tuple[LifecycleCase, str] | None:
     """The first case that goes wrong, and how. All of one fabric."""
     # The machine's, not this process's alone: every process with NCCL answers at the port of its RAS service.
     ports_before = _ports_of(psutil.net_connections(kind="tcp"))
-    with Ranks(TP_SIZE, fabric=cases[0].fabric, device=device, preload=PRELOAD) as ranks:
-        expected = ranks.run(load_and_generate, folder)
+    with make(Placement(tp_size=TP_SIZE, fabric=cases[0].fabric, device=device, auto_restart=False)) as subject:
+        expected = subject.run(load_and_generate, folder)
         for case in cases:
-            traces = ranks.run(traces_of)
+            traces = subject.run(traces_of)
             started = time.monotonic()
             try:
-                ranks.run(load_and_generate, folder, case, timeout_s=HANG_S if case.how == "hang" else None)
-            except RankFailure as failure:
+                subject.run(load_and_generate, folder, case, timeout_s=HANG_S if case.how == "hang" else None)
+            except SubjectFailure as failure:
                 problem = wrong_with(failure, case, time.monotonic() - started)
             else:
                 problem = "the job succeeded, and nobody noticed"
-            if not ranks.healthy:
+            if not subject.is_healthy:
                 # Threads are this process: they leave what it has.
                 problem = problem or (left_behind(traces, ports_before) if case.fabric != "threads" else None)
-                ranks.restart()
-            if problem is None and ranks.run(load_and_generate, folder) != expected:
+                subject.restart()
+            if problem is None and subject.run(load_and_generate, folder) != expected:
                 problem = "the next job gave other token ids than the one before"
             if problem is not None:
                 return case, problem
-        traces = ranks.run(traces_of)
+        traces = subject.run(traces_of)
     problem = left_behind(traces, ports_before) if cases[-1].fabric != "threads" else None
     if problem is None and (ports := _listening(os.getpid()) - ports_before):
         problem = f"this process still listens on ports {sorted(ports)}"
     return None if problem is None else (cases[-1], f"after the ranks were closed, {problem}")
 
 
-def wrong_with(failure: RankFailure, case: LifecycleCase, seconds: float) -> str | None:
+def wrong_with(failure: SubjectFailure, case: LifecycleCase, seconds: float) -> str | None:
     """What the report leaves out or gets wrong."""
     kind, summary = REPORTED[case.how]
     late = SLACK_S + (HANG_S if case.how == "hang" else 0)
@@ -157,48 +152,21 @@ def wrong_with(failure: RankFailure, case: LifecycleCase, seconds: float) -> str
     return None
 
 
-def _first_line(failure: RankFailure) -> str:
+def _first_line(failure: SubjectFailure) -> str:
     return str(failure).split("\n\n", 1)[0]
 
 
-def load_and_generate(rank: RankContext, folder: Path, case: LifecycleCase | None = None) -> list[list[int]]:
+def load_and_generate(rank: Rank, folder: Path, case: LifecycleCase | None = None) -> list[list[int]]:
     """Job: load the model and generate; the victim fails on the way if there is a case."""
-    is_victim = case is not None and rank.tp.rank == VICTIM
-    rank.phase = "load"
-    if is_victim and case is not None and case.phase == "load":
-        fail(case.how)
-    jobs.load(rank, "engine", folder, "float32", OPTIONS)
-    subject = rank.state["subject"]
-    runner = _Failing(subject.runner, rank, case if is_victim else None)
-    core = EngineCore(cast(Runner, runner), subject.num_blocks)
-    prompts = ((1, 2, 3, 4, 5), (7, 8, 9))
-    for number, prompt in enumerate(prompts):
-        core.scheduler.add(EngineSequence.from_request(Request(
-            request_id=number, prompt_token_ids=prompt, params=SamplingParams(temperature=0.0), seed=0, max_tokens=6,
-            stop_token_ids=frozenset())))
-    outputs: list[list[int]] = [[] for _ in prompts]
-    while core.has_work:
-        for sequence, token_id in core.step():
-            outputs[sequence.request.request_id].append(token_id)
-    return outputs
 
+    def enter(phase: str) -> None:
+        rank.phase = phase
+        if case is not None and rank.tp_rank == VICTIM and case.phase == phase:
+            fail(case.how)
 
-class _Failing:
-    """A runner that says which phase each step is, and fails in the case's."""
-
-    def __init__(self, runner: Runner, rank: RankContext, case: LifecycleCase | None) -> None:
-        self._runner = runner
-        self._rank = rank
-        self._case = case
-
-    def launch(self, batch: StepBatch) -> Any:
-        self._rank.phase = "decode" if batch.num_decodes == batch.num_seqs else "prefill"
-        if self._case is not None and self._case.phase == self._rank.phase:
-            fail(self._case.how)
-        return self._runner.launch(batch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+    enter("load")
+    rank.load(folder, dtype="float32", options=OPTIONS)
+    return rank.generate(((1, 2, 3, 4, 5), (7, 8, 9)), [{"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}] * 2, enter)
 
 
 def fail(how: How) -> NoReturn:
@@ -212,7 +180,7 @@ def fail(how: How) -> NoReturn:
     raise RuntimeError(f"planted: rank {VICTIM} was told to {how}")
 
 
-def traces_of(rank: RankContext) -> Traces:
+def traces_of(rank: Rank) -> Traces:
     """Job: what this rank has of the machine. Of a thread: of its process."""
     process = psutil.Process()
     maps = {mapped.path.removesuffix(" (deleted)") for mapped in process.memory_maps()}
@@ -253,3 +221,8 @@ def _answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.2)
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+CHECK = Check(
+    name="lifecycle", question="Is every failure of a rank reported for what it is, with nothing left behind?",
+    parts=(Whole(judge=check_lifecycle, needs="processes"),), needs_model=False, owns_ranks=True)

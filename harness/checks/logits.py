@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from harness import jobs
-from harness.checks.base import CheckContext, Outcome, together
+from harness.checks.base import Check, CheckContext, Outcome, Whole
 from harness.checks.weights import small_twin
-from harness.verification.budgets import computation
+from harness.verification.budgets import computation, digest
 from harness.verification.localise import localise
 from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
@@ -35,33 +34,28 @@ SHARPER = 2.0
 """Times the weights of norms of queries and keys: of an almost flat softmax nobody sees how large its scores are."""
 
 
-def check_logits(context: CheckContext) -> Outcome:
-    own = compare_logits(context)
+def check_near_eps(context: CheckContext) -> Outcome:
+    """The same of the twin."""
     with near_eps_twin(context) as twin:
-        near_eps = compare_logits(twin)
-    if near_eps.finding is not None:
-        config = twin.truth.config
-        what = f"a twin of {config['num_hidden_layers']} layers with mean squares near eps={config['rms_norm_eps']:g}"
-        near_eps = replace(near_eps, finding=f"{what}: {near_eps.finding}", extra={**near_eps.extra, "smallest_case": what})
-    return together([replace(own, kind=MODEL), replace(near_eps, kind=NEAR_EPS)])
+        outcome = compare_logits(twin)
+    if outcome.finding is None:
+        return outcome
+    config = twin.truth.config
+    what = f"a twin of {config['num_hidden_layers']} layers with mean squares near eps={config['rms_norm_eps']:g}"
+    return replace(outcome, finding=f"{what}: {outcome.finding}", extra={**outcome.extra, "smallest_case": what})
 
 
 @contextmanager
 def near_eps_twin(context: CheckContext) -> Iterator[CheckContext]:
-    """The same for the twin, which takes the model's place on the ranks as long as this lasts."""
-    ranks = context.ranks
-    config = small_twin(context.truth.config, ranks.tp_size)
+    """The same for the twin, which takes the model's place as long as this lasts."""
+    config = small_twin(context.truth.config, context.tp_size)
     config["vocab_size"] += 60  # of few logits the median row tells nothing
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = near_eps_checkpoint(Path(scratch), config, dtype=context.dtype, seed=context.seed)
         twin = Truth(folder, dtype=context.dtype, seed=context.seed, device=context.truth.device,
                      script_lengths=TWIN_SCRIPT_LENGTHS)
-        try:
-            ranks.run(jobs.load_beside, context.subject, folder, context.dtype, TWIN_OPTIONS)
+        with context.subject.beside(folder, dtype=context.dtype, options=TWIN_OPTIONS):
             yield replace(context, truth=twin, options=TWIN_OPTIONS)
-        finally:
-            if ranks.healthy:  # others are replaced, and load the model again
-                ranks.run(jobs.put_back)
 
 
 def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
@@ -86,17 +80,18 @@ def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, see
 
 
 def compare_logits(context: CheckContext) -> Outcome:
-    """What is loaded on the ranks against ``context.truth``."""
+    """What is loaded against ``context.truth``."""
     truth, script = context.truth, context.truth.script
-    answers = context.ranks.run(jobs.logits, script)
+    by_rank = context.subject.logits(script)
     cases = len(script.sequences)
-    differing = [rank for rank, (digest, _) in enumerate(answers) if digest != answers[0][0]]
+    digests = list(map(digest, by_rank))
+    differing = [rank for rank, own in enumerate(digests) if own != digests[0]]
     if differing:
         outcome = Outcome(cases=cases, compared=0, rank=differing[0], module="lm_head", finding=(
             f"ranks {differing} have other logits than rank 0: the ranks of one run must agree to the bit"))
         return _located(outcome, context, range(cases))
     # All sequences together: rounding errors go together within a sequence, so that one alone has a lucky baseline at times.
-    tensors = {"found": torch.cat(answers[0][1]), "baseline": torch.cat(truth.baseline_logits),
+    tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(truth.baseline_logits),
                "exact": torch.cat(truth.exact_logits)}
     found, baseline, exact = tensors.values()
     if found.shape != exact.shape:
@@ -118,7 +113,7 @@ def compare_logits(context: CheckContext) -> Outcome:
 
 def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) -> Outcome:
     """The same finding with the first module over its budget, in the first of these sequences in which one is."""
-    places = (localise(context.ranks, context.truth, sequence) for sequence in sequences)
+    places = (localise(context.subject, context.truth, sequence) for sequence in sequences)
     place = next((place for place in places if place is not None), None)
     if place is None:
         return replace(outcome, finding=f"{outcome.finding}; no single module is over its budget: the error builds up over the "
@@ -127,3 +122,8 @@ def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) 
     if place.effect is not None:
         extra |= {"effect": place.effect.kind, "effect_text": place.effect.text}
     return replace(outcome, finding=f"{outcome.finding}; {place}", rank=place.rank, module=place.module, extra=extra)
+
+
+CHECK = Check(
+    name="logits", question="Are the logits of the whole model within budget, and if not, where does it go wrong first?",
+    parts=(Whole(judge=compare_logits, kind=MODEL), Whole(judge=check_near_eps, kind=NEAR_EPS)))

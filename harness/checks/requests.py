@@ -1,6 +1,6 @@
 """Does a request bring what its parameters ask for, whatever runs beside it?
 
-Part of the generation check. The engine's own front door runs drawn requests on a small model that talks
+Part of the generation check. The subject's own front door runs drawn requests on a small model that talks
 (``harness.checks.talker``): every parameter, and rows that differ in all of them, in one batch; more requests than run at a time,
 prompts longer than a step, a cache that is too small, prompts that come again, some given up on the way. Each answer is held
 against a plain model of the parameters over the reference's logits (``semantics.py``), and what draws from a seed must draw
@@ -21,7 +21,6 @@ from typing import Any
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.semantics import Asked, Model, WrongAnswerError, answered, require
 from harness.checks.talker import LETTERS, MAX_MODEL_LEN, Talker
-from harness.subjects import GENERATORS
 from harness.verification.budgets import batch_flips
 
 MAX_NUM_SEQS = 16
@@ -65,7 +64,7 @@ class Case:
 def check_requests(context: CheckContext) -> Outcome:
     device = context.truth.device
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        talker = Talker(Path(scratch) / "talker", context.truth.config, tp_size=context.ranks.tp_size, dtype=DTYPES[device],
+        talker = Talker(Path(scratch) / "talker", context.truth.config, tp_size=context.tp_size, dtype=DTYPES[device],
                         seed=context.seed if context.case is None else context.case["seed"], device=device)
         if context.case is None:
             case = Case(asked=tuple(draw_requests(random.Random(context.seed), talker)), seed=context.seed)
@@ -77,9 +76,9 @@ def check_requests(context: CheckContext) -> Outcome:
                    "max_num_batched_tokens": 24, "seed": case.seed}
         session = _Session(talker.model, case)
         try:
-            with answered("the engine does not start"):
-                generator = GENERATORS[context.subject](context.ranks, talker.folder, device, options)
-            with generator as llm:
+            with answered("the subject does not start"):
+                llm = context.subject.requests(talker.folder, options)
+            with llm:
                 session.run(llm)
         except WrongAnswerError as wrong:
             return session.outcome(f"{wrong}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ranks.ranks import RankFailure
+from harness.subjects.base import SubjectFailure
 from harness.verification.budgets import improbability, improbable_counts
 
 DEFAULTS: dict[str, Any] = {
@@ -245,15 +245,15 @@ class Model:
 
 
 @contextmanager
-def answered(what: str = "the engine raised") -> Iterator[None]:
-    """What an engine raises where it can do what it is asked for is a wrong answer too. A rank's failure is told as it is.
+def answered(what: str = "the subject raised") -> Iterator[None]:
+    """What a subject raises where it can do what it is asked for is a wrong answer too. A rank's failure is told as it is.
 
     Raises:
         WrongAnswerError: instead of what was raised.
     """
     try:
         yield
-    except (RankFailure, WrongAnswerError):
+    except (SubjectFailure, WrongAnswerError):
         raise
     except Exception as failure:
         raise WrongAnswerError(f"{what}: {type(failure).__name__}: {failure}") from failure

@@ -1,4 +1,4 @@
-"""A made-up device under the engine's scheduler: its cache holds tokens where a real one holds keys and values.
+"""A made-up device under a scheduler: its cache holds tokens where a real one holds keys and values.
 
 A slot remembers the token that was written there with all tokens before it. A step that reads a block which is not its
 sequence's, or was handed out again, or was never written, is seen at once; and as the next token is a function of the tokens
@@ -7,22 +7,16 @@ that were read, what every request must bring is known beforehand, whatever else
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
-
-from engine.scheduling.batch import StepBatch
-from harness.verification.budgets import bits
+from harness.subjects.base import SchedulerLimits, StepInputs
 
 VOCAB_SIZE = 5
 
 
 class DisagreementError(AssertionError):
-    """The engine's bookkeeping is not what the model of it says."""
+    """A scheduler's bookkeeping is not what the model of it says."""
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -38,37 +32,25 @@ def continuation(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TapeConfig:
-    """What ``EngineCore`` reads of a runner's configuration."""
+class Tape:
+    """The made-up device. Notes a digest of every step's inputs."""
 
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    enable_chunked_prefill: bool
-    enable_prefix_caching: bool
-
-
-class TapeRunner:
-    """In place of ``engine.execution.runner.Runner``. Notes a digest of every step's inputs."""
-
-    def __init__(self, config: TapeConfig, num_blocks: int) -> None:
-        self.config = config
-        self.num_slots = num_blocks * config.block_size
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.block_size = limits.block_size
+        self.num_slots = limits.num_blocks * limits.block_size
         self.slots: dict[int, tuple[int, ...]] = {}
         self.last_token: dict[int, int] = {}
         self.digests: list[bytes] = []
 
-    def launch(self, batch: StepBatch) -> list[int]:
+    def launch(self, step: StepInputs) -> list[int]:
         """Run a step: write its tokens, read every sequence's context, draw.
 
         Raises:
             DisagreementError: if a context is not the one that its own tokens make, a slot is outside the cache or used twice, or
                 a sequence runs no token.
         """
-        self.digests.append(digest_of(batch))
-        starts, lengths, tables = batch.cu_seqlens_S1.tolist(), batch.context_lens_S.tolist(), batch.block_tables_SB.tolist()
-        slots, ids, positions, rows = (x.tolist() for x in (batch.slots_T, batch.token_ids_T, batch.positions_T, batch.rows_S))
+        self.digests.append(step.digest)
+        starts, slots, rows = step.cu_seqlens, step.slots, step.rows
         if len(set(slots)) < len(slots) or not all(0 <= slot < self.num_slots for slot in slots):
             raise DisagreementError(f"the step writes to slots {slots} of {self.num_slots}: each must be there, and be used once")
         if idle := [number for number in range(len(rows)) if starts[number] == starts[number + 1]]:
@@ -76,21 +58,21 @@ class TapeRunner:
         fresh: dict[int, tuple[int, int]] = {}
         for number, row in enumerate(rows):
             for at in range(starts[number], starts[number + 1]):
-                fresh[slots[at]] = positions[at], self.last_token[row] if ids[at] < 0 else ids[at]
-        contexts = [self._context(table, length, fresh) for table, length in zip(tables, lengths, strict=True)]
-        for number, (table, context) in enumerate(zip(tables, contexts, strict=True)):
-            for position in range(lengths[number] - (starts[number + 1] - starts[number]), lengths[number]):
+                fresh[slots[at]] = (step.positions[at],
+                                    self.last_token[row] if step.token_ids[at] < 0 else step.token_ids[at])
+        contexts = [self._context(table, length, fresh)
+                    for table, length in zip(step.block_tables, step.context_lens, strict=True)]
+        for number, (table, context) in enumerate(zip(step.block_tables, contexts, strict=True)):
+            end = step.context_lens[number]
+            for position in range(end - (starts[number + 1] - starts[number]), end):
                 self.slots[self._slot(table, position)] = context[: position + 1]
-        drawn = [next_token(contexts[number]) for number in batch.sample_S.tolist()]
-        self.last_token |= {rows[number]: token for number, token in zip(batch.sample_S.tolist(), drawn, strict=True)}
-        return drawn
-
-    def collect(self, drawn: list[int]) -> list[int]:
+        drawn = [next_token(contexts[number]) for number in step.samples]
+        self.last_token |= {rows[number]: token for number, token in zip(step.samples, drawn, strict=True)}
         return drawn
 
     def _slot(self, table: Sequence[int], position: int) -> int:
-        block, offset = divmod(position, self.config.block_size)
-        return int(table[block]) * self.config.block_size + offset
+        block, offset = divmod(position, self.block_size)
+        return int(table[block]) * self.block_size + offset
 
     def _context(self, table: Sequence[int], length: int, fresh: dict[int, tuple[int, int]]) -> tuple[int, ...]:
         """The tokens that a sequence reads. Each must have been written for its position, behind the same tokens."""
@@ -109,21 +91,3 @@ class TapeRunner:
                                        f"which was written for {list(held)}")
                 tokens = held
         return tokens
-
-
-def digest_of(batch: StepBatch) -> bytes:
-    """Hash of everything that a step is given."""
-    total = hashlib.blake2b(digest_size=8)
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            total.update(repr((tuple(value.shape), value.dtype)).encode() + bits(value.cpu()).numpy().tobytes())
-        elif dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                total.update(field.name.encode())
-                add(getattr(value, field.name))
-        else:
-            total.update(repr(value).encode())
-
-    add(batch)
-    return total.digest()

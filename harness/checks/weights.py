@@ -1,8 +1,9 @@
 """Is every element of the checkpoint where it belongs, bit for bit, and nothing else anywhere?
 
-Twice: the model's own checkpoint, as it was loaded for the other checks; and a small one of the same layout whose every
-value is the number of its element, so that a wrong element names itself. Where embeddings are tied, a third time, with a
-checkpoint that holds an LM head all the same.
+First, whether the subject's own layout leaves nothing out: the one rule that every TP obeys. Then contents, held against the
+files where that layout has them: of the model's own checkpoint, as it was loaded for the other checks; of a small one of the
+same layout whose every value is the number of its element, so that a wrong element names itself; and where embeddings are tied,
+of a checkpoint that holds an LM head all the same.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.checkpoint_files import by_model_name, open_file, read_headers
-from engine.config import TIED
-from engine.ranks.ranks import RankContext
-from harness.checks.base import CheckContext, Outcome
-from harness.subjects import SUBJECTS
+from engine.checkpoint.checkpoint_files import StoredTensor, by_model_name, open_file, read_headers
+from harness.checks.base import Check, CheckContext, Outcome, Whole
 from harness.verification.budgets import bits
-from reference.checkpoints import as_config, index_checkpoint
+from reference.checkpoints import as_config, index_checkpoint, weight_shapes
 from reference.elements import ElementIndex
 from reference.hf import DTYPES
-from reference.shards import owners
+from reference.shards import Ownership
 from reference.writing import edited
 
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 LONG_VOCABULARY = 1009
 
 
@@ -45,43 +44,63 @@ class Wrong:
         return f"{self.name}{self.element} {self.what}" if self.element else f"{self.name}: {self.what}"
 
 
-def check_weights(context: CheckContext) -> Outcome:
-    compared = 0
-    parts = {"the model's checkpoint": _own_checkpoint, "an index-valued checkpoint": _indexed}
-    if context.truth.config.get("tie_word_embeddings"):
-        parts["a checkpoint with an LM head beside the embedding that it is tied to"] = _with_a_head_of_its_own
-    for what, compare in parts.items():
-        for rank, (num_elements, wrong) in enumerate(compare(context)):
-            compared += num_elements
-            if wrong:
-                first = wrong[0]
-                return Outcome(cases=len(parts), compared=compared, rank=rank, module=first.name.rpartition(".")[0],
-                               finding=f"{what}: {len(wrong)} wrong shards on rank {rank}, first {first}")
-    return Outcome(cases=len(parts), compared=compared)
+def check_own(context: CheckContext) -> Outcome:
+    """The model's own checkpoint, as it is loaded for the other checks: the layout of all its tensors, then what is in them."""
+    folder, config = context.truth.folder, context.truth.config
+    stored = stored_tensors(folder, config)
+    for name, tensor in stored.items():
+        problem = _uncovered(context.subject.layout(config, name, tensor.shape), tensor.shape, context.tp_size)
+        if problem is not None:
+            return Outcome(cases=len(stored), compared=0, module=name.rpartition(".")[0],
+                           finding=f"{name} of shape {list(tensor.shape)}: {problem}")
+    return compare_shards(context, "the model's checkpoint", folder, config, context.dtype)
 
 
-def _own_checkpoint(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
-    truth = context.truth
-    return context.ranks.run(compare_shards, truth.folder, truth.config, truth.dtype)
+def _uncovered(owned: Ownership, shape: tuple[int, ...], tp_size: int) -> str | None:
+    """What the layout of a tensor leaves out, or gives twice to one rank; None if nothing."""
+    if owned.shape != shape:
+        return f"the layout is of shape {list(owned.shape)}"
+    if owned.dim is None:
+        return None
+    if len(owned.indices) != tp_size:
+        return f"the layout is of {len(owned.indices)} ranks, there are {tp_size}"
+    length = owned.shape[owned.dim]
+    for rank, indices in enumerate(owned.indices):
+        if len(indices) and not 0 <= indices.min() <= indices.max() < length:
+            return f"rank {rank} is to hold indices {indices.min()} to {indices.max()} of {length} along dim={owned.dim}"
+        if len(np.unique(indices)) < len(indices):
+            return f"rank {rank} is to hold an index along dim={owned.dim} twice"
+    missing = np.setdiff1d(np.arange(length), np.concatenate(owned.indices))
+    if not len(missing):
+        return None
+    return f"no rank is to hold {len(missing)} of {length} indices along dim={owned.dim}, first {missing[0]}"
 
 
-def _indexed(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
+def check_indexed(context: CheckContext) -> Outcome:
+    """A small one of the same layout whose every value is the number of its element."""
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = small_twin(context.truth.config, context.ranks.tp_size)
-        folder = index_checkpoint(Path(scratch) / "indexed", config)
-        return context.ranks.run(load_and_compare, context.subject, folder, config)
+        config = small_twin(context.truth.config, context.tp_size)
+        return _loaded_beside(context, "an index-valued checkpoint", index_checkpoint(Path(scratch) / "indexed", config), config)
 
 
-def _with_a_head_of_its_own(context: CheckContext) -> list[tuple[int, list[Wrong]]]:
+def check_own_head(context: CheckContext) -> Outcome | None:
     """Where an LM head is stored that differs from the embedding, if only in its last row, transformers does not tie them."""
+    if not context.truth.config.get("tie_word_embeddings"):
+        return None
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = {**small_twin(context.truth.config, context.ranks.tp_size), "vocab_size": LONG_VOCABULARY}
+        config = {**small_twin(context.truth.config, context.tp_size), "vocab_size": LONG_VOCABULARY}
         folder = index_checkpoint(Path(scratch) / "headed", {**config, "tie_word_embeddings": False})
         as_config(config).save_pretrained(folder)
         with edited(folder) as tensors:
             head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
             head[-1] = 0
-        return context.ranks.run(load_and_compare, context.subject, folder, config)
+        return _loaded_beside(context, "a checkpoint with an LM head beside the embedding that it is tied to", folder, config)
+
+
+def _loaded_beside(context: CheckContext, what: str, folder: Path, config: dict[str, Any]) -> Outcome:
+    index = ElementIndex.of_checkpoint(folder)
+    with context.subject.beside(folder, dtype=index.dtype, options={"num_kv_blocks": 4, "block_size": 16}):
+        return compare_shards(context, what, folder, config, index.dtype, index)
 
 
 def small_twin(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
@@ -104,55 +123,61 @@ def small_twin(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
     return twin | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
-def compare_shards(rank: RankContext, folder: Path, config: dict[str, Any], dtype: str,
-                   index: ElementIndex | None = None) -> tuple[int, list[Wrong]]:
-    """Job: hold every shard of the loaded subject against the checkpoint. Returns elements compared, and what is wrong."""
-    shards: dict[str, Tensor] = rank.state["subject"].shards()
-    wrong: list[Wrong] = []
-    compared = 0
-    tied = TIED if config.get("tie_word_embeddings") else {}
-    stored = by_model_name(read_headers(folder), shards.keys() - tied.keys(), tied)
-    stored |= {copy: stored[original] for copy, original in tied.items() if copy not in stored and original in stored}
-    wrong += [Wrong(name=name, what="the subject holds no shard of it") for name in sorted(stored.keys() - shards.keys())]
-    wrong += [Wrong(name=name, what="not in the checkpoint") for name in sorted(shards.keys() - stored.keys())]
+def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[str, Any], dtype: str,
+                   index: ElementIndex | None = None) -> Outcome:
+    """Hold every shard of what is loaded against the file, at the places where the subject's own layout has it."""
+    stored, seen, compared = stored_tensors(folder, config), set(), 0
+    wrong: dict[int, list[Wrong]] = {rank: [] for rank in range(context.tp_size)}
     with ExitStack() as stack:
         files = {file: stack.enter_context(open_file(file)) for file in sorted({tensor.file for tensor in stored.values()})}
-        for name in sorted(stored.keys() & shards.keys()):
+        for name, shards in context.subject.shards():
+            seen.add(name)
+            if name not in stored:
+                wrong[0].append(Wrong(name=name, what="not in the checkpoint"))
+                continue
             as_stored = files[stored[name].file].get_tensor(stored[name].name)
             whole = as_stored.to(DTYPES[dtype])
             if len(not_finite := (~whole.isfinite()).nonzero()):
                 place = tuple(not_finite[0].tolist())
-                what = f"is {as_stored[place].item()} in {stored[name].file.name}"
+                says = f"is {as_stored[place].item()} in {stored[name].file.name}"
                 if as_stored[place].isfinite():
-                    what += f", which {dtype} can't hold"
-                wrong.append(Wrong(name=stored[name].name, element=str(list(place)), what=what))
-            owned = owners(config, name, tuple(whole.shape), rank.tp.size)
-            expected = torch.from_numpy(owned.take(bits(whole).numpy(), rank.tp.rank))
-            shard = shards[name].cpu()
-            if shard.dtype != DTYPES[dtype] or shard.shape != expected.shape:
-                wrong.append(Wrong(name=name, what=f"the shard is {tuple(shard.shape)} {shard.dtype}, "
-                                                   f"it should be {tuple(expected.shape)} {DTYPES[dtype]}"))
-                continue
-            compared += shard.numel()
-            differs = (bits(shard) != expected).nonzero()
-            if len(differs):
-                place = tuple(differs[0].tolist())
-                wrong.append(Wrong(name=name, what=f"{len(differs)} of {shard.numel()} elements differ, the first at local "
-                                                   f"index {place}: {_explain(shard, expected.view(shard.dtype), place, index)}"))
-    return compared, wrong
+                    says += f", which {dtype} can't hold"
+                wrong[0].append(Wrong(name=stored[name].name, element=str(list(place)), what=says))
+            owned = context.subject.layout(config, name, tuple(whole.shape))
+            for rank, shard in enumerate(shards):
+                expected = torch.from_numpy(owned.take(bits(whole).numpy(), rank)).view(whole.dtype)
+                problem = _difference(shard, expected, index)
+                if problem is None:
+                    compared += expected.numel()
+                else:
+                    wrong[rank].append(Wrong(name=name, what=problem))
+    wrong[0] += [Wrong(name=name, what="the subject holds no shard of it") for name in sorted(stored.keys() - seen)]
+    for rank, found in wrong.items():
+        if found:
+            return Outcome(cases=len(stored), compared=compared, rank=rank, module=found[0].name.rpartition(".")[0],
+                           finding=f"{what}: {len(found)} wrong shards on rank {rank}, first {found[0]}")
+    return Outcome(cases=len(stored), compared=compared)
 
 
-def load_and_compare(rank: RankContext, subject: str, folder: Path, config: dict[str, Any]) -> tuple[int, list[Wrong]]:
-    """Job: load another checkpoint beside the one that the rank holds, compare, and put the first one back."""
-    index = ElementIndex.of_checkpoint(folder)
-    before = rank.state.get("subject")
-    try:
-        candidate = SUBJECTS[subject]()
-        candidate.load(rank, folder, dtype=index.dtype, options={"num_kv_blocks": 4, "block_size": 16})
-        rank.state["subject"] = candidate
-        return compare_shards(rank, folder, config, index.dtype, index)
-    finally:
-        rank.state["subject"] = before
+def stored_tensors(folder: Path, config: dict[str, Any]) -> dict[str, StoredTensor]:
+    """What the files hold, by the names of the model's tensors, tied ones under both of theirs."""
+    tied = TIED if config.get("tie_word_embeddings") else {}
+    names = weight_shapes(as_config(config)).keys() - tied.keys()
+    stored = by_model_name(read_headers(folder), names, tied)
+    return stored | {copy: stored[original] for copy, original in tied.items() if copy not in stored and original in stored}
+
+
+def _difference(shard: Tensor | None, expected: Tensor, index: ElementIndex | None) -> str | None:
+    if shard is None:
+        return "this rank holds no shard of it" if expected.numel() else None
+    if shard.dtype != expected.dtype or shard.shape != expected.shape:
+        return f"the shard is {tuple(shard.shape)} {shard.dtype}, it should be {tuple(expected.shape)} {expected.dtype}"
+    differs = (bits(shard) != bits(expected)).nonzero()
+    if not len(differs):
+        return None
+    place = tuple(differs[0].tolist())
+    return (f"{len(differs)} of {shard.numel()} elements differ, the first at local index {place}: "
+            f"{_explain(shard, expected, place, index)}")
 
 
 def _explain(shard: Tensor, expected: Tensor, place: tuple[int, ...], index: ElementIndex | None) -> str:
@@ -171,3 +196,9 @@ def _name(value: float, index: ElementIndex | None) -> str:
         return str(index.decode(value))
     except ValueError:
         return repr(value)
+
+
+CHECK = Check(
+    name="weights", question="Is every element of the checkpoint where it belongs, bit for bit, and nothing else anywhere?",
+    parts=(Whole(judge=check_own, kind="model"), Whole(judge=check_indexed, kind="indexed"),
+           Whole(judge=check_own_head, kind="own head")))

@@ -43,7 +43,7 @@ def faults_command(
     interrupted = False
     with RowsShown([fault.name for fault, _ in plan.cases()[0]], quiet=quiet) as shown:
         try:
-            report = run_gate(plan, on_row=lambda row: shown.on_row(row, row.model), on_start=shown.on_start)
+            report = run_gate(plan, on_row=lambda row: shown.on_row(row, row.fault), on_start=shown.on_start)
         except Interrupted as stop:
             report, interrupted = stop.report, True
     end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=interrupted, as_json=as_json, quiet=quiet,
@@ -58,8 +58,8 @@ def _print(report: Report, *, quiet: bool) -> None:
     if not quiet:
         sys.stdout.write(to_text(faults_table(report.checks)) + "\n")
     for row in report.checks:
-        if row.verdict in ("finding", "error") or (not quiet and (row.verdict != "pass" or row.model == LOCALISATION)):
-            what = "" if row.verdict in ("skipped", "error") else f" {row.model}:"  # a reason names what was not run
+        if row.verdict in ("finding", "error") or (not quiet and (row.verdict != "pass" or row.fault == LOCALISATION)):
+            what = "" if row.verdict in ("skipped", "error") else f" {row.fault}:"  # a reason names what was not run
             sys.stdout.write(f"{row.verdict.upper()}{what} {row.message}\n")
             if row.verdict == "finding" and row.replay:
                 sys.stdout.write(f"  run it again: {row.replay}\n")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from harness.bench.shapes import model_folder
+from harness.checks import CHECK_NAMES
 from harness.commands.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -27,7 +28,8 @@ from harness.commands.options import (
 )
 from harness.commands.progress import RowsShown
 from harness.errors import UNEXPECTED, CouldNotRunError, UsageError, told, usage
-from harness.names import CHECK_NAMES, DTYPES
+from harness.names import DTYPES
+from harness.subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from engine.ranks.ranks import Ranks
@@ -47,6 +49,8 @@ def verify_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     check: Annotated[list[str] | None, typer.Option(autocompletion=lambda: list(CHECK_NAMES), help=(
         f"Only this check (again for more): {', '.join(CHECK_NAMES)}."))] = None,
+    subject: Annotated[str, typer.Option(autocompletion=lambda: list(SUBJECTS), help=(
+        f"What to verify: {', '.join(SUBJECTS)}, or your own as package.module:Class, which is run."))] = "engine",
     seed: Seed = 0,
     case: Annotated[Path | None, typer.Option(help="Run one saved finding again; all else comes from the file.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv; findings are saved in its "
@@ -67,9 +71,10 @@ def verify_command(
     if case is not None:
         if launched() is not None:
             raise UsageError("a saved finding runs again on ranks of its own: start --case without torchrun")
-        _replay(case, out, as_json=as_json)
+        _replay(case, out, subject, as_json=as_json)
     plan = VerifyPlan(model=model, folder=Path(), tp_sizes=DEFAULT_TP_SIZES if tp is None else numbers("tp", tp), fabric=fabric,
-                      device=device, dtype=dtype, checks=tuple(check or CHECK_NAMES), seed=seed, cases_folder=out / "cases")
+                      device=device, dtype=dtype, checks=tuple(check or CHECK_NAMES), subject=subject, seed=seed,
+                      cases_folder=out / "cases")
     with _torchrun_ranks(fabric, device) as ranks:
         tp_sizes = _tp_sizes(tp, ranks)
         prepare_out(out)
@@ -165,7 +170,7 @@ def _print_rows(rows: Sequence[CheckRow]) -> None:
             sys.stdout.write(f"  run it again: {first.replay}\n")
 
 
-def _replay(case: Path, out: Path, *, as_json: bool) -> NoReturn:
+def _replay(case: Path, out: Path, subject: str, *, as_json: bool) -> NoReturn:
     """Run a saved finding again, and say how it compares."""
     from harness.verification.cases import load_case
     from harness.verification.verify import replay
@@ -174,6 +179,8 @@ def _replay(case: Path, out: Path, *, as_json: bool) -> NoReturn:
         saved = load_case(case)
     except ValueError as error:
         raise CouldNotRunError(str(error)) from error
+    if saved.subject not in (*SUBJECTS, subject):  # it names code, and a file must not have any run
+        raise UsageError(f"case={case} is of subject={saved.subject!r}: give --subject {saved.subject} to have its code run")
     prepare_out(out)
     check_device(saved.device)
     folder = model_folder(saved.model, dtype=saved.dtype)

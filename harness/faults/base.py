@@ -142,7 +142,7 @@ def planted(fault: Fault, tp: TPGroup) -> Patches:
 
 
 def uproot(rank: RankContext) -> None:
-    """Job: take the fault out again, and with it the subject that was built under it."""
+    """Job: take the fault out again, and with it the model that was built under it."""
     rank.state.pop("subject", None)
     patches: Patches | None = rank.state.pop("patches", None)
     if patches is not None:

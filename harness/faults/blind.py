@@ -44,7 +44,7 @@ def _edit(patch: Patches, *edits: Edit) -> None:
         exec(compile(source, inspect.getfile(before), "exec"), before.__globals__, made)
         # A function may have been imported by name elsewhere.
         places = [module for path, module in list(sys.modules.items()) if isinstance(owner, ModuleType)
-                  and path.startswith(("engine.", "harness.checks.")) and vars(module).get(name) is before]
+                  and path.startswith(("engine.", "harness.subjects.")) and vars(module).get(name) is before]
         for place in places or [owner]:
             patch.replace(place, name, partial(_instead, made[name]))
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from harness.checks import CHECKS, WITHOUT_SUBJECT
-from harness.checks.base import TRACEBACK, CheckContext, Outcome, raised
+from harness.checks import all_checks
+from harness.checks.base import TRACEBACK, CheckContext, Outcome, raised, together
 from harness.errors import UsageError
 from harness.faults import FAULTS, Fault
 from harness.faults.base import LOAD
@@ -34,8 +34,6 @@ LEAST_NAMED = 0.9
 """Share of the faults with a module of their own for which localisation must name it."""
 LOCALISATION = "localisation"
 """Stands in the place of a fault's name for all faults together."""
-OF_THE_DRIVER = frozenset({"lifecycle"})
-"""Checks that start ranks of their own, again and again: no control runs them but those of the driver."""
 
 OnRow = Callable[[CheckRow], None]
 OnStart = Callable[[str, int], None]
@@ -113,7 +111,7 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
                 except Exception as error:
                     logger.exception("fault %s could not be examined", fault.name)
                     row = _not_run(fault.name, raised(error), tp_size)
-                    shop.ranks(tp_size).restart()  # nobody knows what is still planted in these
+                    shop.subject(tp_size).restart()  # nobody knows what is still planted in these
                 rows.append(row)
                 on_row(row)
     except KeyboardInterrupt as stop:
@@ -152,17 +150,14 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
     outcomes: dict[str, Outcome] = {}
     crashed: dict[str, Outcome] = {}
     smallest = ""
-    with Planted(context.ranks, fault) as planted:
+    with Planted(shop.subject(tp_size), fault) as planted:
         refusal = planted.load(context)
         if refusal is not None:
             outcomes[LOAD] = Outcome(cases=1, compared=0, finding=refusal)
         for name in checks_of(fault):
-            if refusal is None or name in WITHOUT_SUBJECT:
-                try:
-                    outcomes[name] = planted.run(name, context)
-                except Exception as failure:
-                    logger.exception("check %s raised under fault %s", name, fault.name)
-                    crashed[name] = raised(failure)
+            if refusal is None or not all_checks()[name].needs_model:
+                outcome = together(planted.run(name, context))
+                (crashed if outcome.error is not None and outcome.finding is None else outcomes)[name] = outcome
         if not fault.is_control:
             smallest = smallest_case(shop, planted, fault, tp_size, outcomes)
     return Examination(outcomes=outcomes, crashed=crashed, smallest=smallest, seconds=time.perf_counter() - started)
@@ -171,8 +166,9 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
 def checks_of(fault: Fault) -> list[str]:
     """What to run: the checks that must see it, ``logits`` among them where it has a module; for a control all of them."""
     if not fault.is_control:
-        return [name for name in CHECKS if name in fault.checks]
-    return [name for name in CHECKS if name not in OF_THE_DRIVER or fault.where != "ranks"]
+        return [name for name in all_checks() if name in fault.checks]
+    # One that starts ranks of its own, again and again, tells nothing of what is planted in others.
+    return [name for name, check in all_checks().items() if not check.owns_ranks or fault.where != "ranks"]
 
 
 def _row(fault: Fault, context: CheckContext, examination: Examination) -> CheckRow:
@@ -182,16 +178,17 @@ def _row(fault: Fault, context: CheckContext, examination: Examination) -> Check
     module, effect = (place.module, place.extra.get("effect")) if "logits" in red else (None, None)
     verdict: Verdict = "error" if examination.crashed else "finding" if missed or (fault.is_control and red) else "pass"
     return CheckRow(
-        check="faults", model=fault.name, tp_size=context.ranks.tp_size, fabric=context.ranks.fabric, dtype=context.dtype,
-        cases=len(examination.outcomes) + len(examination.crashed), compared=len(examination.outcomes), verdict=verdict,
-        seconds=round(examination.seconds, 3), rank=place.rank if module else None, module=module,
+        check="faults", fault=fault.name, model=fault.layout, tp_size=context.tp_size, fabric=context.subject.fabric,
+        dtype=context.dtype, cases=len(examination.outcomes) + len(examination.crashed), compared=len(examination.outcomes),
+        verdict=verdict, seconds=round(examination.seconds, 3), rank=place.rank if module else None, module=module,
         message=_message(fault, red, missed, examination.crashed), replay=_replay(fault, context),
         extra={
             "what": fault.what, "bugs": {str(number): BUGS[number] for number in fault.rows}, "control": fault.is_control,
-            "patched": fault.layer, "layout": fault.layout, "expected": list(fault.checks), "red": red, "missed": missed,
+            "patched": fault.layer, "expected": list(fault.checks), "red": red, "missed": missed,
             "smallest": examination.smallest, "module_expected": fault.module, "effect_expected": fault.effect,
             "effect": effect, "effect_text": place.extra.get("effect_text") if module else None,
-            **{f"{TRACEBACK} of {name}": outcome.extra[TRACEBACK] for name, outcome in examination.crashed.items()},
+            **{f"{TRACEBACK} of {name}": outcome.extra[TRACEBACK] for name, outcome in examination.crashed.items()
+               if TRACEBACK in outcome.extra},
         },
     )
 
@@ -212,24 +209,24 @@ def _findings(red: Mapping[str, str]) -> str:
 
 
 def _replay(fault: Fault, context: CheckContext) -> str:
-    tp = f" --tp {context.ranks.tp_size}" if context.ranks.tp_size > 1 else ""
+    tp = f" --tp {context.tp_size}" if context.tp_size > 1 else ""
     device = f" --device {fault.device}" if fault.device != "cpu" else ""
     return f"shardproof faults --only {fault.name}{tp} --seed {context.seed}{device}"
 
 
 def _not_done(name: str, reason: str, tp_size: int = 1, *, verdict: Verdict = "skipped",
               extra: Mapping[str, Any] | None = None) -> CheckRow:
-    return CheckRow(check="faults", model=name, tp_size=tp_size, fabric=FABRIC, dtype="", cases=0, compared=0, verdict=verdict,
-                    seconds=0.0, message=f"{name}, {reason}", extra=dict(extra or {}))
+    return CheckRow(check="faults", fault=name, model="", tp_size=tp_size, fabric=FABRIC, dtype="", cases=0, compared=0,
+                    verdict=verdict, seconds=0.0, message=f"{name}, {reason}", extra=dict(extra or {}))
 
 
 def _rows_not_done(cases: Iterable[tuple[Fault, int]], done: Iterable[CheckRow], why: Outcome) -> list[CheckRow]:
-    keys = {(row.model, row.tp_size) for row in done}
+    keys = {(row.fault, row.tp_size) for row in done}
     return [_not_run(fault.name, why, tp_size) for fault, tp_size in cases if (fault.name, tp_size) not in keys]
 
 
 def _not_run(name: str, why: Outcome, tp_size: int) -> CheckRow:
-    return _not_done(name, why.error or "", tp_size, verdict="error", extra=why.extra)
+    return _not_done(name, why.error or "", tp_size, verdict="error", extra=dict(why.extra))
 
 
 def _localisation(rows: Iterable[CheckRow]) -> CheckRow | None:
@@ -242,8 +239,9 @@ def _localisation(rows: Iterable[CheckRow]) -> CheckRow | None:
     classed = [row for row in placed if row.extra["effect_expected"]]
     right_effect = sum(row.extra["effect"] == row.extra["effect_expected"] for row in classed)
     message = (f"the right module named for {named} of {len(placed)} faults, the right effect for {right_effect} of "
-               f"{len(classed)}" + "".join(f"; {row.model}: {row.module} for {row.extra['module_expected']}" for row in wrong))
-    return CheckRow(check="faults", model=LOCALISATION, tp_size=max(row.tp_size for row in placed), fabric=FABRIC, dtype="",
-                    cases=len(placed), compared=len(placed), verdict="pass" if named >= LEAST_NAMED * len(placed) else "finding",
+               f"{len(classed)}" + "".join(f"; {row.fault}: {row.module} for {row.extra['module_expected']}" for row in wrong))
+    return CheckRow(check="faults", fault=LOCALISATION, model="", tp_size=max(row.tp_size for row in placed), fabric=FABRIC,
+                    dtype="", cases=len(placed), compared=len(placed),
+                    verdict="pass" if named >= LEAST_NAMED * len(placed) else "finding",
                     seconds=0.0, message=message)
 

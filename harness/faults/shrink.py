@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from harness.checks.base import Outcome
 from harness.checks.logits import MODEL
@@ -36,9 +36,9 @@ def smallest_case(shop: Workshop, planted: Planted, fault: Fault, tp_size: int, 
     return "; ".join(f"{name}: {(outcome.finding or '').splitlines()[0]}" for name, outcome in list(red.items())[:1])
 
 
-def _is_red(outcome: Outcome) -> bool:
-    """Of a check with several kinds the one that is of the model: the others are of one size."""
-    return any(part.finding is not None for part in outcome.kinds or (outcome,) if part.kind in ("", MODEL))
+def _is_red(kinds: Sequence[Outcome]) -> bool:
+    """The model's own logits: those of the other kinds are of one size."""
+    return any(outcome.finding is not None for outcome in kinds if outcome.kind in ("", MODEL))
 
 
 def describe(size: Size) -> str:

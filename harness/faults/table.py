@@ -12,10 +12,10 @@ from reports.records import CheckRow
 def faults_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     """One line a planted fault: who saw it, and where it was said to be."""
     return pd.DataFrame([
-        {"fault": row.model, "tp": row.tp_size, "layout": row.extra["layout"], "verdict": row.verdict, "s": row.seconds,
+        {"fault": row.fault, "tp": row.tp_size, "layout": row.model, "verdict": row.verdict, "s": row.seconds,
          "red": " ".join(row.extra["red"]) or None, "missed": " ".join(row.extra["missed"]) or None, "module": _module(row),
          "effect": _effect(row), "smallest": row.extra["smallest"] or None}
-        for row in rows if "layout" in row.extra
+        for row in rows if "patched" in row.extra
     ])
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from engine.ranks.ranks import RankFailure, Ranks
-from harness import jobs
-from harness.checks import CHECKS, WITHOUT_SUBJECT
+from engine.ranks.ranks import RankFailure
+from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome
 from harness.faults.base import Fault, Patches, plant, planted_in_driver, uproot
 from harness.faults.layouts import LAYOUTS
+from harness.subjects.base import Placement, SubjectFailure
+from harness.subjects.engine import EngineSubject
 from harness.verification.truth import SCRIPT_LENGTHS, Truth
-from reference.checkpoints import random_checkpoint
+from reference.checkpoints import CheckpointError, random_checkpoint
 
 FABRIC = "gloo"
 FABRICS = {"cpu": FABRIC, "cuda": "auto"}
@@ -47,21 +48,21 @@ class Workshop:
         self.seed = seed
         self.device = device
         self._scratch = tempfile.TemporaryDirectory(prefix="shardproof-faults-")
-        self._ranks: dict[int, Ranks] = {}
+        self._subjects: dict[int, EngineSubject] = {}
         self.context = cache(self._make_context)
 
-    def ranks(self, tp_size: int) -> Ranks:
-        """Processes: a patch of one rank must not reach another."""
-        if tp_size not in self._ranks:
-            self._ranks[tp_size] = Ranks(tp_size, fabric=FABRICS[self.device], device=self.device,
-                                         collective_timeout_s=COLLECTIVE_TIMEOUT_S, job_timeout_s=JOB_TIMEOUT_S)
-        return self._ranks[tp_size]
+    def subject(self, tp_size: int) -> EngineSubject:
+        """On processes: a patch of one rank must not reach another."""
+        if tp_size not in self._subjects:
+            self._subjects[tp_size] = EngineSubject(Placement(
+                tp_size=tp_size, fabric=FABRICS[self.device], device=self.device, collective_timeout_s=COLLECTIVE_TIMEOUT_S,
+                job_timeout_s=JOB_TIMEOUT_S, auto_restart=False))
+        return self._subjects[tp_size]
 
     def _make_context(self, layout_name: str, tp_size: int, size: Size = FULL) -> CheckContext:
         """What the checks get for a model of this layout, on these ranks."""
-        return CheckContext(truth=self._truth(layout_name, size), ranks=self.ranks(tp_size), subject="engine",
-                            options={"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8},
-                            seed=self.seed)
+        return CheckContext(truth=self._truth(layout_name, size), subject=self.subject(tp_size), seed=self.seed,
+                            options={"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8})
 
     def _truth(self, layout_name: str, size: Size) -> Truth:
         layout = LAYOUTS[layout_name]
@@ -72,8 +73,8 @@ class Workshop:
 
     def close(self) -> None:
         """End the ranks and remove the models."""
-        while self._ranks:
-            self._ranks.popitem()[1].close()
+        while self._subjects:
+            self._subjects.popitem()[1].close()
         self._scratch.cleanup()
 
     def __enter__(self) -> Workshop:
@@ -84,14 +85,14 @@ class Workshop:
 
 
 class Planted:
-    """Ranks with a fault in them. A context manager; its end takes the fault out, whatever became of the ranks."""
+    """A subject with a fault in its ranks. A context manager; its end takes the fault out, whatever became of the ranks."""
 
-    def __init__(self, ranks: Ranks, fault: Fault) -> None:
-        self._ranks = ranks
+    def __init__(self, subject: EngineSubject, fault: Fault) -> None:
+        self._subject = subject
+        self._ranks = subject.ranks
         self._fault = fault
         self._driver_patches = Patches()
         self._is_planted = False
-        self._loaded: tuple[Path, str] | None = None
 
     def load(self, context: CheckContext) -> str | None:
         """Plant the fault, and load the context's model under it. What went wrong in loading, if it did.
@@ -102,35 +103,38 @@ class Planted:
         self._plant()
         try:
             self._load(context)
-        except RankFailure as failure:
+        except (SubjectFailure, CheckpointError) as failure:
+            self._subject.loaded = None
             return str(failure)
         return None
 
-    def run(self, name: str, context: CheckContext) -> Outcome:
+    def run(self, name: str, context: CheckContext) -> list[Outcome]:
         """One check under the fault. A failing rank is a finding, as in ``verify``; not one that fails while it is planted."""
         self._plant()
+        check = all_checks()[name]
         try:
-            if name not in WITHOUT_SUBJECT:
+            if check.needs_model:
                 self._load(context)
-            return CHECKS[name](context)
-        except RankFailure as failure:
-            return Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None),
-                           extra={BROKE: not self._ranks.healthy})
+            outcomes = list(check.run(context))
+        except SubjectFailure as failure:
+            outcomes = [Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))]
+        if not self._ranks.healthy:
+            outcomes = [replace(outcome, extra={**outcome.extra, BROKE: True}) for outcome in outcomes]
+        return outcomes
 
     def _plant(self) -> None:
         if not self._ranks.healthy:
             self._ranks.restart()
-            self._is_planted, self._loaded = False, None
+            self._is_planted = False
         if not self._is_planted:
+            self._subject.loaded = None
             self._ranks.run(plant, self._fault.name)
             self._is_planted = True
 
     def _load(self, context: CheckContext) -> None:
-        truth = context.truth
-        if self._loaded != (truth.folder, truth.dtype) or not all(self._ranks.run(jobs.is_loaded)):
-            self._loaded = None
-            self._ranks.run(jobs.load, context.subject, truth.folder, truth.dtype, context.options)
-            self._loaded = truth.folder, truth.dtype
+        loaded, truth = self._subject.loaded, context.truth
+        if loaded is None or (loaded.folder, loaded.dtype) != (truth.folder, truth.dtype):
+            self._subject.load(truth.folder, dtype=truth.dtype, options=context.options)
 
     def __enter__(self) -> Planted:
         self._driver_patches = planted_in_driver(self._fault)
@@ -142,6 +146,8 @@ class Planted:
             return  # on Ctrl-C the ranks end, and nothing may hide it
         with suppress(RankFailure):  # of a rank that the fault has killed, and nobody has asked since
             if self._ranks.healthy:
+                self._subject.forget()
                 self._ranks.run(uproot)
+        self._subject.loaded = None
         if not self._ranks.healthy:  # new processes have no patches
             self._ranks.restart()

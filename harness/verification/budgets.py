@@ -9,6 +9,7 @@ of the unsharded baseline of the same dtype or of simulated rounding, whichever 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,15 @@ def bits(x: Tensor) -> Tensor:
     """The bit patterns of ``x`` as integers of its width, so that NaN equals NaN and -0 differs from 0."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(integer)
+
+
+def digest(tensors: Sequence[Tensor]) -> bytes:
+    """Hash of shapes, dtypes and bits."""
+    total = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        total.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        total.update(bits(tensor.cpu()).numpy().tobytes())
+    return total.digest()
 
 
 def reduction(candidate: Tensor, parts: list[Tensor], dtype: str) -> Comparison:

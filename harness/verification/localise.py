@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.models.registry import family_of
-from engine.models.table import TOKEN_IDS, Module, in_order
-from engine.ranks.ranks import Ranks
-from harness import jobs
-from harness.subjects import Taps
+from harness.subjects.base import ModuleRow, Subject
 from harness.verification.budgets import SEARCH_MARGIN
 from harness.verification.classify import Effect, Evidence, classify
 from harness.verification.truth import Truth
 from reference.hf import Activations
-from reference.shards import owners
+from reference.shards import Ownership
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +37,16 @@ class Place:
                 f"{self.error_over_budget:.3g} of its budget" + (f": {self.effect}" if self.effect else ""))
 
 
-def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
-    """Re-run the script on both sides with taps, and walk the modules of one sequence in the order of computation.
+def localise(subject: Subject, truth: Truth, sequence: int) -> Place | None:
+    """Re-run the script on both sides, and walk the activations of one sequence in the order of computation.
 
     Named is the first one well over budget; if there is none, the first one that is over budget at all. None if none is.
     """
-    by_rank: list[Taps] = ranks.run(jobs.taps, truth.script, sequence)
+    shown = Shown(by_rank=subject.activations(truth.script, sequence), layout=partial(subject.layout, truth.config),
+                  rows=tuple(subject.modules(truth.config)))
     found: list[tuple[Point, Excess]] = []
-    for point in points(truth.config):
-        excess = worst_excess(truth, point, sequence, by_rank)
+    for point in points(shown.rows):
+        excess = worst_excess(truth, point, sequence, shown)
         if excess is not None:
             found.append((point, excess))
             if excess.is_clear:
@@ -56,9 +54,28 @@ def localise(ranks: Ranks, truth: Truth, sequence: int) -> Place | None:
     if not found:
         return None
     point, excess = found[-1] if found[-1][1].is_clear else found[0]
-    evidence = gather_evidence(truth, point, sequence, by_rank, excess.rank)
+    evidence = gather_evidence(truth, point, sequence, shown, excess.rank)
     return Place(module=point.label, rank=excess.rank, token=excess.token, error_over_budget=excess.error_over_budget,
                  effect=classify(evidence))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What the subject shows of one sequence."""
+
+    by_rank: Sequence[Activations]
+    layout: Callable[[str, tuple[int, ...]], Ownership]
+    """Name and shape of a checkpoint tensor -> which of its elements each rank holds."""
+    rows: Sequence[ModuleRow]
+    """The model's modules, in the order of computation."""
+
+    @property
+    def tp_size(self) -> int:
+        return len(self.by_rank)
+
+    def owned(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
+        """By rank: the indices that it holds along the tensor's sharded dimension."""
+        return [torch.from_numpy(np.asarray(indices)) for indices in self.layout(name, shape).indices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +92,11 @@ class Excess:
         return self.error_over_budget > SEARCH_MARGIN
 
 
-def worst_excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps]) -> Excess | None:
-    """What the taps of all ranks show at one point; None if it is within budget on all of them."""
+def worst_excess(truth: Truth, point: Point, sequence: int, shown: Shown) -> Excess | None:
+    """What all ranks show at one point; None if it is within budget on all of them."""
     worst: Excess | None = None
-    for rank in range(len(by_rank)):
-        seen = sides(truth, point, sequence, by_rank, rank)
+    for rank in range(shown.tp_size):
+        seen = sides(truth, point, sequence, shown, rank)
         if seen.candidate.shape != seen.exact.shape:
             return Excess(float("inf"), rank, 0)
         error_over_budget = seen.comparison().error_over_budget
@@ -94,8 +111,7 @@ def worst_excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps])
 class Point:
     """A tensor between modules that both sides can show."""
 
-    row: Module
-    """The module's row in the module table of its family."""
+    row: ModuleRow
     is_input: bool
 
     @property
@@ -119,93 +135,86 @@ class Point:
         parent, _, last = self.module.rpartition(".")
         return f"{parent} ({self.row.fed_by}, before {last})"
 
-    def of(self, activations: Activations | Taps) -> Any:
+    def of(self, activations: Activations) -> Any:
         """This tensor, or None if it was not recorded."""
         return getattr(activations, self.side).get(self.module)
 
-    def indices(self, config: dict[str, Any], tp_size: int, rank: int, width: int) -> Tensor:
+    def indices(self, shown: Shown, rank: int, width: int) -> Tensor:
         """The features that a rank has of it."""
         if not self.is_sharded:
             return torch.arange(width)
         name = f"{self.module}.weight"
         shape = (width, 1) if not self.is_input else (1, width)
-        return torch.from_numpy(np.asarray(owners(config, name, shape, tp_size).indices[rank]))
+        return shown.owned(name, shape)[rank]
 
 
-def points(config: dict[str, Any]) -> Iterator[Point]:
-    """Every point of a decoder in the order of computation."""
-    for row in _rows(config):
+def points(rows: Iterable[ModuleRow]) -> Iterator[Point]:
+    """Every point of a model in the order of computation."""
+    for row in rows:
         if row.kind == "row":
             yield Point(row, is_input=True)
         if row.has_output:
             yield Point(row, is_input=False)
 
 
-def _rows(config: dict[str, Any]) -> Iterator[Module]:
-    return in_order(family_of(config["model_type"]).modules, config["num_hidden_layers"])
-
-
-def sides(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: int) -> Evidence:
+def sides(truth: Truth, point: Point, sequence: int, shown: Shown, rank: int) -> Evidence:
     """A rank's tensor and what the reference has in its place, all ``[T, F]``."""
-    candidate, exact = point.of(by_rank[rank]), point.of(truth.exact_activations(sequence))
+    candidate, exact = point.of(shown.by_rank[rank]), point.of(truth.exact_activations(sequence))
     if candidate is None:
-        raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must tap every module")
-    index = point.indices(truth.config, len(by_rank), rank, exact.shape[-1])
+        raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must show every module")
+    index = point.indices(shown, rank, exact.shape[-1])
     return Evidence(candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=exact[:, index],
                     simulated=[point.of(draw)[:, index] for draw in truth.simulated_activations(sequence)],
-                    dtype=truth.dtype, tp_size=len(by_rank))
+                    dtype=truth.dtype, tp_size=shown.tp_size)
 
 
-def gather_evidence(truth: Truth, point: Point, sequence: int, by_rank: list[Taps], rank: int) -> Evidence:
+def gather_evidence(truth: Truth, point: Point, sequence: int, shown: Shown, rank: int) -> Evidence:
     """The same with all that the reference knows of how this tensor comes about."""
-    exact, config, tp_size = truth.exact_activations(sequence), truth.config, len(by_rank)
+    exact = truth.exact_activations(sequence)
     whole = point.of(exact)
-    index = point.indices(config, tp_size, rank, whole.shape[-1])
+    index = point.indices(shown, rank, whole.shape[-1])
     last = point.module.rpartition(".")[2]
     columns = {last: whole}
     if point.row.fused:  # their rows may end up in each other's place
         columns = {row.path.rpartition(".")[2]: exact.outputs[row.path]
-                   for row in _rows(config) if row.fused == point.row.fused}
-    shards = [point.indices(config, tp_size, other, whole.shape[-1]) for other in range(tp_size)] if point.is_sharded else []
+                   for row in shown.rows if row.fused == point.row.fused}
+    shards = [point.indices(shown, other, whole.shape[-1]) for other in range(shown.tp_size)] if point.is_sharded else []
     if last == "lm_head":  # gathered, each rank's columns in one block
-        shards = _owned(config, "lm_head.weight", (whole.shape[-1], 1), tp_size)
-    parts, foreign = _parts_of(truth, point, sequence, exact, tp_size)
-    return replace(sides(truth, point, sequence, by_rank, rank), parts={name: part[:, index] for name, part in parts.items()},
-                   foreign=foreign, columns=columns, own=(last, index), shards=shards, rows=_rows_like(truth, point, index))
+        shards = shown.owned("lm_head.weight", (whole.shape[-1], 1))
+    parts, foreign = _parts_of(truth, point, sequence, exact, shown)
+    return replace(sides(truth, point, sequence, shown, rank), parts={name: part[:, index] for name, part in parts.items()},
+                   foreign=foreign, columns=columns, own=(last, index), shards=shards,
+                   rows=_rows_like(truth, point, index, shown))
 
 
 def _parts_of(truth: Truth, point: Point, sequence: int, exact: Activations,
-              tp_size: int) -> tuple[dict[str, Tensor], dict[tuple[int, int], Tensor]]:
+              shown: Shown) -> tuple[dict[str, Tensor], dict[tuple[int, int], Tensor]]:
     """The addends of a whole exact output; and what they would be if a rank used another one's shard."""
     whole = point.of(exact)
     module = truth.exact.model.get_submodule(point.module)
     weight = module.weight.detach().cpu()
-    if point.row.fed_by == TOKEN_IDS:
+    if point.row.fed_by == "token ids":
         ids_T = torch.tensor(truth.script.sequences[sequence])
-        owned = _owned(truth.config, f"{point.module}.weight", tuple(weight.shape), tp_size)
+        owned = shown.owned(f"{point.module}.weight", tuple(weight.shape))
         return {f"rank {rank}": whole * torch.isin(ids_T, ids)[:, None] for rank, ids in enumerate(owned)}, {}
     bias = None if point.is_input or getattr(module, "bias", None) is None else module.bias.detach().cpu().expand_as(whole)
     with_bias = {} if bias is None else {"bias": bias}
     if point.is_input or point.row.kind != "row":
         return {"product": whole if bias is None else whole - bias, **with_bias}, {}
-    x_TI, owned = exact.inputs[point.module], _owned(truth.config, f"{point.module}.weight", tuple(weight.shape), tp_size)
+    x_TI, owned = exact.inputs[point.module], shown.owned(f"{point.module}.weight", tuple(weight.shape))
     products = {(rank, other): x_TI[:, mine] @ weight[:, theirs].T for rank, mine in enumerate(owned)
                 for other, theirs in enumerate(owned) if len(mine) == len(theirs)}
-    own = {f"rank {rank}": products.pop((rank, rank)) for rank in range(tp_size)}
+    own = {f"rank {rank}": products.pop((rank, rank)) for rank in range(shown.tp_size)}
     return own | with_bias, products
 
 
-def _owned(config: dict[str, Any], name: str, shape: tuple[int, ...], tp_size: int) -> list[Tensor]:
-    return [torch.from_numpy(np.asarray(indices)) for indices in owners(config, name, shape, tp_size).indices]
-
-
-def _rows_like(truth: Truth, point: Point, index: Tensor) -> dict[str, Tensor]:
+def _rows_like(truth: Truth, point: Point, index: Tensor, shown: Shown) -> dict[str, Tensor]:
     """What a stale row might be: this tensor at any token; if it is whole, also any other whole one of its width."""
     rows: dict[str, Tensor] = {}
     for sequence in range(len(truth.script.sequences)):
         exact = truth.exact_activations(sequence)
         width = point.of(exact).shape[-1]
-        for other in [point] if point.is_sharded else points(truth.config):
+        for other in [point] if point.is_sharded else points(shown.rows):
             if other.is_sharded == point.is_sharded and point.of(exact) is not None and other.of(exact).shape[-1] == width:
                 rows[f"{other.label} in sequence {sequence}"] = other.of(exact)[:, index]
     return rows

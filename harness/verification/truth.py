@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint.tokenizer import load_tokenizer
 from harness.errors import one_line
-from harness.subjects import Script
+from harness.subjects.base import Script
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import Activations, GreedyResult, Reference

@@ -6,28 +6,24 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
-from engine.config import ModelConfig
-from engine.ranks.ranks import RankFailure, Ranks, choose_fabric
-from harness import jobs
-from harness.checks import CHECKS, WITHOUT_SUBJECT
-from harness.checks.base import PRELOAD, CheckContext, Outcome, raised
-from harness.errors import UsageError, refusal_of, usage
+from harness.checks import CHECK_NAMES, all_checks
+from harness.checks.base import Check, CheckContext, Outcome, raised
+from harness.errors import UsageError
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.names import DTYPES, FABRICS
+from harness.subjects import subject_class
+from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.verification.cases import SavedCase, compare_replay, save_case
-from harness.verification.preflight import check_checkpoint
 from harness.verification.truth import NUM_NEW_TOKENS, Truth
-from reference.checkpoints import CheckpointError
+from reference.checkpoints import CheckpointError, checkpoint_dtype, read_config, weight_shapes
 from reports.records import CheckRow, RecordError, Report, Verdict, whole_checks
 
 logger = logging.getLogger(__name__)
@@ -40,7 +36,7 @@ GONE = "ranks broke in an earlier check, and those that torchrun started can't b
 
 OnRow = Callable[[CheckRow], None]
 OnStart = Callable[[str, int], None]
-OnOutcome = Callable[[Outcome], None]
+OnOutcomes = Callable[[list[Outcome]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +45,8 @@ class VerifyPlan:
 
     Args:
         model: as the user named it, for the report.
+        subject: what to verify, as ``harness.subjects.subject_class`` takes it.
+        kind: only this kind of the one check's cases.
         fabric: ``auto`` picks by tp_size and device.
         dtype: ``auto`` is the checkpoint's.
         case: only this drawn case, of the one check in ``checks`` (``Outcome.case``).
@@ -61,15 +59,16 @@ class VerifyPlan:
     fabric: str = "auto"
     device: str = "cpu"
     dtype: str = "auto"
-    checks: tuple[str, ...] = tuple(CHECKS)
+    checks: tuple[str, ...] = CHECK_NAMES
     subject: str = "engine"
     seed: int = 0
-    case: dict[str, Any] | None = None
+    kind: str | None = None
+    case: Mapping[str, Any] | None = None
     cases_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.checks if name not in CHECKS]:
-            raise UsageError(f"checks={unknown} are unknown; there are: {', '.join(CHECKS)}")
+        if unknown := [name for name in self.checks if name not in CHECK_NAMES]:
+            raise UsageError(f"checks={unknown} are unknown; there are: {', '.join(CHECK_NAMES)}")
         if not self.tp_sizes or min(self.tp_sizes) < 1:
             raise UsageError(f"tp_sizes={self.tp_sizes} must be one or several numbers of at least 1")
         refuse_repeats("tp_sizes", self.tp_sizes)
@@ -93,9 +92,14 @@ class VerifyPlan:
             return "auto"
         return "gloo" if tp_size <= LARGEST_GLOO else "threads"
 
+    def placement(self, tp_size: int, ranks: Any = None) -> Placement:
+        """Where the subject's ranks are to live."""
+        return Placement(tp_size=tp_size, fabric=self.fabric_of(tp_size), device=self.device, job_timeout_s=JOB_TIMEOUT_S,
+                         ranks=ranks)
 
-def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lambda row: None,
-           on_start: OnStart = lambda check, tp_size: None, on_outcome: OnOutcome = lambda outcome: None) -> Report:
+
+def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: None,
+           on_start: OnStart = lambda check, tp_size: None, on_outcome: OnOutcomes = lambda outcomes: None) -> Report:
     """Run the plan. Findings and exceptions inside checks are rows of the report; what is wrong with the plan is raised.
 
     Args:
@@ -107,34 +111,35 @@ def verify(plan: VerifyPlan, *, ranks: Ranks | None = None, on_row: OnRow = lamb
         UsageError: if the plan does not fit the model, or the fabric the device.
         UnsupportedModelError: if the engine can't run such a model.
         CheckpointError: if the checkpoint is damaged, or not whole, or can't be loaded.
-        RankFailure: if the ranks can't start, or given ranks can't read the checkpoint on their hosts.
+        SubjectFailure: if the ranks can't start, or given ranks can't read the checkpoint on their hosts.
         Interrupted: on Ctrl-C, with the report as far as it is done.
 
     Whatever is raised once there are rows is the reason of those that are missing instead.
     """
     started_at = datetime.now(UTC)
-    model_config = ModelConfig.from_folder(plan.folder)
-    _check_fit(plan, model_config, ranks)
-    check_checkpoint(plan.folder)
-    if ranks is not None:
-        ranks.run(jobs.find_checkpoint, plan.folder)
-    dtype = str(model_config.dtype).removeprefix("torch.") if plan.dtype == "auto" else plan.dtype
+    subject = subject_class(plan.subject)
+    subject.check_fit(plan.folder, [plan.placement(tp_size, ranks) for tp_size in plan.tp_sizes])
+    if ranks is not None and plan.tp_sizes != (ranks.tp_size,):
+        raise UsageError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
+    config = read_config(plan.folder)
+    weight_shapes(config)
+    dtype = checkpoint_dtype(config) if plan.dtype == "auto" else plan.dtype
     truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
     rows: list[CheckRow] = []
     try:
         for tp_size in plan.tp_sizes:
-            for of_check in _verify_one(plan, truth, tp_size, ranks, on_start, on_outcome):
+            for of_check in _verify_one(plan, truth, subject, plan.placement(tp_size, ranks), on_start, on_outcome):
                 rows += of_check
                 for row in whole_checks(of_check):
                     on_row(row)
     except KeyboardInterrupt as stop:
-        rows += _rows_not_done(plan, truth, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
+        rows += _rows_not_done(plan, truth, subject, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
         raise Interrupted(Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)) from stop
     except Exception as error:
         if not rows:
             raise
         why = Outcome(cases=0, compared=0, error=str(error)) if isinstance(error, CheckpointError) else raised(error)
-        rows += _rows_not_done(plan, truth, ranks, rows, why)
+        rows += _rows_not_done(plan, truth, subject, ranks, rows, why)
     return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
 
 
@@ -147,69 +152,42 @@ def refuse_repeats(name: str, values: Sequence[object]) -> None:
         raise UsageError(f"{name}={', '.join(twice)} is named more than once: name it once")
 
 
-def _check_fit(plan: VerifyPlan, model_config: ModelConfig, ranks: Ranks | None) -> None:
-    if too_many := [tp_size for tp_size in plan.tp_sizes if tp_size > model_config.num_q_heads]:
-        raise UsageError(f"tp_sizes={too_many} are above num_q_heads={model_config.num_q_heads} of the model: every rank needs "
-                         "at least one query head")
-    if ranks is not None and plan.tp_sizes != (ranks.tp_size,):
-        raise UsageError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
-    with usage():
-        for tp_size in plan.tp_sizes:
-            _fabric_name(plan, tp_size, ranks)
-
-
-def _fabric_name(plan: VerifyPlan, tp_size: int, given: Ranks | None) -> str:
-    """What the ranks' fabric is, or will be."""
-    return given.fabric if given is not None else choose_fabric(tp_size, plan.fabric_of(tp_size), torch.device(plan.device))[0]
-
-
-def _verify_one(plan: VerifyPlan, truth: Truth, tp_size: int, given: Ranks | None, on_start: OnStart,
-                on_outcome: OnOutcome) -> Iterable[list[CheckRow]]:
+def _verify_one(plan: VerifyPlan, truth: Truth, make: type[Subject], placement: Placement, on_start: OnStart,
+                on_outcome: OnOutcomes) -> Iterable[list[CheckRow]]:
     """The rows of each check."""
-    with nullcontext(given) if given is not None else Ranks(tp_size, fabric=plan.fabric_of(tp_size), device=plan.device,
-                                                            job_timeout_s=JOB_TIMEOUT_S, auto_restart=True,
-                                                            preload=PRELOAD) as ranks:
-        is_loaded = needs_no_subject = WITHOUT_SUBJECT.issuperset(plan.checks)
-        options = {} if needs_no_subject else _options(truth)
-        context = CheckContext(truth=truth, ranks=ranks, subject=plan.subject, options=options, seed=plan.seed, case=plan.case)
-        for name in plan.checks:
-            if not (ranks.healthy or ranks.can_restart):
-                yield [_row(name, plan, truth, ranks.fabric, tp_size, Outcome(cases=0, compared=0, skipped=GONE))]
+    with make(placement) as subject:
+        if placement.ranks is not None:
+            subject.find(plan.folder)
+        checks = [all_checks()[name] for name in plan.checks]
+        options = _options(truth) if any(check.needs_model for check in checks) else {}
+        context = CheckContext(truth=truth, subject=subject, options=options, seed=plan.seed, kind=plan.kind, case=plan.case)
+        for check in checks:
+            if not subject.is_usable:
+                yield [_row(check.name, plan, truth, subject.fabric, subject.tp_size, Outcome(cases=0, compared=0, skipped=GONE))]
                 continue
-            on_start(name, tp_size)
+            on_start(check.name, subject.tp_size)
             started = time.perf_counter()
-            try:
-                if not is_loaded or (name not in WITHOUT_SUBJECT and not all(ranks.run(jobs.is_loaded))):
-                    _load(plan, truth, ranks, options)
-                    is_loaded = True
-                outcome = CHECKS[name](context)
-            except RankFailure as failure:
-                outcome = Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
-            except CheckpointError as error:
-                if not is_loaded:
-                    raise  # no other check can do with this model
-                outcome = Outcome(cases=0, compared=0, error=str(error))
-            except Exception as error:
-                logger.exception("check %s raised at tp_size=%d", name, tp_size)
-                outcome = raised(error)
-            on_outcome(outcome)
+            outcomes = _run(check, context, needs_model=bool(options))
+            on_outcome(outcomes)
             seconds = time.perf_counter() - started
-            yield [_row(name, plan, truth, ranks.fabric, tp_size, part, seconds) for part in outcome.kinds or (outcome,)]
+            yield [_row(check.name, plan, truth, subject.fabric, subject.tp_size, outcome, seconds) for outcome in outcomes]
 
 
-def _load(plan: VerifyPlan, truth: Truth, ranks: Ranks, options: Mapping[str, int]) -> None:
-    try:
-        ranks.run(jobs.load, plan.subject, truth.folder, truth.dtype, options)
-    except RankFailure as failure:
-        if (refusal := refusal_of(failure)) is None:
-            raise
-        raise CheckpointError(refusal) from failure
+def _run(check: Check, context: CheckContext, *, needs_model: bool) -> list[Outcome]:
+    """What the check says, the model being loaded before the first one if any needs it: one that can't be is told at once."""
+    if needs_model and context.subject.loaded is None:
+        try:
+            context.subject.load(context.truth.folder, dtype=context.dtype, options=context.options)
+        except SubjectFailure as failure:
+            context.subject.loaded = None
+            return [Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))]
+    return list(check.run(context))
 
 
-def _rows_not_done(plan: VerifyPlan, truth: Truth, given: Ranks | None, done: Sequence[CheckRow],
+def _rows_not_done(plan: VerifyPlan, truth: Truth, make: type[Subject], given: Any, done: Sequence[CheckRow],
                    why: Outcome) -> list[CheckRow]:
     keys = {(row.check, row.tp_size) for row in done}
-    return [_row(name, plan, truth, _fabric_name(plan, tp_size, given), tp_size, why)
+    return [_row(name, plan, truth, make.fabric_of(plan.placement(tp_size, given)), tp_size, why)
             for tp_size in plan.tp_sizes for name in plan.checks if (name, tp_size) not in keys]
 
 
@@ -234,7 +212,7 @@ def _row(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, o
     }
     try:
         return CheckRow(**row, error_over_budget=outcome.error_over_budget, rank=outcome.rank, excused=outcome.excused,
-                        extra=outcome.extra)
+                        extra=dict(outcome.extra))
     except RecordError as error:  # a value that no record can hold costs its place in the row, and not the run
         if verdict == "pass":
             row |= {"verdict": "error", "message": f"the check passed with a value that can't be: {error}"}
@@ -243,21 +221,22 @@ def _row(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, o
 
 def _replay(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, outcome: Outcome) -> str:
     """The one command that runs the finding again."""
+    subject = () if plan.subject == "engine" else ("--subject", plan.subject)
     words = ("shardproof", "verify", plan.model, "--tp", str(tp_size), "--check", name, "--dtype", plan.dtype, "--device",
-             plan.device, "--seed", str(plan.seed), "--fabric", "auto" if fabric == "solo" else fabric)
+             plan.device, "--seed", str(plan.seed), "--fabric", "auto" if fabric in ("solo", "") else fabric, *subject)
     if plan.cases_folder is None:
         return shlex.join(words)
     model = str(plan.folder.resolve()) if Path(plan.model).is_dir() else plan.model
     try:
         path = save_case(plan.cases_folder, SavedCase(
             check=name, model=model, tp_size=tp_size, fabric=fabric, device=plan.device, dtype=truth.dtype,
-            subject=plan.subject, seed=plan.seed, case=outcome.case, finding=outcome.finding or "", kind=outcome.kind,
-            tensors=outcome.tensors,
+            subject=plan.subject, seed=plan.seed, case=dict(outcome.case), finding=outcome.finding or "", kind=outcome.kind,
+            tensors=dict(outcome.tensors),
         ))
     except (OSError, SafetensorError) as error:  # of a full disk, say: the finding matters more
         logger.warning("folder=%s: the case of this finding was not saved: %s", plan.cases_folder, error)
         return shlex.join(words)
-    return shlex.join(("shardproof", "verify", "--case", str(path)))
+    return shlex.join(("shardproof", "verify", "--case", str(path), *subject))
 
 
 def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
@@ -268,10 +247,10 @@ def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
     """
     outcomes: list[Outcome] = []
     plan = VerifyPlan(model=saved.model, folder=folder, tp_sizes=(saved.tp_size,), fabric=saved.fabric, device=saved.device,
-                      dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed, case=saved.case or None)
-    report = verify(plan, on_outcome=outcomes.append)
-    (whole,) = outcomes
-    outcome = next((part for part in whole.kinds if part.kind == saved.kind), whole)
+                      dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed, kind=saved.kind,
+                      case=saved.case or None)
+    report = verify(plan, on_outcome=outcomes.extend)
+    outcome = next((part for part in outcomes if part.kind == saved.kind), outcomes[0])
     if outcome.error is not None or outcome.skipped is not None:
         return report, "it did not run"
-    return report, compare_replay(saved, outcome.finding, outcome.tensors)
+    return report, compare_replay(saved, outcome.finding, dict(outcome.tensors))

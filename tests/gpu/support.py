@@ -17,9 +17,12 @@ from engine.layers.attention_layout import AttentionBackend, LayerCache
 from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext, Ranks
 from engine.scheduling.batch import StepBatch
-from harness import jobs
-from harness.checks import CHECKS
-from harness.checks.base import CheckContext, Outcome
+from harness.checks import all_checks
+from harness.checks.base import CheckContext, Outcome, together
+from harness.subjects.base import Loaded, Placement
+from harness.subjects.engine import EngineSubject
+from harness.subjects.engine_rank import EngineRank
+from harness.subjects.on_ranks import load_on
 from harness.verification.truth import Truth
 from reference.checkpoints import random_checkpoint
 
@@ -55,18 +58,34 @@ def _quiet_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(name: str, ranks: Ranks, truth: Truth, plant: Plant | None = None, *arguments: Any, **options: Any) -> Outcome:
     """One check on ranks that hold a freshly loaded engine, with a fault planted into it or without."""
     options = OPTIONS | options
-    ranks.run(jobs.load, "engine", truth.folder, truth.dtype, options, timeout_s=120.0)
+    subject = EngineSubject(Placement(tp_size=ranks.tp_size, device=DEVICE, ranks=ranks))
+    subject.load(truth.folder, dtype=truth.dtype, options=options)
     if plant is not None:
         ranks.run(plant, *arguments, timeout_s=60.0)
-    return CHECKS[name](CheckContext(truth=truth, ranks=ranks, subject="engine", options=options, seed=0))
+    return together(list(all_checks()[name].run(CheckContext(truth=truth, subject=subject, options=options, seed=0))))
 
 
 # --- jobs ---
 
 
+def load(rank: RankContext, folder: Path, dtype: str, options: dict[str, Any]) -> None:
+    """Let this rank hold the engine."""
+    load_on(rank, EngineRank, Loaded(folder=folder, dtype=dtype, options=options))
+
+
+def engine_of(rank: RankContext) -> EngineRank:
+    engine: EngineRank = rank.state["subject"]
+    return engine
+
+
+def generate(rank: RankContext, prompts: list[list[int]], params: dict[str, Any]) -> list[list[int]]:
+    """Token ids after each prompt, all of them drawn alike."""
+    rank.phase = "generate"
+    return engine_of(rank).generate(prompts, [params] * len(prompts))
+
+
 def runner_of(rank: RankContext) -> Runner:
-    runner: Runner = rank.state["subject"].runner
-    return runner
+    return engine_of(rank).runner
 
 
 def shift_slots(rank: RankContext, tp_rank: int) -> None:

@@ -7,17 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine.execution.decode_graph import StepInputs
 from engine.layers.flash_attention import FlashAttnBackend
 from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import StepBatch
-from harness import jobs
 from harness.verification.budgets import Comparison, computation
 from harness.verification.truth import Truth
-from tests.gpu.support import DEVICE, OPTIONS, MakeModel, count_replays, num_replays, runner_of
+from tests.gpu.support import (
+    DEVICE,
+    OPTIONS,
+    MakeModel,
+    count_replays,
+    engine_of,
+    generate,
+    load,
+    num_replays,
+    runner_of,
+)
 from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -34,7 +42,7 @@ def loaded(small_model: MakeModel, dtype: str, *, eager: bool, **options: Any) -
     """A rank that holds the engine, in this thread."""
     rank = RankContext(tp=SoloGroup(), device=torch.device(DEVICE, 0))
     folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), dtype)
-    jobs.load(rank, "engine", folder, dtype, OPTIONS | {"enforce_eager": eager} | options)
+    load(rank, folder, dtype, OPTIONS | {"enforce_eager": eager} | options)
     if eager:
         assert runner_of(rank).graphs is None
     else:
@@ -43,7 +51,7 @@ def loaded(small_model: MakeModel, dtype: str, *, eager: bool, **options: Any) -
 
 
 def compare(rank: RankContext, truth: Truth) -> Comparison:
-    found: list[Tensor] = jobs.logits(rank, truth.script)[1]
+    found = engine_of(rank).logits(truth.script)
     return computation(torch.cat(found), torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype)
 
 
@@ -60,7 +68,7 @@ def test_graphs_draw_the_ids_that_kernel_by_kernel_are_drawn(small_model: MakeMo
     ]:
         prompts = [[draw.randrange(131) for _ in range(draw.randint(1, 40))] for _ in range(num_prompts)]
         before = num_replays(graphs)
-        assert jobs.generate(graphs, prompts, params) == jobs.generate(eager, prompts, params)
+        assert generate(graphs, prompts, params) == generate(eager, prompts, params)
         assert num_replays(graphs) > before
 
 

@@ -20,7 +20,7 @@ from engine.scheduling.batch import StepBatch
 from harness.checks.attention import NUM_CASES
 from harness.checks.base import Outcome
 from harness.faults.layouts import LAYOUTS
-from tests.harness.checking import again, assert_green, run_check
+from tests.harness.checking import again, assert_green, run_check, run_kinds
 from tests.harness.conftest import MakeModel
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -36,7 +36,7 @@ def folder(tiny_model: MakeModel) -> Path:
 def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
     outcome = run_check("attention", folder, dtype, tp_size=tp_size)
     assert_green(outcome)
-    assert outcome.extra["backends"] == ["torch"]
+    assert run_kinds("attention", folder, dtype, tp_size=tp_size)[1].extra["modules"] == ["attention (torch)"]
 
 
 @pytest.mark.parametrize(("tp_size", "compared"), [(1, 50_128), (2, 41_512)])
@@ -118,7 +118,8 @@ def test_a_fault_in_attention_is_seen_and_can_be_replayed(folder: Path, plant: P
         outcome = run_check("attention", folder)
         found_again = again("attention", folder, outcome)
     assert outcome.module == "attention (torch)"
-    assert (found_again.finding, found_again.cases) == (outcome.finding, 1)
+    assert found_again.finding is not None
+    assert (found_again.case, found_again.cases) == (outcome.case, 1)
     assert_green(again("attention", folder, outcome))
 
 
@@ -168,7 +169,7 @@ def test_wrong_rotary_tables_are_seen(tiny_model: MakeModel, plant: Plant,
     with monkeypatch.context() as patch:
         plant(patch)
         outcome = run_check("attention", folder)
-        assert again("attention", folder, outcome).finding == outcome.finding
+        assert again("attention", folder, outcome).case == outcome.case
     assert outcome.module == "rotary"
     assert outcome.finding is not None
     assert "table" in outcome.finding

@@ -285,7 +285,7 @@ def test_logits_show_a_large_error_in_one_module_and_not_a_tiny_one(pools: Pools
 
 def test_sums_are_planted_in_where_ranks_add_anything_up(pools: Pools) -> None:
     with sizes_alone(random_config(random.Random(0), 3), "bfloat16", 1) as truth:
-        assert {case.kind for case in sums_of("layers", random.Random(0), truth, 3)} == {"row", "attention_output"}
+        assert {case.layer for case in sums_of("layers", random.Random(0), truth, 3)} == {"row", "attention_output"}
         assert {case.op for case in sums_of("collectives", random.Random(0), truth, 3)} == {"all_reduce"}
 
 

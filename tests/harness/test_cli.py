@@ -24,11 +24,12 @@ from typer.testing import CliRunner
 from engine import LLM, SamplingParams
 from engine.layers.matmul import linear
 from engine.parallel.linear import RowParallelLinear
-from harness.checks import CHECKS
+from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome
 from harness.cli import app
 from harness.interrupted import WHY
 from reports.records import read_report, whole_checks
+from tests.harness.checking import check_of
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
 
@@ -79,13 +80,13 @@ def test_ctrl_c_loses_nothing_that_is_done(model: Path, tmp_path: Path, monkeypa
     def press(context: CheckContext) -> Outcome:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(CHECKS, "logits", press)
+    monkeypatch.setitem(all_checks(), "logits", check_of(press, name="logits"))
     code, stdout, stderr = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "weights", "--check", "logits",
                                "--out", tmp_path)
     assert code == 3
     assert "interrupted" in stderr
     assert "NOT green" in stdout
-    rows = [(row.tp_size, row.fabric, row.check, row.verdict, row.message) for row in read_report(tmp_path).checks]
+    rows = [(row.tp_size, row.fabric, row.check, row.verdict, row.message) for row in whole_checks(read_report(tmp_path).checks)]
     assert rows == [(1, "solo", "weights", "pass", ""), (1, "solo", "logits", "error", WHY),
                     (2, "threads", "weights", "error", WHY), (2, "threads", "logits", "error", WHY)]
 

@@ -16,16 +16,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from harness.checks import CHECKS
+from harness.checks import all_checks
 from harness.checks.base import Outcome
 from harness.cli import app
 from harness.faults import FAULTS
 from harness.machine import run_info
+from harness.subjects.engine import EngineSubject
 from harness.verification.truth import Truth
 from harness.verification.verify import VerifyPlan, _options, verify
 from reference.hf import Reference
 from reports.records import read_report
 from reports.tables import checks_pivot
+from tests.harness.checking import check_of
 from tests.harness.conftest import MakeModel
 from tests.harness.installed import ROOT, environment
 from tests.harness.test_exit_codes import run
@@ -102,7 +104,8 @@ def test_quiet_prints_what_is_wrong_alone(model: Path, tmp_path: Path, monkeypat
     result = run(*words)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert len(read_report(tmp_path).checks) == 2
-    monkeypatch.setitem(CHECKS, "collectives", lambda context: Outcome(cases=1, compared=1, finding="planted"))
+    monkeypatch.setitem(all_checks(), "collectives", check_of(
+        lambda context: Outcome(cases=1, compared=1, finding="planted"), name="collectives"))
     result = run(*words)
     assert (result.exit_code, result.stderr) == (1, "")
     assert "FINDING in collectives at tp_size=1: planted" in result.stdout
@@ -159,7 +162,7 @@ def test_collectives_load_no_model_and_no_tokenizer(model: Path, monkeypatch: py
     def needless(*args: object, **kwargs: object) -> None:
         raise AssertionError("nobody asked for it")
 
-    monkeypatch.setattr("harness.jobs.load", needless)
+    monkeypatch.setattr(EngineSubject, "load", needless)
     monkeypatch.setattr(Truth, "prompts", property(needless))
     report = verify(VerifyPlan(model="tiny", folder=model, tp_sizes=(2,), fabric="threads", checks=("collectives",)))
     assert [row.verdict for row in report.checks] == ["pass"]

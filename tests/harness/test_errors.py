@@ -17,7 +17,6 @@ from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
 from engine.ranks.failures import RankError, RankFailure
 from engine.ranks.ranks import Fabric
 from harness import names
-from harness.checks import CHECKS
 from harness.commands.progress import RowsShown, about
 from harness.errors import CouldNotRunError, UsageError, told, usage
 from harness.studies.calibrate import run as calibrate_run
@@ -94,7 +93,6 @@ def test_the_one_place_stands_for_all_commands() -> None:
 
 
 def test_light_names_are_those_of_what_they_name() -> None:
-    assert tuple(CHECKS) == names.CHECK_NAMES
     assert tuple(engine.config.DTYPES) == names.DTYPES
     assert set(names.FABRICS) | {"solo"} == set(get_args(Fabric))
     assert calibrate_run.CalibratePlan().models == calibrate_run.DEFAULT_MODELS

@@ -12,12 +12,15 @@ from typer.testing import CliRunner, Result
 
 import harness.verification.verify
 from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
-from harness.checks import CHECKS
+from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome
 from harness.cli import app
 from harness.faults import gate
+from harness.subjects import on_ranks
+from harness.subjects.engine_rank import EngineRank
 from reference.checkpoints import CheckpointError
-from reports.records import read_report, write_report
+from reports.records import read_report, whole_checks, write_report
+from tests.harness.checking import check_of
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
 from tests.reports.builders import a_bench, a_report
@@ -262,11 +265,11 @@ def raises(context: CheckContext) -> Outcome:
 def test_an_exception_inside_a_check_is_an_error_row_and_the_others_go_on(model: Path, tmp_path: Path,
                                                                           monkeypatch: pytest.MonkeyPatch,
                                                                           caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(CHECKS, "weights", raises)
+    monkeypatch.setitem(all_checks(), "weights", check_of(raises))
     result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "weights",
                  "--check", "kv", "--out", tmp_path)
     assert result.exit_code == 3, result.output
-    rows = read_report(tmp_path).checks
+    rows = whole_checks(read_report(tmp_path).checks)
     assert [(row.tp_size, row.check, row.verdict) for row in rows] == [
         (tp_size, check, verdict) for tp_size in (1, 2)
         for check, verdict in (("collectives", "pass"), ("weights", "error"), ("kv", "pass"))]
@@ -280,9 +283,10 @@ def test_an_exception_inside_a_check_is_an_error_row_and_the_others_go_on(model:
 @pytest.mark.parametrize("others", ["finding", "pass"])
 def test_a_finding_beside_an_error_stays_visible(others: str, model: Path, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CHECKS, "weights", raises)
+    monkeypatch.setitem(all_checks(), "weights", check_of(raises))
     if others == "finding":
-        monkeypatch.setitem(CHECKS, "collectives", lambda context: Outcome(cases=1, compared=1, finding="planted"))
+        monkeypatch.setitem(all_checks(), "collectives", check_of(
+            lambda context: Outcome(cases=1, compared=1, finding="planted"), name="collectives"))
     words = ("--check", "collectives", "--check", "weights")
     result = run("verify", model, "--tp", "1", *words, "--out", tmp_path)
     assert result.exit_code == (1 if others == "finding" else 3)
@@ -294,7 +298,7 @@ INF = float("inf")
 @pytest.mark.parametrize("extra", [{"tie_margin": INF}, {"deep": [{"x": -INF}]}])
 def test_a_figure_that_is_not_finite_is_kept(extra: dict[str, Any], model: Path, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CHECKS, "weights", lambda context: Outcome(cases=1, compared=1, extra=extra))
+    monkeypatch.setitem(all_checks(), "weights", check_of(lambda context: Outcome(cases=1, compared=1, extra=extra)))
     assert run("verify", model, "--tp", "1", "--check", "weights", "--out", tmp_path).exit_code == 0
     assert read_report(tmp_path).checks[0].extra == extra
 
@@ -304,7 +308,7 @@ def test_a_figure_that_is_not_finite_is_kept(extra: dict[str, Any], model: Path,
 def test_a_value_that_no_record_holds_does_not_lose_the_run(values: dict[str, Any], is_finding: bool, model: Path, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = Outcome(cases=1, compared=1, finding="planted" if is_finding else None, **values)
-    monkeypatch.setitem(CHECKS, "weights", lambda context: outcome)
+    monkeypatch.setitem(all_checks(), "weights", check_of(lambda context: outcome))
     result = run("verify", model, "--tp", "1", "--check", "collectives", "--check", "weights", "--out", tmp_path)
     assert result.exit_code == (1 if is_finding else 3), result.exception
     rows = read_report(tmp_path).checks
@@ -342,7 +346,7 @@ def test_a_checkpoint_that_ranks_refuse_is_one_line_once(model: Path, tmp_path: 
     def refuse(*args: object, **kwargs: object) -> None:
         raise EnginesCheckpointError("tensor=planted is of no use")
 
-    monkeypatch.setattr("harness.jobs.load", refuse)
+    monkeypatch.setattr(EngineRank, "load", refuse)
     for tp in ("1,2", "2"):
         result = run("verify", model, "--tp", tp, "--fabric", "threads", "--check", "collectives", "--check", "weights",
                      "--check", "logits", "--out", tmp_path / "out")
@@ -355,7 +359,7 @@ def test_a_checkpoint_that_a_check_refuses_is_an_error_of_that_check(model: Path
     def refuse(context: CheckContext) -> Outcome:
         raise CheckpointError("tensor=planted is of no use")
 
-    monkeypatch.setitem(CHECKS, "weights", refuse)
+    monkeypatch.setitem(all_checks(), "weights", check_of(refuse))
     result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "weights",
                  "--out", tmp_path)
     assert result.exit_code == 3
@@ -366,14 +370,14 @@ def test_a_checkpoint_that_a_check_refuses_is_an_error_of_that_check(model: Path
 
 def test_ranks_that_cannot_start_are_the_reason_of_what_is_missing(model: Path, tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    real = harness.verification.verify.Ranks
+    real = on_ranks.Ranks
 
     def none_at_2(tp_size: int, **options: Any) -> Any:
         if tp_size == 2:
             raise OSError(errno.EMFILE, "Too many open files")
         return real(tp_size, **options)
 
-    monkeypatch.setattr(harness.verification.verify, "Ranks", none_at_2)
+    monkeypatch.setattr(on_ranks, "Ranks", none_at_2)
     words = ("verify", model, "--fabric", "threads", "--check", "collectives", "--out", tmp_path)
     result = run(*words, "--tp", "1,2,3")
     assert result.exit_code == 3
@@ -389,8 +393,9 @@ def test_ranks_that_cannot_start_are_the_reason_of_what_is_missing(model: Path, 
 @pytest.mark.slow
 def test_exceptions_in_faults_are_error_rows_and_the_other_faults_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gate.smallest_case
-    monkeypatch.setitem(CHECKS, "weights", raises)
-    monkeypatch.setattr(gate, "CHECKS", {name: CHECKS[name] for name in ("collectives", "weights")})  # for speed
+    monkeypatch.setitem(all_checks(), "weights", check_of(raises))
+    quick = {name: all_checks()[name] for name in ("collectives", "weights")}
+    monkeypatch.setattr(gate, "all_checks", lambda: quick)
 
     def raises_once(shop: Any, planted: Any, fault: Any, *rest: Any) -> str:
         if fault.name == "minimum-became-a-sum":
@@ -401,7 +406,7 @@ def test_exceptions_in_faults_are_error_rows_and_the_other_faults_go_on(tmp_path
     only = ("minimum-became-a-sum", "one-barrier-more")
     result = run("faults", *(word for name in only for word in ("--only", name)), "--out", tmp_path)
     assert result.exit_code == 3, result.output
-    rows = {row.model: row for row in read_report(tmp_path).checks}
+    rows = {row.fault: row for row in read_report(tmp_path).checks}
     assert [rows[name].verdict for name in only] == ["error", "error"]
     assert "KeyError: 'planted beside the checks'" in rows[only[0]].message
     assert "in raises_once" in rows[only[0]].extra["traceback"]

@@ -18,8 +18,8 @@ from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import ThreadGroup, TPGroup
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import SamplingBatch, StepBatch
-from harness.checks import CHECKS
-from harness.checks.base import CheckContext, Outcome
+from harness.checks import CHECK_NAMES, all_checks
+from harness.checks.base import CheckContext, Outcome, together
 from harness.cli import app
 from harness.faults import FAULTS, base
 from harness.faults.base import LOAD, Fault, Patches, Where
@@ -28,11 +28,13 @@ from harness.faults.gate import LOCALISATION, FaultPlan, checks_of, run_gate
 from harness.faults.layouts import LAYOUTS
 from harness.faults.shrink import LADDER, describe, smallest_case
 from harness.interrupted import WHY
+from harness.subjects.engine import EngineSubject
 from harness.verification.classify import Kind
 from harness.verification.localise import points
 from reference.checkpoints import as_config
 from reports.by_seed import CONTROL
 from reports.records import CheckRow, Report, read_report
+from tests.harness.checking import check_of
 from tests.harness.installed import ROOT
 
 everyone = pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -75,14 +77,15 @@ def test_a_fault_declares_what_it_must(fault: Fault) -> None:
     assert fault.what[0].isupper()
     assert fault.what.endswith(".")
     assert set(fault.rows) <= BUGS.keys()
-    assert set(fault.checks) <= {LOAD, *CHECKS}
+    assert set(fault.checks) <= {LOAD, *CHECK_NAMES}
     assert fault.layout in LAYOUTS
     assert fault.where in get_args(Where)
     model = ModelConfig.from_hf(as_config(LAYOUTS[fault.layout].config))
     assert fault.tp_sizes
     fewest = 1 if fault.device == "cuda" else 2  # a graph can be wrong on one rank alone
     assert all(fewest <= tp_size <= model.num_q_heads for tp_size in fault.tp_sizes)
-    assert fault.module is None or fault.module in {point.label for point in points(LAYOUTS[fault.layout].config)}
+    rows = EngineSubject.modules(LAYOUTS[fault.layout].config)
+    assert fault.module is None or fault.module in {point.label for point in points(rows)}
     assert fault.effect is None or (fault.effect in get_args(Kind) and fault.module is not None)
     assert (fault.module is not None) <= ("logits" in fault.checks), "localisation begins with the logits"
 
@@ -203,8 +206,8 @@ def test_a_fault_runs_the_checks_that_must_see_it_and_a_control_all_of_them() ->
     assert checks_of(FAULTS["minimum-became-a-sum"]) == ["collectives"]
     assert checks_of(FAULTS["row-bias-through-the-weights-loader"]) == ["layers"], "to load is no check"
     assert checks_of(FAULTS["killed-rank-not-seen"]) == ["lifecycle"]
-    assert checks_of(FAULTS["one-barrier-more"]) == [name for name in CHECKS if name != "lifecycle"]
-    assert checks_of(FAULTS["answers-awaited-in-short-naps"]) == list(CHECKS)
+    assert checks_of(FAULTS["one-barrier-more"]) == [name for name in CHECK_NAMES if name != "lifecycle"]
+    assert checks_of(FAULTS["answers-awaited-in-short-naps"]) == list(CHECK_NAMES)
 
 
 def test_on_a_gpu_what_needs_graphs_is_planted_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +260,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def row_of(report: Report, name: str) -> CheckRow:
-    (row,) = [row for row in report.checks if row.model == name]
+    (row,) = [row for row in report.checks if row.fault == name]
     return row
 
 
@@ -292,7 +295,7 @@ def test_a_fault_that_is_missed_a_control_that_is_minded_and_a_wrong_module_are_
     monkeypatch.setitem(FAULTS, "last-rank-left-out", replace(FAULTS["last-rank-left-out"], checks=(), module=None, effect=None))
     monkeypatch.setitem(FAULTS, "reduced-twice", replace(FAULTS["reduced-twice"], module="lm_head"))
     report = run_gate(FaultPlan(only=("one-barrier-more", "last-rank-left-out", "reduced-twice")))
-    assert {row.model: row.verdict for row in report.checks} == {
+    assert {row.fault: row.verdict for row in report.checks} == {
         "one-barrier-more": "finding", "last-rank-left-out": "finding", "reduced-twice": "pass", LOCALISATION: "finding"}
     assert row_of(report, "one-barrier-more").message.startswith("missed by logits")
     assert row_of(report, "last-rank-left-out").message.startswith("a control must stay green: collectives")
@@ -305,8 +308,8 @@ def test_a_check_that_raises_under_a_fault_is_an_error_and_the_others_go_on(monk
     def broken(context: CheckContext) -> Outcome:
         raise IndexError("no such row")
 
-    monkeypatch.setitem(CHECKS, "weights", broken)
-    (row,) = [row for row in run_gate(FaultPlan(only=("tensor-never-loaded",))).checks if row.model != LOCALISATION]
+    monkeypatch.setitem(all_checks(), "weights", check_of(broken))
+    (row,) = [row for row in run_gate(FaultPlan(only=("tensor-never-loaded",))).checks if row.fault != LOCALISATION]
     assert (row.verdict, "weights: IndexError: no such row" in row.message) == ("error", True)
     assert "logits" in row.extra["red"]
 
@@ -326,23 +329,23 @@ def test_a_fault_that_cannot_be_planted_is_an_error_and_not_seen(monkeypatch: py
 
 @pytest.mark.multirank
 def test_ctrl_c_loses_no_fault_that_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collectives, calls = CHECKS["collectives"], []
+    collectives, calls = all_checks()["collectives"], []
 
     def press_at_the_second(context: CheckContext) -> Outcome:
         calls.append(context)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return collectives(context)
+        return together(list(collectives.run(context)))
 
-    monkeypatch.setitem(CHECKS, "collectives", press_at_the_second)
+    monkeypatch.setitem(all_checks(), "collectives", check_of(press_at_the_second, name="collectives"))
     names = ("minimum-became-a-sum", "last-rank-left-out", "reduced-twice")
     result = CliRunner().invoke(app, ["faults", *(word for name in names for word in ("--only", name)), "--out", str(tmp_path)])
     assert result.exit_code == 3
     assert "interrupted" in result.stderr
     assert "1 of 1 faults seen" in result.stdout
     done, *rest = read_report(tmp_path).checks
-    assert (done.model, done.verdict) == (names[0], "pass")
-    assert [(row.model, row.verdict, row.message) for row in rest] == [
+    assert (done.fault, done.verdict) == (names[0], "pass")
+    assert [(row.fault, row.verdict, row.message) for row in rest] == [
         (name, "error", f"{name}, {WHY}") for name in names[1:]]
 
 

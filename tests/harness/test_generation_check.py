@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,18 +18,17 @@ import engine.execution.runner as runner
 import engine.layers.sampler as sampler
 import harness.checks.draws as draws_check
 from engine.layers.sampler import filter_top_k_top_p, sample
-from engine.parallel.group import TPGroup
-from engine.ranks.ranks import RankContext, Ranks
 from engine.scheduling.batch import SamplingBatch
-from harness.checks.base import CheckContext, Outcome
-from harness.checks.draws import DrawCase, check_draws, draw_cases, run_cases
-from harness.checks.generation import KINDS, NUM_SAMPLED, SAMPLING, compare
+from harness.checks.base import CheckContext, Outcome, from_json
+from harness.checks.draws import DrawCase, draw_cases, run_sampler
+from harness.checks.generation import NUM_SAMPLED, SAMPLING, compare
 from harness.checks.talker import negative_logits_checkpoint
 from harness.checks.weights import small_twin
 from harness.faults.layouts import LAYOUTS
+from harness.subjects import engine_rank
 from harness.verification.budgets import improbability, improbable_counts, near_tie_margins
 from harness.verification.truth import NUM_NEW_TOKENS, Truth
-from tests.harness.checking import assert_green, run_check
+from tests.harness.checking import alone, assert_green, on_threads, outcome_of, run_kinds
 from tests.harness.conftest import MakeModel
 
 NUM_DRAWS = 60
@@ -100,8 +100,8 @@ def test_counts_that_chance_gives_can_be_believed_and_others_not() -> None:
 
 @pytest.mark.parametrize(("dtype", "seed"), [("float32", 0), ("bfloat16", 1), ("float16", 2)])
 def test_the_sampler_by_itself_is_green(dtype: str, seed: int) -> None:
-    rank = RankContext(tp=TPGroup(0, 1, "alone"), device=torch.device("cpu"))
-    assert set(run_cases(rank, draw_cases(random.Random(seed), dtype, 1))) == {None}
+    answers = [answer for case in draw_cases(random.Random(seed), dtype, 1) for answer in run_sampler(alone(), case)]
+    assert [answer.problem for answer in answers] == [None] * draws_check.NUM_CASES
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -109,7 +109,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def with_params(change: Callable[[SamplingBatch], dict[str, Any]]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(draws_check, "sample", lambda logits, sampling: sample(logits, replace(sampling, **change(sampling))))
+        patch.setattr(engine_rank, "sample", lambda logits, sampling: sample(logits, replace(sampling, **change(sampling))))
 
     return plant
 
@@ -139,17 +139,18 @@ def nucleus_before_the_temperature(patch: pytest.MonkeyPatch) -> None:
 ], ids=["nucleus of the whole vocabulary", "nucleus before the temperature", "one top_k for all rows", "top_k one too large",
         "no position", "no seed", "temperature at most 1", "place in the batch", "nothing banned"])
 def test_a_fault_in_the_sampler_is_seen_and_can_be_replayed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Ranks(2, fabric="threads") as ranks:
-        context = CheckContext(truth=cast(Truth, SimpleNamespace(dtype="bfloat16")), ranks=ranks, subject="engine", options={},
-                               seed=0)
+    with on_threads(2) as subject:
+        context = CheckContext(truth=cast(Truth, SimpleNamespace(dtype="bfloat16")), subject=subject, options={}, seed=0,
+                               kind="sampler")
         with monkeypatch.context() as patch:
             plant(patch)
-            outcome = check_draws(context)
-            again = check_draws(replace(context, case=outcome.case))
-        assert (outcome.module, again.finding) == ("sampler", outcome.finding)
+            outcome = outcome_of("generation", context)
+            again = outcome_of("generation", replace(context, case=outcome.case))
         assert outcome.finding is not None
-        assert asdict(DrawCase.from_plain(outcome.case)) == outcome.case
-        assert_green(check_draws(replace(context, case=outcome.case)))
+        assert again.finding is not None
+        assert outcome.module == again.module == "sampler"
+        assert asdict(from_json(DrawCase, json.loads(json.dumps(outcome.case)))) == outcome.case
+        assert_green(outcome_of("generation", replace(context, case=outcome.case)))
 
 
 def flipped(step: int, *, drop_last: bool = False) -> Outcome:
@@ -199,10 +200,11 @@ def test_an_answer_that_is_too_short_is_a_finding() -> None:
 
 @pytest.mark.parametrize(("name", "tp_size"), [("llama", 1), ("llama", 2), ("qwen3", 2)])
 def test_what_is_judged_is_counted_kind_by_kind(tiny_model: MakeModel, name: str, tp_size: int) -> None:
-    outcome = run_check("generation", tiny_model(LAYOUTS[name].config), tp_size=tp_size)
-    assert_green(outcome)
-    sampler, model, requests = outcome.kinds
-    assert [part.kind for part in outcome.kinds] == list(KINDS)
+    kinds = run_kinds("generation", tiny_model(LAYOUTS[name].config), tp_size=tp_size)
+    sampler, model, requests = kinds
+    for part in kinds:
+        assert_green(part)
+    assert [part.kind for part in kinds] == ["sampler", "model", "requests"]
     assert (sampler.cases, sampler.compared) == (draws_check.NUM_CASES, draws_check.NUM_CASES * 13 * draws_check.NUM_DRAWS)
     # Four prompts, each greedy and sampled; a tie that rounding turned round costs no token.
     assert (model.cases, model.compared) == (8, 4 * (NUM_NEW_TOKENS + NUM_SAMPLED))
@@ -213,5 +215,6 @@ def test_what_is_judged_is_counted_kind_by_kind(tiny_model: MakeModel, name: str
 def test_always_the_same_token_is_seen_where_the_real_model_runs(tiny_model: MakeModel,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "sample", lambda logits, sampling: torch.full((len(logits),), 7))
-    outcome = run_check("generation", tiny_model(LAYOUTS["llama"].config))
-    assert [part.kind for part in outcome.kinds if part.finding is not None] == ["model"]
+    kinds = run_kinds("generation", tiny_model(LAYOUTS["llama"].config))
+    assert [part.kind for part in kinds if part.finding is not None] == ["model"]
+    assert kinds[-1].skipped == "not run after a finding in model"

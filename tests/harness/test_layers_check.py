@@ -17,11 +17,12 @@ import harness.checks.layers as layers_check
 from engine.layers.matmul import linear
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.linear import MergedColumnParallelLinear, RowParallelLinear
-from harness.checks.layer_cases import KINDS, LayerCase, LayerProblem
+from harness.checks.base import together
+from harness.checks.layer_cases import LAYERS, LayerCase, LayerProblem
 from harness.checks.layers import _compare, draw_cases
 from harness.faults.layouts import LAYOUTS
 from harness.strategies import random_config
-from tests.harness.checking import again, assert_green, run_check
+from tests.harness.checking import again, alone, assert_green, run_check, run_kinds
 from tests.harness.conftest import MakeModel
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -40,24 +41,24 @@ def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
 
 @pytest.mark.parametrize(("tp_size", "compared"), [(1, 11_139), (2, 22_892)])
 def test_every_kind_is_judged_with_and_without_bias(folder: Path, tp_size: int, compared: int) -> None:
-    outcome = run_check("layers", folder, tp_size=tp_size)
-    cases = {f"{kind}{bias}": 4 for kind in KINDS for bias in ("", " with bias")} | {"embedding": 8}
+    kinds = run_kinds("layers", folder, tp_size=tp_size)
+    cases = {f"{layer}{bias}": 4 for layer in LAYERS for bias in ("", " with bias")} | {"embedding": 8}
     del cases["embedding with bias"]
-    assert {part.kind: part.cases for part in outcome.kinds} == cases
-    assert (outcome.cases, outcome.compared) == (64, compared)
-    assert all(part.compared >= part.cases * tp_size for part in outcome.kinds)
+    assert {part.kind: part.cases for part in kinds} == cases
+    assert (sum(part.cases for part in kinds), sum(part.compared for part in kinds)) == (64, compared)
+    assert all(part.compared >= part.cases * tp_size for part in kinds)
 
 
 def test_a_kind_that_nobody_drew_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers_check, "draw_cases", lambda *how: [
-        case for case in draw_cases(*how) if (case.kind, case.bias) != ("row", True)])
-    outcome = run_check("layers", folder)
-    assert outcome.error == "kind='row with bias': nothing was judged in cases=0, and what is not judged does not pass"
-    assert [part.kind for part in outcome.kinds if part.error is not None] == ["row with bias"]
+        case for case in draw_cases(*how) if case.kind != "row with bias"])
+    kinds = run_kinds("layers", folder)
+    assert together(kinds).error == "kind='row with bias': nothing was judged in cases=0, and what is not judged does not pass"
+    assert [part.kind for part in kinds if part.error is not None] == ["row with bias"]
 
 
 # An Intel Xeon with AVX-512 was refused this one, on one rank as on two: 40 addends, few columns, and outliers.
-REFUSED_ONCE = LayerCase(kind="column", hidden_size=40, intermediate_size=3, num_q_heads=3, num_kv_heads=1, head_dim=4,
+REFUSED_ONCE = LayerCase(layer="column", hidden_size=40, intermediate_size=3, num_q_heads=3, num_kv_heads=1, head_dim=4,
                          vocab_size=12, bias=False, dtype="float32", seed=1164099199, integers=False, num_tokens=7, outliers=True)
 
 
@@ -68,11 +69,11 @@ def test_a_sum_in_the_order_of_its_features_is_no_finding() -> None:
     for seed in range(12):
         draw = random.Random(seed)
         cases += [case for case in draw_cases(draw, random_config(draw, 1), "float32", 1)
-                  if not case.integers and not case.bias and case.kind in kinds]
+                  if not case.integers and not case.bias and case.layer in kinds]
     refused = {}
     for case in cases:
         problem = LayerProblem(case)
-        part = problem.part(0, 1)
+        part = problem.part(alone())
         total_TO = part.given.new_zeros(len(part.given), len(problem.weights[0]))
         for x_T, weight_O in zip(part.given.T, problem.weights[0].T, strict=True):
             total_TO = total_TO + x_T[:, None] * weight_O
@@ -149,12 +150,13 @@ def test_a_fault_in_a_layer_is_seen_and_can_be_replayed(folder: Path, plant: Pla
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         plant(patch)
-        outcome = run_check("layers", folder, seed=seed)
+        by_kind = run_kinds("layers", folder, seed=seed)
+        outcome = together(by_kind)
         found_again = again("layers", folder, outcome, seed=seed)
     assert outcome.module in kinds
-    assert {part.module for part in outcome.kinds if part.finding is not None} <= kinds
-    assert any(part.finding is None for part in outcome.kinds)
+    assert {part.module for part in by_kind if part.finding is not None} <= kinds
+    assert any(part.finding is None for part in by_kind)
     assert found_again.finding is not None
-    assert [part.cases for part in found_again.kinds] == [1]
+    assert found_again.cases == 1
     assert found_again.tensors.keys() == {"given", "found", "expected", "exact"}
     assert_green(again("layers", folder, outcome, seed=seed))

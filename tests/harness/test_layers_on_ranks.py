@@ -15,31 +15,38 @@ from hypothesis import strategies as st
 from engine.layers.matmul import linear
 from engine.parallel.linear import RowParallelLinear
 from engine.ranks.ranks import RankContext
+from harness.checks.base import Answer
 from harness.checks.layer_cases import LayerCase
-from harness.checks.layers import LayerAnswer, run_cases
+from harness.checks.layers import run_case
 from harness.live_ranks import RankPools
+from harness.subjects.engine_rank import EngineRank
 
 KINDS = {"column_parallel": "column", "merged_column_parallel": "merged", "qkv_parallel": "qkv", "row_parallel": "row",
          "row_parallel_attention_output": "attention_output", "vocab_parallel_embedding": "embedding",
          "vocab_parallel_lm_head": "lm_head"}
-Job = Callable[[RankContext, list[LayerCase]], list[LayerAnswer]]
+Job = Callable[[RankContext, LayerCase], list[Answer]]
 
 
 @st.composite
-def problems(draw: st.DrawFn, kind: str) -> dict[str, Any]:
+def problems(draw: st.DrawFn, layer: str) -> dict[str, Any]:
     """``tp_size`` and ``case``: one layer on integers that its dtype adds exactly."""
     tp_size = draw(st.sampled_from([2, 3]))
     num_kv_heads = draw(st.integers(1, 3))
     group = draw(st.integers(-(-tp_size // num_kv_heads), 4))
-    case = LayerCase(kind=kind, hidden_size=draw(st.integers(1, 40)), intermediate_size=draw(st.integers(tp_size, 8 * tp_size)),
+    case = LayerCase(layer=layer, hidden_size=draw(st.integers(1, 40)), intermediate_size=draw(st.integers(tp_size, 8 * tp_size)),
                      num_q_heads=num_kv_heads * group, num_kv_heads=num_kv_heads, head_dim=draw(st.sampled_from([2, 4, 8])),
-                     vocab_size=draw(st.integers(tp_size, 9 * tp_size)), bias=kind != "embedding" and draw(st.booleans()),
+                     vocab_size=draw(st.integers(tp_size, 9 * tp_size)), bias=layer != "embedding" and draw(st.booleans()),
                      dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])), seed=draw(st.integers(0, 2**31 - 1)))
     return {"tp_size": tp_size, "case": case}
 
 
-def assert_whole(ranks: RankPools, tp_size: int, case: LayerCase, job: Job = run_cases) -> None:
-    for rank, (answer,) in enumerate(ranks(tp_size).run(job, [case], timeout_s=60.0)):
+def run_layer(rank: RankContext, case: LayerCase) -> list[Answer]:
+    """Job: the engine's layer on this rank, compared."""
+    return run_case(EngineRank(rank), case)
+
+
+def assert_whole(ranks: RankPools, tp_size: int, case: LayerCase, job: Job = run_layer) -> None:
+    for rank, (answer,) in enumerate(ranks(tp_size).run(job, case, timeout_s=60.0)):
         assert answer.compared
         assert answer.problem is None, f"rank {rank} of {tp_size}: {case}: {answer.problem}"
 
@@ -55,11 +62,11 @@ def test_a_layer_on_live_ranks_gives_what_the_whole_one_gives(ranks: RankPools, 
     check()
 
 
-def add_the_bias_on_every_rank(rank: RankContext, cases: list[LayerCase]) -> list[LayerAnswer]:
-    """Job: as ``run_cases``, with a fault planted in this rank's process."""
+def add_the_bias_on_every_rank(rank: RankContext, case: LayerCase) -> list[Answer]:
+    """Job: as ``run_layer``, with a fault planted in this rank's process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowParallelLinear, "forward", lambda self, x: self.tp.all_reduce(linear(x, self.weight, self.bias)))
-        return run_cases(rank, cases)
+        return run_layer(rank, case)
 
 
 @pytest.mark.multirank

@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from engine.ranks.failures import RankError, RankFailure
-from harness import jobs
 from harness.checks import lifecycle
 from harness.checks.lifecycle import HANG_S, SLACK_S, LifecycleCase, Traces, all_cases, check_lifecycle, left_behind, wrong_with
 from harness.faults.layouts import LAYOUTS
+from harness.subjects.base import SubjectFailure
+from harness.subjects.engine_rank import EngineRank
 from tests.harness.checking import assert_green, context_of, run_check
 from tests.harness.conftest import MakeModel
 
@@ -30,8 +31,8 @@ def folder(tiny_model: MakeModel) -> Path:
     return tiny_model(LAYOUTS["qwen2"].config)
 
 
-def report(*errors: RankError, divergence: tuple[str, ...] = ()) -> RankFailure:
-    return RankFailure("job", {error.rank: error for error in errors}, tp_size=2, fabric="gloo", divergence=divergence)
+def report(*errors: RankError, divergence: tuple[str, ...] = ()) -> SubjectFailure:
+    return SubjectFailure("the report", failures={error.rank: error for error in errors}, divergence=divergence)
 
 
 RIGHT = RankError(rank=1, kind="died", phase="prefill", summary="process died: killed by SIGKILL")
@@ -53,7 +54,7 @@ def test_a_report_of_all_that_happened_is_right() -> None:
     (report(replace(RIGHT, summary="exited with code 1")), "'exited with code 1'"),
     (report(replace(RIGHT, phase="decode")), "in phase 'decode'"),
 ])
-def test_a_report_that_gets_something_wrong_is_seen(failure: RankFailure, says: str) -> None:
+def test_a_report_that_gets_something_wrong_is_seen(failure: SubjectFailure, says: str) -> None:
     problem = wrong_with(failure, KILLED, 1.0)
     assert problem is not None
     assert says in problem
@@ -114,16 +115,16 @@ def test_a_failure_that_nobody_noticed_is_seen(folder: Path, monkeypatch: pytest
 
 
 def test_ranks_that_generate_something_else_afterwards_are_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, loads = jobs.load, 0
+    load, loads = EngineRank.load, 0
 
-    def load_worse_each_time(rank: Any, *arguments: Any) -> None:
+    def load_worse_each_time(self: EngineRank, folder: Path, **how: Any) -> None:
         nonlocal loads
-        load(rank, *arguments)
+        load(self, folder, **how)
         loads += 1
         if loads > 2:
-            rank.state["subject"].runner.model.lm_head.weight.data.neg_()
+            self.runner.model.lm_head.weight.data.neg_()
 
-    monkeypatch.setattr(jobs, "load", load_worse_each_time)
+    monkeypatch.setattr(EngineRank, "load", load_worse_each_time)
     outcome = run_check("lifecycle", folder, case=asdict(RAISED))
     assert outcome.finding is not None
     assert "other token ids" in outcome.finding

@@ -12,16 +12,15 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.ranks.ranks import RankContext, Ranks
-from harness import jobs
 from harness.faults.layouts import LAYOUTS
-from harness.live_ranks import RankPools
 from harness.studies.calibrate.collect import OPTIONS
 from harness.studies.calibrate.draws import drawn_models
-from harness.subjects import Taps
+from harness.subjects.engine import EngineSubject
+from harness.subjects.engine_rank import EngineRank
 from harness.verification.budgets import SEARCH_MARGIN, computation
-from harness.verification.localise import Excess, Point, localise, points
+from harness.verification.localise import Excess, Point, Shown, localise, points
 from harness.verification.truth import Truth
+from tests.harness.checking import on_threads
 from tests.harness.conftest import MakeModel
 
 TP_SIZE = 3
@@ -34,32 +33,38 @@ def truth(tiny_model: MakeModel) -> Truth:
     return Truth(tiny_model(LAYOUT.config, LAYOUT.dtype), dtype=LAYOUT.dtype, script_lengths=(11, 7, 9))
 
 
-@pytest.fixture(scope="module")
-def loaded(ranks: RankPools, truth: Truth) -> Ranks:
+@contextmanager
+def subject_with(truth: Truth, tp_size: int = TP_SIZE) -> Iterator[EngineSubject]:
     """Ranks that are threads, with the model on them."""
-    pool = ranks(TP_SIZE, fabric="threads")
-    pool.run(jobs.load, "engine", truth.folder, truth.dtype, {"block_size": 16, "num_kv_blocks": 16})
-    return pool
+    with on_threads(tp_size) as subject:
+        subject.load(truth.folder, dtype=truth.dtype, options=OPTIONS)
+        yield subject
 
 
-def scale_rows(rank: RankContext, path: str, rows: tuple[int, int] | None, factor: float, only: int | None) -> None:
+@pytest.fixture(scope="module")
+def loaded(truth: Truth) -> Iterator[EngineSubject]:
+    with subject_with(truth) as subject:
+        yield subject
+
+
+def scale_rows(rank: EngineRank, path: str, rows: tuple[int, int] | None, factor: float, only: int | None) -> None:
     """Job: multiply rows of a weight (all by default) of this rank, or of one rank alone."""
-    if only in (None, rank.tp.rank):
-        weight = rank.state["subject"].runner.model.get_submodule(path).weight.data
+    if only in (None, rank.tp_rank):
+        weight = rank.runner.model.get_submodule(path).weight.data
         weight[slice(None) if rows is None else slice(*rows)] *= factor
 
 
 @contextmanager
-def wrong(ranks: Ranks, path: str, *, rows: tuple[int, int] | None = None, only: int | None = None) -> Iterator[None]:
+def wrong(subject: EngineSubject, path: str, *, rows: tuple[int, int] | None = None, only: int | None = None) -> Iterator[None]:
     """The weight at this path is twice what it should be: a power of two, so that taking it back leaves every bit."""
-    ranks.run(scale_rows, path, rows, 2.0, only)
+    subject.run(scale_rows, path, rows, 2.0, only)
     try:
         yield
     finally:
-        ranks.run(scale_rows, path, rows, 0.5, only)
+        subject.run(scale_rows, path, rows, 0.5, only)
 
 
-def test_nothing_is_named_where_nothing_is_wrong(loaded: Ranks, truth: Truth) -> None:
+def test_nothing_is_named_where_nothing_is_wrong(loaded: EngineSubject, truth: Truth) -> None:
     assert [localise(loaded, truth, sequence) for sequence in range(3)] == [None] * 3
 
 
@@ -68,10 +73,9 @@ def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: in
     """A row of these correct models is further off than the worst of the baseline. Simulated rounding says so of any model."""
     models = drawn_models(random.Random(seed), "judge", number + 1, ("bfloat16", "float16"))
     truth = next(islice(models, number, None))
-    with Ranks(TP_SIZE, fabric="threads") as ranks:
-        ranks.run(jobs.load, "engine", truth.folder, truth.dtype, {"block_size": 16, "num_kv_blocks": 16})
+    with subject_with(truth) as subject:
         for sequence in range(len(truth.script.sequences)):
-            assert localise(ranks, truth, sequence) is None
+            assert localise(subject, truth, sequence) is None
 
 
 @pytest.mark.endurance
@@ -82,9 +86,8 @@ def test_hardly_a_module_of_a_correct_model_is_well_over_budget(seed: int, dtype
     num_sequences = 0
     for truth in drawn_models(random.Random(seed), "judge", 100, dtypes):
         for tp_size in (1, TP_SIZE):
-            with Ranks(tp_size, fabric="solo" if tp_size == 1 else "threads") as ranks:
-                ranks.run(jobs.load, "engine", truth.folder, truth.dtype, OPTIONS)
-                places = [localise(ranks, truth, sequence) for sequence in range(len(truth.script.sequences))]
+            with subject_with(truth, tp_size) as subject:
+                places = [localise(subject, truth, sequence) for sequence in range(len(truth.script.sequences))]
             num_sequences += len(places)
             over += [place.error_over_budget for place in places if place is not None]
     well_over = [error for error in over if error > SEARCH_MARGIN]
@@ -100,8 +103,8 @@ def test_hardly_a_module_of_a_correct_model_is_well_over_budget(seed: int, dtype
     ({}, None),
 ])
 def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
-        loaded: Ranks, truth: Truth, monkeypatch: pytest.MonkeyPatch, over: dict[str, float], named: str | None) -> None:
-    def excess(truth: Truth, point: Point, sequence: int, by_rank: list[Taps]) -> Excess | None:
+        loaded: EngineSubject, truth: Truth, monkeypatch: pytest.MonkeyPatch, over: dict[str, float], named: str | None) -> None:
+    def excess(truth: Truth, point: Point, sequence: int, shown: Shown) -> Excess | None:
         return Excess(over[point.label], rank=1, token=2) if point.label in over else None
 
     monkeypatch.setattr("harness.verification.localise.worst_excess", excess)
@@ -115,7 +118,7 @@ def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
 @given(layer=st.integers(0, 1), only=st.integers(0, TP_SIZE - 1), sequence=st.integers(0, 2),
        where=st.sampled_from(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]))
 @example(layer=1, only=0, sequence=2, where="k_proj")  # rounding of its input, doubled, is over budget
-def test_the_module_that_was_made_wrong_is_named(loaded: Ranks, truth: Truth, layer: int, only: int, sequence: int,
+def test_the_module_that_was_made_wrong_is_named(loaded: EngineSubject, truth: Truth, layer: int, only: int, sequence: int,
                                                  where: str) -> None:
     parent = f"model.layers.{layer}." + ("mlp" if where in ("gate_proj", "up_proj", "down_proj") else "self_attn")
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
@@ -132,9 +135,9 @@ def test_the_module_that_was_made_wrong_is_named(loaded: Ranks, truth: Truth, la
         assert place.effect.kind == "multiplied"
 
 
-def rows_of_part(rank: RankContext, path: str, part: str) -> tuple[int, int] | None:
+def rows_of_part(rank: EngineRank, path: str, part: str) -> tuple[int, int] | None:
     """Job: the rows of one projection in this rank's fused weight; None for all of it."""
-    sizes = getattr(rank.state["subject"].runner.model.get_submodule(path), "local_sizes", ())
+    sizes = getattr(rank.runner.model.get_submodule(path), "local_sizes", ())
     names = ("q_proj", "k_proj", "v_proj") if len(sizes) == 3 else ("gate_proj", "up_proj")
     if part not in names or not sizes:
         return None
@@ -143,7 +146,7 @@ def rows_of_part(rank: RankContext, path: str, part: str) -> tuple[int, int] | N
 
 
 @pytest.mark.parametrize("path", ["model.layers.1.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"])
-def test_a_norm_is_named(loaded: Ranks, truth: Truth, path: str) -> None:
+def test_a_norm_is_named(loaded: EngineSubject, truth: Truth, path: str) -> None:
     with wrong(loaded, path):
         place = localise(loaded, truth, 0)
     assert place is not None
@@ -151,7 +154,7 @@ def test_a_norm_is_named(loaded: Ranks, truth: Truth, path: str) -> None:
     assert "2 times" in str(place)
 
 
-def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loaded: Ranks, truth: Truth) -> None:
+def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loaded: EngineSubject, truth: Truth) -> None:
     last = truth.config["vocab_size"] - 1  # in every sequence, and on the last rank
     local_rows = -(-truth.config["vocab_size"] // TP_SIZE)
     row = last - local_rows * (TP_SIZE - 1)
@@ -162,7 +165,7 @@ def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loade
 
 
 def test_points_follow_the_order_of_computation(truth: Truth) -> None:
-    labels = [point.label for point in points(truth.config)]
+    labels = [point.label for point in points(EngineSubject.modules(truth.config))]
     assert len(labels) == len(set(labels)) == 3 + 11 * truth.config["num_hidden_layers"]
     assert labels[:6] == ["model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj",
                           "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj",
@@ -172,7 +175,7 @@ def test_points_follow_the_order_of_computation(truth: Truth) -> None:
 
 def test_the_reference_is_within_its_own_budget_at_every_point(truth: Truth) -> None:
     exact, baseline = truth.exact_activations(0), truth.baseline_activations(0)
-    for point in points(truth.config):
+    for point in points(EngineSubject.modules(truth.config)):
         verdict = computation(point.of(baseline), point.of(baseline), point.of(exact), truth.dtype)
         assert 0 <= verdict.error_over_budget <= 1, point.label
         assert verdict.compared == point.of(exact).numel() > 0

@@ -10,15 +10,13 @@ import pytest
 
 import harness.checks.logits as logits_check
 from engine.layers.norm import RMSNorm
-from engine.ranks.ranks import RankContext, RankFailure
-from harness import jobs
-from harness.checks import CHECKS
 from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_twin
 from harness.faults.layouts import LAYOUTS
+from harness.subjects.engine_rank import EngineRank
 from harness.verification.cases import load_case
 from harness.verification.truth import SCRIPT_LENGTHS, Truth
 from harness.verification.verify import VerifyPlan, replay, verify
-from tests.harness.checking import assert_green, context_of, run_check
+from tests.harness.checking import assert_green, context_of, outcome_of, run_kinds
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
 
@@ -33,9 +31,9 @@ NORMS = {
 """Which norms are wrong, by how their modules' names end."""
 
 
-def set_eps(rank: RankContext, ends: tuple[str, ...], times: float, eps: float) -> None:
+def set_eps(rank: EngineRank, ends: tuple[str, ...], times: float, eps: float) -> None:
     """Job: ``times * eps`` in the norms whose names end so, ``eps`` in the others."""
-    model = rank.state["subject"].runner.model
+    model = rank.runner.model
     for name, module in model.named_modules():
         if isinstance(module, RMSNorm):
             module.eps = times * eps if name.endswith(ends) else eps
@@ -43,9 +41,9 @@ def set_eps(rank: RankContext, ends: tuple[str, ...], times: float, eps: float) 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_every_logit_of_every_token_is_judged_in_both_kinds(tiny_model: MakeModel, tp_size: int) -> None:
-    outcome = run_check("logits", tiny_model(LAYOUTS["llama"].config), tp_size=tp_size)
+    kinds = run_kinds("logits", tiny_model(LAYOUTS["llama"].config), tp_size=tp_size)
     vocab_size = 60 + 7 * tp_size + (tp_size > 1)
-    assert {part.kind: (part.cases, part.compared) for part in outcome.kinds} == {
+    assert {part.kind: (part.cases, part.compared) for part in kinds} == {
         MODEL: (3, sum(SCRIPT_LENGTHS) * 131), NEAR_EPS: (3, (17 + 11 + 5) * vocab_size)}
 
 
@@ -72,7 +70,7 @@ def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: Ma
                 plants = [("every norm", times) for times in (0.1, 10.0, 0.0)]
                 plants += [(norms, 0.1) for norms in NORMS if seed < 2 and (family == "qwen3" or "heads" not in norms)]
                 for norms, times in plants:
-                    twin.ranks.run(set_eps, NORMS[norms], times, twin.truth.config["rms_norm_eps"])
+                    twin.subject.run(set_eps, NORMS[norms], times, twin.truth.config["rms_norm_eps"])
                     if compare_logits(twin).finding is None:
                         missed.append(f"{times} eps in {norms}, seed={seed}")
     assert not missed
@@ -130,18 +128,17 @@ def test_a_wrong_eps_is_a_finding_of_its_kind_names_the_first_norm_and_runs_agai
 
 def test_the_model_is_back_on_its_ranks_whatever_became_of_the_twin(tiny_model: MakeModel,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    def own(rank: RankContext) -> int:
-        return int(rank.state["subject"].model_config.vocab_size)
+    def own(rank: EngineRank) -> int:
+        return rank.model_config.vocab_size
 
-    def planted(*arguments: Any) -> None:
+    def planted(*arguments: Any, **how: Any) -> None:
         raise ValueError("planted")
 
     with context_of(tiny_model(LAYOUTS["llama"].config), "float32") as context:
-        assert_green(CHECKS["logits"](context))
-        assert context.ranks.run(own) == [131, 131]
+        assert_green(outcome_of("logits", context))
+        assert context.subject.run(own) == [131, 131]
         with monkeypatch.context() as patch:
-            patch.setattr(jobs, "load", planted)
-            with pytest.raises(RankFailure, match="planted"):
-                CHECKS["logits"](context)
-        assert context.ranks.run(own) == [131, 131]
-        assert_green(CHECKS["logits"](context))
+            patch.setattr(EngineRank, "load", planted)
+            assert "planted" in (outcome_of("logits", context).error or "")
+        assert context.subject.run(own) == [131, 131]
+        assert_green(outcome_of("logits", context))

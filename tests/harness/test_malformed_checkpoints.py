@@ -224,7 +224,7 @@ def test_a_malformed_folder_is_refused_in_one_line_or_runs_as_transformers_runs_
 
     with monkeypatch.context() as patch:
         patch.setattr("engine.llm.Ranks", started)
-        patch.setattr("harness.verification.verify.Ranks", started)
+        patch.setattr("harness.subjects.on_ranks.Ranks", started)
         refusals = [attempt(lambda: LLM(folder, device="cpu")),
                     attempt(lambda: verify(VerifyPlan(model="malformed", folder=folder, tp_sizes=(1,))))]
     if config_refusal := attempt(lambda: ModelConfig.from_folder(folder)):

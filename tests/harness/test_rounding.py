@@ -26,6 +26,7 @@ from harness.studies.calibrate.orders import DrawnOrders, Order, product
 from harness.verification.budgets import rounding, sum_variance
 from harness.verification.simulated import SimulatedRounding
 from reference.hf import DTYPES
+from tests.harness.checking import alone
 
 every_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 SEQUENTIAL = Order(lanes=1, pairwise=False, permuted=False, fused=False, addend_first=False, seed=0)
@@ -35,7 +36,7 @@ def real_cases(dtype: str, seed: int) -> list[LayerCase]:
     """Of one run of the check of layers, those of one tensor of real numbers without a bias."""
     draw, kinds = random.Random(seed), ("replicated", "column", "row", "attention_output", "lm_head")
     return [case for case in draw_cases(draw, random_config(draw, 1), dtype, 1)
-            if not case.integers and not case.bias and case.kind in kinds]
+            if not case.integers and not case.bias and case.layer in kinds]
 
 
 @every_dtype
@@ -45,7 +46,7 @@ def test_products_in_drawn_orders_are_within_budget_and_take_their_share_of_it(d
     for seed in range(6):
         for case in real_cases(dtype, seed):
             problem = LayerProblem(case)
-            part = problem.part(0, 1)
+            part = problem.part(alone())
             with DrawnOrders(seed):
                 found = F.linear(part.given, problem.weights[0])
             worst.append(rounding(found, part.exact, part.variance).error_over_budget)

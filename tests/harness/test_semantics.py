@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from engine.ranks.ranks import Ranks
 from harness.checks.requests import MAX_NUM_SEQS, NUM_DRAWS, draw_requests, stream
 from harness.checks.semantics import Asked, WrongAnswerError
 from harness.checks.talker import MAX_MODEL_LEN, Talker
 from harness.faults.layouts import LAYOUTS
-from harness.subjects import EngineGenerator
+from tests.harness.checking import on_threads
 
 SEEDS = range(10)
 OPTIONS = {"dtype": "auto", "block_size": 4, "num_kv_blocks": 40, "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 24}
@@ -32,7 +31,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Talker:
 def answered(talker: Talker) -> Iterator[Answered]:
     """Requests of ten seeds with the engine's answers, streamed."""
     asked = [one for seed in SEEDS for one in draw_requests(random.Random(seed), talker) if one.n < NUM_DRAWS]
-    with Ranks(1) as ranks, EngineGenerator(ranks, talker.folder, "cpu", OPTIONS) as llm:
+    with on_threads(1) as subject, subject.requests(talker.folder, OPTIONS) as llm:
         yield list(zip(asked, stream(llm, asked), strict=True))
 
 

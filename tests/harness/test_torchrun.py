@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from engine.ranks.ranks import RankContext, RankFailure, Ranks
+from engine.ranks.ranks import RankContext, Ranks
+from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome
 from harness.commands.verify import _tp_sizes as tp_sizes_of
-from harness.verification import verify as verify_module
+from harness.subjects import on_ranks
+from harness.subjects.base import SubjectFailure
+from harness.subjects.engine_rank import EngineRank
 from harness.verification.verify import GONE, VerifyPlan, verify
 from reports.records import read_report, whole_checks
 from tests.engine.test_torchrun import torchrun
+from tests.harness.checking import check_of
 from tests.harness.conftest import MakeModel
 from tests.harness.test_cli import run
 from tests.reference.tiny import small_config
@@ -54,14 +58,14 @@ def test_a_case_is_not_run_again_under_torchrun(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_host_without_the_checkpoint_is_named(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = verify_module.jobs.find_checkpoint
+    clean = on_ranks._find
 
     def find_on_rank_0_alone(rank: RankContext, folder: Path) -> None:
         clean(rank, folder if rank.tp.rank == 0 else folder / "not here")
 
-    monkeypatch.setattr(verify_module.jobs, "find_checkpoint", find_on_rank_0_alone)
+    monkeypatch.setattr(on_ranks, "_find", find_on_rank_0_alone)
     plan = VerifyPlan(model="tiny", folder=tiny_model(CONFIG), tp_sizes=(2,), checks=("weights",))
-    with Ranks(2, fabric="threads") as ranks, pytest.raises(RankFailure, match=r"rank 1 on host .* finds no checkpoint at"):
+    with Ranks(2, fabric="threads") as ranks, pytest.raises(SubjectFailure, match=r"rank 1 on host .* finds no checkpoint at"):
         verify(plan, ranks=ranks)
 
 
@@ -71,14 +75,14 @@ def test_given_ranks_must_be_as_many_as_the_plan_says(tiny_model: MakeModel) -> 
         verify(plan, ranks=ranks)
 
 
-def leave_one_behind(rank: RankContext) -> None:
-    if rank.tp.rank == 0:
+def leave_one_behind(rank: EngineRank) -> None:
+    if rank.tp_rank == 0:
         rank.tp.barrier()
     raise ValueError("planted")
 
 
 def break_ranks(context: CheckContext) -> Outcome:
-    context.ranks.run(leave_one_behind)
+    context.subject.run(leave_one_behind)
     raise AssertionError("the job failed on every rank")
 
 
@@ -86,7 +90,7 @@ def break_ranks(context: CheckContext) -> Outcome:
 def test_ranks_that_broke_and_cannot_be_replaced_leave_the_rest_skipped(
     tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, can_restart: bool,
 ) -> None:
-    monkeypatch.setitem(verify_module.CHECKS, "weights", break_ranks)
+    monkeypatch.setitem(all_checks(), "weights", check_of(break_ranks))
     monkeypatch.setattr(Ranks, "can_restart", can_restart)
     plan = VerifyPlan(model="tiny", folder=tiny_model(CONFIG), tp_sizes=(2,), checks=("weights", "collectives"))
     with Ranks(2, fabric="threads", auto_restart=True) as ranks:

@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from engine import LLM, CheckpointError, SamplingParams
 from engine.config import ModelConfig
 from harness.checks.base import Outcome
-from harness.verification.preflight import check_checkpoint
+from harness.subjects.engine import EngineSubject
 from harness.verification.verify import VerifyPlan, verify
-from reference.checkpoints import random_checkpoint, resolve
+from reference.checkpoints import random_checkpoint, read_config, resolve, weight_shapes
 from reference.hf import Reference
 from reports.records import Report, whole_checks
 from tests.harness.checking import assert_green, run_check
@@ -220,11 +220,13 @@ def test_a_tied_head_that_differs_is_told_of(tmp_path: Path, caplog: pytest.LogC
     assert ModelConfig.from_folder(folder).tie_word_embeddings
     retensor(with_head(1.0))(folder)
     assert ModelConfig.from_folder(folder).tie_word_embeddings
-    check_checkpoint(folder)
+    EngineSubject.check_fit(folder, [])
+    weight_shapes(read_config(folder))
     assert caplog.text == ""
     retensor(lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"] * 2})(folder)
     assert not ModelConfig.from_folder(folder).tie_word_embeddings
-    check_checkpoint(folder)
+    EngineSubject.check_fit(folder, [])
+    weight_shapes(read_config(folder))
     assert f"tie_word_embeddings=true in folder={folder}" in caplog.text
 
 
@@ -278,7 +280,7 @@ def test_what_is_refused_is_refused_alike_before_a_rank_starts(
     edit, said = REFUSED[kind]
     folder = random_checkpoint(tmp_path, small_config())
     edit(folder)
-    for module in ("engine.llm.Ranks", "harness.verification.verify.Ranks"):
+    for module in ("engine.llm.Ranks", "harness.subjects.on_ranks.Ranks"):
         monkeypatch.setattr(module, lambda *_, **__: pytest.fail("started ranks"))
     refusals = [result_of(lambda: LLM(folder)),
                 result_of(lambda: verify(VerifyPlan(model="refused", folder=folder, tp_sizes=(1,))))]

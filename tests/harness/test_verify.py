@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,20 +13,21 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import harness.verification.verify
-from harness.checks import CHECKS
-from harness.checks.base import CheckContext, Outcome, together
+from harness.checks import CHECK_NAMES, all_checks
+from harness.checks.base import Check, CheckContext, Outcome
 from harness.strategies import model_configs
+from harness.subjects.engine_rank import EngineRank
 from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import random_checkpoint
 from reports.records import CheckRow, Report, whole_checks
-from tests.engine.rank_jobs import nap
+from tests.harness.checking import check_of
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
 
 MANY_SIZES = (2, 3, 4, 5, 6, 8)
 
 
-QUICK = tuple(name for name in CHECKS if name != "lifecycle")
+QUICK = tuple(name for name in CHECK_NAMES if name != "lifecycle")
 """Without the one that takes ten seconds and does not depend on the model."""
 WITHOUT_REQUESTS = tuple(name for name in QUICK if name != "generation")
 """Most of that one's requests are to a model of its own, and take minutes on many threads."""
@@ -85,6 +87,24 @@ def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -
         green(random_checkpoint(folder, config, dtype=dtype), (tp_size,), "threads", checks=WITHOUT_REQUESTS)
 
 
+class Given(NamedTuple):
+    """A part that finds what the test says."""
+
+    parts: tuple[Outcome, ...]
+    needs: str | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(part.kind for part in self.parts)
+
+    def outcomes(self, context: CheckContext) -> tuple[Outcome, ...]:
+        return self.parts
+
+
+def doze(rank: EngineRank) -> None:
+    time.sleep(600)
+
+
 def test_a_check_of_several_kinds_has_a_row_for_each(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kind in which nothing was judged is an error, and the findings of the others are told."""
     kinds = (Outcome(kind="a", cases=2, compared=5), Outcome(kind="b", cases=3, compared=0),
@@ -92,7 +112,7 @@ def test_a_check_of_several_kinds_has_a_row_for_each(tiny_model: MakeModel, monk
     done: list[CheckRow] = []
 
     def rows(*parts: Outcome) -> list[CheckRow]:
-        monkeypatch.setitem(CHECKS, "collectives", lambda context: together(parts))
+        monkeypatch.setitem(all_checks(), "collectives", Check(name="collectives", question="?", parts=(Given(parts),)))
         return verify(VerifyPlan(model="tiny", folder=tiny_model(small_config()), tp_sizes=(1,), checks=("collectives",)),
                       on_row=done.append).checks
 
@@ -107,14 +127,14 @@ def test_a_check_of_several_kinds_has_a_row_for_each(tiny_model: MakeModel, monk
 @pytest.mark.multirank
 def test_a_job_that_hangs_is_a_finding_and_the_next_check_runs(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def hangs(context: CheckContext) -> Outcome:
-        context.ranks.run(nap, 600.0)
+        context.subject.run(doze)
         raise AssertionError("it ended")
 
     monkeypatch.setattr(harness.verification.verify, "JOB_TIMEOUT_S", 10.0)
-    monkeypatch.setitem(CHECKS, "collectives", hangs)
+    monkeypatch.setitem(all_checks(), "collectives", check_of(hangs, name="collectives", needs_model=False))
     report = verify(VerifyPlan(model="tiny", folder=tiny_model(small_config()), tp_sizes=(2,), fabric="gloo",
                                checks=("collectives", "weights")))
-    assert [row.verdict for row in report.checks] == ["finding", "pass"]
+    assert [row.verdict for row in whole_checks(report.checks)] == ["finding", "pass"]
     assert "no answer within timeout_s=10" in report.checks[0].message
 
 
@@ -126,6 +146,6 @@ def test_a_nan_in_a_checkpoint_is_a_finding_of_weights_at_every_tp_size_and_stop
     report = verify(VerifyPlan(model="tiny", folder=folder, tp_sizes=(1, 2), fabric="threads",
                                checks=("logits", "weights", "layers")))
     assert [row.verdict for row in whole_checks(report.checks)] == ["error", "finding", "pass"] * 2
-    for row in report.checks[:2]:
+    for row in whole_checks(report.checks)[:2]:
         assert "model.layers.0.mlp.up_proj.weight[3, 5] is nan" in row.message
     assert report.exit_code == 1

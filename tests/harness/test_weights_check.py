@@ -20,7 +20,7 @@ from engine.parallel.linear import MergedColumnParallelLinear
 from engine.parallel.parameter import ShardParameter
 from harness.faults.layouts import LAYOUTS
 from harness.verification.truth import Truth
-from tests.harness.checking import assert_green, run_check
+from tests.harness.checking import assert_green, run_check, run_kinds
 from tests.harness.conftest import MakeModel
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -40,8 +40,9 @@ def test_the_engine_is_green(folder: Path, tp_size: int, dtype: str) -> None:
 @pytest.mark.parametrize(("tp_size", "compared"), [(1, 132_831), (2, 139_410)])
 def test_every_element_of_the_three_checkpoints_is_judged_on_every_rank_that_holds_it(folder: Path, tp_size: int,
                                                                                 compared: int) -> None:
-    outcome = run_check("weights", folder, "bfloat16", tp_size=tp_size)
-    assert (outcome.cases, outcome.compared) == (3, compared)
+    kinds = run_kinds("weights", folder, "bfloat16", tp_size=tp_size)
+    assert [part.kind for part in kinds] == ["model", "indexed", "own head"]
+    assert sum(part.compared for part in kinds) == compared
 
 
 def test_tensors_that_are_read_whole_and_cut_in_memory_are_green(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +144,11 @@ def narrowed_on_the_way(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("plant", "says"), [
-    (columns_of_rank_0, "rank 1, first model.layers.0.mlp.down_proj.weight"),
+    (columns_of_rank_0, "rank 1, first model.layers.0.self_attn.o_proj.weight"),
     (keys_into_the_place_of_values, "model.layers.0.self_attn.k_proj.weight"),
-    (uneven_cut_starts_at_the_ranks_multiple, "6 wrong shards on rank 1, first model.layers.0.self_attn.k_proj.weight"),
-    (last_row_of_the_vocabulary_repeated, "first lm_head.weight: 45 of 2970 elements differ, the first at local index (65, 0)"),
+    (uneven_cut_starts_at_the_ranks_multiple, "6 wrong shards on rank 1, first model.layers.0.self_attn.q_proj.weight"),
+    (last_row_of_the_vocabulary_repeated,
+     "first model.embed_tokens.weight: 45 of 2970 elements differ, the first at local index (65, 0)"),
     (short_last_piece_not_read, "the model's checkpoint: "),
 ])
 def test_a_fault_in_loading_is_seen_and_names_the_tensor(folder: Path, plant: Plant, says: str,

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from engine.ranks.ranks import RankFailure, Ranks
-from harness import jobs
-from harness.checks import CHECKS
+from harness.checks import CHECK_NAMES
 from harness.live_ranks import RankPools
 from harness.verification.truth import Truth
 from harness.verification.verify import VerifyPlan, verify
+from reports.records import whole_checks
 from tests.gpu.support import (
     DEVICE,
     OPTIONS,
@@ -23,7 +23,9 @@ from tests.gpu.support import (
     check,
     count_replays,
     exchange_keys_and_values,
+    generate,
     has_graphs,
+    load,
     num_replays,
     shift_slots,
     skip_all_reduce,
@@ -63,7 +65,8 @@ def test_every_check_is_green(small_model: MakeModel, family: str, num_q_heads: 
     folder = small_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
     report = verify(VerifyPlan(model="small", folder=folder, tp_sizes=(tp_size,), fabric=FABRIC, device=DEVICE))
     assert [row.message for row in report.checks if row.verdict in ("finding", "error")] == []
-    assert [(row.check, row.fabric, row.dtype) for row in report.checks] == [(name, FABRIC, dtype) for name in CHECKS]
+    assert [(row.check, row.fabric, row.dtype) for row in whole_checks(report.checks)] == [
+        (name, FABRIC, dtype) for name in CHECK_NAMES]
 
 
 @pytest.mark.parametrize(("plant", "argument", "module"), [
@@ -88,12 +91,12 @@ def test_graphs_with_their_collectives_draw_the_ids_that_kernel_by_kernel_are_dr
     folder = small_model(small_config(), "float32")
     rounds = [(drawn_prompts(number, count), params) for number, (count, params) in enumerate(
         [(1, GREEDY), (5, GREEDY), (8, SAMPLED), (3, SAMPLED), (2, GREEDY)])]
-    two_ranks.run(jobs.load, "engine", folder, "float32", OPTIONS | {"enforce_eager": True}, timeout_s=120.0)
+    two_ranks.run(load, folder, "float32", OPTIONS | {"enforce_eager": True}, timeout_s=120.0)
     assert two_ranks.run(has_graphs) == [False, False]
-    eager = [two_ranks.run(jobs.generate, prompts, params, timeout_s=60.0) for prompts, params in rounds]
-    two_ranks.run(jobs.load, "engine", folder, "float32", OPTIONS, timeout_s=120.0)
+    eager = [two_ranks.run(generate, prompts, params, timeout_s=60.0) for prompts, params in rounds]
+    two_ranks.run(load, folder, "float32", OPTIONS, timeout_s=120.0)
     two_ranks.run(count_replays)
-    graphs = [two_ranks.run(jobs.generate, prompts, params, timeout_s=60.0) for prompts, params in rounds]
+    graphs = [two_ranks.run(generate, prompts, params, timeout_s=60.0) for prompts, params in rounds]
     assert graphs == eager
     assert all(by_rank[0] == by_rank[1] for by_rank in graphs)
     assert min(two_ranks.run(num_replays)) > 0
@@ -107,13 +110,13 @@ def test_two_engines_side_by_side_do_not_disturb_each_other(small_model: MakeMod
     with Ranks(2, fabric=FABRIC, device=DEVICE) as others:
         engines = [two_ranks, others]
         for ranks, folder in zip(engines, models, strict=True):
-            ranks.run(jobs.load, "engine", folder, "float32", OPTIONS, timeout_s=120.0)
-        alone = [ranks.run(jobs.generate, prompts, GREEDY, timeout_s=60.0) for ranks in engines]
-        handles = [ranks.submit(jobs.generate, prompts, GREEDY) for ranks in engines]
+            ranks.run(load, folder, "float32", OPTIONS, timeout_s=120.0)
+        alone = [ranks.run(generate, prompts, GREEDY, timeout_s=60.0) for ranks in engines]
+        handles = [ranks.submit(generate, prompts, GREEDY) for ranks in engines]
         together = [ranks.collect(handle, timeout_s=90.0) for ranks, handle in zip(engines, handles, strict=True)]
     assert together == alone
     assert alone[0] != alone[1]
-    assert two_ranks.run(jobs.generate, prompts, GREEDY, timeout_s=60.0) == alone[0]
+    assert two_ranks.run(generate, prompts, GREEDY, timeout_s=60.0) == alone[0]
 
 
 def test_a_killed_rank_is_named_and_new_ones_work() -> None:

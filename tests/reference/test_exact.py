@@ -79,11 +79,19 @@ def decoder_in_numpy(reference, token_ids):
     config = reference.config
     weights = {name: value.numpy() for name, value in reference.model.state_dict().items()}
     num_tokens = len(token_ids)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     positions = torch.arange(num_tokens)[None]
     cos, sin = (
         table[0].numpy()[:, None, :]
         for table in reference.model.model.rotary_emb(torch.zeros(1, dtype=torch.float64), positions)
     )
+
+    def split(name, sizes, names):
+        """Projections that a checkpoint holds fused, one by one."""
+        if (fused := weights.pop(f"{name}.weight", None)) is not None:
+            parts = np.split(fused, np.cumsum(sizes)[:-1])
+            parent = name.rpartition(".")[0]
+            weights.update({f"{parent}.{one}.weight": part for one, part in zip(names, parts, strict=True)})
 
     def linear(x, name):
         return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
@@ -94,15 +102,19 @@ def decoder_in_numpy(reference, token_ids):
         return weights[f"{name}.weight"] * x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps)
 
     def rope(x):
-        half = x.shape[-1] // 2
-        return x * cos + np.concatenate([-x[..., half:], x[..., :half]], -1) * sin
+        turned, rest = np.split(x, [cos.shape[-1]], axis=-1)
+        first, second = np.split(turned, 2, axis=-1)
+        return np.concatenate([turned * cos + np.concatenate([-second, first], -1) * sin, rest], -1)
 
     def heads(x):
-        return x.reshape(num_tokens, -1, config.head_dim)
+        return x.reshape(num_tokens, -1, head_dim)
 
     x = weights["model.embed_tokens.weight"][token_ids]
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
+        heads_of = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+        split(f"{layer}.self_attn.qkv_proj", [head_dim * number for number in heads_of], ("q_proj", "k_proj", "v_proj"))
+        split(f"{layer}.mlp.gate_up_proj", [config.intermediate_size] * 2, ("gate_proj", "up_proj"))
         h = norm(x, f"{layer}.input_layernorm")
         q, k, v = (heads(linear(h, f"{layer}.self_attn.{p}_proj")) for p in "qkv")
         q = rope(norm(q, f"{layer}.self_attn.q_norm"))
@@ -111,7 +123,7 @@ def decoder_in_numpy(reference, token_ids):
         for head in range(config.num_attention_heads):
             kv = head * config.num_key_value_heads // config.num_attention_heads
             for t in range(num_tokens):
-                scores = k[: t + 1, kv] @ q[t, head] / np.sqrt(config.head_dim)
+                scores = k[: t + 1, kv] @ q[t, head] / np.sqrt(head_dim)
                 share = np.exp(scores - scores.max())
                 attended[t, head] = share @ v[: t + 1, kv] / share.sum()
         x = x + linear(attended.reshape(num_tokens, -1), f"{layer}.self_attn.o_proj")

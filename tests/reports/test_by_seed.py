@@ -9,10 +9,10 @@ from tests.reports.builders import a_check, a_run
 
 def report_of(seed: int, **verdicts: Verdict) -> Report:
     expected = {"control": []}
-    rows = [a_check("faults", model=name, tp_size=2, verdict=verdict,
+    rows = [a_check("faults", fault=name, tp_size=2, verdict=verdict,
                     extra={"patched": "layers", "expected": expected.get(name, ["layers", "logits"])})
             for name, verdict in verdicts.items()]
-    summary = a_check("faults", model="localisation", tp_size=2, verdict="finding")
+    summary = a_check("faults", fault="localisation", tp_size=2, verdict="finding")
     return Report(run=a_run(command="faults", seed=seed), checks=[*rows, summary])
 
 

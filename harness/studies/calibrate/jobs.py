@@ -10,9 +10,10 @@ from torch import Tensor
 
 from engine.parallel.group import TPGroup
 from engine.ranks.ranks import RankContext
-from harness import jobs
 from harness.studies.calibrate.groups import RingGroup, SpoilingGroup
-from harness.subjects import Script
+from harness.subjects.base import Loaded, Script
+from harness.subjects.engine_rank import EngineRank
+from harness.subjects.on_ranks import load_on
 
 ORDERS = ("flat", "ring")
 """Of summation over the ranks: in float32 and rounded once, as threads do; or along a ring and rounded at every step, as gloo."""
@@ -35,7 +36,7 @@ def arrange(rank: RankContext, order: str, spoiled: Spoiled | None = None) -> No
 
 def load_model(rank: RankContext, folder: Path, dtype: str, options: dict[str, int]) -> None:
     """Job: load the engine, with the sums that are arranged."""
-    jobs.load(rank, "engine", folder, dtype, options)
+    load_on(rank, EngineRank, Loaded(folder=folder, dtype=dtype, options=options))
 
 
 def run_logits(rank: RankContext, script: Script, path: str | None = None, planted: Spoiled | None = None) -> list[Tensor]:

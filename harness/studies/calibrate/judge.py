@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
-from engine.ranks.ranks import RankFailure, Ranks
-from harness.checks import CHECKS
-from harness.checks.base import CheckContext, Outcome
+from engine.ranks.ranks import Ranks
+from harness.checks import all_checks
+from harness.checks.base import CheckContext, together
 from harness.studies.calibrate.collect import OPTIONS, Pools, orders_of
 from harness.studies.calibrate.draws import drawn_models
 from harness.studies.calibrate.jobs import load_model
 from harness.studies.calibrate.orders import InDrawnOrders
+from harness.subjects.base import Loaded, Placement
+from harness.subjects.engine import EngineSubject
 from harness.verification.truth import Truth
 
 TP_SIZES = (1, 2, 3, 4, 5, 8)
@@ -81,19 +83,19 @@ def loaded(pools: Pools, draw: random.Random, truth: Truth, tp_size: int) -> Ran
 
 
 def context_of(ranks: Ranks, truth: Truth, seed: int, case: dict[str, Any] | None = None) -> CheckContext:
-    """For a whole run, or for one case alone."""
-    return CheckContext(truth=truth, ranks=ranks, subject="engine", options=OPTIONS, seed=seed, case=case)
+    """For a whole run, or for one case alone, on ranks that hold the model."""
+    subject = EngineSubject(Placement(tp_size=ranks.tp_size, device=str(ranks.device), ranks=ranks))
+    subject.loaded = Loaded(folder=truth.folder, dtype=truth.dtype, options=OPTIONS)
+    return CheckContext(truth=truth, subject=subject, options=OPTIONS, seed=seed, case=case)
 
 
 def judged(check: str, context: CheckContext, setting: str = "") -> Verdict:
     """The check's own verdict; ranks that fail are a finding, as in ``verify``."""
-    ranks, started = context.ranks, time.perf_counter()
+    subject, started = context.subject, time.perf_counter()
     if setting == DRAWN:
-        context = replace(context, ranks=cast(Ranks, InDrawnOrders(ranks, context.seed)))
-    try:
-        outcome = CHECKS[check](context)
-    except RankFailure as failure:
-        outcome = Outcome(cases=1, compared=0, finding=str(failure))
-    return Verdict(check=check, setting=setting, dtype=context.dtype, tp_size=ranks.tp_size, fabric=ranks.fabric,
+        ranks = cast(Ranks, InDrawnOrders(cast(EngineSubject, subject).ranks, context.seed))
+        context = context_of(ranks, context.truth, context.seed)
+    outcome = together(list(all_checks()[check].run(context)))
+    return Verdict(check=check, setting=setting, dtype=context.dtype, tp_size=subject.tp_size, fabric=subject.fabric,
                    cases=outcome.cases, compared=outcome.compared, error_over_budget=outcome.error_over_budget,
-                   seconds=time.perf_counter() - started, alarm=outcome.finding)
+                   seconds=time.perf_counter() - started, alarm=outcome.finding or outcome.error)

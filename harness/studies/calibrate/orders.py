@@ -108,9 +108,9 @@ class InDrawnOrders:
         """As ``Ranks.healthy``."""
         return self.ranks.healthy
 
-    def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
         """As ``Ranks.run``."""
-        return self.collect(self.submit(job, *args))
+        return self.collect(self.submit(job, *args), timeout_s=timeout_s)
 
     def submit(self, job: Callable[..., Any], *args: Any) -> JobHandle:
         """As ``Ranks.submit``."""

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -25,7 +26,8 @@ from harness.studies.calibrate.collect import Pools, orders_of
 from harness.studies.calibrate.draws import drawn_models, sizes_alone, value_seed
 from harness.studies.calibrate.jobs import Spoiled, arrange, run_logits
 from harness.studies.calibrate.judge import context_of, judged, loaded
-from harness.subjects import Script
+from harness.subjects.base import Script
+from harness.subjects.engine import EngineSubject
 from harness.verification.budgets import UNIT_ROUNDOFF, computation
 from harness.verification.truth import Truth
 from reports.records import PowerRow
@@ -97,7 +99,7 @@ def power_of_drawn(pools: Pools, draw: random.Random, check: str, dtype: str, tp
 
 
 def _check_sees(check: str, context: CheckContext, order: str, tp_rank: int, error: float) -> bool:
-    context.ranks.run(arrange, order, Spoiled(tp_rank=tp_rank, error=error))
+    cast(EngineSubject, context.subject).ranks.run(arrange, order, Spoiled(tp_rank=tp_rank, error=error))
     return judged(check, context).alarm is not None
 
 
@@ -112,7 +114,7 @@ def is_sum(case: Case) -> bool:
     """Whether ranks add anything up in it."""
     if isinstance(case, CollectiveCase):
         return case.op == "all_reduce" and math.prod(case.shape) > 0
-    return case.kind in SUMMING_LAYERS
+    return case.layer in SUMMING_LAYERS
 
 
 def values_of(case: Case) -> str:

@@ -1,0 +1,459 @@
+"""What is under test, as the checks see it: one object in the driver, with results rank by rank.
+
+A subject is any tensor-parallel implementation of a checkpoint. It owns its ranks, says which elements of each checkpoint tensor
+each of them holds, and computes what it is asked for. Names are the reference's (Hugging Face module and checkpoint names), so
+that a check can hold any subject against the reference without knowing how it fuses or shards.
+
+Required are ``load``, ``layout``, ``shards``, ``logits``, ``activations`` and ``generate``. What else a subject can do it
+declares in ``capabilities``; a check that needs more than is declared is not applicable, and is never green.
+
+Shape suffixes: T = tokens of one sequence, R = rows, V = vocabulary, H = head dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from reference.hf import Activations
+from reference.shards import Ownership
+
+CAPABILITIES: dict[str, str] = {
+    "collectives": "collectives of its ranks on tensors of any shape",
+    "layers": "one parallel layer alone",
+    "attention": "attention and rotary embedding alone",
+    "sampler": "drawing tokens from given logits",
+    "scheduler": "its scheduler and block manager over a device that is made up",
+    "requests": "streams and sampling parameters by vLLM's names",
+    "processes": "ranks that can fail, be reported and be replaced",
+}
+"""What a subject may declare, and what it means."""
+
+
+class SubjectFailure(Exception):  # noqa: N818
+    """Ranks of a subject failed.
+
+    failures     by rank: what happened, with ``kind`` ("raised", "died", "stuck"), ``summary``, ``phase`` and ``consequence``
+                 (whether it follows from another rank's failure); may be empty
+    divergence   lines that say which rank never entered which collective
+    job          what ran
+    """
+
+    def __init__(self, message: str, *, failures: Mapping[int, Any] | None = None, divergence: Sequence[str] = (),
+                 job: str = "") -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+        self.divergence = tuple(divergence)
+        self.job = job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a subject's ranks are to live.
+
+    fabric        ``auto``, or one of ``harness.names.FABRICS``; a subject that brings its own processes may ignore it
+    auto_restart  whether ranks that broke are replaced by the next call that needs them
+    ranks         ranks that live elsewhere already, as torchrun's; None: the subject starts its own
+    """
+
+    tp_size: int
+    fabric: str = "auto"
+    device: str = "cpu"
+    job_timeout_s: float | None = None
+    collective_timeout_s: float = 600.0
+    auto_restart: bool = True
+    ranks: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """Sequences and the steps in which to run them, teacher-forced: each step names (sequence, number of its next tokens)."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[tuple[int, int], ...], ...]
+
+    def __post_init__(self) -> None:
+        done = [0] * len(self.sequences)
+        for step in self.steps:
+            for sequence, num_tokens in step:
+                done[sequence] += num_tokens
+        if done != [len(sequence) for sequence in self.sequences]:
+            raise ValueError(f"the steps run {done} tokens of sequences of {[len(s) for s in self.sequences]}")
+
+
+class ModuleRow(Protocol):
+    """A module under the reference's name.
+
+    kind         ``column``, ``row``, ``vocabulary`` or ``replicated``: by what its weight is cut
+    fed_by       the module whose output it takes; or "token ids", or what else feeds it
+    fused        the same for modules of one input that are computed as one; None: by itself
+    has_output   whether activations have its output; of a row-parallel one they also have the input
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def fed_by(self) -> str: ...
+    @property
+    def fused(self) -> str | None: ...
+    @property
+    def has_output(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a subject was asked to load last."""
+
+    folder: Path
+    dtype: str
+    options: Mapping[str, Any]
+
+
+class Subject(ABC):
+    """A tensor-parallel model that can be checked: a context manager, whose end ends its ranks.
+
+    name           as the command line and reports call it
+    capabilities   those of ``CAPABILITIES`` that it has
+    tp_size        number of its ranks
+    fabric         what joins them, for the report
+    loaded         what is loaded; ranks that replace failed ones load it by themselves
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    tp_size: int
+    fabric: str = ""
+    loaded: Loaded | None = None
+
+    @abstractmethod
+    def __init__(self, placement: Placement) -> None:
+        """Start the ranks. ``SubjectFailure`` if they can't."""
+
+    @classmethod  # noqa: B027 - a default
+    def check_fit(cls, folder: Path, placements: Sequence[Placement]) -> None:
+        """Refuse a model or a placement before anything starts: UsageError, CheckpointError or an error of the subject's own."""
+
+    @abstractmethod
+    def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
+        """Load every rank's shards of a checkpoint, in place of what was loaded before, and note it in ``loaded``.
+
+        Args:
+            folder: a Hugging Face model folder.
+            options: sizes of the cache and of a step by vLLM's names, which a subject without a paged cache may ignore.
+
+        Raises:
+            CheckpointError: if it can't be loaded, and another one might.
+            SubjectFailure: if ranks failed over it.
+        """
+
+    @abstractmethod
+    def layout(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Ownership:
+        """Which elements of a checkpoint tensor each rank holds, by whatever rule: padded, interleaved, replicated.
+
+        Args:
+            config: a model's config.json, as transformers reads it: not only of what is loaded.
+        """
+
+    @staticmethod
+    def modules(config: Mapping[str, Any]) -> Sequence[ModuleRow]:
+        """Modules whose activations it shows, in the order of computation: among them the first wrong one is looked for."""
+        return ()
+
+    @abstractmethod
+    def shards(self) -> Iterator[tuple[str, list[Tensor | None]]]:
+        """Each checkpoint tensor with every rank's shard of it, as it is computed with, on the CPU; None of a rank that has none.
+        ``lm_head.weight`` also where it is tied.
+        """
+
+    @abstractmethod
+    def logits(self, script: Script) -> list[list[Tensor]]:
+        """By rank: logits ``[T, V]`` after every token of each sequence, whole, on the CPU."""
+
+    @abstractmethod
+    def activations(self, script: Script, sequence: int) -> list[Activations]:
+        """By rank: its part of each module's activations of one sequence, rows in token order, the whole script having run."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
+                 options: Mapping[str, Any] | None = None) -> list[list[int]]:
+        """The token ids that follow each prompt, all prompts in one batch.
+
+        Args:
+            params: sampling parameters of each, by vLLM's names.
+            options: other sizes of the cache and of a step than what was loaded has.
+        """
+
+    # What follows has defaults.
+
+    @classmethod
+    def fabric_of(cls, placement: Placement) -> str:
+        """What will join the ranks, for rows of layouts that never started."""
+        return placement.fabric
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the next call can run on the ranks that are there."""
+        return True
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the next call can run, on these ranks or on new ones in their place."""
+        return True
+
+    def find(self, folder: Path) -> None:  # noqa: B027 - a default
+        """Raise CheckpointError where some rank can't read this folder: ranks may be on hosts of their own."""
+
+    @contextmanager
+    def beside(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> Iterator[None]:
+        """Another checkpoint in the place of the one that is loaded, until the end of the block."""
+        before = self.loaded
+        self.load(folder, dtype=dtype, options=options)
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.load(before.folder, dtype=before.dtype, options=before.options)
+
+    def run(self, job: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """``job(rank, *args)`` on every rank, with its :class:`Rank`; the results by rank. For declared capabilities.
+
+        Raises:
+            SubjectFailure: if it did not succeed on every rank.
+        """
+        raise NotImplementedError(f"subject={self.name} declares capabilities={sorted(self.capabilities)} without `run`")
+
+    def requests(self, folder: Path, options: Mapping[str, Any]) -> Any:
+        """A context manager that takes requests for this checkpoint as vLLM's ``LLM`` does. Capability ``requests``.
+
+        It has ``generate(prompts, params)``, ``stream(prompts, params)`` (a context manager of an iterator over outputs as they
+        come, with ``request_ids``), ``abort(request_id)``, ``params(values)`` and ``block_size``.
+        """
+        raise NotImplementedError
+
+    def restart(self) -> None:
+        """New ranks, nothing loaded. Capability ``processes``."""
+        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027 - a default
+        """End the ranks."""
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Collectives(Protocol):
+    """One rank's end of the collectives. Capability ``collectives``."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over all ranks; it may be ``x`` itself."""
+
+    def all_gather(self, x: Tensor, *, dim: int) -> Tensor:
+        """What all ranks give, along ``dim``, in rank order."""
+
+    def all_reduce_min(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One parallel layer with whole weights, in the order of the checkpoint's tensors that it fuses.
+
+    kind     ``replicated``, ``column``, ``merged`` (gate, up), ``qkv``, ``row``, ``attention_output``, ``embedding``, ``lm_head``
+    config   a config.json that gives its sizes
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionStep:
+    """Several sequences' queries against all that each has seen; whole, the same on every rank.
+
+    queries   per sequence [new tokens, query heads, H]
+    keys      per sequence [all tokens, KV heads, H]; values likewise
+    shared    leading tokens that all sequences have in common, as far as they reach
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    queries: Sequence[Tensor]
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    shared: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotated:
+    """What became of queries, keys and values: q [T, Q, H]; the cache's contents slot by slot, [slots, KV heads, H]."""
+
+    q: Tensor
+    k_slots: Tensor
+    v_slots: Tensor
+
+
+class AttentionAlone(Protocol):
+    """One rank's attention. Capability ``attention``."""
+
+    def heads(self, num_q_heads: int, num_kv_heads: int) -> tuple[range, range]:
+        """This rank's query heads and the KV heads that it keeps for them."""
+
+    def attend(self, step: AttentionStep) -> dict[str, list[Tensor]]:
+        """By backend that serves this layout: outputs ``[new tokens, this rank's query heads, H]`` of each sequence."""
+
+    def rotary_tables(self, folder: Path, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[positions, rotated features / 2]``."""
+
+    def rotate(self, folder: Path, tables: tuple[Tensor, Tensor], qkv: Tensor, positions: Tensor, slots: Tensor, *,
+               num_slots: int, block_size: int, norms: Sequence[Tensor | None]) -> Rotated:
+        """Norm and rotate this rank's heads of ``qkv`` [T, (Q + 2 N) * H]; keys and values go to ``slots``, or nowhere (-1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawRow:
+    """How one row's token is to be drawn."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    position: int
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """One step of a scheduler: its sequences' new tokens, where to write them and what to read.
+
+    token_ids   of each new token; negative: the one that was drawn last in its sequence's row
+    rows        of each sequence, in which its last token is kept
+    samples     numbers of the sequences of which a token is drawn
+    digest      of everything that the device would be given
+    """
+
+    cu_seqlens: list[int]
+    context_lens: list[int]
+    block_tables: list[list[int]]
+    slots: list[int]
+    token_ids: list[int]
+    positions: list[int]
+    rows: list[int]
+    samples: list[int]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What a scheduler is given, by vLLM's names."""
+
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_chunked_prefill: bool
+    enable_prefix_caching: bool
+
+
+class SchedulerAlone(Protocol):
+    """A scheduler with its block manager over a device that is made up. Capability ``scheduler``."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+
+    def add(self, number: int, prompt: tuple[int, ...], num_tokens: int) -> None:
+        """A greedy request: so many tokens after this prompt."""
+
+    def abort(self, number: int) -> None:
+        """Give a request up, wherever it is."""
+
+    def step(self) -> list[tuple[int, int]]:
+        """One step: (request, token) that came."""
+
+    def blocks(self) -> tuple[list[int], list[int], int]:
+        """Blocks that running sequences hold, one entry a holder; reference counts by block; the number that counts as free."""
+
+
+class Rank(ABC):
+    """An implementation inside one rank, for :class:`harness.subjects.on_ranks.OnRanks` and for jobs of capabilities.
+
+    phase   what it is doing, for the report if it fails
+    """
+
+    tp_rank: int
+    tp_size: int
+    device: torch.device
+    phase: str = ""
+
+    @staticmethod
+    @abstractmethod
+    def layout(config: Mapping[str, Any], name: str, shape: tuple[int, ...], tp_size: int) -> Ownership:
+        """As ``Subject.layout``, for any number of ranks."""
+
+    @abstractmethod
+    def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
+        """Load this rank's shards."""
+
+    @abstractmethod
+    def shards(self) -> dict[str, Tensor]:
+        """As ``Subject.shards``: all that this rank holds, wherever it lives."""
+
+    @abstractmethod
+    def logits(self, script: Script) -> list[Tensor]:
+        """As ``Subject.logits``."""
+
+    @abstractmethod
+    def activations(self, script: Script, sequence: int) -> Activations:
+        """As ``Subject.activations``."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
+                 before_step: Callable[[str], None] = lambda phase: None) -> list[list[int]]:
+        """As ``Subject.generate``, calling ``before_step("prefill" or "decode")`` before each step."""
+
+    # Capabilities.
+
+    @property
+    def collectives(self) -> Collectives:
+        """Capability ``collectives``."""
+        raise NotImplementedError
+
+    def layer(self, spec: LayerSpec) -> Callable[[Tensor], Tensor]:
+        """This rank's part of the layer, loaded: what the rank is given -> what it shows, on the CPU. Capability ``layers``."""
+        raise NotImplementedError
+
+    @property
+    def attention(self) -> AttentionAlone:
+        """Capability ``attention``."""
+        raise NotImplementedError
+
+    def draw(self, logits: Tensor, rows: Sequence[DrawRow]) -> Tensor:
+        """A token ``[R]`` from ``logits`` [V] for each row, all in one batch. Capability ``sampler``."""
+        raise NotImplementedError
+
+    def scheduler(self, limits: SchedulerLimits, launch: Callable[[StepInputs], list[int]]) -> SchedulerAlone:
+        """A new scheduler, which has ``launch`` run its steps: it returns the tokens of ``samples``. Capability ``scheduler``."""
+        raise NotImplementedError
+
+    def cache_blocks(self) -> tuple[int, int]:
+        """Blocks that the bookkeeping of what is loaded counts on, and blocks that its cache tensors have. ``scheduler``."""
+        raise NotImplementedError
