@@ -22,7 +22,7 @@ from torch import Tensor
 from harness.checks.base import Answer, CheckContext
 from harness.subjects.base import Rank
 from harness.verification.budgets import rounding, same_bits, sum_variance
-from reference.checkpoints import read_config, weight_shapes
+from reference.checkpoints import as_config, read_config, weight_shapes
 from reference.hf import DTYPES
 
 SHORT = 40
@@ -39,6 +39,8 @@ class RotaryCase:
 
     folder: str
     """Of the model."""
+    has_norms: bool
+    """Whether it norms each query and key head before it turns them."""
     num_positions: int
     positions: tuple[int, ...]
     dtype: str
@@ -56,10 +58,12 @@ class RotaryCase:
 
 
 def draw_rotary(context: CheckContext) -> list[RotaryCase]:
-    return draw_cases(random.Random(context.seed), str(context.truth.folder), context.truth.config, context.dtype)
+    config = context.truth.config
+    has_norms = any(name.endswith("self_attn.q_norm.weight") for name in weight_shapes(as_config(config)))
+    return draw_cases(random.Random(context.seed), str(context.truth.folder), config, context.dtype, has_norms=has_norms)
 
 
-def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: str) -> list[RotaryCase]:
+def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: str, *, has_norms: bool) -> list[RotaryCase]:
     """Lengths up to, at and beyond the one that the model was first trained on, if its RoPE is a scaled one."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     longest = config["max_position_embeddings"]
@@ -78,7 +82,7 @@ def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: 
         positions = {position for position in edges if 0 <= position < length}
         positions |= {draw.randrange(length) for _ in range(NUM_POSITIONS - len(positions))}
         shuffled = tuple(draw.sample(sorted(positions), len(positions)))
-        cases.append(RotaryCase(folder=folder, num_positions=length, positions=shuffled, dtype=dtype,
+        cases.append(RotaryCase(folder=folder, has_norms=has_norms, num_positions=length, positions=shuffled, dtype=dtype,
                                 seed=draw.randrange(2**31)))
     return cases
 
@@ -128,8 +132,7 @@ def _turn(rank: Rank, config: Any, case: RotaryCase, tables: tuple[Tensor, Tenso
     num_slots = (-(-num_tokens // BLOCK_SIZE) + 2) * BLOCK_SIZE
     slot_T = torch.randperm(num_slots, generator=generator)[:num_tokens]
     slot_T[::7] = -1
-    has_norms = any(name.endswith("q_norm.weight") and shape == (dim,) for name, shape in weight_shapes(config).items())
-    norms = [1 + 0.1 * drawn(dim) if has_norms else None for _ in range(2)]
+    norms = [1 + 0.1 * drawn(dim) if case.has_norms else None for _ in range(2)]
     rotated = rank.attention.rotate(Path(case.folder), tables, qkv_TC, torch.tensor(case.positions), slot_T,
                                     num_slots=num_slots, block_size=BLOCK_SIZE, norms=norms)
     given = qkv_TC.unflatten(1, (-1, dim)).split([num_q, num_kv, num_kv], dim=1)
