@@ -1,4 +1,4 @@
-"""Every figure in docs/budgets.md and README's short table is the committed record's."""
+"""Every figure in docs/budgets.md and docs/verify.md's short table is the committed record's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reports.records import Report, read_report
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "reports/baselines/cpu-32core-intel-xeon-avx512/calibrate.json"
-PAGE, README = (ROOT / "docs/budgets.md").read_text(), (ROOT / "README.md").read_text()
+PAGE, SHORT = (ROOT / "docs/budgets.md").read_text(), (ROOT / "docs/verify.md").read_text()
 PLANTED = {("collectives", "reals", "in 99 %"): "one all-reduce of reals", ("layers", "reals", "in 99 %"): "one layer of reals",
            ("layers", "reals", "in 99 % of runs"): "all eight such layers of a run",
            ("layers", "integers", "in 99 % of runs"): "the eight of integers of a run",
@@ -69,12 +69,12 @@ def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
     assert line.replace("| 0 |", "| 1 |") not in PAGE.splitlines()
 
 
-def test_readme_has_the_runs_of_float32() -> None:
+def test_the_page_on_verdicts_has_the_runs_of_float32() -> None:
     rows = [row for row in alarms_table(read_report(RECORD).checks).to_dict("records") if row["dtype"] == "float32"]
     for row in rows:
         worst = "exact" if row["worst error / budget"] is None else f"{row['worst error / budget']:.2f}"
         line = f"| `{row['check']}` | {row['runs']:,} | {row['red runs']} | {100 * row['rate at most']:.2f} % | {worst} |"
-        assert line in README, line
+        assert line in SHORT, line
 
 
 def test_no_entry_of_the_table_of_power_is_more_than_twice_what_it_was_before() -> None:

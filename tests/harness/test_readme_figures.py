@@ -1,4 +1,4 @@
-"""Every figure in the README's tables of benchmarks is the committed record's that stands beside it."""
+"""Every figure in the pages' tables of benchmarks is the committed record's that stands beside it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from reports.tables import bench_table
 from reports.text_tables import format_number
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = "".join((ROOT / page).read_text() for page in ("docs/benchmarks.md", "docs/performance.md", "README.md"))
 SHOWN = {  # (workload, case): metrics
     ("decode", "batch 1, context 32"): ("itl_ms",),
     ("prefill", "1 × 128"): ("prompt_tokens_per_s",),
 }
 
 
-def tables_of(readme: str) -> dict[str, tuple[str, list[str]]]:
+def tables_of(page: str) -> dict[str, tuple[str, list[str]]]:
     """Record -> (the command that makes it, its table's lines, without the heading)."""
     pattern = r"`(reports/baselines/[\w./-]+\.json)`, made by `([^`]+)`:\n\n\|[^\n]*\n\|[-:| ]*\n((?:\|[^\n]*\n)+)"
-    return {record: (command, rows.splitlines()) for record, command, rows in re.findall(pattern, readme)}
+    return {record: (command, rows.splitlines()) for record, command, rows in re.findall(pattern, page)}
 
 
 def lines_of_study(report: Report) -> list[str]:
@@ -58,10 +58,10 @@ def lines_of(report: Report) -> list[str]:
 @pytest.mark.parametrize("record", [
     "reports/baselines/cpu-2core-amd-epyc/aa.json", "reports/baselines/cpu-2core-amd-epyc/smollm2-quick.json",
 ])
-def test_a_table_of_the_readme_holds_what_its_record_says(record: str) -> None:
-    command, lines = tables_of(README)[record]
+def test_a_table_holds_what_its_record_says(record: str) -> None:
+    command, lines = tables_of(PAGES)[record]
     report = read_report(ROOT / record)
-    assert lines == lines_of(report), "the README should have:\n" + "\n".join(lines_of(report))
+    assert lines == lines_of(report), "the page should have:\n" + "\n".join(lines_of(report))
     # The command beside it is the one in the record, but for options that change no figure.
     made_by = {word for word in report.run.argv if word not in ("--minutes", "--save-baseline")}
     assert set(shlex.split(command)) - {"python", "-m", "tox", "-e", "--", "--save-baseline", "harness.studies.aa"} <= made_by
@@ -87,7 +87,7 @@ LARGE = BASELINES / "nvidia-h200/qwen3-8b-w1-decode-prefill.json"
 ])
 def test_the_table_of_speed_holds_medians_of_the_records(line: str, record: Path, workload: str, case: str, metric: str) -> None:
     rows = read_report(record).benches
-    shown = next(text for text in README.splitlines() if text.startswith(f"| {line}"))
+    shown = next(text for text in PAGES.splitlines() if text.startswith(f"| {line}"))
     for engine, cell in zip(("shardproof", "transformers"), shown.split("|")[2:4], strict=True):
         samples = [row.samples[metric] for row in rows if (row.engine, row.workload, row.case) == (engine, workload, case)]
         if not samples:
@@ -103,15 +103,15 @@ def test_the_share_of_the_budgets_that_gpus_took_is_the_records() -> None:
     assert [path.parent.name for path in records] == ["nvidia-h200"] * 2 + ["nvidia-h200-x2"] * 2
     checks = [[check for path in records if path.parent.name == machine for check in read_report(path).checks]
               for machine in ("nvidia-h200", "nvidia-h200-x2")]
-    assert {check.verdict for each in checks for check in each} == {"pass", "skipped"}, "README says all green"
+    assert {check.verdict for each in checks for check in each} == {"pass", "skipped"}, "docs/tests.md says all green"
     worst = max(check.error_over_budget or 0 for check in checks[0] if check.check != "collectives")
-    assert f"`verify` took {worst:.2f}\n  of them at most" in README
+    assert f"`verify` took {worst:.2f}\n  of them at most" in PAGES
 
 
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
     record = "reports/baselines/cpu-2core-amd-epyc/aa.json"
-    changed = README.replace("| the same code | 100 |", "| the same code | 101 |")
-    assert changed != README
+    changed = PAGES.replace("| the same code | 100 |", "| the same code | 101 |")
+    assert changed != PAGES
     assert tables_of(changed)[record][1] != lines_of(read_report(ROOT / record))
 
 
