@@ -65,7 +65,7 @@ class AttentionCase:
 
 
 def _draw(context: CheckContext) -> list[AttentionCase]:
-    return draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.tp_size)
+    return draw_cases(random.Random(context.seed), context.results.config, context.dtype, context.tp_size)
 
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size: int,

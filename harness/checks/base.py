@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.errors import one_line
 from harness.subjects.base import CAPABILITIES, Rank, Subject, SubjectFailure
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ TRACEBACK = "traceback"
 class CheckContext:
     """One model on one subject, which has loaded it if the check needs that."""
 
-    truth: Truth
+    results: ReferenceResults
     subject: Subject
     options: Mapping[str, Any]
     """Sizes of the cache and of a step that the subject was loaded with."""
@@ -39,7 +39,7 @@ class CheckContext:
 
     @property
     def dtype(self) -> str:
-        return self.truth.dtype
+        return self.results.dtype
 
     @property
     def tp_size(self) -> int:

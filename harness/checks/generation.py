@@ -19,7 +19,7 @@ from harness.checks.draws import DrawCase, draw_sampler, run_sampler
 from harness.checks.requests import check_requests
 from harness.checks.semantics import WrongAnswerError, answered, require
 from harness.verification.budgets import improbability, near_tie_margins, too_many_flips
-from harness.verification.truth import NUM_NEW_TOKENS, Truth
+from harness.verification.reference_results import NUM_NEW_TOKENS, ReferenceResults
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[Mapping[str, Any]]], list[list[int]]]
 """Prompts and sampling parameters of each -> the token ids after each prompt."""
@@ -77,24 +77,24 @@ class _Prompt:
 
 def check_model(context: CheckContext) -> Outcome:
     """The model's own checkpoint."""
-    truth = context.truth
+    results = context.results
     # All of one prompt and its answer, and half of the others'.
-    lengths = [len(prompt) + NUM_NEW_TOKENS + 1 for prompt in truth.prompts]
+    lengths = [len(prompt) + NUM_NEW_TOKENS + 1 for prompt in results.prompts]
     num_kv_blocks = -(-(max(lengths) + sum(lengths) // 2) // context.options["block_size"])
 
     def draw(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         with answered():
             return context.subject.generate(prompts, params, {**context.options, "num_kv_blocks": num_kv_blocks})
 
-    return compare(truth, context.seed, draw)
+    return compare(results, context.seed, draw)
 
 
-def compare(truth: Truth, seed: int, draw: Draw) -> Outcome:
+def compare(results: ReferenceResults, seed: int, draw: Draw) -> Outcome:
     """Greedy ids against the exact reference, sampled ones against what it would draw."""
-    ties = _ties(truth)
+    ties = _ties(results)
     prompts = [
         _Prompt(number, list(ids), result.token_ids, result.margins, ties[number])
-        for number, (ids, result) in enumerate(zip(truth.prompts, truth.greedy, strict=True))
+        for number, (ids, result) in enumerate(zip(results.prompts, results.greedy, strict=True))
     ]
     compared = 0
     cases = 2 * len(prompts)
@@ -104,10 +104,10 @@ def compare(truth: Truth, seed: int, draw: Draw) -> Outcome:
             inputs = [prompt.token_ids + prompt.expected[: prompt.done] for prompt in unfinished]
             params = [{"temperature": 0.0, "max_tokens": prompt.left, "ignore_eos": True} for prompt in unfinished]
             if not sampled:  # beside the greedy ones
-                inputs += map(list, truth.prompts)
+                inputs += map(list, results.prompts)
                 params += [{**SAMPLING, "seed": seed, "max_tokens": NUM_SAMPLED, "ignore_eos": True}] * len(prompts)
             drawn = draw(inputs, params)
-            _require_whole(drawn, params, truth.config["vocab_size"])
+            _require_whole(drawn, params, results.config["vocab_size"])
             sampled = sampled or drawn[len(unfinished) :]
             for prompt, ids in zip(unfinished, drawn, strict=False):
                 compared += prompt.take(ids)
@@ -117,7 +117,7 @@ def compare(truth: Truth, seed: int, draw: Draw) -> Outcome:
     except WrongAnswerError as wrong:
         return Outcome(cases=cases, compared=compared, module="lm_head", finding=str(wrong))
     flips, total = sum(prompt.flips for prompt in prompts), sum(prompt.done for prompt in prompts)
-    baseline_flips, baseline_total = _baseline_flips(truth)
+    baseline_flips, baseline_total = _baseline_flips(results)
     excused = flips / total
     extra = {"flips": flips, "tokens": total, "baseline_flips": baseline_flips, "baseline_tokens": baseline_total,
              "tie_margin": max(map(max, ties))}
@@ -125,9 +125,9 @@ def compare(truth: Truth, seed: int, draw: Draw) -> Outcome:
         return Outcome(cases=cases, compared=compared, module="lm_head", rank=0, excused=excused, extra=extra,
                        finding=f"{flips} of {total} greedy tokens differ at near-ties, the baseline turns round "
                                f"{baseline_flips} of {baseline_total}: too often for rounding")
-    for number, (prompt_ids, token_ids) in enumerate(zip(truth.prompts, sampled, strict=True)):
+    for number, (prompt_ids, token_ids) in enumerate(zip(results.prompts, sampled, strict=True)):
         rows = slice(len(prompt_ids) - 1, -1)
-        (exact,), (baseline,) = (reference.logits([[*prompt_ids, *token_ids]]) for reference in (truth.exact, truth.baseline))
+        (exact,), (baseline,) = (reference.logits([[*prompt_ids, *token_ids]]) for reference in (results.exact, results.baseline))
         unlikely = improbability(baseline[rows], exact[rows], token_ids, **SAMPLING)
         compared += len(token_ids)
         if unlikely > 1:
@@ -137,10 +137,10 @@ def compare(truth: Truth, seed: int, draw: Draw) -> Outcome:
     return Outcome(cases=cases, compared=compared, excused=excused, extra=extra)
 
 
-def _ties(truth: Truth) -> list[list[float]]:
+def _ties(results: ReferenceResults) -> list[list[float]]:
     """For each prompt and greedy token the largest top-2 margin that rounding may turn round."""
-    by_prompt = zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, truth.greedy_simulated_logits, strict=True)
-    return [near_tie_margins(baseline, exact, truth.dtype, list(draws)).tolist() for baseline, exact, draws in by_prompt]
+    by_prompt = zip(results.greedy_baseline_logits, results.greedy_exact_logits, results.greedy_simulated_logits, strict=True)
+    return [near_tie_margins(baseline, exact, results.dtype, list(draws)).tolist() for baseline, exact, draws in by_prompt]
 
 
 def _require_whole(drawn: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
@@ -153,11 +153,11 @@ def _require_whole(drawn: Sequence[Sequence[int]], params: Sequence[Mapping[str,
             raise WrongAnswerError(f"answer {number}: token {unknown[0]} is outside the vocabulary of {vocab_size}")
 
 
-def _baseline_flips(truth: Truth) -> tuple[int, int]:
+def _baseline_flips(results: ReferenceResults) -> tuple[int, int]:
     """How often the unsharded model of the same dtype draws another token than the exact one, teacher-forced."""
     flips = sum(int((logits.argmax(-1).cpu() != exact.argmax(-1).cpu()).sum()) for logits, exact in
-                zip(truth.greedy_baseline_logits, truth.greedy_exact_logits, strict=True))
-    return flips, NUM_NEW_TOKENS * len(truth.prompts)
+                zip(results.greedy_baseline_logits, results.greedy_exact_logits, strict=True))
+    return flips, NUM_NEW_TOKENS * len(results.prompts)
 
 
 CHECK = Check(

@@ -1,6 +1,6 @@
 """Is the KV cache's bookkeeping right, and the same on every rank?
 
-Every rank runs the subject's scheduler and block manager, over a device that is made up (``tape.py``), through drawn
+Every rank runs the subject's scheduler and block manager, over a device that is made up (``device.py``), through drawn
 schedules: requests that come and are aborted, shared prefixes, a cache so small that sequences give way. (The real model in
 a cache that is too small is part of ``generation``.) Two ranks whose steps differ in anything are the finding,
 whatever the output says; so are ranks that hold caches of different sizes.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from harness.checks.base import Answer, Cases, Check, CheckContext, Outcome, Whole
-from harness.checks.tape import VOCAB_SIZE, DisagreementError, Tape, continuation
+from harness.checks.fake_device import VOCAB_SIZE, DisagreementError, FakeDevice, continuation
 from harness.subjects.base import Rank, SchedulerAlone, SchedulerLimits
 
 NUM_CASES = 35
@@ -113,14 +113,14 @@ def _draw_case(draw: random.Random) -> KVCase:
 
 def run_case(rank: Rank, case: KVCase) -> list[Answer]:
     """One schedule through this rank's scheduler, block manager and loop."""
-    tape = Tape(case.limits)
-    play = _Play(case, rank.scheduler(case.limits, tape.launch))
+    device = FakeDevice(case.limits)
+    play = _Play(case, rank.scheduler(case.limits, device.launch))
     problem = None
     try:
         play.run()
     except Exception as failure:  # whatever the bookkeeping trips over is the finding
-        problem = f"step {len(tape.digests)}: {failure if isinstance(failure, DisagreementError) else repr(failure)}"
-    return [Answer(digests=tape.digests, compared=play.num_tokens, problem=problem)]
+        problem = f"step {len(device.digests)}: {failure if isinstance(failure, DisagreementError) else repr(failure)}"
+    return [Answer(digests=device.digests, compared=play.num_tokens, problem=problem)]
 
 
 class _Play:

@@ -22,7 +22,7 @@ NUM_DRAWN = 6
 
 
 def _draw(context: CheckContext) -> list[LayerCase]:
-    return draw_cases(random.Random(context.seed), context.truth.config, context.dtype, context.tp_size)
+    return draw_cases(random.Random(context.seed), context.results.config, context.dtype, context.tp_size)
 
 
 def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size: int) -> list[LayerCase]:

@@ -19,13 +19,13 @@ from harness.checks.base import Check, CheckContext, Outcome, Whole
 from harness.checks.weights import small_twin
 from harness.verification.budgets import computation, digest
 from harness.verification.localise import localise
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES
 from reference.writing import edited
 
 MODEL, NEAR_EPS = "model", "near eps"
-TWIN_SCRIPT_LENGTHS = (17, 11, 5)
+TWIN_SCHEDULE_LENGTHS = (17, 11, 5)
 TWIN_OPTIONS = {"num_kv_blocks": 8, "block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 TWIN_SCALES = {"embed_tokens": 0.5, "o_proj": 1.0, "down_proj": 2.0}
 """Times the square root of eps; the MLP's are larger since its activations are smaller. What the layers add to the embeddings
@@ -40,7 +40,7 @@ def check_near_eps(context: CheckContext) -> Outcome:
         outcome = compare_logits(twin)
     if outcome.finding is None:
         return outcome
-    config = twin.truth.config
+    config = twin.results.config
     what = f"a twin of {config['num_hidden_layers']} layers with mean squares near eps={config['rms_norm_eps']:g}"
     return replace(outcome, finding=f"{what}: {outcome.finding}", extra={**outcome.extra, "smallest_case": what})
 
@@ -48,14 +48,14 @@ def check_near_eps(context: CheckContext) -> Outcome:
 @contextmanager
 def near_eps_twin(context: CheckContext) -> Iterator[CheckContext]:
     """The same for the twin, which takes the model's place as long as this lasts."""
-    config = small_twin(context.truth.config, context.tp_size)
+    config = small_twin(context.results.config, context.tp_size)
     config["vocab_size"] += 60  # of few logits the median row tells nothing
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = near_eps_checkpoint(Path(scratch), config, dtype=context.dtype, seed=context.seed)
-        twin = Truth(folder, dtype=context.dtype, seed=context.seed, device=context.truth.device,
-                     script_lengths=TWIN_SCRIPT_LENGTHS)
+        twin = ReferenceResults(folder, dtype=context.dtype, seed=context.seed, device=context.results.device,
+                     schedule_lengths=TWIN_SCHEDULE_LENGTHS)
         with context.subject.beside(folder, dtype=context.dtype, options=TWIN_OPTIONS):
-            yield replace(context, truth=twin, options=TWIN_OPTIONS)
+            yield replace(context, results=twin, options=TWIN_OPTIONS)
 
 
 def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
@@ -80,10 +80,10 @@ def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, see
 
 
 def compare_logits(context: CheckContext) -> Outcome:
-    """What is loaded against ``context.truth``."""
-    truth, script = context.truth, context.truth.script
-    by_rank = context.subject.logits(script)
-    cases = len(script.sequences)
+    """What is loaded against ``context.results``."""
+    results, schedule = context.results, context.results.schedule
+    by_rank = context.subject.logits(schedule)
+    cases = len(schedule.sequences)
     digests = list(map(digest, by_rank))
     differing = [rank for rank, own in enumerate(digests) if own != digests[0]]
     if differing:
@@ -91,19 +91,19 @@ def compare_logits(context: CheckContext) -> Outcome:
             f"ranks {differing} have other logits than rank 0: the ranks of one run must agree to the bit"))
         return _located(outcome, context, range(cases))
     # All sequences together: rounding errors go together within a sequence, so that one alone has a lucky baseline at times.
-    tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(truth.baseline_logits),
-               "exact": torch.cat(truth.exact_logits)}
+    tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(results.baseline_logits),
+               "exact": torch.cat(results.exact_logits)}
     found, baseline, exact = tensors.values()
     if found.shape != exact.shape:
         outcome = Outcome(cases=cases, compared=0, module="lm_head", tensors=tensors,
                           finding=f"the logits are {tuple(found.shape)}, they should be {tuple(exact.shape)}")
         return _located(outcome, context, range(cases))
-    comparison = computation(found, baseline, exact, context.dtype, list(torch.cat(truth.simulated_logits, 1)))
+    comparison = computation(found, baseline, exact, context.dtype, list(torch.cat(results.simulated_logits, 1)))
     if comparison.ok:
         return Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget)
     row = max(0, comparison.row)
-    sequence = next(number for number in range(cases) if row < sum(map(len, script.sequences[: number + 1])))
-    token = row - sum(map(len, script.sequences[:sequence]))
+    sequence = next(number for number in range(cases) if row < sum(map(len, schedule.sequences[: number + 1])))
+    token = row - sum(map(len, schedule.sequences[:sequence]))
     where = f"sequence {sequence}, token {token}" if comparison.row >= 0 else "the median token"
     outcome = Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget, module="lm_head",
                       tensors={name: tensor[row : row + 1] for name, tensor in tensors.items()},
@@ -113,7 +113,7 @@ def compare_logits(context: CheckContext) -> Outcome:
 
 def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) -> Outcome:
     """The same finding with the first module over its budget, in the first of these sequences in which one is."""
-    places = (localise(context.subject, context.truth, sequence) for sequence in sequences)
+    places = (localise(context.subject, context.results, sequence) for sequence in sequences)
     place = next((place for place in places if place is not None), None)
     if place is None:
         return replace(outcome, finding=f"{outcome.finding}; no single module is over its budget: the error builds up over the "

@@ -62,9 +62,9 @@ class Case:
 
 
 def check_requests(context: CheckContext) -> Outcome:
-    device = context.truth.device
+    device = context.results.device
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        talker = Talker(Path(scratch) / "talker", context.truth.config, tp_size=context.tp_size, dtype=DTYPES[device],
+        talker = Talker(Path(scratch) / "talker", context.results.config, tp_size=context.tp_size, dtype=DTYPES[device],
                         seed=context.seed if context.case is None else context.case["seed"], device=device)
         if context.case is None:
             case = Case(asked=tuple(draw_requests(random.Random(context.seed), talker)), seed=context.seed)

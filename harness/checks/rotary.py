@@ -58,9 +58,9 @@ class RotaryCase:
 
 
 def draw_rotary(context: CheckContext) -> list[RotaryCase]:
-    config = context.truth.config
+    config = context.results.config
     has_norms = any(name.endswith("self_attn.q_norm.weight") for name in weight_shapes(as_config(config)))
-    return draw_cases(random.Random(context.seed), str(context.truth.folder), config, context.dtype, has_norms=has_norms)
+    return draw_cases(random.Random(context.seed), str(context.results.folder), config, context.dtype, has_norms=has_norms)
 
 
 def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: str, *, has_norms: bool) -> list[RotaryCase]:

@@ -46,7 +46,7 @@ class Wrong:
 
 def check_own(context: CheckContext) -> Outcome:
     """The model's own checkpoint, as it is loaded for the other checks: the layout of all its tensors, then what is in them."""
-    folder, config = context.truth.folder, context.truth.config
+    folder, config = context.results.folder, context.results.config
     stored = stored_tensors(folder, config)
     for name, tensor in stored.items():
         problem = _uncovered(context.subject.layout(config, name, tensor.shape), tensor.shape, context.tp_size)
@@ -79,16 +79,16 @@ def _uncovered(owned: Ownership, shape: tuple[int, ...], tp_size: int) -> str | 
 def check_indexed(context: CheckContext) -> Outcome:
     """A small one of the same layout whose every value is the number of its element."""
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = small_twin(context.truth.config, context.tp_size)
+        config = small_twin(context.results.config, context.tp_size)
         return _loaded_beside(context, "an index-valued checkpoint", index_checkpoint(Path(scratch) / "indexed", config), config)
 
 
 def check_own_head(context: CheckContext) -> Outcome | None:
     """Where an LM head is stored that differs from the embedding, if only in its last row, transformers does not tie them."""
-    if not context.truth.config.get("tie_word_embeddings"):
+    if not context.results.config.get("tie_word_embeddings"):
         return None
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = {**small_twin(context.truth.config, context.tp_size), "vocab_size": LONG_VOCABULARY}
+        config = {**small_twin(context.results.config, context.tp_size), "vocab_size": LONG_VOCABULARY}
         folder = index_checkpoint(Path(scratch) / "headed", {**config, "tie_word_embeddings": False})
         as_config(config).save_pretrained(folder)
         with edited(folder) as tensors:

@@ -30,8 +30,8 @@ def faults_command(
     Exits 0 if every fault is seen and every control left alone, 1 on a finding, 2 on wrong usage, 3 if something could not run,
     raised or was interrupted: then the report holds what was finished.
     """
-    from harness.faults.gate import FaultPlan, run_gate
-    from harness.faults.table import gate_summary
+    from harness.faults.run import FaultPlan, run_faults
+    from harness.faults.table import faults_summary
     from harness.interrupted import Interrupted
 
     plan = FaultPlan(only=tuple(only or ()), tp_sizes=() if tp is None else numbers("tp", tp), seed=seed, device=device)
@@ -43,15 +43,15 @@ def faults_command(
     interrupted = False
     with RowsShown([fault.name for fault, _ in plan.cases()[0]], quiet=quiet) as shown:
         try:
-            report = run_gate(plan, on_row=lambda row: shown.on_row(row, row.fault), on_start=shown.on_start)
+            report = run_faults(plan, on_row=lambda row: shown.on_row(row, row.fault), on_start=shown.on_start)
         except Interrupted as stop:
             report, interrupted = stop.report, True
     end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=interrupted, as_json=as_json, quiet=quiet,
-               summary=gate_summary(report.checks))
+               summary=faults_summary(report.checks))
 
 
 def _print(report: Report, *, quiet: bool) -> None:
-    from harness.faults.gate import LOCALISATION
+    from harness.faults.run import LOCALISATION
     from harness.faults.table import faults_table
     from reports.text_tables import to_text
 

@@ -118,7 +118,7 @@ def control(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tupl
 
 
 def plant(rank: RankContext, name: str) -> None:
-    """Job: plant a fault in this rank, until ``uproot``."""
+    """Job: plant a fault in this rank, until ``remove``."""
     if rank.tp.fabric == "threads":
         raise ValueError("fabric=threads: ranks that are threads share what a fault patches, take processes (gloo, nccl)")
     if FAULTS[name].where != "driver":
@@ -141,7 +141,7 @@ def planted(fault: Fault, tp: TPGroup) -> Patches:
     return patches
 
 
-def uproot(rank: RankContext) -> None:
+def remove(rank: RankContext) -> None:
     """Job: take the fault out again, and with it the model that was built under it."""
     rank.state.pop("subject", None)
     patches: Patches | None = rank.state.pop("patches", None)

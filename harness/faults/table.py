@@ -1,4 +1,4 @@
-"""The gate's report as tables for a terminal, from its records alone."""
+"""The report of `faults` as tables for a terminal, from its records alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def faults_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     ])
 
 
-def gate_summary(rows: Sequence[CheckRow]) -> str:
+def faults_summary(rows: Sequence[CheckRow]) -> str:
     """``48 of 48 faults seen, 11 of 11 controls left alone``."""
     planted = [row for row in rows if "control" in row.extra]
     counts = []

@@ -73,7 +73,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
+class Schedule:
     """Sequences and the steps in which to run them, teacher-forced: each step names (sequence, number of its next tokens)."""
 
     sequences: tuple[tuple[int, ...], ...]
@@ -175,12 +175,12 @@ class Subject(ABC):
         """
 
     @abstractmethod
-    def logits(self, script: Script) -> list[list[Tensor]]:
+    def logits(self, schedule: Schedule) -> list[list[Tensor]]:
         """By rank: logits ``[T, V]`` after every token of each sequence, whole, on the CPU."""
 
     @abstractmethod
-    def activations(self, script: Script, sequence: int) -> list[Activations]:
-        """By rank: its part of each module's activations of one sequence, rows in token order, the whole script having run."""
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        """By rank: its part of each module's activations of one sequence, rows in token order, the whole schedule having run."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
@@ -418,11 +418,11 @@ class Rank(ABC):
         """As ``Subject.shards``: all that this rank holds, wherever it lives."""
 
     @abstractmethod
-    def logits(self, script: Script) -> list[Tensor]:
+    def logits(self, schedule: Schedule) -> list[Tensor]:
         """As ``Subject.logits``."""
 
     @abstractmethod
-    def activations(self, script: Script, sequence: int) -> Activations:
+    def activations(self, schedule: Schedule, sequence: int) -> Activations:
         """As ``Subject.activations``."""
 
     @abstractmethod

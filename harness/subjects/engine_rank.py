@@ -51,8 +51,8 @@ from harness.subjects.base import (
     LayerSpec,
     Rank,
     Rotated,
+    Schedule,
     SchedulerLimits,
-    Script,
     StepInputs,
 )
 from harness.verification.budgets import bits
@@ -109,18 +109,18 @@ class EngineRank(Rank):
                     shards[f"{name}.{kind}"] = part
         return shards
 
-    def logits(self, script: Script) -> list[Tensor]:
-        collected: list[list[Tensor]] = [[] for _ in script.sequences]
+    def logits(self, schedule: Schedule) -> list[Tensor]:
+        collected: list[list[Tensor]] = [[] for _ in schedule.sequences]
 
         def run(batch: StepBatch, rows: list[tuple[int, range]]) -> None:
             logits = self.runner.logits(batch)
             for sequence, span in rows:
                 collected[sequence].append(logits[span.start : span.stop].cpu())
 
-        self._play(script, run)
+        self._play(schedule, run)
         return [torch.cat(parts) for parts in collected]
 
-    def activations(self, script: Script, sequence: int) -> Activations:
+    def activations(self, schedule: Schedule, sequence: int) -> Activations:
         found = Activations(inputs={}, outputs={})
         span = range(0)
         parts: dict[tuple[str, str], list[Tensor]] = {}
@@ -151,7 +151,7 @@ class EngineRank(Rank):
                 if isinstance(module, (MergedColumnParallelLinear, RowParallelLinear, RMSNorm)) or path.endswith(
                         ("embed_tokens", "lm_head")):
                     hooks.callback(module.register_forward_hook(hook(path)).remove)
-            self._play(script, run)
+            self._play(schedule, run)
         for (side, name), pieces in parts.items():
             getattr(found, side)[name] = torch.cat(pieces)
         return found
@@ -205,13 +205,13 @@ class EngineRank(Rank):
         return self.num_blocks, min(held)
 
     @torch.inference_mode()
-    def _play(self, script: Script, run: Callable[[StepBatch, list[tuple[int, range]]], None]) -> None:
-        """Hand each of the script's steps to ``run``: the batch, and which of its rows are which sequence's."""
+    def _play(self, schedule: Schedule, run: Callable[[StepBatch, list[tuple[int, range]]], None]) -> None:
+        """Hand each of the schedule's steps to ``run``: the batch, and which of its rows are which sequence's."""
         blocks = BlockManager(self.num_blocks, self.block_size, enable_prefix_caching=False)
-        sequences = [_sequence(number, token_ids) for number, token_ids in enumerate(script.sequences)]
+        sequences = [_sequence(number, token_ids) for number, token_ids in enumerate(schedule.sequences)]
         for number, sequence in enumerate(sequences):
             sequence.row = number
-        for step in script.steps:
+        for step in schedule.steps:
             chunks = []
             for number, num_tokens in sorted(step, key=lambda part: part[1] > 1):
                 sequence = sequences[number]

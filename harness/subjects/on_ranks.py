@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.ranks.ranks import RankContext, RankFailure, Ranks, choose_fabric
 from harness.checks import CHECK_NAMES
 from harness.errors import refusal_of
-from harness.subjects.base import Loaded, Placement, Rank, Script, Subject, SubjectFailure
+from harness.subjects.base import Loaded, Placement, Rank, Schedule, Subject, SubjectFailure
 from reference.checkpoints import CheckpointError
 from reference.hf import Activations
 from reference.shards import Ownership
@@ -96,11 +96,11 @@ class OnRanks(Subject):
                 yield from ((one, [held.get(one) for held in by_rank]) for one in batch)
                 batch = []
 
-    def logits(self, script: Script) -> list[list[Tensor]]:
-        return self._ask(_logits, script)
+    def logits(self, schedule: Schedule) -> list[list[Tensor]]:
+        return self._ask(_logits, schedule)
 
-    def activations(self, script: Script, sequence: int) -> list[Activations]:
-        return self._ask(_activations, script, sequence)
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        return self._ask(_activations, schedule, sequence)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
                  options: Mapping[str, Any] | None = None) -> list[list[int]]:
@@ -211,12 +211,12 @@ def _shards(rank: Rank, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: shard.cpu() for name, shard in rank.shards().items() if name in names}
 
 
-def _logits(rank: Rank, script: Script) -> list[Tensor]:
-    return rank.logits(script)
+def _logits(rank: Rank, schedule: Schedule) -> list[Tensor]:
+    return rank.logits(schedule)
 
 
-def _activations(rank: Rank, script: Script, sequence: int) -> Activations:
-    return rank.activations(script, sequence)
+def _activations(rank: Rank, schedule: Schedule, sequence: int) -> Activations:
+    return rank.activations(schedule, sequence)
 
 
 def _generate(rank: Rank, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.subjects.base import ModuleRow, Subject
 from harness.verification.budgets import SEARCH_MARGIN
 from harness.verification.classify import Effect, Evidence, classify
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reference.hf import Activations
 from reference.shards import Ownership
 
@@ -37,16 +37,16 @@ class Place:
                 f"{self.error_over_budget:.3g} of its budget" + (f": {self.effect}" if self.effect else ""))
 
 
-def localise(subject: Subject, truth: Truth, sequence: int) -> Place | None:
-    """Re-run the script on both sides, and walk the activations of one sequence in the order of computation.
+def localise(subject: Subject, results: ReferenceResults, sequence: int) -> Place | None:
+    """Re-run the schedule on both sides, and walk the activations of one sequence in the order of computation.
 
     Named is the first one well over budget; if there is none, the first one that is over budget at all. None if none is.
     """
-    shown = Shown(by_rank=subject.activations(truth.script, sequence), layout=partial(subject.layout, truth.config),
-                  rows=tuple(subject.modules(truth.config)))
+    shown = Shown(by_rank=subject.activations(results.schedule, sequence), layout=partial(subject.layout, results.config),
+                  rows=tuple(subject.modules(results.config)))
     found: list[tuple[Point, Excess]] = []
     for point in points(shown.rows):
-        excess = worst_excess(truth, point, sequence, shown)
+        excess = worst_excess(results, point, sequence, shown)
         if excess is not None:
             found.append((point, excess))
             if excess.is_clear:
@@ -54,7 +54,7 @@ def localise(subject: Subject, truth: Truth, sequence: int) -> Place | None:
     if not found:
         return None
     point, excess = found[-1] if found[-1][1].is_clear else found[0]
-    evidence = gather_evidence(truth, point, sequence, shown, excess.rank)
+    evidence = gather_evidence(results, point, sequence, shown, excess.rank)
     return Place(module=point.label, rank=excess.rank, token=excess.token, error_over_budget=excess.error_over_budget,
                  effect=classify(evidence))
 
@@ -92,11 +92,11 @@ class Excess:
         return self.error_over_budget > SEARCH_MARGIN
 
 
-def worst_excess(truth: Truth, point: Point, sequence: int, shown: Shown) -> Excess | None:
+def worst_excess(results: ReferenceResults, point: Point, sequence: int, shown: Shown) -> Excess | None:
     """What all ranks show at one point; None if it is within budget on all of them."""
     worst: Excess | None = None
     for rank in range(shown.tp_size):
-        seen = sides(truth, point, sequence, shown, rank)
+        seen = sides(results, point, sequence, shown, rank)
         if seen.candidate.shape != seen.exact.shape:
             return Excess(float("inf"), rank, 0)
         error_over_budget = seen.comparison().error_over_budget
@@ -157,20 +157,21 @@ def points(rows: Iterable[ModuleRow]) -> Iterator[Point]:
             yield Point(row, is_input=False)
 
 
-def sides(truth: Truth, point: Point, sequence: int, shown: Shown, rank: int) -> Evidence:
+def sides(results: ReferenceResults, point: Point, sequence: int, shown: Shown, rank: int) -> Evidence:
     """A rank's tensor and what the reference has in its place, all ``[T, F]``."""
-    candidate, exact = point.of(shown.by_rank[rank]), point.of(truth.exact_activations(sequence))
+    candidate, exact = point.of(shown.by_rank[rank]), point.of(results.exact_activations(sequence))
     if candidate is None:
         raise ValueError(f"rank={rank} gave no {point.side} of module={point.module}: the subject must show every module")
     index = point.indices(shown, rank, exact.shape[-1])
-    return Evidence(candidate=candidate, baseline=point.of(truth.baseline_activations(sequence))[:, index], exact=exact[:, index],
-                    simulated=[point.of(draw)[:, index] for draw in truth.simulated_activations(sequence)],
-                    dtype=truth.dtype, tp_size=shown.tp_size)
+    baseline = point.of(results.baseline_activations(sequence))[:, index]
+    return Evidence(candidate=candidate, baseline=baseline, exact=exact[:, index],
+                    simulated=[point.of(draw)[:, index] for draw in results.simulated_activations(sequence)],
+                    dtype=results.dtype, tp_size=shown.tp_size)
 
 
-def gather_evidence(truth: Truth, point: Point, sequence: int, shown: Shown, rank: int) -> Evidence:
+def gather_evidence(results: ReferenceResults, point: Point, sequence: int, shown: Shown, rank: int) -> Evidence:
     """The same with all that the reference knows of how this tensor comes about."""
-    exact = truth.exact_activations(sequence)
+    exact = results.exact_activations(sequence)
     whole = point.of(exact)
     index = point.indices(shown, rank, whole.shape[-1])
     last = point.module.rpartition(".")[2]
@@ -181,20 +182,20 @@ def gather_evidence(truth: Truth, point: Point, sequence: int, shown: Shown, ran
     shards = [point.indices(shown, other, whole.shape[-1]) for other in range(shown.tp_size)] if point.is_sharded else []
     if last == "lm_head":  # gathered, each rank's columns in one block
         shards = shown.owned("lm_head.weight", (whole.shape[-1], 1))
-    parts, foreign = _parts_of(truth, point, sequence, exact, shown)
-    return replace(sides(truth, point, sequence, shown, rank), parts={name: part[:, index] for name, part in parts.items()},
+    parts, foreign = _parts_of(results, point, sequence, exact, shown)
+    return replace(sides(results, point, sequence, shown, rank), parts={name: part[:, index] for name, part in parts.items()},
                    foreign=foreign, columns=columns, own=(last, index), shards=shards,
-                   rows=_rows_like(truth, point, index, shown))
+                   rows=_rows_like(results, point, index, shown))
 
 
-def _parts_of(truth: Truth, point: Point, sequence: int, exact: Activations,
+def _parts_of(results: ReferenceResults, point: Point, sequence: int, exact: Activations,
               shown: Shown) -> tuple[dict[str, Tensor], dict[tuple[int, int], Tensor]]:
     """The addends of a whole exact output; and what they would be if a rank used another one's shard."""
     whole = point.of(exact)
-    module = truth.exact.model.get_submodule(point.module)
+    module = results.exact.model.get_submodule(point.module)
     weight = module.weight.detach().cpu()
     if point.row.fed_by == "token ids":
-        ids_T = torch.tensor(truth.script.sequences[sequence])
+        ids_T = torch.tensor(results.schedule.sequences[sequence])
         owned = shown.owned(f"{point.module}.weight", tuple(weight.shape))
         return {f"rank {rank}": whole * torch.isin(ids_T, ids)[:, None] for rank, ids in enumerate(owned)}, {}
     bias = None if point.is_input or getattr(module, "bias", None) is None else module.bias.detach().cpu().expand_as(whole)
@@ -208,11 +209,11 @@ def _parts_of(truth: Truth, point: Point, sequence: int, exact: Activations,
     return own | with_bias, products
 
 
-def _rows_like(truth: Truth, point: Point, index: Tensor, shown: Shown) -> dict[str, Tensor]:
+def _rows_like(results: ReferenceResults, point: Point, index: Tensor, shown: Shown) -> dict[str, Tensor]:
     """What a stale row might be: this tensor at any token; if it is whole, also any other whole one of its width."""
     rows: dict[str, Tensor] = {}
-    for sequence in range(len(truth.script.sequences)):
-        exact = truth.exact_activations(sequence)
+    for sequence in range(len(results.schedule.sequences)):
+        exact = results.exact_activations(sequence)
         width = point.of(exact).shape[-1]
         for other in [point] if point.is_sharded else points(shown.rows):
             if other.is_sharded == point.is_sharded and point.of(exact) is not None and other.of(exact).shape[-1] == width:

@@ -22,7 +22,7 @@ from harness.names import DTYPES, FABRICS
 from harness.subjects import subject_class
 from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.verification.cases import SavedCase, compare_replay, save_case
-from harness.verification.truth import NUM_NEW_TOKENS, Truth
+from harness.verification.reference_results import NUM_NEW_TOKENS, ReferenceResults
 from reference.checkpoints import CheckpointError, checkpoint_dtype, read_config, weight_shapes
 from reports.records import CheckRow, RecordError, Report, Verdict, whole_checks
 
@@ -124,22 +124,22 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     config = read_config(plan.folder)
     weight_shapes(config)
     dtype = checkpoint_dtype(config) if plan.dtype == "auto" else plan.dtype
-    truth = Truth(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
+    results = ReferenceResults(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
     rows: list[CheckRow] = []
     try:
         for tp_size in plan.tp_sizes:
-            for of_check in _verify_one(plan, truth, subject, plan.placement(tp_size, ranks), on_start, on_outcome):
+            for of_check in _verify_one(plan, results, subject, plan.placement(tp_size, ranks), on_start, on_outcome):
                 rows += of_check
                 for row in whole_checks(of_check):
                     on_row(row)
     except KeyboardInterrupt as stop:
-        rows += _rows_not_done(plan, truth, subject, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
+        rows += _rows_not_done(plan, results, subject, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
         raise Interrupted(Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)) from stop
     except Exception as error:
         if not rows:
             raise
         why = Outcome(cases=0, compared=0, error=str(error)) if isinstance(error, CheckpointError) else raised(error)
-        rows += _rows_not_done(plan, truth, subject, ranks, rows, why)
+        rows += _rows_not_done(plan, results, subject, ranks, rows, why)
     return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
 
 
@@ -152,63 +152,64 @@ def refuse_repeats(name: str, values: Sequence[object]) -> None:
         raise UsageError(f"{name}={', '.join(twice)} is named more than once: name it once")
 
 
-def _verify_one(plan: VerifyPlan, truth: Truth, make: type[Subject], placement: Placement, on_start: OnStart,
+def _verify_one(plan: VerifyPlan, results: ReferenceResults, make: type[Subject], placement: Placement, on_start: OnStart,
                 on_outcome: OnOutcomes) -> Iterable[list[CheckRow]]:
     """The rows of each check."""
     with make(placement) as subject:
         if placement.ranks is not None:
             subject.find(plan.folder)
         checks = [all_checks()[name] for name in plan.checks]
-        options = _options(truth) if any(check.needs_model for check in checks) else {}
-        context = CheckContext(truth=truth, subject=subject, options=options, seed=plan.seed, kind=plan.kind, case=plan.case)
+        options = _options(results) if any(check.needs_model for check in checks) else {}
+        context = CheckContext(results=results, subject=subject, options=options, seed=plan.seed, kind=plan.kind, case=plan.case)
         for check in checks:
             if not subject.is_usable:
-                yield [_row(check.name, plan, truth, subject.fabric, subject.tp_size, Outcome(cases=0, compared=0, skipped=GONE))]
+                gone = Outcome(cases=0, compared=0, skipped=GONE)
+                yield [_row(check.name, plan, results, subject.fabric, subject.tp_size, gone)]
                 continue
             on_start(check.name, subject.tp_size)
             started = time.perf_counter()
             outcomes = _run(check, context, needs_model=bool(options))
             on_outcome(outcomes)
             seconds = time.perf_counter() - started
-            yield [_row(check.name, plan, truth, subject.fabric, subject.tp_size, outcome, seconds) for outcome in outcomes]
+            yield [_row(check.name, plan, results, subject.fabric, subject.tp_size, outcome, seconds) for outcome in outcomes]
 
 
 def _run(check: Check, context: CheckContext, *, needs_model: bool) -> list[Outcome]:
     """What the check says, the model being loaded before the first one if any needs it: one that can't be is told at once."""
     if needs_model and context.subject.loaded is None:
         try:
-            context.subject.load(context.truth.folder, dtype=context.dtype, options=context.options)
+            context.subject.load(context.results.folder, dtype=context.dtype, options=context.options)
         except SubjectFailure as failure:
             context.subject.loaded = None
             return [Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))]
     return list(check.run(context))
 
 
-def _rows_not_done(plan: VerifyPlan, truth: Truth, make: type[Subject], given: Any, done: Sequence[CheckRow],
+def _rows_not_done(plan: VerifyPlan, results: ReferenceResults, make: type[Subject], given: Any, done: Sequence[CheckRow],
                    why: Outcome) -> list[CheckRow]:
     keys = {(row.check, row.tp_size) for row in done}
-    return [_row(name, plan, truth, make.fabric_of(plan.placement(tp_size, given)), tp_size, why)
+    return [_row(name, plan, results, make.fabric_of(plan.placement(tp_size, given)), tp_size, why)
             for tp_size in plan.tp_sizes for name in plan.checks if (name, tp_size) not in keys]
 
 
-def _options(truth: Truth) -> dict[str, int]:
-    """A cache of small blocks, just large enough for the script and the prompts with what is generated."""
-    longest = [*map(len, truth.script.sequences), *(len(prompt) + NUM_NEW_TOKENS for prompt in truth.prompts)]
+def _options(results: ReferenceResults) -> dict[str, int]:
+    """A cache of small blocks, just large enough for the schedule and the prompts with what is generated."""
+    longest = [*map(len, results.schedule.sequences), *(len(prompt) + NUM_NEW_TOKENS for prompt in results.prompts)]
     block_size = 16
     return {"block_size": block_size, "num_kv_blocks": sum(-(-(length + 1) // block_size) for length in longest) + 1,
             "max_num_batched_tokens": 64, "max_num_seqs": 8}
 
 
-def _row(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, outcome: Outcome,
+def _row(name: str, plan: VerifyPlan, results: ReferenceResults, fabric: str, tp_size: int, outcome: Outcome,
          seconds: float = 0.0) -> CheckRow:
     verdict: Verdict = ("error" if outcome.error is not None else "finding" if outcome.finding is not None
                         else "skipped" if outcome.skipped is not None else "pass")
     row: dict[str, Any] = {
-        "check": name, "kind": outcome.kind, "model": plan.model, "tp_size": tp_size, "fabric": fabric, "dtype": truth.dtype,
+        "check": name, "kind": outcome.kind, "model": plan.model, "tp_size": tp_size, "fabric": fabric, "dtype": results.dtype,
         "cases": outcome.cases, "compared": outcome.compared, "seconds": round(seconds, 3), "module": outcome.module,
         "verdict": verdict,
         "message": outcome.error or outcome.finding or outcome.skipped or "",
-        "replay": _replay(name, plan, truth, fabric, tp_size, outcome) if verdict == "finding" else None,
+        "replay": _replay(name, plan, results, fabric, tp_size, outcome) if verdict == "finding" else None,
     }
     try:
         return CheckRow(**row, error_over_budget=outcome.error_over_budget, rank=outcome.rank, excused=outcome.excused,
@@ -219,7 +220,7 @@ def _row(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, o
         return CheckRow(**row, extra={"left_out": str(error)})
 
 
-def _replay(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int, outcome: Outcome) -> str:
+def _replay(name: str, plan: VerifyPlan, results: ReferenceResults, fabric: str, tp_size: int, outcome: Outcome) -> str:
     """The one command that runs the finding again."""
     subject = () if plan.subject == "engine" else ("--subject", plan.subject)
     words = ("shardproof", "verify", plan.model, "--tp", str(tp_size), "--check", name, "--dtype", plan.dtype, "--device",
@@ -229,7 +230,7 @@ def _replay(name: str, plan: VerifyPlan, truth: Truth, fabric: str, tp_size: int
     model = str(plan.folder.resolve()) if Path(plan.model).is_dir() else plan.model
     try:
         path = save_case(plan.cases_folder, SavedCase(
-            check=name, model=model, tp_size=tp_size, fabric=fabric, device=plan.device, dtype=truth.dtype,
+            check=name, model=model, tp_size=tp_size, fabric=fabric, device=plan.device, dtype=results.dtype,
             subject=plan.subject, seed=plan.seed, case=dict(outcome.case), finding=outcome.finding or "", kind=outcome.kind,
             tensors=dict(outcome.tensors),
         ))

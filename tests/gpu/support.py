@@ -23,7 +23,7 @@ from harness.subjects.base import Loaded, Placement
 from harness.subjects.engine import EngineSubject
 from harness.subjects.engine_rank import EngineRank
 from harness.subjects.on_ranks import load_on
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import random_checkpoint
 
 DEVICE = "cuda"
@@ -55,14 +55,15 @@ def _quiet_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-def check(name: str, ranks: Ranks, truth: Truth, plant: Plant | None = None, *arguments: Any, **options: Any) -> Outcome:
+def check(name: str, ranks: Ranks, results: ReferenceResults, plant: Plant | None = None, *arguments: Any,
+          **options: Any) -> Outcome:
     """One check on ranks that hold a freshly loaded engine, with a fault planted into it or without."""
     options = OPTIONS | options
     subject = EngineSubject(Placement(tp_size=ranks.tp_size, device=DEVICE, ranks=ranks))
-    subject.load(truth.folder, dtype=truth.dtype, options=options)
+    subject.load(results.folder, dtype=results.dtype, options=options)
     if plant is not None:
         ranks.run(plant, *arguments, timeout_s=60.0)
-    return together(list(all_checks()[name].run(CheckContext(truth=truth, subject=subject, options=options, seed=0))))
+    return together(list(all_checks()[name].run(CheckContext(results=results, subject=subject, options=options, seed=0))))
 
 
 # --- jobs ---

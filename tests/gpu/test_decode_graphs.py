@@ -14,7 +14,7 @@ from engine.parallel.group import SoloGroup
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import StepBatch
 from harness.verification.budgets import Comparison, computation
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from tests.gpu.support import (
     DEVICE,
     OPTIONS,
@@ -50,9 +50,9 @@ def loaded(small_model: MakeModel, dtype: str, *, eager: bool, **options: Any) -
     return rank
 
 
-def compare(rank: RankContext, truth: Truth) -> Comparison:
-    found = engine_of(rank).logits(truth.script)
-    return computation(torch.cat(found), torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype)
+def compare(rank: RankContext, results: ReferenceResults) -> Comparison:
+    found = engine_of(rank).logits(results.schedule)
+    return computation(torch.cat(found), torch.cat(results.baseline_logits), torch.cat(results.exact_logits), results.dtype)
 
 
 def test_graphs_draw_the_ids_that_kernel_by_kernel_are_drawn(small_model: MakeModel) -> None:
@@ -79,7 +79,7 @@ def test_graphs_give_logits_within_budget_on_every_new_input(small_model: MakeMo
     folder = small_model(small_config("qwen3", num_q_heads=8, num_kv_heads=2), "bfloat16")
     for seed in range(3):
         before = num_replays(rank)
-        comparison = compare(rank, Truth(folder, dtype="bfloat16", seed=seed, device=DEVICE))
+        comparison = compare(rank, ReferenceResults(folder, dtype="bfloat16", seed=seed, device=DEVICE))
         assert comparison.ok, f"seed {seed}: {comparison.error_over_budget:.3g} of the budget"
         assert num_replays(rank) > before
 
@@ -94,4 +94,4 @@ def test_a_graph_that_reads_an_old_length_is_over_budget(small_model: MakeModel,
         self.context_S.sub_(1).clamp_(min=0)
 
     monkeypatch.setattr(StepInputs, "fill", one_behind)
-    assert not compare(rank, Truth(folder, dtype="bfloat16", device=DEVICE)).ok
+    assert not compare(rank, ReferenceResults(folder, dtype="bfloat16", device=DEVICE)).ok

@@ -15,7 +15,7 @@ from engine.parallel.sharding import head_shard
 from engine.ranks.ranks import Ranks
 from harness.checks import CHECK_NAMES
 from harness.strategies import random_config
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from tests.gpu.support import (
     DEVICE,
@@ -68,12 +68,12 @@ def two_ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def truth(small_model: MakeModel) -> Truth:
-    return Truth(small_model(small_config(), "bfloat16"), dtype="bfloat16", device=DEVICE)
+def results(small_model: MakeModel) -> ReferenceResults:
+    return ReferenceResults(small_model(small_config(), "bfloat16"), dtype="bfloat16", device=DEVICE)
 
 
-def test_the_control_without_a_fault_is_green(two_ranks: Ranks, truth: Truth) -> None:
-    outcome = check("logits", two_ranks, truth)
+def test_the_control_without_a_fault_is_green(two_ranks: Ranks, results: ReferenceResults) -> None:
+    outcome = check("logits", two_ranks, results)
     assert outcome.finding is None
     assert outcome.compared > 0
 
@@ -84,8 +84,9 @@ def test_the_control_without_a_fault_is_green(two_ranks: Ranks, truth: Truth) ->
     (skip_all_reduce, 1, "model.layers.1.mlp.down_proj"),
     (exchange_keys_and_values, 1, "model.layers.1.self_attn (attention, before o_proj)"),
 ])
-def test_a_planted_fault_is_found_where_it_is(two_ranks: Ranks, truth: Truth, plant: Plant, argument: int, module: str) -> None:
-    outcome = check("logits", two_ranks, truth, plant, argument)
+def test_a_planted_fault_is_found_where_it_is(two_ranks: Ranks, results: ReferenceResults, plant: Plant, argument: int,
+                                                  module: str) -> None:
+    outcome = check("logits", two_ranks, results, plant, argument)
     assert outcome.finding is not None
     assert outcome.module == module, outcome.finding
     if plant is shift_slots:

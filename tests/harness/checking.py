@@ -16,7 +16,7 @@ from harness.checks.base import Check, CheckContext, Outcome, Whole, together
 from harness.subjects.base import Placement
 from harness.subjects.engine import EngineSubject
 from harness.subjects.engine_rank import EngineRank
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 
 OPTIONS = {"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 
@@ -36,10 +36,10 @@ def context_of(folder: Path, dtype: str, *, tp_size: int = 2, seed: int = 0, cas
                kind: str | None = None, is_loaded: bool = True) -> Iterator[CheckContext]:
     """What a check is given, on threads."""
     with on_threads(tp_size) as subject:
-        truth = Truth(folder, dtype=dtype, seed=seed)
+        results = ReferenceResults(folder, dtype=dtype, seed=seed)
         if is_loaded:
             subject.load(folder, dtype=dtype, options=OPTIONS)
-        yield CheckContext(truth=truth, subject=subject, options=OPTIONS, seed=seed, case=case, kind=kind)
+        yield CheckContext(results=results, subject=subject, options=OPTIONS, seed=seed, case=case, kind=kind)
 
 
 def outcome_of(check: str, context: CheckContext) -> Outcome:

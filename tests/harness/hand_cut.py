@@ -31,8 +31,8 @@ from harness.subjects.base import (
     Placement,
     Rank,
     Rotated,
+    Schedule,
     SchedulerLimits,
-    Script,
     StepInputs,
     Subject,
     SubjectFailure,
@@ -174,12 +174,12 @@ class HandCutRank(Rank):
     def shards(self) -> dict[str, Tensor]:
         return self.weights
 
-    def logits(self, script: Script) -> list[Tensor]:
-        return [self._run(list(ids), Activations(inputs={}, outputs={})) for ids in script.sequences]
+    def logits(self, schedule: Schedule) -> list[Tensor]:
+        return [self._run(list(ids), Activations(inputs={}, outputs={})) for ids in schedule.sequences]
 
-    def activations(self, script: Script, sequence: int) -> Activations:
+    def activations(self, schedule: Schedule, sequence: int) -> Activations:
         found = Activations(inputs={}, outputs={})
-        self._run(list(script.sequences[sequence]), found)
+        self._run(list(schedule.sequences[sequence]), found)
         return found
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
@@ -445,11 +445,11 @@ class HandCut(Subject):
         by_rank = self.run(self.rank_class.shards)
         yield from ((name, [held.get(name) for held in by_rank]) for name in by_rank[0])
 
-    def logits(self, script: Script) -> list[list[Tensor]]:
-        return self.run(self.rank_class.logits, script)
+    def logits(self, schedule: Schedule) -> list[list[Tensor]]:
+        return self.run(self.rank_class.logits, schedule)
 
-    def activations(self, script: Script, sequence: int) -> list[Activations]:
-        return self.run(self.rank_class.activations, script, sequence)
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        return self.run(self.rank_class.activations, schedule, sequence)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
                  options: Mapping[str, Any] | None = None) -> list[list[int]]:

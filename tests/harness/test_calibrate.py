@@ -41,7 +41,7 @@ from harness.studies.calibrate.report import cloud, error_rows, judged_rows, qua
 from harness.studies.calibrate.run import CalibratePlan, Task, calibrate, in_workers
 from harness.studies.calibrate.samples import Point, Sample, front, measured
 from harness.verification.budgets import CONSTANTS, NARROW, UNIT_ROUNDOFF, WIDE, Constants, Statistic
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reports.calibration import alarms_table, rate_at_most
 from reports.records import read_report
 
@@ -55,7 +55,7 @@ def pools() -> Iterator[Pools]:
 
 
 @pytest.fixture(scope="module")
-def truth() -> Iterator[Truth]:
+def results() -> Iterator[ReferenceResults]:
     yield from drawn_models(random.Random(2), "judge", 1, ("float32",))
 
 
@@ -207,10 +207,10 @@ def environment(pools: Pools, draw: random.Random, name: str) -> Iterator[Any]:
 def test_the_judge_counts_an_alarm_where_a_part_is_wrong(check: str, pools: Pools) -> None:
     ranks = pools(3)
     verdicts = []
-    with sizes_alone(random_config(random.Random(0), 3), "bfloat16", 1) as truth:
+    with sizes_alone(random_config(random.Random(0), 3), "bfloat16", 1) as results:
         for error in (0.0, 1.0):
             ranks.run(arrange, ORDERS[0], Spoiled(tp_rank=1, error=error))
-            verdicts += [judged(check, context_of(ranks, truth, 5), "as it is")]
+            verdicts += [judged(check, context_of(ranks, results, 5), "as it is")]
     assert [verdict.alarm is not None for verdict in verdicts] == [False, True]
     (row,) = judged_rows(verdicts)
     assert (row.verdict, row.extra) == ("finding", {"runs": 2, "false_alarms": 1})
@@ -218,12 +218,12 @@ def test_the_judge_counts_an_alarm_where_a_part_is_wrong(check: str, pools: Pool
     assert alarms_table([row])["red runs"].tolist() == [1]
 
 
-def test_the_judge_sees_models_as_verify_does(pools: Pools, truth: Truth) -> None:
-    ranks = loaded(pools, random.Random(0), truth, 3)
-    assert [judged(check, context_of(ranks, truth, 0)).alarm for check in ("weights", "logits")] == [None, None]
+def test_the_judge_sees_models_as_verify_does(pools: Pools, results: ReferenceResults) -> None:
+    ranks = loaded(pools, random.Random(0), results, 3)
+    assert [judged(check, context_of(ranks, results, 0)).alarm for check in ("weights", "logits")] == [None, None]
     ranks.run(arrange, ORDERS[0], Spoiled(tp_rank=0, error=0.5))
-    ranks.run(run_load, truth.folder, truth.dtype)
-    weights, logits = (judged(check, context_of(ranks, truth, 0)) for check in ("weights", "logits"))
+    ranks.run(run_load, results.folder, results.dtype)
+    weights, logits = (judged(check, context_of(ranks, results, 0)) for check in ("weights", "logits"))
     assert weights.alarm is None, "the weights are right, their sums are not"
     assert logits.alarm is not None
     assert "of the budget" in logits.alarm
@@ -284,9 +284,9 @@ def test_logits_show_a_large_error_in_one_module_and_not_a_tiny_one(pools: Pools
 
 
 def test_sums_are_planted_in_where_ranks_add_anything_up(pools: Pools) -> None:
-    with sizes_alone(random_config(random.Random(0), 3), "bfloat16", 1) as truth:
-        assert {case.layer for case in sums_of("layers", random.Random(0), truth, 3)} == {"row", "attention_output"}
-        assert {case.op for case in sums_of("collectives", random.Random(0), truth, 3)} == {"all_reduce"}
+    with sizes_alone(random_config(random.Random(0), 3), "bfloat16", 1) as results:
+        assert {case.layer for case in sums_of("layers", random.Random(0), results, 3)} == {"row", "attention_output"}
+        assert {case.op for case in sums_of("collectives", random.Random(0), results, 3)} == {"all_reduce"}
 
 
 def test_power_is_told_for_a_case_and_for_a_run_of_several() -> None:

@@ -22,7 +22,7 @@ from harness.cli import app
 from harness.faults import FAULTS
 from harness.machine import run_info
 from harness.subjects.engine import EngineSubject
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, _options, verify
 from reference.hf import Reference
 from reports.records import read_report
@@ -163,15 +163,15 @@ def test_collectives_load_no_model_and_no_tokenizer(model: Path, monkeypatch: py
         raise AssertionError("nobody asked for it")
 
     monkeypatch.setattr(EngineSubject, "load", needless)
-    monkeypatch.setattr(Truth, "prompts", property(needless))
+    monkeypatch.setattr(ReferenceResults, "prompts", property(needless))
     report = verify(VerifyPlan(model="tiny", folder=model, tp_sizes=(2,), fabric="threads", checks=("collectives",)))
     assert [row.verdict for row in report.checks] == ["pass"]
 
 
 def test_the_cache_is_as_large_as_what_is_generated_asks_for(model: Path) -> None:
-    truth = Truth(model, dtype="float32")
-    longest = [*map(len, truth.script.sequences), *map(len, truth.greedy_sequences)]
-    assert _options(truth)["num_kv_blocks"] == sum(-(-(length + 1) // 16) for length in longest) + 1
+    results = ReferenceResults(model, dtype="float32")
+    longest = [*map(len, results.schedule.sequences), *map(len, results.greedy_sequences)]
+    assert _options(results)["num_kv_blocks"] == sum(-(-(length + 1) // 16) for length in longest) + 1
 
 
 # Words

@@ -71,7 +71,7 @@ def test_no_value_of_an_option_crashes_or_passes_for_a_finding(name: str, value:
             raise CouldNotRunError("enough")
 
         for target in ("harness.commands.verify.model_folder", "harness.commands.generate.model_folder",
-                       "harness.bench.cli.model_folder", "harness.faults.gate.run_gate",
+                       "harness.bench.cli.model_folder", "harness.faults.run.run_faults",
                        "harness.studies.calibrate.run.calibrate"):
             patch.setattr(target, stop)
         for module in ("verify", "faults", "calibrate"):

@@ -15,7 +15,7 @@ from engine.parallel.parameter import CheckpointError as EnginesCheckpointError
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome
 from harness.cli import app
-from harness.faults import gate
+from harness.faults import run as fault_run
 from harness.subjects import on_ranks
 from harness.subjects.engine_rank import EngineRank
 from reference.checkpoints import CheckpointError
@@ -65,7 +65,7 @@ def assert_one_line(result: Result, code: int, says: str) -> None:
 
 
 INSIDE = {
-    "verify": "harness.verification.verify.Truth", "faults": "harness.faults.gate.FaultPlan.cases",
+    "verify": "harness.verification.verify.ReferenceResults", "faults": "harness.faults.run.FaultPlan.cases",
     "generate": "engine.llm.Stream.__next__",
     "fetch": "reference.checkpoints.resolve", "bench": "harness.bench.bench.Workers.get",
     "calibrate": "harness.studies.calibrate.run.CalibratePlan.tasks", "compare": "harness.bench.cli.write_comparison",
@@ -223,7 +223,7 @@ def test_an_older_report_does_not_pass_for_that_of_a_run_without_one(model: Path
     def dies(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(harness.verification.verify, "Truth", dies)
+    monkeypatch.setattr(harness.verification.verify, "ReferenceResults", dies)
     assert run(*words, "--out", out).exit_code == 4
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         name.replace("report.", "report.old."): text for name, text in green.items()}
@@ -392,17 +392,17 @@ def test_ranks_that_cannot_start_are_the_reason_of_what_is_missing(model: Path, 
 @pytest.mark.multirank
 @pytest.mark.slow
 def test_exceptions_in_faults_are_error_rows_and_the_other_faults_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = gate.smallest_case
+    real = fault_run.smallest_case
     monkeypatch.setitem(all_checks(), "weights", check_of(raises))
     quick = {name: all_checks()[name] for name in ("collectives", "weights")}
-    monkeypatch.setattr(gate, "all_checks", lambda: quick)
+    monkeypatch.setattr(fault_run, "all_checks", lambda: quick)
 
-    def raises_once(shop: Any, planted: Any, fault: Any, *rest: Any) -> str:
+    def raises_once(models: Any, planted: Any, fault: Any, *rest: Any) -> str:
         if fault.name == "minimum-became-a-sum":
             raise KeyError("planted beside the checks")
-        return real(shop, planted, fault, *rest)
+        return real(models, planted, fault, *rest)
 
-    monkeypatch.setattr(gate, "smallest_case", raises_once)
+    monkeypatch.setattr(fault_run, "smallest_case", raises_once)
     only = ("minimum-became-a-sum", "one-barrier-more")
     result = run("faults", *(word for name in only for word in ("--only", name)), "--out", tmp_path)
     assert result.exit_code == 3, result.output

@@ -24,8 +24,8 @@ from harness.cli import app
 from harness.faults import FAULTS, base
 from harness.faults.base import LOAD, Fault, Patches, Where
 from harness.faults.catalogue import BUGS, NOT_PLANTED
-from harness.faults.gate import LOCALISATION, FaultPlan, checks_of, run_gate
 from harness.faults.layouts import LAYOUTS
+from harness.faults.run import LOCALISATION, FaultPlan, checks_of, run_faults
 from harness.faults.shrink import LADDER, describe, smallest_case
 from harness.interrupted import WHY
 from harness.subjects.engine import EngineSubject
@@ -117,7 +117,7 @@ def test_a_fault_is_planted_where_it_belongs(name: str, in_rank: bool, in_driver
     before, rank = the_engine(), alone(0, 2)
     base.plant(rank, name)
     assert (the_engine() != before) is in_rank
-    base.uproot(rank)
+    base.remove(rank)
     patches = base.planted_in_driver(FAULTS[name])
     assert (the_engine() != before) is in_driver
     patches.close()
@@ -177,7 +177,7 @@ def test_uprooting_takes_the_subject_along() -> None:
     base.plant(rank, "row-bias-on-every-rank")
     assert the_engine() != before
     rank.state["subject"] = "built under the fault"
-    base.uproot(rank)
+    base.remove(rank)
     assert the_engine() == before
     assert rank.state == {}
 
@@ -221,7 +221,7 @@ def test_on_a_gpu_what_needs_graphs_is_planted_and_nothing_else(monkeypatch: pyt
 
 
 def test_what_is_not_visible_at_the_sizes_asked_for_is_skipped_and_told() -> None:
-    report = run_gate(FaultPlan(only=("reduced-twice",), tp_sizes=(7,)))
+    report = run_faults(FaultPlan(only=("reduced-twice",), tp_sizes=(7,)))
     (row,) = report.checks
     assert (row.verdict, "tp_sizes=(2,) alone" in row.message) == ("skipped", True)
     assert report.exit_code == 3
@@ -233,11 +233,11 @@ def test_sizes_are_told_in_words() -> None:
 
 
 def test_only_the_logits_climb_the_ladder() -> None:
-    shop: Any = None  # no smaller model is made
+    models: Any = None  # no smaller model is made
     red = Outcome(cases=1, compared=1, finding="other ids\nat step 3")
     for outcome, smallest in ((red, "generation: other ids"),
                               (replace(red, extra={"smallest_case": "two requests"}), "generation: two requests")):
-        assert smallest_case(shop, shop, FAULTS["seeds-in-reverse"], 2, {"generation": outcome}) == smallest
+        assert smallest_case(models, models, FAULTS["seeds-in-reverse"], 2, {"generation": outcome}) == smallest
 
 
 # One of each layer of the engine, caught by different checks.
@@ -294,7 +294,7 @@ def test_a_fault_that_is_missed_a_control_that_is_minded_and_a_wrong_module_are_
     monkeypatch.setitem(FAULTS, "one-barrier-more", replace(FAULTS["one-barrier-more"], checks=("logits",)))
     monkeypatch.setitem(FAULTS, "last-rank-left-out", replace(FAULTS["last-rank-left-out"], checks=(), module=None, effect=None))
     monkeypatch.setitem(FAULTS, "reduced-twice", replace(FAULTS["reduced-twice"], module="lm_head"))
-    report = run_gate(FaultPlan(only=("one-barrier-more", "last-rank-left-out", "reduced-twice")))
+    report = run_faults(FaultPlan(only=("one-barrier-more", "last-rank-left-out", "reduced-twice")))
     assert {row.fault: row.verdict for row in report.checks} == {
         "one-barrier-more": "finding", "last-rank-left-out": "finding", "reduced-twice": "pass", LOCALISATION: "finding"}
     assert row_of(report, "one-barrier-more").message.startswith("missed by logits")
@@ -309,7 +309,7 @@ def test_a_check_that_raises_under_a_fault_is_an_error_and_the_others_go_on(monk
         raise IndexError("no such row")
 
     monkeypatch.setitem(all_checks(), "weights", check_of(broken))
-    (row,) = [row for row in run_gate(FaultPlan(only=("tensor-never-loaded",))).checks if row.fault != LOCALISATION]
+    (row,) = [row for row in run_faults(FaultPlan(only=("tensor-never-loaded",))).checks if row.fault != LOCALISATION]
     assert (row.verdict, "weights: IndexError: no such row" in row.message) == ("error", True)
     assert "logits" in row.extra["red"]
 
@@ -320,8 +320,8 @@ def cannot_plant(rank: RankContext, name: str) -> None:
 
 @pytest.mark.multirank
 def test_a_fault_that_cannot_be_planted_is_an_error_and_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.faults.workshop.plant", cannot_plant)
-    row, *others = run_gate(FaultPlan(only=("reduced-twice",))).checks
+    monkeypatch.setattr("harness.faults.models.plant", cannot_plant)
+    row, *others = run_faults(FaultPlan(only=("reduced-twice",))).checks
     assert (row.verdict, row.extra.get("red", {})) == ("error", {})
     assert "no text to edit for reduced-twice" in str(row.extra)
     assert others == []

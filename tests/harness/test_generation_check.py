@@ -27,7 +27,7 @@ from harness.checks.weights import small_twin
 from harness.faults.layouts import LAYOUTS
 from harness.subjects import engine_rank
 from harness.verification.budgets import improbability, improbable_counts, near_tie_margins
-from harness.verification.truth import NUM_NEW_TOKENS, Truth
+from harness.verification.reference_results import NUM_NEW_TOKENS, ReferenceResults
 from tests.harness.checking import alone, assert_green, on_threads, outcome_of, run_kinds
 from tests.harness.conftest import MakeModel
 
@@ -85,8 +85,8 @@ def test_the_twin_has_no_positive_logit_and_a_padded_vocabulary(name: str, tmp_p
         config = small_twin(LAYOUTS[name].config, tp_size)
         assert config["vocab_size"] % tp_size
         folder = negative_logits_checkpoint(tmp_path / str(tp_size), config, dtype=LAYOUTS[name].dtype, seed=tp_size)
-        truth = Truth(folder, dtype=LAYOUTS[name].dtype)
-        assert max(logits.max().item() for logits in truth.exact_logits) < 0
+        results = ReferenceResults(folder, dtype=LAYOUTS[name].dtype)
+        assert max(logits.max().item() for logits in results.exact_logits) < 0
 
 
 def test_counts_that_chance_gives_can_be_believed_and_others_not() -> None:
@@ -140,8 +140,8 @@ def nucleus_before_the_temperature(patch: pytest.MonkeyPatch) -> None:
         "no position", "no seed", "temperature at most 1", "place in the batch", "nothing banned"])
 def test_a_fault_in_the_sampler_is_seen_and_can_be_replayed(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     with on_threads(2) as subject:
-        context = CheckContext(truth=cast(Truth, SimpleNamespace(dtype="bfloat16")), subject=subject, options={}, seed=0,
-                               kind="sampler")
+        context = CheckContext(results=cast(ReferenceResults, SimpleNamespace(dtype="bfloat16")), subject=subject, options={},
+                               seed=0, kind="sampler")
         with monkeypatch.context() as patch:
             plant(patch)
             outcome = outcome_of("generation", context)
@@ -167,7 +167,7 @@ def flipped(step: int, *, drop_last: bool = False) -> Outcome:
     margins_T[2:] = ties_T[0] / 2  # no tie for these rows, though it would be for the first
     ids = top_TK[:, 0].tolist()
     drawn = [*ids[:step], int(top_TK[step, 1]), *ids[step + 1 :]]
-    truth = SimpleNamespace(
+    results = SimpleNamespace(
         dtype="bfloat16", config={"vocab_size": 40}, prompts=((1, 2),),
         greedy=[SimpleNamespace(token_ids=ids, margins=margins_T.tolist())], greedy_baseline_logits=[baseline_TV],
         greedy_exact_logits=[exact_TV], greedy_simulated_logits=[simulated_TV[None]],
@@ -180,7 +180,7 @@ def flipped(step: int, *, drop_last: bool = False) -> Outcome:
         sampled = list(range(own["max_tokens"])) if (own := params[-1])["temperature"] else []
         return [greedy[:-1] if drop_last else greedy, *([sampled] if sampled else [])]
 
-    return compare(cast(Truth, truth), 0, draw)
+    return compare(cast(ReferenceResults, results), 0, draw)
 
 
 def test_a_tie_is_excused_by_what_its_own_row_allows() -> None:

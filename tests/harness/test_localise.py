@@ -19,7 +19,7 @@ from harness.subjects.engine import EngineSubject
 from harness.subjects.engine_rank import EngineRank
 from harness.verification.budgets import SEARCH_MARGIN, computation
 from harness.verification.localise import Excess, Point, Shown, localise, points
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from tests.harness.checking import on_threads
 from tests.harness.conftest import MakeModel
 
@@ -29,21 +29,21 @@ FEW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChec
 
 
 @pytest.fixture(scope="module")
-def truth(tiny_model: MakeModel) -> Truth:
-    return Truth(tiny_model(LAYOUT.config, LAYOUT.dtype), dtype=LAYOUT.dtype, script_lengths=(11, 7, 9))
+def results(tiny_model: MakeModel) -> ReferenceResults:
+    return ReferenceResults(tiny_model(LAYOUT.config, LAYOUT.dtype), dtype=LAYOUT.dtype, schedule_lengths=(11, 7, 9))
 
 
 @contextmanager
-def subject_with(truth: Truth, tp_size: int = TP_SIZE) -> Iterator[EngineSubject]:
+def subject_with(results: ReferenceResults, tp_size: int = TP_SIZE) -> Iterator[EngineSubject]:
     """Ranks that are threads, with the model on them."""
     with on_threads(tp_size) as subject:
-        subject.load(truth.folder, dtype=truth.dtype, options=OPTIONS)
+        subject.load(results.folder, dtype=results.dtype, options=OPTIONS)
         yield subject
 
 
 @pytest.fixture(scope="module")
-def loaded(truth: Truth) -> Iterator[EngineSubject]:
-    with subject_with(truth) as subject:
+def loaded(results: ReferenceResults) -> Iterator[EngineSubject]:
+    with subject_with(results) as subject:
         yield subject
 
 
@@ -64,18 +64,18 @@ def wrong(subject: EngineSubject, path: str, *, rows: tuple[int, int] | None = N
         subject.run(scale_rows, path, rows, 0.5, only)
 
 
-def test_nothing_is_named_where_nothing_is_wrong(loaded: EngineSubject, truth: Truth) -> None:
-    assert [localise(loaded, truth, sequence) for sequence in range(3)] == [None] * 3
+def test_nothing_is_named_where_nothing_is_wrong(loaded: EngineSubject, results: ReferenceResults) -> None:
+    assert [localise(loaded, results, sequence) for sequence in range(3)] == [None] * 3
 
 
 @pytest.mark.parametrize(("seed", "number"), [(1, 6), (6, 2)])
 def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: int) -> None:
     """A row of these correct models is further off than the worst of the baseline. Simulated rounding says so of any model."""
     models = drawn_models(random.Random(seed), "judge", number + 1, ("bfloat16", "float16"))
-    truth = next(islice(models, number, None))
-    with subject_with(truth) as subject:
-        for sequence in range(len(truth.script.sequences)):
-            assert localise(subject, truth, sequence) is None
+    results = next(islice(models, number, None))
+    with subject_with(results) as subject:
+        for sequence in range(len(results.schedule.sequences)):
+            assert localise(subject, results, sequence) is None
 
 
 @pytest.mark.endurance
@@ -84,10 +84,10 @@ def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: in
 def test_hardly_a_module_of_a_correct_model_is_well_over_budget(seed: int, dtypes: tuple[str, ...]) -> None:
     over: list[float] = []
     num_sequences = 0
-    for truth in drawn_models(random.Random(seed), "judge", 100, dtypes):
+    for results in drawn_models(random.Random(seed), "judge", 100, dtypes):
         for tp_size in (1, TP_SIZE):
-            with subject_with(truth, tp_size) as subject:
-                places = [localise(subject, truth, sequence) for sequence in range(len(truth.script.sequences))]
+            with subject_with(results, tp_size) as subject:
+                places = [localise(subject, results, sequence) for sequence in range(len(results.schedule.sequences))]
             num_sequences += len(places)
             over += [place.error_over_budget for place in places if place is not None]
     well_over = [error for error in over if error > SEARCH_MARGIN]
@@ -103,12 +103,13 @@ def test_hardly_a_module_of_a_correct_model_is_well_over_budget(seed: int, dtype
     ({}, None),
 ])
 def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
-        loaded: EngineSubject, truth: Truth, monkeypatch: pytest.MonkeyPatch, over: dict[str, float], named: str | None) -> None:
-    def excess(truth: Truth, point: Point, sequence: int, shown: Shown) -> Excess | None:
+        loaded: EngineSubject, results: ReferenceResults, monkeypatch: pytest.MonkeyPatch, over: dict[str, float],
+        named: str | None) -> None:
+    def excess(results: ReferenceResults, point: Point, sequence: int, shown: Shown) -> Excess | None:
         return Excess(over[point.label], rank=1, token=2) if point.label in over else None
 
     monkeypatch.setattr("harness.verification.localise.worst_excess", excess)
-    place = localise(loaded, truth, 0)
+    place = localise(loaded, results, 0)
     assert (None if place is None else place.module) == named
     if place is not None:
         assert (place.rank, place.token, "well over" in str(place)) == (1, 2, place.error_over_budget > 2)
@@ -118,15 +119,15 @@ def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
 @given(layer=st.integers(0, 1), only=st.integers(0, TP_SIZE - 1), sequence=st.integers(0, 2),
        where=st.sampled_from(["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj", "down_proj"]))
 @example(layer=1, only=0, sequence=2, where="k_proj")  # rounding of its input, doubled, is over budget
-def test_the_module_that_was_made_wrong_is_named(loaded: EngineSubject, truth: Truth, layer: int, only: int, sequence: int,
-                                                 where: str) -> None:
+def test_the_module_that_was_made_wrong_is_named(loaded: EngineSubject, results: ReferenceResults, layer: int, only: int,
+                                                 sequence: int, where: str) -> None:
     parent = f"model.layers.{layer}." + ("mlp" if where in ("gate_proj", "up_proj", "down_proj") else "self_attn")
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
              "up_proj": "gate_up_proj"}.get(where, where)
     path = f"{parent}.{fused}"
     rows = loaded.run(rows_of_part, path, where)[only]
     with wrong(loaded, path, rows=rows, only=only):
-        place = localise(loaded, truth, sequence)
+        place = localise(loaded, results, sequence)
     assert place is not None
     assert place.module == f"{parent}.{where}"
     if where not in ("o_proj", "down_proj"):  # after the all-reduce all ranks are wrong alike
@@ -146,37 +147,38 @@ def rows_of_part(rank: EngineRank, path: str, part: str) -> tuple[int, int] | No
 
 
 @pytest.mark.parametrize("path", ["model.layers.1.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"])
-def test_a_norm_is_named(loaded: EngineSubject, truth: Truth, path: str) -> None:
+def test_a_norm_is_named(loaded: EngineSubject, results: ReferenceResults, path: str) -> None:
     with wrong(loaded, path):
-        place = localise(loaded, truth, 0)
+        place = localise(loaded, results, 0)
     assert place is not None
     assert (place.module, place.token) == (path, 0)
     assert "2 times" in str(place)
 
 
-def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loaded: EngineSubject, truth: Truth) -> None:
-    last = truth.config["vocab_size"] - 1  # in every sequence, and on the last rank
-    local_rows = -(-truth.config["vocab_size"] // TP_SIZE)
+def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loaded: EngineSubject,
+                                                                           results: ReferenceResults) -> None:
+    last = results.config["vocab_size"] - 1  # in every sequence, and on the last rank
+    local_rows = -(-results.config["vocab_size"] // TP_SIZE)
     row = last - local_rows * (TP_SIZE - 1)
     with wrong(loaded, "model.embed_tokens", rows=(row, row + 1), only=TP_SIZE - 1):
-        place = localise(loaded, truth, 1)
+        place = localise(loaded, results, 1)
     assert place is not None
-    assert (place.module, place.token) == ("model.embed_tokens", truth.script.sequences[1].index(last))
+    assert (place.module, place.token) == ("model.embed_tokens", results.schedule.sequences[1].index(last))
 
 
-def test_points_follow_the_order_of_computation(truth: Truth) -> None:
-    labels = [point.label for point in points(EngineSubject.modules(truth.config))]
-    assert len(labels) == len(set(labels)) == 3 + 11 * truth.config["num_hidden_layers"]
+def test_points_follow_the_order_of_computation(results: ReferenceResults) -> None:
+    labels = [point.label for point in points(EngineSubject.modules(results.config))]
+    assert len(labels) == len(set(labels)) == 3 + 11 * results.config["num_hidden_layers"]
     assert labels[:6] == ["model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj",
                           "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj",
                           "model.layers.0.self_attn (attention, before o_proj)"]
     assert labels[-2:] == ["model.norm", "lm_head"]
 
 
-def test_the_reference_is_within_its_own_budget_at_every_point(truth: Truth) -> None:
-    exact, baseline = truth.exact_activations(0), truth.baseline_activations(0)
-    for point in points(EngineSubject.modules(truth.config)):
-        verdict = computation(point.of(baseline), point.of(baseline), point.of(exact), truth.dtype)
+def test_the_reference_is_within_its_own_budget_at_every_point(results: ReferenceResults) -> None:
+    exact, baseline = results.exact_activations(0), results.baseline_activations(0)
+    for point in points(EngineSubject.modules(results.config)):
+        verdict = computation(point.of(baseline), point.of(baseline), point.of(exact), results.dtype)
         assert 0 <= verdict.error_over_budget <= 1, point.label
         assert verdict.compared == point.of(exact).numel() > 0
         assert torch.isfinite(point.of(baseline)).all()

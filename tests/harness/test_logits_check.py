@@ -14,7 +14,7 @@ from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_twin
 from harness.faults.layouts import LAYOUTS
 from harness.subjects.engine_rank import EngineRank
 from harness.verification.cases import load_case
-from harness.verification.truth import SCRIPT_LENGTHS, Truth
+from harness.verification.reference_results import SCHEDULE_LENGTHS, ReferenceResults
 from harness.verification.verify import VerifyPlan, replay, verify
 from tests.harness.checking import assert_green, context_of, outcome_of, run_kinds
 from tests.harness.conftest import MakeModel
@@ -44,13 +44,13 @@ def test_every_logit_of_every_token_is_judged_in_both_kinds(tiny_model: MakeMode
     kinds = run_kinds("logits", tiny_model(LAYOUTS["llama"].config), tp_size=tp_size)
     vocab_size = 60 + 7 * tp_size + (tp_size > 1)
     assert {part.kind: (part.cases, part.compared) for part in kinds} == {
-        MODEL: (3, sum(SCRIPT_LENGTHS) * 131), NEAR_EPS: (3, (17 + 11 + 5) * vocab_size)}
+        MODEL: (3, sum(SCHEDULE_LENGTHS) * 131), NEAR_EPS: (3, (17 + 11 + 5) * vocab_size)}
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_the_tokens_on_both_sides_of_every_shard_border_are_among_the_inputs(tiny_model: MakeModel, seed: int) -> None:
-    truth = Truth(tiny_model(small_config()), dtype="bfloat16", seed=seed)
-    vocab_size, sequences = truth.config["vocab_size"], truth.script.sequences
+    results = ReferenceResults(tiny_model(small_config()), dtype="bfloat16", seed=seed)
+    vocab_size, sequences = results.config["vocab_size"], results.schedule.sequences
     sizes = {-(-vocab_size // tp_size) for tp_size in range(2, 7)}
     borders = {cut - side for size in sizes for cut in range(size, vocab_size, size) for side in (0, 1)}
     assert borders <= {token_id for sequence in sequences for token_id in sequence}
@@ -70,7 +70,7 @@ def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: Ma
                 plants = [("every norm", times) for times in (0.1, 10.0, 0.0)]
                 plants += [(norms, 0.1) for norms in NORMS if seed < 2 and (family == "qwen3" or "heads" not in norms)]
                 for norms, times in plants:
-                    twin.subject.run(set_eps, NORMS[norms], times, twin.truth.config["rms_norm_eps"])
+                    twin.subject.run(set_eps, NORMS[norms], times, twin.results.config["rms_norm_eps"])
                     if compare_logits(twin).finding is None:
                         missed.append(f"{times} eps in {norms}, seed={seed}")
     assert not missed
@@ -90,7 +90,7 @@ def test_float16_is_green_however_small_eps_is(tiny_model: MakeModel, family: st
 def test_no_row_that_is_normed_is_far_from_eps(tiny_model: MakeModel) -> None:
     for family in FAMILIES:
         with context_of(tiny_model(LAYOUTS[family].config), "bfloat16") as context, near_eps_twin(context) as twin:
-            eps, exact = twin.truth.config["rms_norm_eps"], twin.truth.exact_activations(0)
+            eps, exact = twin.results.config["rms_norm_eps"], twin.results.exact_activations(0)
             hidden = exact.outputs["model.embed_tokens"]
             for number in range(2):
                 for branch in ("self_attn.o_proj", "mlp.down_proj"):

@@ -187,11 +187,11 @@ def test_simulated_rounding_is_as_large_as_theory_says_and_touches_nothing_else(
 def test_simulated_rounding_knows_attention_that_is_made_of_products_and_a_mask() -> None:
     """As torch computes it in float64 on a GPU."""
     models = drawn_models(random.Random(3), "judge", 1, ("bfloat16",))
-    truth = next(models)
+    results = next(models)
     with sdpa_kernel(SDPBackend.MATH):
-        simulated = torch.cat(truth.simulated_logits, 1)
-    exact = torch.cat(truth.exact_logits)
-    ratios = [((draw - exact).square().mean() / (torch.cat(truth.baseline_logits).double() - exact).square().mean()).sqrt()
+        simulated = torch.cat(results.simulated_logits, 1)
+    exact = torch.cat(results.exact_logits)
+    ratios = [((draw - exact).square().mean() / (torch.cat(results.baseline_logits).double() - exact).square().mean()).sqrt()
               for draw in simulated]
     assert len(simulated) == 8
     assert all(0.4 < ratio < 4 for ratio in ratios), "as far off as the model in that dtype, about"

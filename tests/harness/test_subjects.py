@@ -20,7 +20,7 @@ from harness.subjects import subject_class
 from harness.subjects.base import CAPABILITIES, LayerSpec, Placement, StepInputs
 from harness.subjects.engine import EngineSubject
 from harness.verification.cases import load_case
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.hf import Activations
 from reports.records import CheckRow, read_report, whole_checks
@@ -43,7 +43,7 @@ def folder(tiny_model: MakeModel) -> Path:
 def outcomes_of(make: type[HandCut], folder: Path, checks: Sequence[str] = CHECK_NAMES) -> dict[str, list[Outcome]]:
     """What each check says of the subject on two ranks."""
     with make(Placement(tp_size=2)) as subject:
-        context = CheckContext(truth=Truth(folder, dtype="float32"), subject=subject, options=OPTIONS, seed=0)
+        context = CheckContext(results=ReferenceResults(folder, dtype="float32"), subject=subject, options=OPTIONS, seed=0)
         subject.load(folder, dtype="float32", options=OPTIONS)
         return {name: list(all_checks()[name].run(context)) for name in checks}
 

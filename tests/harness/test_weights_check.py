@@ -19,7 +19,7 @@ from engine.checkpoint.weights import CheckpointTensor
 from engine.parallel.linear import MergedColumnParallelLinear
 from engine.parallel.parameter import ShardParameter
 from harness.faults.layouts import LAYOUTS
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from tests.harness.checking import assert_green, run_check, run_kinds
 from tests.harness.conftest import MakeModel
 
@@ -86,9 +86,9 @@ def with_value(folder: Path, scratch: Path, name: str, element: tuple[int, ...],
 @pytest.mark.parametrize("of_it", ["script", "greedy"])
 def test_the_truth_of_weights_that_are_not_finite_names_the_first(folder: Path, tmp_path: Path, of_it: str) -> None:
     changed = with_value(folder, tmp_path, "model.layers.0.mlp.up_proj.weight", (3, 5), math.nan)
-    truth = Truth(changed, dtype="bfloat16")
+    results = ReferenceResults(changed, dtype="bfloat16")
     with pytest.raises((CheckpointError, IndexError)) as refusal:
-        _ = truth.exact_logits if of_it == "script" else truth.greedy
+        _ = results.exact_logits if of_it == "script" else results.greedy
     assert "not finite: model.layers.0.mlp.up_proj.weight[3, 5] is nan" in str(refusal.value)
 
 

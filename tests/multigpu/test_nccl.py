@@ -12,7 +12,7 @@ import torch
 from engine.ranks.ranks import RankFailure, Ranks
 from harness.checks import CHECK_NAMES
 from harness.live_ranks import RankPools
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reports.records import whole_checks
 from tests.gpu.support import (
@@ -78,8 +78,8 @@ def test_every_check_is_green(small_model: MakeModel, family: str, num_q_heads: 
 def test_a_planted_fault_is_found_where_it_is_and_nothing_without_one(
     small_model: MakeModel, two_ranks: Ranks, plant: Plant | None, argument: int, module: str | None
 ) -> None:
-    truth = Truth(small_model(small_config(), "bfloat16"), dtype="bfloat16", device=DEVICE)
-    outcome = check("logits", two_ranks, truth, plant, argument, enforce_eager=True)
+    results = ReferenceResults(small_model(small_config(), "bfloat16"), dtype="bfloat16", device=DEVICE)
+    outcome = check("logits", two_ranks, results, plant, argument, enforce_eager=True)
     assert outcome.module == module, outcome.finding
     assert (outcome.finding is None) == (plant is None)
 

@@ -56,13 +56,13 @@ def orders_of(tp_size: int) -> tuple[str, ...]:
 def sample_models(pools: Pools, draw: random.Random, dtype: str, orders: str, num_models: int) -> Iterator[Sample]:
     """A sample of each model on every number of ranks, with sums in such ``ORDERS``."""
     is_drawn = orders == ORDERS[1]
-    for truth in drawn_models(draw, "fit", num_models, (dtype,)):
+    for results in drawn_models(draw, "fit", num_models, (dtype,)):
         with DrawnOrders(draw.randrange(2**31)) if is_drawn else nullcontext():
-            baseline = torch.cat(truth.baseline_logits)
-        simulated = list(torch.cat(truth.simulated_logits, 1))
+            baseline = torch.cat(results.baseline_logits)
+        simulated = list(torch.cat(results.simulated_logits, 1))
         for tp_size in TP_SIZES:
             ranks = pools(tp_size, draw.choice(orders_of(tp_size)))
-            ranks.run(load_model, truth.folder, truth.dtype, OPTIONS)
+            ranks.run(load_model, results.folder, results.dtype, OPTIONS)
             runner = InDrawnOrders(ranks, draw.randrange(2**31)) if is_drawn else ranks
-            found = runner.run(run_logits, truth.script)[0][0]
-            yield measured(orders, truth.dtype, tp_size, found, baseline, torch.cat(truth.exact_logits), simulated)
+            found = runner.run(run_logits, results.schedule)[0][0]
+            yield measured(orders, results.dtype, tp_size, found, baseline, torch.cat(results.exact_logits), simulated)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.strategies import random_config
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import random_checkpoint
 from reference.writing import edited
 
@@ -28,14 +28,14 @@ def value_seed(draw: random.Random, purpose: Purpose) -> int:
     return 2 * draw.randrange(2**30) + (purpose == "judge")
 
 
-def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes: tuple[str, ...]) -> Iterator[Truth]:
+def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes: tuple[str, ...]) -> Iterator[ReferenceResults]:
     """Tiny models that up to ``LARGEST_TP`` ranks can share, with scripts to run on them, each there until the next one."""
     for number in range(num_models):
         dtype = dtypes[number % len(dtypes)]
         config = random_config(draw, LARGEST_TP, max_width=draw.choice((32, 128)), max_layers=draw.choice((2, 8)))
         lengths = tuple(draw.randint(3, 24) for _ in range(draw.randint(1, 3)))
         with _written(draw, config, dtype, value_seed(draw, purpose)) as folder:
-            yield Truth(folder, dtype=dtype, seed=value_seed(draw, purpose), script_lengths=lengths)
+            yield ReferenceResults(folder, dtype=dtype, seed=value_seed(draw, purpose), schedule_lengths=lengths)
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def _written(draw: random.Random, config: dict[str, Any], dtype: str, seed: int)
 
 
 @contextmanager
-def sizes_alone(config: dict[str, Any], dtype: str, seed: int) -> Iterator[Truth]:
+def sizes_alone(config: dict[str, Any], dtype: str, seed: int) -> Iterator[ReferenceResults]:
     """For checks that draw what they need by themselves: a model's config without its weights."""
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config))
-        yield Truth(Path(scratch), dtype=dtype, seed=seed)
+        yield ReferenceResults(Path(scratch), dtype=dtype, seed=seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.parallel.group import TPGroup
 from engine.ranks.ranks import RankContext
 from harness.studies.calibrate.groups import RingGroup, SpoilingGroup
-from harness.subjects.base import Loaded, Script
+from harness.subjects.base import Loaded, Schedule
 from harness.subjects.engine_rank import EngineRank
 from harness.subjects.on_ranks import load_on
 
@@ -39,16 +39,16 @@ def load_model(rank: RankContext, folder: Path, dtype: str, options: dict[str, i
     load_on(rank, EngineRank, Loaded(folder=folder, dtype=dtype, options=options))
 
 
-def run_logits(rank: RankContext, script: Script, path: str | None = None, planted: Spoiled | None = None) -> list[Tensor]:
+def run_logits(rank: RankContext, schedule: Schedule, path: str | None = None, planted: Spoiled | None = None) -> list[Tensor]:
     """Job: the loaded model's logits, from rank 0. ``path``: of the one module whose sum is spoiled."""
     subject = rank.state["subject"]
     if path is None or planted is None:
-        return _from_first(rank, subject.logits(script))
+        return _from_first(rank, subject.logits(schedule))
     module = subject.runner.model.get_submodule(path)
     clean = module.tp
     try:
         module.tp = SpoilingGroup(clean, tp_rank=planted.tp_rank, error=planted.error)
-        return _from_first(rank, subject.logits(script))
+        return _from_first(rank, subject.logits(schedule))
     finally:
         module.tp = clean
 

@@ -21,7 +21,7 @@ from harness.studies.calibrate.jobs import load_model
 from harness.studies.calibrate.orders import InDrawnOrders
 from harness.subjects.base import Loaded, Placement
 from harness.subjects.engine import EngineSubject
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 
 TP_SIZES = (1, 2, 3, 4, 5, 8)
 """One of them is none that the constants were fitted on."""
@@ -67,26 +67,26 @@ class Verdict:
 
 def judge_models(pools: Pools, draw: random.Random, setting: str, dtype: str, num_models: int) -> Iterator[Verdict]:
     """Every check on drawn models, on each of ``TP_SIZES``, in an interpreter that has the setting's environment."""
-    for truth in drawn_models(draw, "judge", num_models, (dtype,)):
+    for results in drawn_models(draw, "judge", num_models, (dtype,)):
         for tp_size in TP_SIZES:
-            ranks = loaded(pools, draw, truth, tp_size)
+            ranks = loaded(pools, draw, results, tp_size)
             for check in JUDGED:
                 for _ in range(LAYERS_RUNS if (check, dtype) == ("layers", "float32") else 1):
-                    yield judged(check, context_of(ranks, truth, draw.randrange(2**31)), setting)
+                    yield judged(check, context_of(ranks, results, draw.randrange(2**31)), setting)
 
 
-def loaded(pools: Pools, draw: random.Random, truth: Truth, tp_size: int) -> Ranks:
+def loaded(pools: Pools, draw: random.Random, results: ReferenceResults, tp_size: int) -> Ranks:
     """Ranks with the model on them."""
     ranks = pools(tp_size, draw.choice(orders_of(tp_size)))
-    ranks.run(load_model, truth.folder, truth.dtype, OPTIONS)
+    ranks.run(load_model, results.folder, results.dtype, OPTIONS)
     return ranks
 
 
-def context_of(ranks: Ranks, truth: Truth, seed: int, case: dict[str, Any] | None = None) -> CheckContext:
+def context_of(ranks: Ranks, results: ReferenceResults, seed: int, case: dict[str, Any] | None = None) -> CheckContext:
     """For a whole run, or for one case alone, on ranks that hold the model."""
     subject = EngineSubject(Placement(tp_size=ranks.tp_size, device=str(ranks.device), ranks=ranks))
-    subject.loaded = Loaded(folder=truth.folder, dtype=truth.dtype, options=OPTIONS)
-    return CheckContext(truth=truth, subject=subject, options=OPTIONS, seed=seed, case=case)
+    subject.loaded = Loaded(folder=results.folder, dtype=results.dtype, options=OPTIONS)
+    return CheckContext(results=results, subject=subject, options=OPTIONS, seed=seed, case=case)
 
 
 def judged(check: str, context: CheckContext, setting: str = "") -> Verdict:
@@ -94,7 +94,7 @@ def judged(check: str, context: CheckContext, setting: str = "") -> Verdict:
     subject, started = context.subject, time.perf_counter()
     if setting == DRAWN:
         ranks = cast(Ranks, InDrawnOrders(cast(EngineSubject, subject).ranks, context.seed))
-        context = context_of(ranks, context.truth, context.seed)
+        context = context_of(ranks, context.results, context.seed)
     outcome = together(list(all_checks()[check].run(context)))
     return Verdict(check=check, setting=setting, dtype=context.dtype, tp_size=subject.tp_size, fabric=subject.fabric,
                    cases=outcome.cases, compared=outcome.compared, error_over_budget=outcome.error_over_budget,

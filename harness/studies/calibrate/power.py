@@ -26,10 +26,10 @@ from harness.studies.calibrate.collect import Pools, orders_of
 from harness.studies.calibrate.draws import drawn_models, sizes_alone, value_seed
 from harness.studies.calibrate.jobs import Spoiled, arrange, run_logits
 from harness.studies.calibrate.judge import context_of, judged, loaded
-from harness.subjects.base import Script
+from harness.subjects.base import Schedule
 from harness.subjects.engine import EngineSubject
 from harness.verification.budgets import UNIT_ROUNDOFF, computation
-from harness.verification.truth import Truth
+from harness.verification.reference_results import ReferenceResults
 from reports.records import PowerRow
 
 TP_SIZES = (2, 4, 8)
@@ -85,14 +85,14 @@ def power_of_drawn(pools: Pools, draw: random.Random, check: str, dtype: str, tp
     while any(left.values()):
         order = draw.choice(orders_of(tp_size))
         ranks = pools(tp_size, order)
-        with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge")) as truth:
-            sums = sums_of(check, draw, truth, tp_size)
+        with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge")) as results:
+            sums = sums_of(check, draw, results, tp_size)
             for case in sums:
                 values = values_of(case)
                 if not left[values]:
                     continue
                 left[values] -= 1
-                sees = partial(_check_sees, check, context_of(ranks, truth, truth.seed, asdict(case)), order,
+                sees = partial(_check_sees, check, context_of(ranks, results, results.seed, asdict(case)), order,
                                draw.randrange(tp_size))
                 yield Threshold(check=check, values=values, dtype=dtype, tp_size=tp_size,
                                 error=smallest_seen(sees, ladder(dtype)), per_run=max(1, len(sums) // 2))
@@ -103,10 +103,10 @@ def _check_sees(check: str, context: CheckContext, order: str, tp_rank: int, err
     return judged(check, context).alarm is not None
 
 
-def sums_of(check: str, draw: random.Random, truth: Truth, tp_size: int) -> list[Case]:
+def sums_of(check: str, draw: random.Random, results: ReferenceResults, tp_size: int) -> list[Case]:
     """Those cases of one run of the check in which ranks add anything up, with seeds to judge on."""
-    cases: Sequence[Case] = (collectives.draw_cases(draw, truth.dtype) if check == "collectives" else
-                             layers.draw_cases(draw, truth.config, truth.dtype, tp_size))
+    cases: Sequence[Case] = (collectives.draw_cases(draw, results.dtype) if check == "collectives" else
+                             layers.draw_cases(draw, results.config, results.dtype, tp_size))
     return [replace(case, seed=case.seed | 1) for case in cases if is_sum(case)]
 
 
@@ -123,28 +123,28 @@ def values_of(case: Case) -> str:
 
 def power_of_logits(pools: Pools, draw: random.Random, dtype: str, num_cases: int) -> Iterator[Threshold]:
     """The check of logits on drawn models, one rank's part in the sum of one module being off; so many cases a tp_size."""
-    for truth in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,)):
-        paths = sum_paths(truth)
+    for results in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,)):
+        paths = sum_paths(results)
         for tp_size in TP_SIZES:
-            ranks = loaded(pools, draw, truth, tp_size)
+            ranks = loaded(pools, draw, results, tp_size)
             for _ in range(PLANTED_PER_MODEL):
-                sees = partial(_logits_show, ranks, truth, draw.choice(paths), draw.randrange(tp_size))
+                sees = partial(_logits_show, ranks, results, draw.choice(paths), draw.randrange(tp_size))
                 yield Threshold(check="logits", values="reals", dtype=dtype, tp_size=tp_size, per_run=1,
                                 error=smallest_seen(sees, ladder(dtype)))
 
 
-def _logits_show(ranks: Ranks, truth: Truth, path: str, tp_rank: int, error: float) -> bool:
+def _logits_show(ranks: Ranks, results: ReferenceResults, path: str, tp_rank: int, error: float) -> bool:
     """What ``check_logits`` sees; all tokens in one step, and no search for the module: both take many times as long."""
-    sequences = truth.script.sequences
-    script = Script(sequences=sequences, steps=(tuple((number, len(ids)) for number, ids in enumerate(sequences)),))
-    found = ranks.run(run_logits, script, path, Spoiled(tp_rank=tp_rank, error=error))[0][0]
-    return not computation(found, torch.cat(truth.baseline_logits), torch.cat(truth.exact_logits), truth.dtype,
-                           list(torch.cat(truth.simulated_logits, 1))).ok
+    sequences = results.schedule.sequences
+    schedule = Schedule(sequences=sequences, steps=(tuple((number, len(ids)) for number, ids in enumerate(sequences)),))
+    found = ranks.run(run_logits, schedule, path, Spoiled(tp_rank=tp_rank, error=error))[0][0]
+    return not computation(found, torch.cat(results.baseline_logits), torch.cat(results.exact_logits), results.dtype,
+                           list(torch.cat(results.simulated_logits, 1))).ok
 
 
-def sum_paths(truth: Truth) -> list[str]:
+def sum_paths(results: ReferenceResults) -> list[str]:
     """Modules of a decoder whose output is a sum over the ranks."""
-    layers = range(truth.config["num_hidden_layers"])
+    layers = range(results.config["num_hidden_layers"])
     return [f"model.layers.{number}.{name}" for number in layers for name in ("self_attn.o_proj", "mlp.down_proj")]
 
 

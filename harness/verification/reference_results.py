@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.checkpoint.tokenizer import load_tokenizer
 from harness.errors import one_line
-from harness.subjects.base import Script
+from harness.subjects.base import Schedule
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import Activations, GreedyResult, Reference
@@ -35,27 +35,27 @@ NUM_SIMULATED = 8
 NUM_SIMULATED_GREEDY = 2
 """For near-ties, which both this and the baseline must have missed by luck to forbid one wrongly."""
 PROMPT_LENGTHS = (5, 17, 9, 12)
-SCRIPT_LENGTHS = (41, 37, 23)
+SCHEDULE_LENGTHS = (41, 37, 23)
 
 
-class Truth:
+class ReferenceResults:
     """Prompts, scripts and the reference's answers for one model, dtype and seed.
 
     Args:
         folder: a Hugging Face model folder.
         dtype: of the candidate and the baseline.
         device: where the reference computes.
-        prompt_lengths, script_lengths: tokens of each prompt, where they are drawn, and of each sequence of the script.
+        prompt_lengths, schedule_lengths: tokens of each prompt, where they are drawn, and of each sequence of the schedule.
     """
 
     def __init__(self, folder: Path, *, dtype: str, seed: int = 0, device: str = "cpu",
-                 prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, script_lengths: tuple[int, ...] = SCRIPT_LENGTHS) -> None:
+                 prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, schedule_lengths: tuple[int, ...] = SCHEDULE_LENGTHS) -> None:
         self.folder = folder
         self.dtype = dtype
         self.seed = seed
         self.device = device
         self.prompt_lengths = prompt_lengths
-        self.script_lengths = script_lengths
+        self.schedule_lengths = schedule_lengths
         self._activations: dict[tuple[str, int], Activations] = {}
         self._simulated_activations: dict[int, list[Activations]] = {}
         # Transformers' own reading of config.json: what the file leaves out is there.
@@ -90,13 +90,13 @@ class Truth:
                                                          return_dict=False)) for chat in chats)
 
     @cached_property
-    def script(self) -> Script:
+    def schedule(self) -> Schedule:
         """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
         longest = min(self.config["max_position_embeddings"], self.config.get("sliding_window") or math.inf,
                       self.config.get("original_max_position_embeddings") or math.inf)
-        lengths = tuple(min(length, int(longest)) for length in self.script_lengths)
-        return Script(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
+        lengths = tuple(min(length, int(longest)) for length in self.schedule_lengths)
+        return Schedule(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
 
     def _random_sequences(self, draw: random.Random, lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Ids of these lengths, a third of them where a vocabulary is cut: borders of the shards of 2 ranks, of 3, and so on."""
@@ -114,16 +114,16 @@ class Truth:
 
     @cached_property
     def exact_logits(self) -> list[Tensor]:
-        return self.exact.logits(self.script.sequences)
+        return self.exact.logits(self.schedule.sequences)
 
     @cached_property
     def baseline_logits(self) -> list[Tensor]:
-        return self.baseline.logits(self.script.sequences)
+        return self.baseline.logits(self.schedule.sequences)
 
     @cached_property
     def simulated_logits(self) -> list[Tensor]:
         """The exact model's with simulated rounding, all draws of a sequence: ``[NUM_SIMULATED, T, V]``."""
-        return self._simulated(self.script.sequences, NUM_SIMULATED)
+        return self._simulated(self.schedule.sequences, NUM_SIMULATED)
 
     def _simulated(self, sequences: Sequence[Sequence[int]], draws: int) -> list[Tensor]:
         exact = self.exact  # loaded before: only what it computes is to be rounded
@@ -131,7 +131,7 @@ class Truth:
             return [exact.copies_of_logits(sequence, draws) for sequence in sequences]
 
     def exact_activations(self, sequence: int) -> Activations:
-        """Of one sequence of the script; computed once."""
+        """Of one sequence of the schedule; computed once."""
         return self._activations_of(self.exact, sequence)
 
     def baseline_activations(self, sequence: int) -> Activations:
@@ -144,14 +144,14 @@ class Truth:
             exact, draws = self.exact, []
             for number in range(NUM_SIMULATED):
                 with SimulatedRounding(self.dtype, seed=number):
-                    draws.append(exact.activations(self.script.sequences[sequence]))
+                    draws.append(exact.activations(self.schedule.sequences[sequence]))
             self._simulated_activations[sequence] = draws
         return self._simulated_activations[sequence]
 
     def _activations_of(self, reference: Reference, sequence: int) -> Activations:
         key = reference.dtype, sequence
         if key not in self._activations:
-            self._activations[key] = reference.activations(self.script.sequences[sequence])
+            self._activations[key] = reference.activations(self.schedule.sequences[sequence])
         return self._activations[key]
 
     @cached_property

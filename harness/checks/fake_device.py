@@ -32,7 +32,7 @@ def continuation(prompt: Sequence[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class Tape:
+class FakeDevice:
     """The made-up device. Notes a digest of every step's inputs."""
 
     def __init__(self, limits: SchedulerLimits) -> None:

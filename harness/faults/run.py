@@ -21,8 +21,8 @@ from harness.errors import UsageError
 from harness.faults import FAULTS, Fault
 from harness.faults.base import LOAD
 from harness.faults.catalogue import BUGS, NOT_PLANTED
+from harness.faults.models import FABRIC, FaultModels, Planted
 from harness.faults.shrink import smallest_case
-from harness.faults.workshop import FABRIC, Planted, Workshop
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.verification.verify import refuse_repeats
@@ -86,7 +86,7 @@ class FaultPlan:
         return tuple(tp_size for tp_size in fault.tp_sizes if tp_size in self.tp_sizes)
 
 
-def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
+def run_faults(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
              on_start: OnStart = lambda name, tp_size: None) -> Report:
     """Run the plan. One row a fault and tp_size, one for localisation, and one for each public bug that is not planted.
 
@@ -103,15 +103,15 @@ def run_gate(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
     rows: list[CheckRow] = []
     cases, invisible = plan.cases()
     try:
-        with Workshop(seed=plan.seed, device=plan.device) as shop:
+        with FaultModels(seed=plan.seed, device=plan.device) as models:
             for fault, tp_size in cases:
                 on_start(fault.name, tp_size)
                 try:
-                    row = _row(fault, shop.context(fault.layout, tp_size), _examine(shop, fault, tp_size))
+                    row = _row(fault, models.context(fault.layout, tp_size), _examine(models, fault, tp_size))
                 except Exception as error:
                     logger.exception("fault %s could not be examined", fault.name)
                     row = _not_run(fault.name, raised(error), tp_size)
-                    shop.subject(tp_size).restart()  # nobody knows what is still planted in these
+                    models.subject(tp_size).restart()  # nobody knows what is still planted in these
                 rows.append(row)
                 on_row(row)
     except KeyboardInterrupt as stop:
@@ -144,13 +144,13 @@ class Examination:
         return {name: outcome.finding for name, outcome in self.outcomes.items() if outcome.finding is not None}
 
 
-def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
+def _examine(models: FaultModels, fault: Fault, tp_size: int) -> Examination:
     started = time.perf_counter()
-    context = shop.context(fault.layout, tp_size)
+    context = models.context(fault.layout, tp_size)
     outcomes: dict[str, Outcome] = {}
     crashed: dict[str, Outcome] = {}
     smallest = ""
-    with Planted(shop.subject(tp_size), fault) as planted:
+    with Planted(models.subject(tp_size), fault) as planted:
         refusal = planted.load(context)
         if refusal is not None:
             outcomes[LOAD] = Outcome(cases=1, compared=0, finding=refusal)
@@ -159,7 +159,7 @@ def _examine(shop: Workshop, fault: Fault, tp_size: int) -> Examination:
                 outcome = together(planted.run(name, context))
                 (crashed if outcome.error is not None and outcome.finding is None else outcomes)[name] = outcome
         if not fault.is_control:
-            smallest = smallest_case(shop, planted, fault, tp_size, outcomes)
+            smallest = smallest_case(models, planted, fault, tp_size, outcomes)
     return Examination(outcomes=outcomes, crashed=crashed, smallest=smallest, seconds=time.perf_counter() - started)
 
 

@@ -12,11 +12,11 @@ from types import TracebackType
 from engine.ranks.ranks import RankFailure
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome
-from harness.faults.base import Fault, Patches, plant, planted_in_driver, uproot
+from harness.faults.base import Fault, Patches, plant, planted_in_driver, remove
 from harness.faults.layouts import LAYOUTS
 from harness.subjects.base import Placement, SubjectFailure
 from harness.subjects.engine import EngineSubject
-from harness.verification.truth import SCRIPT_LENGTHS, Truth
+from harness.verification.reference_results import SCHEDULE_LENGTHS, ReferenceResults
 from reference.checkpoints import CheckpointError, random_checkpoint
 
 FABRIC = "gloo"
@@ -32,16 +32,16 @@ JOB_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large a case is: layers of the model, tokens of the script's sequences."""
+    """How large a case is: layers of the model, tokens of the schedule's sequences."""
 
     num_layers: int
-    script_lengths: tuple[int, ...]
+    schedule_lengths: tuple[int, ...]
 
 
-FULL = Size(num_layers=2, script_lengths=SCRIPT_LENGTHS)
+FULL = Size(num_layers=2, schedule_lengths=SCHEDULE_LENGTHS)
 
 
-class Workshop:
+class FaultModels:
     """A context manager; its end ends all ranks and removes all models."""
 
     def __init__(self, *, seed: int = 0, device: str = "cpu") -> None:
@@ -61,15 +61,16 @@ class Workshop:
 
     def _make_context(self, layout_name: str, tp_size: int, size: Size = FULL) -> CheckContext:
         """What the checks get for a model of this layout, on these ranks."""
-        return CheckContext(truth=self._truth(layout_name, size), subject=self.subject(tp_size), seed=self.seed,
+        return CheckContext(results=self._results(layout_name, size), subject=self.subject(tp_size), seed=self.seed,
                             options={"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8})
 
-    def _truth(self, layout_name: str, size: Size) -> Truth:
+    def _results(self, layout_name: str, size: Size) -> ReferenceResults:
         layout = LAYOUTS[layout_name]
         folder = Path(self._scratch.name) / f"{layout_name}-{size.num_layers}"
         if not folder.is_dir():
             random_checkpoint(folder, layout.config | {"num_hidden_layers": size.num_layers}, dtype=layout.dtype, seed=self.seed)
-        return Truth(folder, dtype=layout.dtype, seed=self.seed, device=self.device, script_lengths=size.script_lengths)
+        return ReferenceResults(folder, dtype=layout.dtype, seed=self.seed, device=self.device,
+                                schedule_lengths=size.schedule_lengths)
 
     def close(self) -> None:
         """End the ranks and remove the models."""
@@ -77,7 +78,7 @@ class Workshop:
             self._subjects.popitem()[1].close()
         self._scratch.cleanup()
 
-    def __enter__(self) -> Workshop:
+    def __enter__(self) -> FaultModels:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -132,9 +133,9 @@ class Planted:
             self._is_planted = True
 
     def _load(self, context: CheckContext) -> None:
-        loaded, truth = self._subject.loaded, context.truth
-        if loaded is None or (loaded.folder, loaded.dtype) != (truth.folder, truth.dtype):
-            self._subject.load(truth.folder, dtype=truth.dtype, options=context.options)
+        loaded, results = self._subject.loaded, context.results
+        if loaded is None or (loaded.folder, loaded.dtype) != (results.folder, results.dtype):
+            self._subject.load(results.folder, dtype=results.dtype, options=context.options)
 
     def __enter__(self) -> Planted:
         self._driver_patches = planted_in_driver(self._fault)
@@ -147,7 +148,7 @@ class Planted:
         with suppress(RankFailure):  # of a rank that the fault has killed, and nobody has asked since
             if self._ranks.healthy:
                 self._subject.forget()
-                self._ranks.run(uproot)
+                self._ranks.run(remove)
         self._subject.loaded = None
         if not self._ranks.healthy:  # new processes have no patches
             self._ranks.restart()
