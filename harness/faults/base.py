@@ -56,7 +56,7 @@ class Fault:
 
     name: str
     rows: tuple[int, ...]
-    """Rows of the catalogue of public bugs that it recreates; none for bugs of our own making."""
+    """Rows of the catalogue of public bugs (``catalogue.BUGS``) that it recreates; none for bugs of our own making."""
     what: str
     plant: Plant
     where: Where = "ranks"
