@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from transformers import AutoConfig
@@ -220,6 +220,27 @@ def _refuse_unsupported(config: Any, family: Family) -> None:
     partial = getattr(config, "partial_rotary_factor", 1.0) not in (None, 1.0) or rope.get("partial_rotary_factor", 1.0) != 1.0
     if partial and not family.partial_rotary:
         raise UnsupportedModelError(f"partial_rotary_factor of a {config.model_type} is not supported; supported: 1.0")
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of ``LLM``, for editors and type checkers: the fields of :class:`EngineConfig`."""
+
+    tensor_parallel_size: int
+    fabric: str
+    device: str
+    dtype: str
+    attention_backend: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    block_size: int | None
+    num_kv_blocks: int | None
+    kv_cache_gib: float
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    enforce_eager: bool
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.checkpoint.hub import find_model
 from engine.checkpoint.preflight import check_checkpoint
 from engine.checkpoint.tokenizer import load_tokenizer
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, EngineOptions, ModelConfig
 from engine.execution.core import start_core
 from engine.execution.driver import Driver
 from engine.frontend.chat import Message, render_chats
@@ -54,7 +54,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, ranks: Ranks | None = None,
-                 **options: Any) -> None:
+                 **options: Unpack[EngineOptions]) -> None:
         config = _engine_config(options)
         folder = find_model(model)
         self.model_config = ModelConfig.from_folder(folder)

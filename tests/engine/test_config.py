@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from engine.checkpoint.checkpoint_files import CheckpointError
-from engine.config import DTYPES, EngineConfig, ModelConfig, UnsupportedModelError
+from engine.config import DTYPES, EngineConfig, EngineOptions, ModelConfig, UnsupportedModelError
 from tests.engine.support import FEW, tiny_config
 
 
@@ -273,3 +273,9 @@ def test_without_chunks_a_default_budget_grows_to_the_longest_prompt() -> None:
     model = model_config(max_position_embeddings=5000)
     config = EngineConfig(device="cpu", enable_chunked_prefill=False).resolve(model)
     assert config.max_num_batched_tokens == 5000
+
+
+def test_the_options_of_llm_that_type_checkers_see_are_the_fields_of_its_configuration() -> None:
+    assert EngineOptions.__annotations__.keys() == {field.name for field in fields(EngineConfig)}
+    hints = get_type_hints(EngineConfig)
+    assert {name: hints[name] for name in get_type_hints(EngineOptions)} == get_type_hints(EngineOptions)
