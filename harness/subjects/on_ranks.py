@@ -29,6 +29,7 @@ PRELOAD = ("harness.subjects.engine", *(f"harness.checks.{name}" for name in CHE
 class OnRanks(Subject):
     """A subject whose ranks are ``engine.ranks.Ranks``. Ranks in place of failed ones load again what was loaded."""
 
+    takes_ranks: ClassVar[bool] = True
     rank_class: ClassVar[type[Rank]]
     """Importable: it is made inside each rank, of its :class:`RankContext`."""
 

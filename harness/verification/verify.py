@@ -118,6 +118,8 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     """
     started_at = datetime.now(UTC)
     subject = subject_class(plan.subject)
+    if ranks is not None and not subject.takes_ranks:
+        raise UsageError(f"subject={plan.subject!r} brings its own ranks: start it without torchrun")
     subject.check_fit(plan.folder, [plan.placement(tp_size, ranks) for tp_size in plan.tp_sizes])
     if ranks is not None and plan.tp_sizes != (ranks.tp_size,):
         raise UsageError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")

@@ -75,6 +75,12 @@ def test_given_ranks_must_be_as_many_as_the_plan_says(tiny_model: MakeModel) -> 
         verify(plan, ranks=ranks)
 
 
+def test_a_subject_with_ranks_of_its_own_takes_none(tiny_model: MakeModel) -> None:
+    plan = VerifyPlan(model="tiny", folder=tiny_model(CONFIG), tp_sizes=(2,), subject="tests.harness.hand_cut:HandCut")
+    with Ranks(2, fabric="threads") as ranks, pytest.raises(ValueError, match="brings its own ranks: start it without torchrun"):
+        verify(plan, ranks=ranks)
+
+
 def leave_one_behind(rank: EngineRank) -> None:
     if rank.tp_rank == 0:
         rank.tp.barrier()

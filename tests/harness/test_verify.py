@@ -46,7 +46,7 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 @pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype", "tp_sizes"), [
     ("llama", 9, 3, "bfloat16", (2, 3, 5)),  # KV heads shared by two ranks, one each, fewer than ranks
     ("qwen2", 10, 5, "float32", (4,)),
-    ("qwen3", 8, 8, "bfloat16", (8,)),
+    ("qwen3", 8, 8, "bfloat16", (2, 8)),
     ("llama", 8, 1, "float16", (3,)),
     ("mistral", 8, 2, "float32", (3,)),
     ("phi3", 8, 8, "bfloat16", (2, 4)),  # Phi-3-mini's layout; Phi-4-mini's is below
