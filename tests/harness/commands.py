@@ -279,7 +279,7 @@ COLLECT = """
 import json, sys
 import pytest
 for selection in json.load(sys.stdin):
-    code = pytest.main(["--collect-only", "-qq", "--assert=plain", "-p", "no:cacheprovider", *selection])
+    code = pytest.main(["--collect-only", "-qq", "-W", "default", "--assert=plain", "-p", "no:cacheprovider", *selection])
     print(f"\\n@@ {int(code)}")
 """
 
