@@ -107,7 +107,8 @@ def compare(before: Path, after: Path, names: Mapping[str, Any]) -> tuple[list[s
 
 
 def _reports(folder: Path) -> Sequence[Report]:
-    return [read_report(file) for file in sorted(folder.glob("**/*.json"))]
+    # A second run into the same folder leaves the first one's as ``report.old.json``.
+    return [read_report(file) for file in sorted(folder.rglob("*.json")) if not file.name.endswith(".old.json")]
 
 
 def main() -> None:

@@ -103,9 +103,11 @@ class Check:
     def run(self, context: CheckContext) -> Iterator[Outcome]:
         """The outcome of each kind, as it is done. What a part raises is an outcome; those before it stay."""
         stopped = ""
-        for part in self.parts:
-            if context.kind is not None and context.kind not in part.kinds:
-                continue
+        parts = [part for part in self.parts if context.kind is None or context.kind in part.kinds]
+        if not parts:
+            kinds = ", ".join(kind for part in self.parts for kind in part.kinds)
+            yield Outcome(cases=0, compared=0, error=f"kind={context.kind!r} is none of check={self.name}: it has {kinds}")
+        for part in parts:
             why = stopped or _not_applicable(part, context.subject)
             if why:
                 yield from (Outcome(kind=kind, cases=0, compared=0, skipped=why) for kind in part.kinds)
@@ -119,7 +121,7 @@ class Check:
 def _not_applicable(part: Part, subject: Subject) -> str:
     if part.needs is None or part.needs in subject.capabilities:
         return ""
-    return (f"not applicable: subject={subject.name} does not declare {part.needs!r} ({CAPABILITIES[part.needs]})")
+    return f"not applicable: subject={subject.name} does not declare {part.needs!r} ({CAPABILITIES[part.needs]})"
 
 
 def _outcomes(part: Part, context: CheckContext, name: str) -> Iterator[Outcome]:
@@ -288,4 +290,8 @@ def from_json(case: type[Any], values: Mapping[str, Any]) -> Any:
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    return case(**{name: tuples(value) for name, value in values.items()})
+    try:
+        return case(**{name: tuples(value) for name, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"the case has {', '.join(values)}, which is no {case.__name__}: another version saved it, run the "
+                         "check anew") from error

@@ -139,5 +139,6 @@ def _draw_part(case: CollectiveCase, tp_rank: int, tp_size: int) -> Tensor:
 
 
 CHECK = Check(
-    name="collectives", question="Does each collective give the right numbers, and the same bits on every rank, every time?",
+    name="collectives",
+    question="Do all-reduce, all-gather and the rest give the right numbers, and the same bits on every rank?",
     parts=(Cases(case=CollectiveCase, draw=_draw, run=run_case, needs="collectives", extra=ROUNDING_BOUND),), needs_model=False)

@@ -13,7 +13,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from harness.checks.base import Answer, CheckContext
 from harness.subjects.base import Rank
 from harness.verification.budgets import rounding, same_bits, sum_variance
-from reference.checkpoints import as_config, read_config, weight_shapes
+from reference.checkpoints import as_config, weight_shapes
 from reference.hf import DTYPES
 
 SHORT = 40
@@ -37,8 +36,8 @@ BLOCK_SIZE = 4
 class RotaryCase:
     """Tables of so many positions, and the positions looked at."""
 
-    folder: str
-    """Of the model."""
+    config: dict[str, Any]
+    """The model's config.json."""
     has_norms: bool
     """Whether it norms each query and key head before it turns them."""
     num_positions: int
@@ -60,10 +59,10 @@ class RotaryCase:
 def draw_rotary(context: CheckContext) -> list[RotaryCase]:
     config = context.results.config
     has_norms = any(name.endswith("self_attn.q_norm.weight") for name in weight_shapes(as_config(config)))
-    return draw_cases(random.Random(context.seed), str(context.results.folder), config, context.dtype, has_norms=has_norms)
+    return draw_cases(random.Random(context.seed), config, context.dtype, has_norms=has_norms)
 
 
-def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: str, *, has_norms: bool) -> list[RotaryCase]:
+def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, *, has_norms: bool) -> list[RotaryCase]:
     """Lengths up to, at and beyond the one that the model was first trained on, if its RoPE is a scaled one."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     longest = config["max_position_embeddings"]
@@ -82,7 +81,7 @@ def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: 
         positions = {position for position in edges if 0 <= position < length}
         positions |= {draw.randrange(length) for _ in range(NUM_POSITIONS - len(positions))}
         shuffled = tuple(draw.sample(sorted(positions), len(positions)))
-        cases.append(RotaryCase(folder=folder, has_norms=has_norms, num_positions=length, positions=shuffled, dtype=dtype,
+        cases.append(RotaryCase(config=config, has_norms=has_norms, num_positions=length, positions=shuffled, dtype=dtype,
                                 seed=draw.randrange(2**31)))
     return cases
 
@@ -90,12 +89,12 @@ def draw_cases(draw: random.Random, folder: str, config: dict[str, Any], dtype: 
 @torch.inference_mode()
 def run_rotary(rank: Rank, case: RotaryCase) -> list[Answer]:
     """Tables first, then what is turned by them."""
-    config = read_config(Path(case.folder))
+    config = as_config(case.config)
     position_T = torch.tensor(case.positions)
     right = rotary_embedding(config)(torch.zeros(1, dtype=torch.float32), position_T[None])
     half = right[0].shape[-1] // 2
     expected = [table[0, :, :half] for table in right]
-    tables = rank.attention.rotary_tables(Path(case.folder), case.num_positions)
+    tables = rank.attention.rotary_tables(case.config, case.num_positions)
     for what, table, rows_TR in zip(("cosine", "sine"), tables, expected, strict=True):
         if table.shape != (case.num_positions, half):
             return [Answer(problem=f"the {what} table is {tuple(table.shape)}, it should be {(case.num_positions, half)}")]
@@ -133,7 +132,7 @@ def _turn(rank: Rank, config: Any, case: RotaryCase, tables: tuple[Tensor, Tenso
     slot_T = torch.randperm(num_slots, generator=generator)[:num_tokens]
     slot_T[::7] = -1
     norms = [1 + 0.1 * drawn(dim) if case.has_norms else None for _ in range(2)]
-    rotated = rank.attention.rotate(Path(case.folder), tables, qkv_TC, torch.tensor(case.positions), slot_T,
+    rotated = rank.attention.rotate(case.config, tables, qkv_TC, torch.tensor(case.positions), slot_T,
                                     num_slots=num_slots, block_size=BLOCK_SIZE, norms=norms)
     given = qkv_TC.unflatten(1, (-1, dim)).split([num_q, num_kv, num_kv], dim=1)
     stored = slot_T >= 0

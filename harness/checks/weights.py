@@ -45,15 +45,8 @@ class Wrong:
 
 
 def check_own(context: CheckContext) -> Outcome:
-    """The model's own checkpoint, as it is loaded for the other checks: the layout of all its tensors, then what is in them."""
-    folder, config = context.results.folder, context.results.config
-    stored = stored_tensors(folder, config)
-    for name, tensor in stored.items():
-        problem = _uncovered(context.subject.layout(config, name, tensor.shape), tensor.shape, context.tp_size)
-        if problem is not None:
-            return Outcome(cases=len(stored), compared=0, module=name.rpartition(".")[0],
-                           finding=f"{name} of shape {list(tensor.shape)}: {problem}")
-    return compare_shards(context, "the model's checkpoint", folder, config, context.dtype)
+    """The model's own checkpoint, as it is loaded for the other checks."""
+    return compare_shards(context, "the model's checkpoint", context.results.folder, context.results.config, context.dtype)
 
 
 def _uncovered(owned: Ownership, shape: tuple[int, ...], tp_size: int) -> str | None:
@@ -125,8 +118,13 @@ def small_twin(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
 
 def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[str, Any], dtype: str,
                    index: ElementIndex | None = None) -> Outcome:
-    """Hold every shard of what is loaded against the file, at the places where the subject's own layout has it."""
+    """Hold every shard of what is loaded against the file, at the places where the subject's own layout has it: all of them."""
     stored, seen, compared = stored_tensors(folder, config), set(), 0
+    layouts = {name: context.subject.layout(config, name, tensor.shape) for name, tensor in stored.items()}
+    for name, tensor in stored.items():
+        if (problem := _uncovered(layouts[name], tensor.shape, context.tp_size)) is not None:
+            return Outcome(cases=len(stored), compared=0, module=name.rpartition(".")[0],
+                           finding=f"{what}: {name} of shape {list(tensor.shape)}: {problem}")
     wrong: dict[int, list[Wrong]] = {rank: [] for rank in range(context.tp_size)}
     with ExitStack() as stack:
         files = {file: stack.enter_context(open_file(file)) for file in sorted({tensor.file for tensor in stored.values()})}
@@ -143,9 +141,8 @@ def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[
                 if as_stored[place].isfinite():
                     says += f", which {dtype} can't hold"
                 wrong[0].append(Wrong(name=stored[name].name, element=str(list(place)), what=says))
-            owned = context.subject.layout(config, name, tuple(whole.shape))
             for rank, shard in enumerate(shards):
-                expected = torch.from_numpy(owned.take(bits(whole).numpy(), rank)).view(whole.dtype)
+                expected = torch.from_numpy(layouts[name].take(bits(whole).numpy(), rank)).view(whole.dtype)
                 problem = _difference(shard, expected, index)
                 if problem is None:
                     compared += expected.numel()

@@ -145,10 +145,9 @@ class Planted:
         self._driver_patches.close()
         if kind is not None and not issubclass(kind, Exception):
             return  # on Ctrl-C the ranks end, and nothing may hide it
+        self._subject.forget()
         with suppress(RankFailure):  # of a rank that the fault has killed, and nobody has asked since
             if self._ranks.healthy:
-                self._subject.forget()
                 self._ranks.run(remove)
-        self._subject.loaded = None
         if not self._ranks.healthy:  # new processes have no patches
             self._ranks.restart()

@@ -37,6 +37,12 @@ CAPABILITIES: dict[str, str] = {
 """What a subject may declare, and what it means."""
 
 
+def missing(capability: str, method: str) -> NotImplementedError:
+    """What the default of a capability's method raises."""
+    return NotImplementedError(f"capability={capability} is declared, but there is no method {method}: write it, or do not "
+                               "declare it")
+
+
 class SubjectFailure(Exception):  # noqa: N818
     """Ranks of a subject failed.
 
@@ -191,7 +197,7 @@ class Subject(ABC):
 
         Args:
             params: sampling parameters of each, by vLLM's names.
-            options: other sizes of the cache and of a step than what was loaded has.
+            options: sizes of the cache and of a step for this call, in place of those that were loaded; may be ignored as there.
         """
 
     # What follows has defaults.
@@ -231,7 +237,7 @@ class Subject(ABC):
         Raises:
             SubjectFailure: if it did not succeed on every rank.
         """
-        raise NotImplementedError(f"subject={self.name} declares capabilities={sorted(self.capabilities)} without `run`")
+        raise missing(", ".join(sorted(self.capabilities)), "run")
 
     def requests(self, folder: Path, options: Mapping[str, Any]) -> Any:
         """A context manager that takes requests for this checkpoint as vLLM's ``LLM`` does. Capability ``requests``.
@@ -239,11 +245,11 @@ class Subject(ABC):
         It has ``generate(prompts, params)``, ``stream(prompts, params)`` (a context manager of an iterator over outputs as they
         come, with ``request_ids``), ``abort(request_id)``, ``params(values)`` and ``block_size``.
         """
-        raise NotImplementedError
+        raise missing("requests", "requests")
 
     def restart(self) -> None:
         """New ranks, nothing loaded. Capability ``processes``."""
-        raise NotImplementedError
+        raise missing("processes", "restart")
 
     def close(self) -> None:  # noqa: B027 - a default
         """End the ranks."""
@@ -322,10 +328,10 @@ class AttentionAlone(Protocol):
     def attend(self, step: AttentionStep) -> dict[str, list[Tensor]]:
         """By backend that serves this layout: outputs ``[new tokens, this rank's query heads, H]`` of each sequence."""
 
-    def rotary_tables(self, folder: Path, num_positions: int) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, config: Mapping[str, Any], num_positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[positions, rotated features / 2]``."""
 
-    def rotate(self, folder: Path, tables: tuple[Tensor, Tensor], qkv: Tensor, positions: Tensor, slots: Tensor, *,
+    def rotate(self, config: Mapping[str, Any], tables: tuple[Tensor, Tensor], qkv: Tensor, positions: Tensor, slots: Tensor, *,
                num_slots: int, block_size: int, norms: Sequence[Tensor | None]) -> Rotated:
         """Norm and rotate this rank's heads of ``qkv`` [T, (Q + 2 N) * H]; keys and values go to ``slots``, or nowhere (-1)."""
 
@@ -437,25 +443,25 @@ class Rank(ABC):
     @property
     def collectives(self) -> Collectives:
         """Capability ``collectives``."""
-        raise NotImplementedError
+        raise missing("collectives", "collectives")
 
     def layer(self, spec: LayerSpec) -> Callable[[Tensor], Tensor]:
         """This rank's part of the layer, loaded: what the rank is given -> what it shows, on the CPU. Capability ``layers``."""
-        raise NotImplementedError
+        raise missing("layers", "layer")
 
     @property
     def attention(self) -> AttentionAlone:
         """Capability ``attention``."""
-        raise NotImplementedError
+        raise missing("attention", "attention")
 
     def draw(self, logits: Tensor, rows: Sequence[DrawRow]) -> Tensor:
         """A token ``[R]`` from ``logits`` [V] for each row, all in one batch. Capability ``sampler``."""
-        raise NotImplementedError
+        raise missing("sampler", "draw")
 
     def scheduler(self, limits: SchedulerLimits, launch: Callable[[StepInputs], list[int]]) -> SchedulerAlone:
         """A new scheduler, which has ``launch`` run its steps: it returns the tokens of ``samples``. Capability ``scheduler``."""
-        raise NotImplementedError
+        raise missing("scheduler", "scheduler")
 
     def cache_blocks(self) -> tuple[int, int]:
         """Blocks that the bookkeeping of what is loaded counts on, and blocks that its cache tensors have. ``scheduler``."""
-        raise NotImplementedError
+        raise missing("scheduler", "cache_blocks")

@@ -15,7 +15,7 @@ from engine.llm import LLM
 from engine.models.registry import family_of
 from engine.models.table import Module, in_order
 from harness.errors import UsageError, usage
-from harness.subjects.base import CAPABILITIES, Placement
+from harness.subjects.base import CAPABILITIES, Placement, SubjectFailure
 from harness.subjects.engine_rank import EngineRank
 from harness.subjects.on_ranks import OnRanks, as_subject_failure
 
@@ -69,14 +69,22 @@ class EngineSubject(OnRanks):
             self._close_llm()
             self.unload()
             self._llm = self.requests(self.loaded.folder, asked)
-        outputs = self._llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts],
-                                     [SamplingParams(**values) for values in params])
+        try:
+            outputs = self._llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                                         [SamplingParams(**values) for values in params])
+        except SubjectFailure:  # ranks in place of those that failed know nothing of it
+            self._close_llm()
+            raise
         if errors := [output.error for output in outputs if output.error]:
             raise ValueError(f"errors={errors}")
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def requests(self, folder: Path, options: Mapping[str, Any]) -> EngineRequests:
         return EngineRequests(self, folder, options)
+
+    def restart(self) -> None:
+        self._close_llm()
+        super().restart()
 
     def forget(self) -> None:
         """Let go of all that is loaded, here and on the ranks, and load nothing again by itself."""

@@ -49,28 +49,25 @@ from harness.subjects.base import (
     AttentionStep,
     DrawRow,
     LayerSpec,
-    Rank,
     Rotated,
     Schedule,
     SchedulerLimits,
     StepInputs,
 )
+from harness.subjects.on_ranks import LiveRank
 from harness.verification.budgets import bits
+from reference.checkpoints import as_config
 from reference.hf import Activations
 from reference.shards import Ownership, owners
 
 
-class EngineRank(Rank):
+class EngineRank(LiveRank):
     """The engine on one rank. Its layout is the rule of ``reference/shards.py``, which shares no code with the engine's."""
-
-    def __init__(self, context: RankContext) -> None:
-        self._context = context
-        self.tp_rank, self.tp_size, self.device = context.tp.rank, context.tp.size, context.device
 
     @property
     def tp(self) -> TPGroup:
         """This rank's group, as the context has it now."""
-        return self._context.tp
+        return self.context.tp
 
     @property
     def collectives(self) -> TPGroup:
@@ -78,15 +75,7 @@ class EngineRank(Rank):
 
     @property
     def attention(self) -> EngineAttention:
-        return EngineAttention(self._context)
-
-    @property
-    def phase(self) -> str:
-        return self._context.phase
-
-    @phase.setter
-    def phase(self, phase: str) -> None:
-        self._context.phase = phase
+        return EngineAttention(self.context)
 
     @staticmethod
     def layout(config: Mapping[str, Any], name: str, shape: tuple[int, ...], tp_size: int) -> Ownership:
@@ -316,22 +305,22 @@ class EngineAttention:
                 found[name] = [parts[order.index(number)] for number in range(len(order))]
         return found
 
-    def rotary_tables(self, folder: Path, num_positions: int) -> tuple[Tensor, Tensor]:
-        config = ModelConfig.from_folder(folder)
-        cos, sin = rotary.rope_tables(config.hf_config, config.head_dim, num_positions, device=self._device)
+    def rotary_tables(self, config: Mapping[str, Any], num_positions: int) -> tuple[Tensor, Tensor]:
+        model = ModelConfig.from_hf(as_config(config))
+        cos, sin = rotary.rope_tables(model.hf_config, model.head_dim, num_positions, device=self._device)
         return cos, sin
 
     @torch.inference_mode()
-    def rotate(self, folder: Path, tables: tuple[Tensor, Tensor], qkv_TC: Tensor, positions_T: Tensor, slots_T: Tensor, *,
-               num_slots: int, block_size: int, norms: Sequence[Tensor | None]) -> Rotated:
-        config = ModelConfig.from_folder(folder)
-        heads = self._shard(config.num_q_heads, config.num_kv_heads)
-        shape = (2, num_slots // block_size, heads.local_num_kv_heads, block_size, config.head_dim)
+    def rotate(self, config: Mapping[str, Any], tables: tuple[Tensor, Tensor], qkv_TC: Tensor, positions_T: Tensor,
+               slots_T: Tensor, *, num_slots: int, block_size: int, norms: Sequence[Tensor | None]) -> Rotated:
+        model = ModelConfig.from_hf(as_config(config))
+        heads = self._shard(model.num_q_heads, model.num_kv_heads)
+        shape = (2, num_slots // block_size, heads.local_num_kv_heads, block_size, model.head_dim)
         caches = torch.full(shape, float("nan"), dtype=qkv_TC.dtype, device=self._device)
         q_norm_H, k_norm_H = (None if norm is None else norm.to(self._device) for norm in norms)
         q_TQH = pick(caches, rope_store_kv, rope_store_kv_torch)(
             qkv_TC.to(self._device), positions_T.to(self._device), *tables, caches[0], caches[1], slots_T.to(self._device),
-            q_norm_weight_H=q_norm_H, k_norm_weight_H=k_norm_H, eps=config.rms_norm_eps)
+            q_norm_weight_H=q_norm_H, k_norm_weight_H=k_norm_H, eps=model.rms_norm_eps)
         k_slots, v_slots = (cache.cpu().transpose(1, 2).flatten(0, 1) for cache in caches)
         return Rotated(q=q_TQH.cpu(), k_slots=k_slots, v_slots=v_slots)
 

@@ -1,4 +1,4 @@
-"""Lifts an implementation that lives inside ranks onto this project's live ranks: a subject by one class, ``rank_class``."""
+"""Lifts an implementation that lives inside ranks onto this project's live ranks: a subject by one class, a ``LiveRank``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,28 @@ PRELOAD = ("harness.subjects.engine", *(f"harness.checks.{name}" for name in CHE
 """For ``Ranks``: what every rank needs, and what takes seconds to import."""
 
 
+class LiveRank(Rank):
+    """An implementation inside one of ``engine.ranks.Ranks``, made of the context that its jobs get."""
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+        self.tp_rank, self.tp_size, self.device = context.tp.rank, context.tp.size, context.device
+
+    @property
+    def phase(self) -> str:
+        return self.context.phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self.context.phase = phase
+
+
 class OnRanks(Subject):
     """A subject whose ranks are ``engine.ranks.Ranks``. Ranks in place of failed ones load again what was loaded."""
 
     takes_ranks: ClassVar[bool] = True
-    rank_class: ClassVar[type[Rank]]
-    """Importable: it is made inside each rank, of its :class:`RankContext`."""
+    rank_class: ClassVar[type[LiveRank]]
+    """Importable: it is made inside each rank."""
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -105,8 +121,7 @@ class OnRanks(Subject):
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
                  options: Mapping[str, Any] | None = None) -> list[list[int]]:
-        if options is not None and self.loaded is not None and options != self.loaded.options:
-            self.load(self.loaded.folder, dtype=self.loaded.dtype, options=options)
+        """By each rank's own ``generate``, with the cache that was loaded."""
         by_rank: list[list[list[int]]] = self._ask(_generate, prompts, params)
         if differing := [rank for rank, ids in enumerate(by_rank) if ids != by_rank[0]]:
             raise SubjectFailure(f"ranks {differing} generated other tokens than rank 0")
@@ -161,7 +176,7 @@ def subject_failure(failure: RankFailure) -> SubjectFailure:
 class OnRank:
     """A job that gets this rank's implementation, loaded or not, in place of its context. Goes by the name of what it runs."""
 
-    rank_class: type[Rank]
+    rank_class: type[LiveRank]
     job: Callable[..., Any]
 
     @property
@@ -169,15 +184,15 @@ class OnRank:
         return str(getattr(self.job, "__name__", "job"))
 
     def __call__(self, context: RankContext, *args: Any) -> Any:
-        rank: Rank = context.state.get("subject") or self.rank_class(context)  # type: ignore[call-arg]
+        rank: Rank = context.state.get("subject") or self.rank_class(context)
         return self.job(rank, *args)
 
 
-def load_on(context: RankContext, rank_class: type[Rank], loaded: Loaded) -> None:
+def load_on(context: RankContext, rank_class: type[LiveRank], loaded: Loaded) -> None:
     """Job: load; what was there before is let go first, or both would be in memory."""
     context.phase = "load"
     context.state.pop("subject", None)
-    rank = rank_class(context)  # type: ignore[call-arg]
+    rank = rank_class(context)
     rank.load(loaded.folder, dtype=loaded.dtype, options=loaded.options)
     context.state["subject"] = rank
 

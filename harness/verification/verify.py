@@ -124,7 +124,7 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     if ranks is not None and plan.tp_sizes != (ranks.tp_size,):
         raise UsageError(f"tp_sizes={plan.tp_sizes}, but the ranks at hand are {ranks.tp_size}")
     config = read_config(plan.folder)
-    weight_shapes(config)
+    weight_shapes(config)  # a config that the reference can make no model of is told before any rank starts
     dtype = checkpoint_dtype(config) if plan.dtype == "auto" else plan.dtype
     results = ReferenceResults(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
     rows: list[CheckRow] = []
@@ -161,7 +161,8 @@ def _verify_one(plan: VerifyPlan, results: ReferenceResults, make: type[Subject]
         if placement.ranks is not None:
             subject.find(plan.folder)
         checks = [all_checks()[name] for name in plan.checks]
-        options = _options(results) if any(check.needs_model for check in checks) else {}
+        needs_model = any(check.needs_model for check in checks)
+        options = _options(results) if needs_model else {}
         context = CheckContext(results=results, subject=subject, options=options, seed=plan.seed, kind=plan.kind, case=plan.case)
         for check in checks:
             if not subject.is_usable:
@@ -170,7 +171,7 @@ def _verify_one(plan: VerifyPlan, results: ReferenceResults, make: type[Subject]
                 continue
             on_start(check.name, subject.tp_size)
             started = time.perf_counter()
-            outcomes = _run(check, context, needs_model=bool(options))
+            outcomes = _run(check, context, needs_model=needs_model)
             on_outcome(outcomes)
             seconds = time.perf_counter() - started
             yield [_row(check.name, plan, results, subject.fabric, subject.tp_size, outcome, seconds) for outcome in outcomes]
@@ -250,8 +251,8 @@ def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
     """
     outcomes: list[Outcome] = []
     plan = VerifyPlan(model=saved.model, folder=folder, tp_sizes=(saved.tp_size,), fabric=saved.fabric, device=saved.device,
-                      dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed, kind=saved.kind,
-                      case=saved.case or None)
+                      dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed,
+                      kind=saved.kind or None, case=saved.case or None)
     report = verify(plan, on_outcome=outcomes.extend)
     outcome = next((part for part in outcomes if part.kind == saved.kind), outcomes[0])
     if outcome.error is not None or outcome.skipped is not None:

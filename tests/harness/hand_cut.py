@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from harness.subjects.base import (
@@ -329,15 +329,14 @@ class HandCutRank(Rank):
         return {"dense": [self._attend(queries[:, q], keys[:, kv], values[:, kv], step.num_q_heads, step.num_kv_heads)
                           for queries, keys, values in zip(step.queries, step.keys, step.values, strict=True)]}
 
-    def rotary_tables(self, folder: Path, num_positions: int) -> tuple[Tensor, Tensor]:
-        tables = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))(torch.zeros(1, dtype=torch.float32),
+    def rotary_tables(self, config: Mapping[str, Any], num_positions: int) -> tuple[Tensor, Tensor]:
+        tables = LlamaRotaryEmbedding(LlamaConfig.from_dict(dict(config)))(torch.zeros(1, dtype=torch.float32),
                                                                           torch.arange(num_positions)[None])
         cos, sin = (table[0, :, : table.shape[-1] // 2] for table in tables)
         return cos, sin
 
-    def rotate(self, folder: Path, tables: tuple[Tensor, Tensor], qkv: Tensor, positions: Tensor, slots: Tensor, *,
+    def rotate(self, config: Mapping[str, Any], tables: tuple[Tensor, Tensor], qkv: Tensor, positions: Tensor, slots: Tensor, *,
                num_slots: int, block_size: int, norms: Sequence[Tensor | None]) -> Rotated:
-        config = json.loads((folder / "config.json").read_text())
         q_heads, kv_heads = self.heads(config["num_attention_heads"], config["num_key_value_heads"])
         sizes = [len(q_heads), len(kv_heads), len(kv_heads)]
         q, k, v = qkv.unflatten(1, (sum(sizes), -1)).split(sizes, dim=1)

@@ -75,6 +75,9 @@ def test_the_page_on_verdicts_has_the_runs_of_float32() -> None:
         worst = "exact" if row["worst error / budget"] is None else f"{row['worst error / budget']:.2f}"
         line = f"| `{row['check']}` | {row['runs']:,} | {row['red runs']} | {100 * row['rate at most']:.2f} % | {worst} |"
         assert line in SHORT, line
+    runs = sum(row["runs"] for row in rows)
+    assert sum(row["red runs"] for row in rows) == 0
+    assert f"no false alarm in {runs:,} runs" in (ROOT / "README.md").read_text()
 
 
 def test_no_entry_of_the_table_of_power_is_more_than_twice_what_it_was_before() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,11 @@ from harness.faults.layouts import LAYOUTS
 from harness.subjects import subject_class
 from harness.subjects.base import CAPABILITIES, LayerSpec, Placement, StepInputs
 from harness.subjects.engine import EngineSubject
+from harness.subjects.engine_rank import EngineRank
+from harness.subjects.on_ranks import OnRanks
 from harness.verification.cases import load_case
 from harness.verification.reference_results import ReferenceResults
-from harness.verification.verify import VerifyPlan, verify
+from harness.verification.verify import VerifyPlan, replay, verify
 from reference.hf import Activations
 from reports.records import CheckRow, read_report, whole_checks
 from tests.harness.conftest import MakeModel
@@ -31,6 +34,7 @@ from tests.harness.test_exit_codes import run
 from tests.test_architecture import SHARED
 
 OPTIONS = {"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+PAGE = ROOT / "docs" / "verify.md"
 UNDECLARED = {"requests", "processes"}
 
 
@@ -88,7 +92,7 @@ class Wall(importlib.abc.MetaPathFinder):
             raise ImportError(f"{{name}}: there is no engine here")
 
 sys.meta_path.insert(0, Wall())
-from harness.verification.verify import VerifyPlan, verify
+from harness.verification.verify import VerifyPlan, replay, verify
 
 report = verify(VerifyPlan(model="tiny", folder=Path({str(folder)!r}), tp_sizes=(2,), subject="tests.harness.hand_cut:HandCut"))
 assert not [name for name in sys.modules if name.partition(".")[0] == "engine" and name not in ALLOWED]
@@ -109,7 +113,7 @@ Spoil = Callable[[Tensor], Tensor]
 
 
 class _SpoiledScheduler(OneAtATime):
-    """Loses the last token of each step, or takes another one."""
+    """Brings tokens that are none."""
 
     def step(self) -> list[tuple[int, int]]:
         return [(number, -1) for number, _ in super().step()]
@@ -144,8 +148,8 @@ def spoiled(spoil: Spoil) -> type[HandCut]:
         def attend(self, step: Any) -> dict[str, list[Tensor]]:
             return {name: [spoil(x) for x in parts] for name, parts in super().attend(step).items()}
 
-        def rotary_tables(self, folder: Path, num_positions: int) -> tuple[Tensor, Tensor]:
-            cos, sin = super().rotary_tables(folder, num_positions)
+        def rotary_tables(self, config: Mapping[str, Any], num_positions: int) -> tuple[Tensor, Tensor]:
+            cos, sin = super().rotary_tables(config, num_positions)
             return spoil(cos), spoil(sin)
 
         def draw(self, logits: Tensor, rows: Any) -> Tensor:
@@ -258,6 +262,25 @@ def test_too_few_ranks_that_answer_are_an_error(folder: Path) -> None:
     assert all("1 ranks answered, tp_size=2" in (together(kinds).error or "") for kinds in found.values())
 
 
+class Plain(OnRanks):
+    """The engine by what its ranks can do alone."""
+
+    name: ClassVar[str] = "plain"
+    rank_class = EngineRank
+
+
+def test_ranks_alone_generate_what_the_front_door_does_and_load_again_what_broke(folder: Path) -> None:
+    prompts, params = [[1, 2, 3], [7, 8, 9, 10]], [{"temperature": 0.0, "max_tokens": 5, "ignore_eos": True}] * 2
+    answers = []
+    for make in (Plain, EngineSubject):
+        with make(Placement(tp_size=2, fabric="threads")) as subject:
+            subject.load(folder, dtype="float32", options=OPTIONS)
+            answers.append(subject.generate(prompts, params))
+            subject.restart()
+            assert subject.generate(prompts, params) == answers[-1]
+    assert answers[0] == answers[1]
+
+
 # From the command line
 
 
@@ -287,6 +310,33 @@ def test_a_subject_from_outside_is_verified_and_its_findings_run_again_by_its_na
     assert (again.exit_code, "it fails again, to the bit" in again.stdout) == (1, True)
 
 
+def test_a_finding_of_all_kinds_together_runs_again_and_one_of_no_kind_is_an_error(folder: Path, tmp_path: Path,
+                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: HandCutRank, spec: LayerSpec) -> Any:
+        raise OSError("planted")
+
+    plan = VerifyPlan(model=str(folder), folder=folder, tp_sizes=(2,), subject="tests.harness.hand_cut:HandCut",
+                      checks=("layers",), cases_folder=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(HandCutRank, "layer", lost)
+        (row,) = verify(plan).checks
+        assert (row.verdict, row.kind) == ("finding", "")
+        (case,) = tmp_path.iterdir()
+        assert replay(load_case(case), folder)[1] == "it fails again"
+    assert replay(load_case(case), folder)[1] == "it passes now"
+    report, says = replay(dataclasses.replace(load_case(case), kind="rows"), folder)
+    assert (says, report.exit_code) == ("it did not run", 3)
+    assert "kind='rows' is none of check=layers: it has replicated, " in report.checks[0].message
+
+
+def test_a_case_that_another_version_saved_is_an_error_that_says_so(folder: Path) -> None:
+    with HandCut(Placement(tp_size=2)) as subject:
+        context = CheckContext(results=ReferenceResults(folder, dtype="float32"), subject=subject, options=OPTIONS, seed=0,
+                               kind="row", case={"kind": "row", "seed": 0})
+        (outcome,) = all_checks()["layers"].run(context)
+    assert "the case has kind, seed, which is no LayerCase: another version saved it" in (outcome.error or "")
+
+
 @pytest.mark.parametrize(("name", "says"), [
     ("engin", "there are: engine, or your own as package.module:Class"),
     ("no.such.module:Class", "can't be imported"),
@@ -310,7 +360,7 @@ def test_no_two_kinds_of_a_check_share_a_name_and_every_check_goes_by_its_files(
         kinds = [kind for part in check.parts for kind in part.kinds]
         assert len(kinds) == len(set(kinds))
         assert check.name == name
-        assert check.question.endswith("?")
+        assert f"| `{name}` | {check.question} |" in PAGE.read_text(), "docs/verify.md is to say what the check asks"
         assert all(part.case.__name__ for part in check.parts if isinstance(part, Cases))
 
 

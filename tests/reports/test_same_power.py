@@ -81,6 +81,15 @@ def test_folders_are_held_against_each_other_and_half_a_pair_is_refused(tmp_path
     assert (len(lost), done) == (1, "v, tests")
 
 
+def test_what_a_run_before_left_in_the_folder_does_not_count(tmp_path: Path) -> None:
+    for side, red in (("before", ("kv",)), ("after", ())):
+        folder = tmp_path / side / "faults" / "0"
+        write_report(folder, report_of(0, a_fault("one", "kv")))
+        (folder / "report.json").rename(folder / "report.old.json")
+        write_report(folder, report_of(0, a_fault("one", *red)))
+    assert compare(tmp_path / "before", tmp_path / "after", {}) == (["one at tp_size=2, seed=0: kv no longer red"], "faults")
+
+
 def test_the_committed_names_are_of_tests_that_are_there() -> None:
     import json
 
