@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness.checks.base import Answer, Cases, Check, CheckContext
 from harness.checks.rotary import RotaryCase, draw_rotary, run_rotary
-from harness.subjects.base import AttentionStep, Rank
+from harness.subjects.rank import AttentionStep, Rank
 from harness.verification.budgets import rounding, sum_variance
 from reference.hf import DTYPES
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from harness.errors import one_line
-from harness.subjects.base import CAPABILITIES, Rank, Subject, SubjectFailure
+from harness.subjects.base import CAPABILITIES, Subject, SubjectFailure
+from harness.subjects.rank import Rank
 from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import CheckpointError
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from harness.checks.base import ROUNDING_BOUND, Answer, Cases, Check, CheckContext
-from harness.subjects.base import Rank
+from harness.subjects.rank import Rank
 from harness.verification.budgets import EXACT_INTEGER_LIMIT, digest, reduction, same_bits
 from reference.hf import DTYPES
 

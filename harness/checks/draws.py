@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from harness.checks.base import Answer, CheckContext
-from harness.subjects.base import DrawRow, Rank
+from harness.subjects.rank import DrawRow, Rank
 from harness.verification.budgets import improbable_counts
 from reference.hf import DTYPES
 

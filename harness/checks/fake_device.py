@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from harness.subjects.base import SchedulerLimits, StepInputs
+from harness.subjects.rank import SchedulerLimits, StepInputs
 
 VOCAB_SIZE = 5
 

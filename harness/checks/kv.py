@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from harness.checks.base import Answer, Cases, Check, CheckContext, Outcome, Whole
 from harness.checks.fake_device import VOCAB_SIZE, DisagreementError, FakeDevice, continuation
-from harness.subjects.base import Rank, SchedulerAlone, SchedulerLimits
+from harness.subjects.rank import Rank, SchedulerAlone, SchedulerLimits
 
 NUM_CASES = 35
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.subjects.base import Rank
+from harness.subjects.rank import Rank
 from harness.verification.budgets import EXACT_INTEGER_LIMIT, sum_variance
 from reference.hf import DTYPES
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harness.checks.base import Answer, Cases, Check, CheckContext
 from harness.checks.layer_cases import LAYERS, NAMES, LayerCase, LayerProblem, RankPart
-from harness.subjects.base import LayerSpec, Rank
+from harness.subjects.rank import LayerSpec, Rank
 from harness.verification.budgets import rounding
 from reference.hf import DTYPES
 

@@ -21,7 +21,8 @@ from typing import Any, Literal, NoReturn
 import psutil
 
 from harness.checks.base import Check, CheckContext, Outcome, Whole
-from harness.subjects.base import Placement, Rank, Subject, SubjectFailure
+from harness.subjects.base import Placement, Subject, SubjectFailure
+from harness.subjects.rank import Rank
 from reference.checkpoints import random_checkpoint
 
 TP_SIZE = 2

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from harness.checks.base import Answer, CheckContext
-from harness.subjects.base import Rank
+from harness.subjects.rank import Rank
 from harness.verification.budgets import rounding, same_bits, sum_variance
 from reference.checkpoints import as_config, weight_shapes
 from reference.hf import DTYPES

@@ -45,16 +45,9 @@ from engine.scheduling.kv_cache import BlockManager
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import Request
 from engine.scheduling.sequence import Sequence as EngineSequence
-from harness.subjects.base import (
-    AttentionStep,
-    DrawRow,
-    LayerSpec,
-    Rotated,
-    Schedule,
-    SchedulerLimits,
-    StepInputs,
-)
+from harness.subjects.base import Schedule
 from harness.subjects.on_ranks import LiveRank
+from harness.subjects.rank import AttentionStep, DrawRow, LayerSpec, Rotated, SchedulerLimits, StepInputs
 from harness.verification.budgets import bits
 from reference.checkpoints import as_config
 from reference.hf import Activations

@@ -15,7 +15,8 @@ from torch import Tensor
 from engine.ranks.ranks import RankContext, RankFailure, Ranks, choose_fabric
 from harness.checks import CHECK_NAMES
 from harness.errors import refusal_of
-from harness.subjects.base import Loaded, Placement, Rank, Schedule, Subject, SubjectFailure
+from harness.subjects.base import Loaded, Placement, Schedule, Subject, SubjectFailure
+from harness.subjects.rank import Rank
 from reference.checkpoints import CheckpointError
 from reference.hf import Activations
 from reference.shards import Ownership

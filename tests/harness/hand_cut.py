@@ -23,20 +23,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from harness.subjects.base import (
-    AttentionStep,
-    DrawRow,
-    LayerSpec,
-    Loaded,
-    Placement,
-    Rank,
-    Rotated,
-    Schedule,
-    SchedulerLimits,
-    StepInputs,
-    Subject,
-    SubjectFailure,
-)
+from harness.subjects.base import Loaded, Placement, Schedule, Subject, SubjectFailure
+from harness.subjects.rank import AttentionStep, DrawRow, LayerSpec, Rank, Rotated, SchedulerLimits, StepInputs
 from reference.hf import DTYPES, Activations
 from reference.shards import Ownership
 

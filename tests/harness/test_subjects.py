@@ -18,10 +18,11 @@ from harness.checks.base import Cases, CheckContext, Outcome, together
 from harness.errors import UsageError
 from harness.faults.layouts import LAYOUTS
 from harness.subjects import subject_class
-from harness.subjects.base import CAPABILITIES, LayerSpec, Placement, StepInputs
+from harness.subjects.base import CAPABILITIES, Placement
 from harness.subjects.engine import EngineSubject
 from harness.subjects.engine_rank import EngineRank
 from harness.subjects.on_ranks import OnRanks
+from harness.subjects.rank import LayerSpec, StepInputs
 from harness.verification.cases import load_case
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, replay, verify
