@@ -12,7 +12,9 @@ from harness.errors import UsageError
 if TYPE_CHECKING:
     from harness.subjects.base import Subject
 
-SUBJECTS = {"engine": "harness.subjects.engine:EngineSubject"}
+SUBJECTS = {"engine": "harness.subjects.engine:EngineSubject",
+            "transformers": "harness.subjects.transformers:TransformersSubject",
+            "transformers-ep": "harness.subjects.transformers:ExpertParallelSubject"}
 
 
 def subject_class(name: str) -> type[Subject]:

@@ -170,11 +170,6 @@ class Rank(ABC):
     device: torch.device
     phase: str = ""
 
-    @staticmethod
-    @abstractmethod
-    def layout(config: Mapping[str, Any], name: str, shape: tuple[int, ...], tp_size: int) -> Ownership:
-        """As ``Subject.layout``, for any number of ranks."""
-
     @abstractmethod
     def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
         """Load this rank's shards."""
@@ -202,6 +197,11 @@ class Rank(ABC):
     def collectives(self) -> Collectives:
         """Capability ``collectives``."""
         raise missing("collectives", "collectives")
+
+    @staticmethod
+    def layout(config: Mapping[str, Any], name: str, shape: tuple[int, ...], tp_size: int) -> Ownership:
+        """As ``Subject.layout``, for any number of ranks and a model that need not be loaded. Capability ``layers``."""
+        raise missing("layers", "layout")
 
     def layer(self, spec: LayerSpec) -> Callable[[Tensor], Tensor]:
         """This rank's part of the layer, loaded: what the rank is given -> what it shows, on the CPU. Capability ``layers``."""

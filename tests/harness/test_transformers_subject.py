@@ -1,0 +1,188 @@
+"""Transformers' own tensor parallelism under the checks: right as it is, red where a bug is planted into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+from harness.checks import all_checks
+from harness.checks.base import CheckContext, Outcome, together
+from harness.errors import UsageError
+from harness.subjects.base import Placement, Subject, SubjectFailure
+from harness.subjects.transformers import (
+    ExpertParallelSubject,
+    TransformersRank,
+    TransformersSubject,
+    plain,
+)
+from harness.verification.reference_results import ReferenceResults
+from harness.verification.verify import VerifyPlan, verify
+from reference.checkpoints import CheckpointError
+from tests.harness.checking import OPTIONS, assert_green
+from tests.harness.conftest import MakeModel
+
+pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
+pytestmark = pytest.mark.multirank
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 48, "intermediate_size": 70, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 6, "head_dim": 10, "vocab_size": 101, "max_position_embeddings": 128, "attention_bias": True,
+    "mlp_bias": True, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""No size but the heads is one that 2 or 3 ranks get equal parts of."""
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_moe", "hidden_size": 48, "intermediate_size": 70, "moe_intermediate_size": 24, "num_experts": 6,
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8,
+    "vocab_size": 101, "max_position_embeddings": 128, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+# Bugs, planted into transformers inside a rank.
+
+
+def _scaled(rank: TransformersRank) -> None:
+    if rank.tp_rank == 1:
+        plain(rank.model.get_submodule("model.layers.1.self_attn.q_proj").weight).mul_(1.01)
+
+
+def _swapped(rank: TransformersRank) -> None:
+    own = plain(rank.model.get_submodule("model.layers.0.mlp.gate_proj").weight)
+    by_rank = [torch.empty_like(own) for _ in range(rank.tp_size)]
+    dist.all_gather(by_rank, own.clone())
+    own.copy_(by_rank[(rank.tp_rank + 1) % rank.tp_size])
+
+
+def _never_reduced(rank: TransformersRank) -> None:
+    module: Any = rank.model.get_submodule("model.layers.0.mlp.down_proj")
+    module.forward = lambda x: F.linear(x, plain(module.weight), plain(module.bias))
+
+
+def _bias_twice(rank: TransformersRank) -> None:
+    module: Any = rank.model.get_submodule("model.layers.1.self_attn.o_proj")
+    right: Callable[[Tensor], Tensor] = module.forward
+    module.forward = lambda x: right(x) + plain(module.bias)
+
+
+FAULTS: Mapping[str, tuple[Callable[[TransformersRank], None], str, set[int]]] = {
+    "one rank's projection scaled": (_scaled, "model.layers.1.self_attn.q_proj", {1}),
+    "shards swapped": (_swapped, "model.layers.0.mlp.gate_proj", {0, 1}),
+    "never reduced": (_never_reduced, "model.layers.0.mlp.down_proj", {0, 1}),
+    "bias counted twice": (_bias_twice, "model.layers.1.self_attn.o_proj", {0, 1}),
+}
+"""Name -> how it is planted, where, and the ranks that may be blamed."""
+
+
+class FaultyRank(TransformersRank):
+    """With the bug that the options name."""
+
+    def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
+        super().load(folder, dtype=dtype, options=options)
+        if "fault" in options:
+            with torch.no_grad():
+                FAULTS[options["fault"]][0](self)
+
+
+class Faulty(TransformersSubject):
+    """Ranks import this module to make theirs."""
+
+    rank_class: ClassVar[type[TransformersRank]] = FaultyRank
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Faulty]:
+    with Faulty(Placement(tp_size=2, fabric="gloo", job_timeout_s=120)) as subject:
+        yield subject
+
+
+def outcome(check: str, subject: Subject, folder: Path, dtype: str = "float32", **options: Any) -> Outcome:
+    """What the check says of the model's own checkpoint."""
+    subject.load(folder, dtype=dtype, options=OPTIONS | options)
+    results = ReferenceResults(folder, dtype=dtype)
+    return together(list(all_checks()[check].run(CheckContext(results=results, subject=subject, options=OPTIONS, seed=0,
+                                                               kind="model"))))
+
+
+@pytest.mark.slow
+def test_llama_is_right_on_ranks_that_get_unequal_parts(tiny_model: MakeModel) -> None:
+    report = verify(VerifyPlan(model="tiny", folder=tiny_model(LLAMA), tp_sizes=(1, 2, 3), subject="transformers"))
+    assert [row.message for row in report.checks if row.verdict not in ("pass", "skipped")] == []
+    assert {row.name for row in report.checks if row.verdict == "pass"} == {
+        "weights: model", "weights: indexed", "logits: model", "logits: near eps", "generation: model"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bug_in_it_is_red_at_its_module(two_ranks: Faulty, tiny_model: MakeModel, fault: str) -> None:
+    _, module, ranks = FAULTS[fault]
+    found = outcome("logits", two_ranks, tiny_model(LLAMA), fault=fault)
+    assert found.finding is not None
+    in_weights = outcome("weights", two_ranks, tiny_model(LLAMA), fault=fault)
+    if fault in ("one rank's projection scaled", "shards swapped"):
+        assert in_weights.module == module
+        assert in_weights.rank in ranks
+    else:
+        assert_green(in_weights)
+
+
+def test_it_says_what_share_is_sharded(two_ranks: Faulty, tiny_model: MakeModel) -> None:
+    two_ranks.load(tiny_model(LLAMA), dtype="float32", options=OPTIONS)
+    sharded = two_ranks.sharded()
+    assert 0.9 < sharded.parameters < 1  # norms and biases of row-parallel layers are whole
+    assert sharded.flops == 1
+
+
+def test_ranks_hold_unequal_parts_where_transformers_says_that_they_are(two_ranks: Faulty, tiny_model: MakeModel) -> None:
+    two_ranks.load(tiny_model(LLAMA), dtype="float32", options=OPTIONS)
+    owned = two_ranks.layout(LLAMA, "lm_head.weight", (101, 48))
+    assert (owned.dim, [len(indices) for indices in owned.indices]) == (0, [51, 50])
+    with pytest.raises(CheckpointError, match="tensor=nothing: the loaded model has no parameter that it went to"):
+        two_ranks.layout(LLAMA, "nothing", (1,))
+
+
+@pytest.mark.parametrize("make", [Faulty, ExpertParallelSubject])
+def test_experts_that_were_merged_while_loading_are_found_again(make: type[TransformersSubject], tiny_model: MakeModel) -> None:
+    folder = tiny_model(MOE)
+    with make(Placement(tp_size=2, fabric="gloo", job_timeout_s=120)) as subject:
+        assert_green(outcome("weights", subject, folder))
+
+
+def test_process_groups_end_with_their_model(two_ranks: Faulty, tiny_model: MakeModel) -> None:
+    counts = []
+    for _ in range(3):
+        two_ranks.load(tiny_model(LLAMA), dtype="float32", options=OPTIONS)
+        counts.append(two_ranks.run(_open_files))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def _open_files(rank: TransformersRank) -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_can_not_be_sharded_is_refused(two_ranks: Faulty, tiny_model: MakeModel) -> None:
+    folder = tiny_model(LLAMA)
+    with pytest.raises(UsageError, match="would run as threads, and DTensor needs processes: use --fabric gloo"):
+        TransformersSubject.check_fit(folder, [Placement(tp_size=5, fabric="threads")])
+    five_heads = tiny_model(LLAMA | {"hidden_size": 50, "num_attention_heads": 5, "num_key_value_heads": 5})
+    two_ranks.load(five_heads, dtype="float32", options=OPTIONS)
+    with pytest.raises(SubjectFailure, match="is invalid for input of size"):
+        two_ranks.logits(ReferenceResults(five_heads, dtype="float32").schedule)
+
+
+def test_what_is_still_under_way_is_waited_for(two_ranks: Faulty) -> None:
+    for total, kind in two_ranks.run(_sum_under_way):
+        assert (total.tolist(), kind) == ([3.0] * 1000, "Tensor")
+
+
+def _sum_under_way(rank: TransformersRank) -> tuple[Tensor, str]:
+    own = torch.full((1000,), rank.tp_rank + 1.0)
+    under_way = functional.all_reduce(own, "sum", dist.group.WORLD)
+    assert type(under_way).__name__ == "AsyncCollectiveTensor"
+    value = plain(under_way)
+    return value, type(value).__name__
