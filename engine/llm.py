@@ -88,6 +88,7 @@ class LLM:
         ``finish_reason="error"``: also where that happens to every prompt, nothing is raised.
 
         Args:
+            prompts: one, or a list of them.
             sampling_params: one for all prompts, or one for each.
             use_tqdm: show a progress bar where standard error is a terminal.
 
@@ -112,6 +113,9 @@ class LLM:
         """Answer one conversation, or each of a list of them.
 
         Args:
+            messages: one conversation or a list of them; a message is ``{"role": ..., "content": ...}``.
+            sampling_params: one for all conversations, or one for each.
+            use_tqdm: show a progress bar where standard error is a terminal.
             template_options: those of :meth:`preprocess_chat`.
 
         Raises:

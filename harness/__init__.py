@@ -1,0 +1,1 @@
+"""Holds the engine, or another subject, against the reference; plants faults; measures."""

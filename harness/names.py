@@ -1,4 +1,4 @@
-"""Names and folders that the command line knows before anything heavy is loaded. """
+"""Names and folders that the command line knows before anything heavy is loaded."""
 
 from __future__ import annotations
 

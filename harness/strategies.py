@@ -47,8 +47,11 @@ def pick_config(pick: Pick, *, tp_size: int, families: Sequence[str] = FAMILIES,
     ``tp_size``. No end-of-sequence token: random weights would stop at random.
 
     Args:
+        pick: a number between two, both included: drawn by hypothesis or a generator.
+        tp_size: ranks, each of which gets a query head.
         families: the values of ``model_type`` to pick from. Llamas get every bias that they can have.
         max_width: hidden size, about; the intermediate size goes up to four times that.
+        max_layers: at most so many, at least one.
     """
     model_type = families[pick(0, len(families) - 1)]
     num_kv_heads = pick(1, tp_size + 2)

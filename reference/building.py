@@ -20,10 +20,8 @@ _TURN = threading.RLock()
 def building(what: str) -> Iterator[None]:
     """Wait for this thread's turn to build a model.
 
-    Raises
-    ------
-    CheckpointError
-        transformers cannot do what is done inside; ``what`` begins the message.
+    Raises:
+        CheckpointError: if transformers cannot do what is done inside; ``what`` begins the message.
     """
     with _TURN:
         try:
@@ -37,10 +35,8 @@ def building(what: str) -> Iterator[None]:
 def read_config(folder: str | Path) -> Any:
     """The transformers config of ``folder``.
 
-    Raises
-    ------
-    CheckpointError
-        transformers cannot read it.
+    Raises:
+        CheckpointError: if transformers cannot read it.
     """
     with building(f"transformers cannot read the config.json in folder={folder}"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

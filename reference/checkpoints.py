@@ -55,15 +55,14 @@ def random_checkpoint(
     norm weights are near 1 but not 1, biases are not 0. A tensor's values depend on ``seed`` and its name
     alone: not on torch's global generator, other tensors, or ``dtype``, which only rounds them.
 
-    Parameters
-    ----------
-    config
-        A transformers config, or a dict with ``model_type``: "llama", "mistral", "phi3", "qwen2" and "qwen3"
-        are tested.
-    dtype
-        "float32", "float64" (float32's values), "bfloat16" or "float16".
-    max_shard_size
-        Bytes, or a size such as "500MB": more than that goes to further files, with an index. None: one file.
+    Args:
+        folder: made where it is missing.
+        config: a transformers config, or a dict with ``model_type``: "llama", "mistral", "phi3", "qwen2" and
+            "qwen3" are tested.
+        dtype: "float32", "float64" (float32's values), "bfloat16" or "float16".
+        seed: of all values.
+        max_shard_size: bytes, or a size such as "500MB": more than that goes to further files, with an index.
+            None: one file.
     """
     config = as_config(config)
     shapes = weight_shapes(config)
@@ -113,12 +112,9 @@ def resolve(model: str | Path) -> Path:
 
     Only safetensors are taken, and no code that a model brings along is ever run.
 
-    Raises
-    ------
-    DownloadError
-        It is not here and cannot be downloaded; the message says what to do instead.
-    CheckpointError
-        There is no such folder, it is not whole, or its weights are of a kind that is refused.
+    Raises:
+        DownloadError: if it is not here and cannot be downloaded; the message says what to do instead.
+        CheckpointError: if there is no such folder, it is not whole, or its weights are of a kind that is refused.
     """
     if str(model) == SMOLLM2:
         return fetch_smollm2()

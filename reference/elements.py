@@ -79,9 +79,7 @@ class ElementIndex:
 def checkpoint_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the checkpoint in ``folder``, by sorted name; headers only.
 
-    Raises
-    ------
-    CheckpointError
-        There is none, a file is missing or damaged, or one name is in two files.
+    Raises:
+        CheckpointError: if there is none, a file is missing or damaged, or one name is in two files.
     """
     return {name: tensor.shape for name, tensor in sorted(read_headers(Path(folder)).items())}

@@ -25,15 +25,14 @@ def convert_gguf(
 ) -> Path:
     """Write the model in ``path`` to ``folder`` as bfloat16 safetensors with config and tokenizer.
 
-    Parameters
-    ----------
-    on_tensor
-        Called with (tensors done, tensors in all) after each.
+    Args:
+        path: the GGUF file.
+        folder: where safetensors, config and tokenizer go.
+        on_tensor: called with (tensors done, tensors in all) after each.
 
-    Raises
-    ------
-    CheckpointError
-        The file is of another architecture or tokenizer, or its tensors are not those of its config.
+    Raises:
+        CheckpointError: if the file is of another architecture or tokenizer, or its tensors are not those of its
+            config.
     """
     try:
         # Only here: a host that is handed the converted folder may lack it.

@@ -70,17 +70,15 @@ class _Sizes:
 def owners(config: Any, name: str, shape: tuple[int, ...], tp_size: int) -> Ownership:
     """The owners of every element of tensor ``name`` of ``shape``.
 
-    Parameters
-    ----------
-    config
-        A Hugging Face config, or a dict like config.json.
-    name
-        As in the checkpoint, such as ``model.layers.0.self_attn.q_proj.weight``.
+    Args:
+        config: a Hugging Face config, or a dict like config.json.
+        name: as in the checkpoint, such as ``model.layers.0.self_attn.q_proj.weight``.
+        shape: the whole tensor's.
+        tp_size: ranks that share it.
 
-    Raises
-    ------
-    ValueError
-        The model cannot be split that far, the name is not known, or the shape is not what the config says.
+    Raises:
+        ValueError: if the model cannot be split that far, the name is not known, or the shape is not what the
+            config says.
     """
     sizes = _sizes(config)
     if not 1 <= tp_size <= sizes.num_q_heads:

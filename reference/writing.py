@@ -27,10 +27,8 @@ DTYPES = {
 def as_config(config: Any) -> Any:
     """A transformers config from one, or from a dict that names its ``model_type``.
 
-    Raises
-    ------
-    CheckpointError
-        ``config`` is a dict without ``model_type``, or of a type that transformers does not know.
+    Raises:
+        CheckpointError: if ``config`` is a dict without ``model_type``, or of a type that transformers does not know.
     """
     if not isinstance(config, Mapping):
         return copy.deepcopy(config)
@@ -49,10 +47,8 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
     Tied models have no ``lm_head.weight``: their checkpoints hold the embedding alone.
 
-    Raises
-    ------
-    CheckpointError
-        transformers cannot build such a model.
+    Raises:
+        CheckpointError: if transformers cannot build such a model.
     """
     config = as_config(config)
     with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):

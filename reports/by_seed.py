@@ -30,7 +30,8 @@ def faults_by_seed(reports: Iterable[Report]) -> pd.DataFrame:
 
 
 def _ranges(seeds: pd.Series[int]) -> str:
-    """
+    """Numbers as ranges.
+
     >>> _ranges(pd.Series([5, 0, 1, 2]))
     '0–2, 5'
     """

@@ -68,8 +68,10 @@ class SpeedChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckChange:
-    """One check and layout (of a check that has kinds, one kind there), before and after; ``message``, ``replay`` and
-    ``traceback`` are the candidate's."""
+    """One check and layout (of a check that has kinds, one kind there), before and after.
+
+    ``message``, ``replay`` and ``traceback`` are the candidate's.
+    """
 
     check: str
     kind: str = ""

@@ -391,6 +391,7 @@ class Calibration(Record):
 
 
 def refuse_duplicates(name: str, keys: Iterable[tuple[Any, ...]]) -> None:
+    """Raise ``ValueError`` if two rows of ``name`` have one key."""
     seen: dict[tuple[Any, ...], int] = {}
     for i, key in enumerate(keys):
         if key in seen:

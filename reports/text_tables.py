@@ -50,7 +50,7 @@ def format_cell(value: object) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with what no page, terminal or XML may hold, such as control codes, written as ``\\x1b``."""
+    r"""``text`` with what no page, terminal or XML may hold, such as control codes, written as ``\x1b``."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

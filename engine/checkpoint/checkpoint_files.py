@@ -139,6 +139,7 @@ def by_model_name(stored: Mapping[str, T], names: Collection[str], tied: Mapping
     either may be stored for both.
 
     Args:
+        stored: anything by a tensor's name in the files.
         names: all that the model wants to be given.
         tied: names of tied tensors -> the one of ``names`` that they are tied to.
 

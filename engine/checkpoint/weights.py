@@ -99,6 +99,7 @@ def checkpoint_names(model: nn.Module, modules: Sequence[Module]) -> dict[str, t
     """Checkpoint name -> (parameter name, shard_id) for every tensor that the model expects.
 
     Args:
+        model: this rank's, or one on ``meta``.
         modules: the module table of the model's family.
     """
     names: dict[str, tuple[str, str | int | None]] = {}
@@ -115,6 +116,8 @@ def load_weights(model: nn.Module, folder: str | Path, *, modules: Sequence[Modu
     """Fill the model's parameters with this rank's shards.
 
     Args:
+        model: this rank's, whose parameters have a ``weight_loader``.
+        folder: with the safetensors.
         modules: the module table of the model's family.
         tied: checkpoint names -> the tensor that they equal (``ModelConfig`` has seen to that): a copy is not read.
         headers_only: for a model on ``meta``: everything is checked but the values, which are not read.

@@ -1,0 +1,1 @@
+"""Requests as people make them and answers as they get them: prompts, parameters, text."""

@@ -19,6 +19,7 @@ def render_chats(tokenizer: Any, messages: Sequence[Message] | Sequence[Sequence
     """One prompt for each conversation: ``{"prompt": text, "prompt_token_ids": ids}``.
 
     Args:
+        tokenizer: of transformers, or None where the model brings none.
         messages: one conversation or a list of them; each message has a ``role``, and mostly ``content``: text, or a list of
             parts ``{"type": "text", "text": ...}``, which templates that know no lists get as one text.
         template_args: those of ``apply_chat_template``, and whatever the template itself knows.

@@ -127,8 +127,9 @@ class Detokenizer:
             self._last_text = text
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """Take all tokens that are left: the same text as by ``push``, in a fraction of the time where there are no stop strings.
-        ``finish`` must follow.
+        """Take all tokens that are left. ``finish`` must follow.
+
+        The text is the same as by ``push``, in a fraction of the time where there are no stop strings.
         """
         if not self._stop:
             self._num_tokens += len(token_ids)

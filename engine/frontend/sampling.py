@@ -108,6 +108,7 @@ def _is_list(value: Any) -> bool:
 
 
 def is_integer(value: Any) -> bool:
+    """Whether it is an integer of any library, and no boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -186,7 +186,7 @@ def importable_main() -> Iterator[None]:
 
 
 def socket_folder() -> str:
-    """multiprocessing's folder of this process, where its fork server listens. A socket's path may not be long.
+    """Where multiprocessing's fork server of this process listens. A socket's path may not be long.
 
     Raises:
         RuntimeError: if it is too long, and can't be helped.

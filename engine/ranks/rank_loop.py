@@ -42,6 +42,8 @@ class RankServer:
         """Start to listen.
 
         Args:
+            rank: this one.
+            connection: to the driver.
             on_gone: called once the driver is gone, but for a rank that was told to stop.
             watched: files that become readable when the driver is gone, beside the connection.
             shares_process: whether reports show the stack of the calling thread alone.
@@ -135,12 +137,17 @@ def connect_store(port: int, start_timeout_s: float) -> TCPStore:
 
 def join_group(*, rank: int, tp_size: int, backend: str, device: torch.device, open_store: Callable[[], Store],
                interface: str | None, collective_timeout_s: float) -> RankContext:
-    """Returns when all ranks have joined.
+    """Join the group of ranks; returns when all have joined.
 
     Args:
+        rank: this one, of ``tp_size``.
+        tp_size: ranks in the group.
+        backend: torch's name of it: gloo or nccl.
+        device: this rank's own.
         open_store: gives the store through which ranks find each other.
         interface: the network interface for gloo, which would look up the host's own name otherwise, and that not every machine
             can resolve.
+        collective_timeout_s: how long a collective may wait for the other ranks.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -91,7 +91,7 @@ def check_launch(launch: Launch, tp_size: int, fabric: str, device: torch.device
 
 
 def open_store(timeout_s: float) -> Store:
-    """torchrun's store, our part of it."""
+    """Our part of torchrun's store."""
     met = cast("Iterator[tuple[Store, int, int]]", rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     return PrefixStore("shardproof", next(met)[0])
 

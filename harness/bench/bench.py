@@ -146,6 +146,8 @@ def run_bench(plan: BenchPlan, watcher: Watcher | None = None, *, argv: list[str
     """Run the plan. Ctrl-C ends it early: what is finished is in the reports, and so is what is not.
 
     Args:
+        plan: what to measure.
+        watcher: told how far the run is.
         argv: the command line, for the report.
         workers: those of an earlier run, to go on with; they stay, unless it is interrupted.
         with_hardware: measure the hardware's ceilings first; without them no row has a bound.

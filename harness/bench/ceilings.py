@@ -30,6 +30,8 @@ def measure(rank: RankContext, dtype: str, num_threads: int | None) -> Figures:
     """Job: one round. Random data: zeros are multiplied faster, since they draw less power.
 
     Args:
+        rank: where it runs.
+        dtype: of the matrices that are multiplied.
         num_threads: on a CPU; None leaves it at what the engine uses.
 
     Returns:

@@ -107,7 +107,7 @@ def _torch_all_reduce(x: Tensor, group: Any) -> Tensor:
 
 
 def _symmetric_ways(rank: RankContext, message_bytes: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """torch's peer-to-peer all-reduces. Multicast (``multimem_*``) stays unused."""
+    """Peer-to-peer all-reduces of torch. Multicast (``multimem_*``) stays unused."""
     import torch.distributed._symmetric_memory as symmetric
 
     assert isinstance(rank.tp, ProcessTPGroup), "symmetric memory needs process ranks"

@@ -70,10 +70,14 @@ def build(rank: RankContext, folder: Path, dtype: str, work: LayersWork,
     """Job: make every layer and batch ready to be timed.
 
     Args:
+        rank: where it runs; the layers stay in its state.
+        folder: of the model whose layers they are.
+        dtype: of weights and inputs.
+        work: which batch sizes and how weights are placed.
         slower: layer -> share of its work that is done on top, to see whether that is found.
 
     Returns:
-        bytes and floating-point operations that one call of this rank must at least move and do, by case.
+        Bytes and floating-point operations that one call of this rank must at least move and do, by case.
     """
     rank.phase = "build layers"
     if rank.device.type == "cpu":

@@ -63,7 +63,10 @@ def too_large(memory: Memory, works: Sequence[GenerateWork], peers_of: Callable[
     """Works that don't fit into the memory that is free, and why. Those that do, do so together.
 
     Args:
+        memory: what engines hold of this model, in bytes.
+        works: to be run one after the other.
         peers_of: the engines that run a case beside our own.
+        tp_sizes: of our own engine.
         num_sides: checkouts that take turns.
     """
     available = float(psutil.virtual_memory().available)

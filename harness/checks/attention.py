@@ -162,9 +162,7 @@ class _Problem:
                              shared=case.shared, seed=case.seed)
 
     def dense(self, q_heads: range) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that are compared, sequence after sequence, ``[R]``; of these heads the exact result and the variance of its
-        rounding.
-        """
+        """Compared rows ``[R]``, sequence after sequence; of these heads the exact result and its rounding's variance."""
         parts: list[tuple[Tensor, ...]] = []
         group = self.case.num_q_heads // self.case.num_kv_heads
         kv_heads = torch.tensor([head // group for head in q_heads])

@@ -73,6 +73,7 @@ class DrawCase:
 
 
 def draw_sampler(context: CheckContext) -> list[DrawCase]:
+    """The cases of a seed."""
     return draw_cases(random.Random(context.seed), context.dtype, context.tp_size)
 
 

@@ -43,6 +43,7 @@ def draw_cases(draw: random.Random, config: dict[str, Any], dtype: str, tp_size:
 
 
 def draw_sizes(draw: random.Random, tp_size: int) -> dict[str, int]:
+    """Sizes of one model, by their names in a layer's case, with something for every rank."""
     num_kv_heads = draw.randint(1, 4)
     group = draw.randint(-(-tp_size // num_kv_heads), max(4, tp_size))
     return {"hidden_size": draw.randint(1, 40), "intermediate_size": draw.randint(tp_size, 8 * tp_size),

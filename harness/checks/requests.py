@@ -62,6 +62,7 @@ class Case:
 
 
 def check_requests(context: CheckContext) -> Outcome:
+    """Draw requests, or replay them, and hold each answer against what its parameters ask for."""
     device = context.results.device
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         talker = Talker(Path(scratch) / "talker", context.results.config, tp_size=context.tp_size, dtype=DTYPES[device],
@@ -103,7 +104,8 @@ class _Session:
                        finding=finding)
 
     def run(self, llm: Any) -> None:
-        """
+        """Send all requests: alone, mixed, streamed.
+
         Raises:
             WrongAnswerError: at the first answer that is wrong.
         """

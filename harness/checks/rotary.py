@@ -57,6 +57,7 @@ class RotaryCase:
 
 
 def draw_rotary(context: CheckContext) -> list[RotaryCase]:
+    """The cases of a seed, for the model under test."""
     config = context.results.config
     has_norms = any(name.endswith("self_attn.q_norm.weight") for name in weight_shapes(as_config(config)))
     return draw_cases(random.Random(context.seed), config, context.dtype, has_norms=has_norms)

@@ -95,8 +95,9 @@ def talker_config(config: dict[str, Any], tp_size: int, vocab_size: int) -> dict
 
 
 def negative_logits_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
-    """A random model whose logits are about -18, give or take 2: feature 0 is 4 in every hidden state, and the final norm
-    turns its sign round before the LM head multiplies it by 4 again.
+    """A random model whose logits are about -18, give or take 2.
+
+    Feature 0 is 4 in every hidden state, and the final norm turns its sign round before the LM head multiplies it by 4 again.
     """
     random_checkpoint(folder, config, dtype=dtype, seed=seed)
     with edited(folder) as tensors:

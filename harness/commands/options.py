@@ -39,7 +39,8 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def check_device(device: str) -> None:
-    """
+    """Refuse a device that is not there.
+
     Raises:
         CouldNotRunError: if it is a GPU, and there is none.
     """

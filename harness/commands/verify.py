@@ -94,7 +94,7 @@ def _tp_sizes(tp: str | None, ranks: Ranks | None) -> tuple[int, ...]:
 
 @contextmanager
 def _torchrun_ranks(fabric: str, device: str) -> Iterator[Ranks | None]:
-    """torchrun's ranks, or None if it did not start this process. In its processes of other ranks than 0 all ends here."""
+    """The ranks that torchrun started, or None if it did not start this process. On ranks other than 0 all ends here."""
     from engine.ranks.ranks import Ranks
     from engine.ranks.torchrun import launched, serve
     from harness.verification.verify import JOB_TIMEOUT_S

@@ -96,7 +96,17 @@ def fault(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[
     """Register a function that plants a fault. Its name is the fault's, its docstring says what goes wrong.
 
     Args:
-        name, what: instead of those two, for a function that a table makes.
+        rows: the public bugs that it recreates, by number in ``harness.faults.catalogue``.
+        layout: the tiny model on which it is planted.
+        tp_sizes: at which it shows.
+        checks: those that must see it, or ``LOAD`` where the model must not even load.
+        module: where localisation must place it.
+        effect: what the classification must call it.
+        device: "cuda" for what only a GPU runs.
+        where: in the ranks, in the driver, or in both.
+        field: the field of ``ModelConfig`` that it misreads.
+        name: instead of the function's, for a function that a table makes.
+        what: instead of its docstring, likewise.
     """
 
     def register(plant: Plant) -> Plant:

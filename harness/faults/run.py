@@ -91,7 +91,9 @@ def run_faults(plan: FaultPlan, *, on_row: OnRow = lambda row: None,
     """Run the plan. One row a fault and tp_size, one for localisation, and one for each public bug that is not planted.
 
     Args:
+        plan: which faults, on which numbers of ranks.
         on_row: gets the row of each fault as it is done.
+        on_start: told of each fault before it is planted.
 
     Raises:
         Interrupted: on Ctrl-C, with the report as far as it is done.

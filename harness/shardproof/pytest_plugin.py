@@ -26,13 +26,15 @@ _pools = pytest.StashKey["RankPools"]()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    if pluginmanager.has_plugin("harness.plugin"):  # perhaps from a conftest file, when it is too late for the hook below
+    """At once where the project loads ``harness.plugin``: perhaps from a conftest file, too late for the hook below."""
+    if pluginmanager.has_plugin("harness.plugin"):
         _add_options(parser)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None, None, None]:
-    yield  # plugins and conftest files that ask for nothing add their options first
+    """After plugins and conftest files that ask for nothing, which add their options first."""
+    yield
     _add_options(parser)
 
 
@@ -62,9 +64,9 @@ def _dest(name: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Markers, and sizes that make no sense refused before the run starts."""
     config.addinivalue_line("markers", "multirank: starts several ranks as processes on the CPU (gloo)")
     config.addinivalue_line("markers", "multigpu: needs two GPUs or more (NCCL)")
-    # Here, so that wrong sizes end the run before it starts.
     config.stash[_tp_sizes] = tp_sizes(config.getoption(_dest("--tp-sizes"), "2"))
     config.stash[_count] = Count()
     config.pluginmanager.register(config.stash[_count])
@@ -83,6 +85,7 @@ def tp_sizes(text: str) -> list[int]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give ``tp_size`` its values where neither a fixture nor a mark does."""
     # After all others. pytest has no public way to ask whether a fixture, a mark or another hook provides a name.
     if "tp_size" in metafunc.fixturenames and "tp_size" not in metafunc._arg2fixturedefs:
         sizes: list[int] = metafunc.config.stash[_tp_sizes]
@@ -91,6 +94,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)  # of those that are left when others have deselected theirs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are."""
     if any(_takes_ranks(item) for item in items):
         _check_packages()
     if not (needy := [item for item in items if _needs_gpus(item)]):
@@ -119,6 +123,7 @@ def _check_packages() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Say in the report whether the test needed GPUs."""
     report = yield
     report.needs_gpus = _needs_gpus(item)  # type: ignore[attr-defined]  # an attribute of ours, which travels along
     return report
@@ -137,6 +142,7 @@ class Count:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run of multigpu tests that were all skipped."""
     config = session.config
     count = config.stash[_count]
     if exitstatus == 0 and count.skipped and not count.ran \
@@ -150,6 +156,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Bound how long this test's ranks may hang."""
     if (pools := item.config.stash.get(_pools, None)) is not None:
         pools.begin_test()
 

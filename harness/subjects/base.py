@@ -155,6 +155,7 @@ class Subject(ABC):
 
         Args:
             folder: a Hugging Face model folder.
+            dtype: as torch names it, such as "bfloat16".
             options: sizes of the cache and of a step by vLLM's names, which a subject without a paged cache may ignore.
 
         Raises:
@@ -168,6 +169,8 @@ class Subject(ABC):
 
         Args:
             config: a model's config.json, as transformers reads it: not only of what is loaded.
+            name: as in the checkpoint, such as ``model.layers.0.self_attn.q_proj.weight``.
+            shape: as in the checkpoint.
         """
 
     @staticmethod
@@ -178,6 +181,7 @@ class Subject(ABC):
     @abstractmethod
     def shards(self) -> Iterator[tuple[str, list[Tensor | None]]]:
         """Each checkpoint tensor with every rank's shard of it, as it is computed with, on the CPU; None of a rank that has none.
+
         ``lm_head.weight`` also where it is tied.
         """
 
@@ -195,6 +199,7 @@ class Subject(ABC):
         """The token ids that follow each prompt, all prompts in one batch.
 
         Args:
+            prompts: token ids.
             params: sampling parameters of each, by vLLM's names.
             options: sizes of the cache and of a step for this call, in place of those that were loaded; may be ignored as there.
         """

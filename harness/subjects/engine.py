@@ -33,7 +33,8 @@ class EngineSubject(OnRanks):
 
     @classmethod
     def check_fit(cls, folder: Path, placements: Sequence[Placement]) -> None:
-        """
+        """Refuse what the engine can't run, before anything starts.
+
         Raises:
             UsageError: if there are more ranks than query heads, or a fabric does not fit its device.
             UnsupportedModelError: if the engine can't run such a model.
@@ -122,7 +123,7 @@ class EngineRequests:
 
     @contextmanager
     def stream(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Iterator[Any]:
-        """vLLM's outputs as they come."""
+        """Outputs as they come, by vLLM's names."""
         with as_subject_failure(), self._llm.stream(prompts, params) as items:
             yield items
 

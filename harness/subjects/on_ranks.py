@@ -167,6 +167,7 @@ def as_subject_failure() -> Iterator[None]:
 
 
 def subject_failure(failure: RankFailure) -> SubjectFailure:
+    """The same failure as checks know it."""
     return SubjectFailure(str(failure), failures=failure.failures, divergence=failure.divergence, job=failure.job)
 
 

@@ -78,7 +78,8 @@ class TransformersRank(LiveRank):
     expert_parallel: ClassVar[bool] = False
 
     def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
-        """
+        """Load and shard by the model's ``tp_plan``.
+
         Raises:
             ValueError: as transformers refuses the model or the number of ranks.
         """
@@ -253,7 +254,8 @@ class TransformersSubject(OnRanks):
 
     @classmethod
     def check_fit(cls, folder: Path, placements: Sequence[Placement]) -> None:
-        """
+        """Refuse what transformers can't shard, before anything starts.
+
         Raises:
             UsageError: if ranks would be threads, or ``accelerate`` is missing.
             CheckpointError: if it is no causal language model of transformers.

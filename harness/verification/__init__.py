@@ -1,0 +1,1 @@
+"""Holding a subject against the reference: results, budgets, the first wrong module, what went wrong, saved cases."""

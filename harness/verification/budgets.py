@@ -148,6 +148,7 @@ def sum_variance(squares: Tensor, total: Tensor, dtype: str, *, addends: int, pa
     Args:
         squares: sum of the squares of the addends, ``x**2 @ (W**2).T + b**2`` for a layer; float64, as what follows.
         total: the exact sum.
+        dtype: of the addends and of the result.
         addends: how many there are; of products, so many multiplications as well.
         parts: partial sums, one a rank, that are rounded to ``dtype`` before and while they are added up.
     """
@@ -167,6 +168,8 @@ def rounding(candidate: Tensor, exact: Tensor, variance: Tensor, *, shared: bool
     Three statistics: the largest element (n = 1), the worst row (n = F), all of it (n = T F); each has ``CHANCE`` for the tensor.
 
     Args:
+        candidate: ``[T, F]`` in the dtype under test.
+        exact: ``[T, F]`` float64.
         variance: ``[T, F]`` float64, of the error of each element; see ``sum_variance``.
         shared: the elements of a row share some of their error, such as the sum that a softmax divides by: a row then counts as
             one value in n, however many it has.
@@ -225,8 +228,10 @@ def measure(candidate: Tensor, baseline: Tensor, exact: Tensor, dtype: str,
     the exact values; without ``simulated``, the largest of all rows, since one draw of rounding may be lucky on any.
 
     Args:
-        candidate, baseline: ``[T, F]`` in the dtype under test.
+        candidate: ``[T, F]`` in the dtype under test.
+        baseline: likewise, of the unsharded reference.
         exact: ``[T, F]`` float64.
+        dtype: the one under test.
         simulated: ``[T, F]`` float64 each, exact but for simulated rounding (``harness.verification.simulated``).
     """
     if not exact.numel():
@@ -281,8 +286,10 @@ def too_many_flips(candidate_flips: int, candidate_total: int, baseline_flips: i
 
 
 def batch_flips(dtype: str) -> int:
-    """How many completions may differ between a batch and another one by rounding: of some hundred drawn tokens, each with a
-    chance of about 1e-6 in float32 that two candidates are so close, two differ with 1e-8; in float64 one does with 1e-13.
+    """How many completions may differ between a batch and another one by rounding.
+
+    Of some hundred drawn tokens, each with a chance of about 1e-6 in float32 that two candidates are so close, two differ with
+    1e-8; in float64 one does with 1e-13.
     """
     return 0 if dtype == "float64" else 1
 
@@ -309,9 +316,9 @@ def improbability(baseline: Tensor, exact: Tensor, token_ids: list[int], *, temp
 
 
 def improbable_counts(count_V: Tensor, probability_V: Tensor) -> float:
-    """How hard it is to believe that independent draws from these probabilities came out so often each, as a fraction of what
-    can't be believed; infinite if something was drawn whose probability is 0.
+    """Counts of independent draws, over the rejection threshold: above 1 they are improbable.
 
+    Infinite if something was drawn whose probability is 0.
     By Bernstein's inequality (Boucheron, Lugosi and Massart 2013, section 2.8) n draws of probability p miss np by more than
     ``t = L/3 + sqrt(L**2 / 9 + 2 n p (1 - p) L)`` with a chance of at most ``2 exp(-L)``; all V together are given IMPROBABLE.
     """

@@ -103,7 +103,10 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     """Run the plan. Findings and exceptions inside checks are rows of the report; what is wrong with the plan is raised.
 
     Args:
+        plan: which checks, on which numbers of ranks.
         on_row: gets one row for each check that is done, whatever kinds it has.
+        on_start: told of each check before it begins.
+        on_outcome: gets what each check found, kind by kind.
         ranks: those to run on, which live elsewhere (torchrun's); None: start some for each of the plan's tp_sizes. The caller
             closes them.
 
@@ -146,7 +149,8 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
 
 
 def refuse_repeats(name: str, values: Sequence[object]) -> None:
-    """
+    """Refuse a value that is given twice.
+
     Raises:
         UsageError: if something is named twice: two rows that nobody could tell apart.
     """

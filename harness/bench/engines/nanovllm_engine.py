@@ -26,6 +26,8 @@ class _NoTokenizer:
 
 
 class NanoVllmEngine:
+    """nano-vllm, one process a rank of its own."""
+
     fabric = "own"
 
     def __init__(self, spec: EngineSpec, folder: Path) -> None:

@@ -15,6 +15,8 @@ from harness.bench.workloads import Requests
 
 
 class ShardproofEngine:
+    """``LLM``, with no more cache than the workload needs."""
+
     def __init__(self, spec: EngineSpec, folder: Path) -> None:
         block_size = 256 if spec.device == "cuda" else 16
         num_blocks = sum(-(-length // block_size) for length in spec.sequence_lens)

@@ -14,6 +14,8 @@ from harness.bench.workloads import Requests
 
 
 class VllmEngine:
+    """vLLM with token ids in and out: no tokenizer, no prefix caching."""
+
     fabric = "own"
 
     def __init__(self, spec: EngineSpec, folder: Path) -> None:

@@ -118,6 +118,7 @@ def is_sum(case: Case) -> bool:
 
 
 def values_of(case: Case) -> str:
+    """The kind of a case's values, as rows name it."""
     return "integers" if case.integers else "reals"
 
 
