@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from engine.checkpoint.checkpoint_files import SINGLE_FILE, CheckpointError, DownloadError, named_files
+from engine.checkpoint.checkpoint_files import CONFIG_FILE, SINGLE_FILE, CheckpointError, DownloadError, named_files
 
 SMOLLM2 = "smollm2"
 SMOLLM2_FOLDER = "smollm2-135m-instruct"
@@ -28,6 +29,15 @@ def find_model(model: str | Path) -> Path:
         CheckpointError: if there is no such folder, or a downloaded index is broken.
         DownloadError: if it is not here and can't be downloaded, or smollm2 was not fetched yet.
     """
+    return _find(model, _snapshot, "config.json, *.safetensors and tokenizer files")
+
+
+def find_config(model: str | Path) -> Path:
+    """The same, where the config alone is asked for: of a hub id nothing else is downloaded. Raises as `find_model` does."""
+    return _find(model, lambda name: Path(huggingface_hub.hf_hub_download(name, CONFIG_FILE)).parent, CONFIG_FILE)
+
+
+def _find(model: str | Path, download: Callable[[str], Path], files: str) -> Path:
     name = str(model)
     if not name.strip():
         raise CheckpointError("model='' is empty: give smollm2, a Hugging Face folder, or a hub id")
@@ -42,14 +52,14 @@ def find_model(model: str | Path) -> Path:
     if isinstance(model, Path) or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise CheckpointError(f"model={name!r}: there is no such folder")
     try:
-        return _snapshot(name)
+        return download(name)
     except CheckpointError:
         raise
     except (OSError, HFValidationError) as failure:
         raise DownloadError(
             f"model={name!r} is no folder here, and as a model id it could not be downloaded "
             f"({type(failure).__name__}: {(str(failure).strip().splitlines() or [''])[0]}). Without network: "
-            f"copy its config.json, *.safetensors and tokenizer files into a folder and pass that"
+            f"copy its {files} into a folder and pass that"
         ) from failure
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +53,8 @@ def verify_command(
         f"Only this check (again for more): {', '.join(CHECK_NAMES)}."))] = None,
     subject: Annotated[str, typer.Option(autocompletion=lambda: list(SUBJECTS), help=(
         f"What to verify: {', '.join(SUBJECTS)}, or your own as package.module:Class, which is run."))] = "engine",
+    shrink: Annotated[bool, typer.Option("--shrink", help="Verify a tiny random model of MODEL's architecture; MODEL is a "
+                                                         "model_type, a folder with config.json, or a hub id.")] = False,
     seed: Seed = 0,
     case: Annotated[Path | None, typer.Option(help="Run one saved finding again; all else comes from the file.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv; findings are saved in its "
@@ -79,8 +83,23 @@ def verify_command(
         tp_sizes = _tp_sizes(tp, ranks)
         prepare_out(out)
         check_device(device)
-        plan = replace(plan, folder=model_folder(model, dtype=dtype), tp_sizes=tp_sizes)
+        if shrink:
+            plan = replace(plan, model=(folder := _shrunk(model, seed, dtype)), folder=Path(folder), tp_sizes=tp_sizes)
+        else:
+            plan = replace(plan, folder=model_folder(model, dtype=dtype), tp_sizes=tp_sizes)
         _verify(plan, out, ranks, as_json=as_json, quiet=quiet)
+
+
+def _shrunk(model: str, seed: int, dtype: str) -> str:
+    """The folder of ``model`` made tiny, in the cache: a finding's command has to find it again."""
+    from engine.checkpoint.hub import cache_folder
+    from reference.shrink import shrink
+
+    dtype = "float32" if dtype == "auto" else dtype
+    name = re.sub(r"[^\w.-]+", "-", model).strip("-.")
+    folder = (cache_folder() / "tiny" / f"{name}-{dtype}-{seed}").absolute()
+    shutil.rmtree(folder, ignore_errors=True)  # what MODEL is may have changed
+    return str(shrink(model, folder, seed=seed, dtype=dtype))
 
 
 def _tp_sizes(tp: str | None, ranks: Ranks | None) -> tuple[int, ...]:

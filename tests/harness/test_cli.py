@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -63,6 +64,18 @@ def test_verify_ends_with_0_and_writes_its_report(model: Path, tmp_path: Path) -
     assert "all green" in stdout
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".html", ".csv"}
     assert [row.check for row in whole_checks(read_report(tmp_path).checks)] == ["weights", "logits"]
+
+
+def test_a_config_without_weights_is_verified_shrunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDPROOF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(small_config("llama", num_hidden_layers=40)))
+    code, stdout, stderr = run("verify", tmp_path / "large", "--shrink", "--tp", "3", "--fabric", "threads", "--check", "weights",
+                               "--out", tmp_path / "out")
+    assert code == 0, stderr
+    assert "all green" in stdout
+    code, _, stderr = run("verify", tmp_path / "nothing", "--shrink", "--tp", "2", "--out", tmp_path / "out")
+    assert code == 3, stderr
 
 
 def test_the_table_of_verify_has_one_line_a_check_and_its_pages_one_a_kind(model: Path, tmp_path: Path) -> None:
