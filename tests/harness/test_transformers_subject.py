@@ -155,10 +155,10 @@ def test_experts_that_were_merged_while_loading_are_found_again(make: type[Trans
 
 def test_process_groups_end_with_their_model(two_ranks: Faulty, tiny_model: MakeModel) -> None:
     counts = []
-    for _ in range(3):
+    for _ in range(5):
         two_ranks.load(tiny_model(LLAMA), dtype="float32", options=OPTIONS)
         counts.append(two_ranks.run(_open_files))
-    assert counts[0] == counts[1] == counts[2]
+    assert counts[1:] == [counts[-1]] * 4
 
 
 def _open_files(rank: TransformersRank) -> int:
