@@ -11,14 +11,14 @@ import numpy as np
 
 from reports import metrics
 from reports.bootstrap import can_be_sure, interval_of_gain, interval_of_paired_gain
-from reports.records import BenchRow, CheckRow, Report, RunInfo, whole_checks
+from reports.records import AtlasRow, BenchRow, CheckRow, Report, RunInfo, whole_checks
 
 SpeedVerdict = Literal["slower", "too noisy", "faster", "same", "only in baseline", "only in candidate"]
 CheckVerdict = Literal[
     "broken", "new finding", "worse error", "no longer compared", "still failing", "fixed", "now compared",
     "same", "only in baseline", "only in candidate",
 ]  # fmt: skip
-
+AtlasChangeVerdict = Literal["broken", "other verdict", "mended", "same", "only in baseline", "only in candidate"]
 
 HARDWARE = "hardware"
 """The workload of rows that tell what the machine could do in this run. Slower ones explain, and fail nothing."""
@@ -96,6 +96,30 @@ class CheckChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AtlasChange:
+    """One architecture, layout and tp_size, before and after: ``broken`` was right and is not, ``mended`` was wrong, refused or
+    crashed and is right; ``message`` and ``replay`` are the candidate's."""
+
+    architecture: str
+    layout: str
+    subject: str
+    dtype: str
+    tp_size: int
+    verdict: AtlasChangeVerdict
+    baseline: str
+    candidate: str
+    baseline_error: float | None = None
+    candidate_error: float | None = None
+    message: str = ""
+    replay: str = ""
+
+    @property
+    def name(self) -> str:
+        """As ``AtlasRow.name``."""
+        return self.architecture if self.layout == "base" else f"{self.architecture}: {self.layout}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Everything that `compare` found. ``differences`` of machines, ``switches``: field -> (before, after).
 
@@ -113,11 +137,13 @@ class Comparison:
     smallest_effect: float
     confidence: float
     in_turns: bool = False
+    atlas: Sequence[AtlasChange] = ()
 
     @property
     def counts(self) -> Counter[str]:
-        """How many rows of each verdict, speeds and checks together."""
-        return Counter([change.verdict for change in self.checks] + [change.verdict for change in self.speeds])
+        """How many rows of each verdict, speeds, checks and atlas together."""
+        return Counter([*(change.verdict for change in self.checks), *(change.verdict for change in self.speeds),
+                        *(change.verdict for change in self.atlas)])
 
     @property
     def machine_lost(self) -> float:
@@ -125,10 +151,11 @@ class Comparison:
         return _machine_lost(self.speeds)
 
     @property
-    def regressions(self) -> list[SpeedChange | CheckChange]:
-        """The rows that fail this comparison: broken checks, new findings and rows that are slower by enough (``fails_at``)."""
+    def regressions(self) -> list[SpeedChange | CheckChange | AtlasChange]:
+        """The rows that fail this comparison: what is broken, new findings and rows that are slower by enough (``fails_at``)."""
         broken = [change for change in self.checks if change.verdict in ("broken", "new finding")]
-        return [*broken, *(change for change in self.speeds if self._is_too_slow(change))]
+        return [*broken, *(change for change in self.atlas if change.verdict == "broken"),
+                *(change for change in self.speeds if self._is_too_slow(change))]
 
     def _is_too_slow(self, change: SpeedChange) -> bool:
         if change.verdict != "slower" or change.workload == HARDWARE or self.fails_at is None:
@@ -204,6 +231,7 @@ def compare(
         candidate=candidate.run,
         speeds=speeds,
         checks=_compare_checks(baseline.checks, candidate.checks, error_spread),
+        atlas=_compare_atlas(baseline.atlas, candidate.atlas),
         differences=differences,
         switches=_differences(_texts(baseline.run.switches), _texts(candidate.run.switches)),
         fails_at=fails_at,
@@ -327,6 +355,30 @@ def _check_verdict(old: CheckRow | None, new: CheckRow | None, spread: float) ->
         return "now compared" if was == "skipped" else "fixed"
     grown = (new.error_over_budget or 0.0) - (old.error_over_budget or 0.0)
     return "worse error" if grown > spread else "same"
+
+
+def _compare_atlas(old_rows: Sequence[AtlasRow], new_rows: Sequence[AtlasRow]) -> list[AtlasChange]:
+    old, new = ({row.key: row for row in rows} for rows in (old_rows, new_rows))
+    changes = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        row = after or old[key]
+        changes.append(AtlasChange(
+            **{name: getattr(row, name) for name in ("architecture", "layout", "subject", "dtype")}, tp_size=row.tp_size,
+            verdict=_atlas_verdict(before, after),
+            baseline=before.verdict if before else "", candidate=after.verdict if after else "",
+            baseline_error=before.error_over_budget if before else None,
+            candidate_error=after.error_over_budget if after else None,
+            message=after.message if after else "", replay=after.replay if after else ""))
+    return changes
+
+
+def _atlas_verdict(old: AtlasRow | None, new: AtlasRow | None) -> AtlasChangeVerdict:
+    if old is None or new is None:
+        return "only in candidate" if old is None else "only in baseline"
+    if old.verdict == new.verdict:
+        return "same"
+    return "broken" if old.verdict == "right" else "mended" if new.verdict == "right" else "other verdict"
 
 
 def _differences(old: dict[str, str], new: dict[str, str]) -> dict[str, tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from reports.compare import CheckChange, Comparison, SpeedChange
+from reports.compare import AtlasChange, CheckChange, Comparison, SpeedChange
 from reports.metrics import label
 from reports.tables import verdict_cell
 from reports.text_tables import format_number, printable
@@ -23,11 +23,14 @@ def comparison_junit(comparison: Comparison) -> str:
     """One test case a row: regressions are failures, rows that could not be compared are skipped."""
     root = ElementTree.Element("testsuites", name="shardproof compare")
     failed = {id(change) for change in comparison.regressions}
-    suites: tuple[tuple[str, list[SpeedChange | CheckChange]], ...] = (
+    suites: tuple[tuple[str, list[SpeedChange | CheckChange | AtlasChange]], ...] = (
         ("checks", list(comparison.checks)),
         ("speed", list(comparison.speeds)),
+        ("atlas", list(comparison.atlas)),
     )
     for name, changes in suites:
+        if name == "atlas" and not changes:
+            continue
         suite = ElementTree.SubElement(root, "testsuite", name=name, tests=str(len(changes)), errors="0")
         suite.set("failures", str(sum(id(change) in failed for change in changes)))
         suite.set("skipped", str(sum(change.verdict in _NOT_COMPARED for change in changes)))
@@ -44,19 +47,23 @@ def comparison_junit(comparison: Comparison) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _group(change: SpeedChange | CheckChange) -> str:
+def _group(change: SpeedChange | CheckChange | AtlasChange) -> str:
+    if isinstance(change, AtlasChange):
+        return printable(change.architecture)
     return printable(change.check if isinstance(change, CheckChange) else change.workload)
 
 
-def _name(change: SpeedChange | CheckChange) -> str:
+def _name(change: SpeedChange | CheckChange | AtlasChange) -> str:
+    if isinstance(change, AtlasChange):
+        return printable(f"{change.layout} {change.subject} {change.dtype} tp{change.tp_size}")
     layout = f"{change.model} {change.dtype} {change.fabric} tp{change.tp_size}"
     if isinstance(change, CheckChange):
         return printable(f"{change.name} {layout}")
     return printable(f"{change.case} {change.engine} {layout} {change.metric}")
 
 
-def _detail(change: SpeedChange | CheckChange) -> str:
-    if isinstance(change, CheckChange):
+def _detail(change: SpeedChange | CheckChange | AtlasChange) -> str:
+    if isinstance(change, CheckChange | AtlasChange):
         replay = f"\nRun it again: {change.replay}" if change.replay else ""
         before = verdict_cell(change.baseline or "absent", change.baseline_error)
         sides = f"{before} before, {verdict_cell(change.candidate or 'absent', change.candidate_error)} now"

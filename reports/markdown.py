@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from reports.calibration import calibration_tables
-from reports.compare import CheckChange, Comparison
-from reports.records import CheckRow, Report, RunInfo
+from reports.compare import AtlasChange, CheckChange, Comparison
+from reports.records import AtlasRow, CheckRow, Report, RunInfo
 from reports.summary import (
     Headline,
     comparison_headline,
@@ -23,6 +23,9 @@ from reports.summary import (
 )
 from reports.tables import (
     BOUND_NOTE,
+    atlas_changes_table,
+    atlas_counts,
+    atlas_pivot,
     bench_tables,
     check_changes_table,
     checks_pivot,
@@ -63,6 +66,11 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
         table = joined(not_measured_table(report.not_measured))
         parts += ["## Not measured\n", to_markdown(without_constants(table, ())[0])]
         parts += [_folded(f"Traceback: {row.reason}", row.traceback) for row in report.not_measured if row.traceback]
+    if report.atlas:
+        parts += ["## Atlas\n", to_markdown(atlas_counts(report.atlas))]
+        parts += [_told(row, f"tp_size {row.tp_size} · {row.dtype} · {row.subject}") for row in report.atlas
+                  if row.verdict == "wrong"]
+        parts.append(f"<details><summary>Every row</summary>\n\n{_compact(atlas_pivot(report.atlas))}\n</details>\n")
     parts.append(_how_it_ran(report.run))
     return "\n".join(parts)
 
@@ -79,8 +87,11 @@ def comparison_markdown(comparison: Comparison) -> str:
         parts += ["## Checks\n", _changes(check_changes_table(comparison.checks))]
     if comparison.speeds:
         parts += ["## Speed\n", f"{speed_note(comparison)}\n", _changes(speed_changes_table(comparison.speeds))]
+    if comparison.atlas:
+        parts += ["## Atlas\n", _changes(atlas_changes_table(comparison.atlas))]
+    told: list[CheckChange | AtlasChange] = [*comparison.checks, *comparison.atlas]
     parts += [_told(change, f"tp_size {change.tp_size} · {change.verdict}")
-              for change in comparison.checks if change.verdict in ("broken", "new finding")]
+              for change in told if change.verdict in ("broken", "new finding")]
     return "\n".join(parts)
 
 
@@ -105,10 +116,11 @@ def _finding(row: CheckRow) -> str:
     return _told(row, escape_markdown(" · ".join(filter(None, where))), error)
 
 
-def _told(item: CheckRow | CheckChange, where: str, error: str = "") -> str:
+def _told(item: CheckRow | CheckChange | AtlasRow | AtlasChange, where: str, error: str = "") -> str:
     text = f"### {escape_markdown(item.name)} · {where}\n\n{error}{fenced(item.message)}"
     text += f"\nRun it again:\n\n{fenced(item.replay)}" if item.replay else ""
-    return text + (f"\n{_folded('Traceback', item.traceback)}" if item.traceback else "")
+    traceback = getattr(item, "traceback", "")
+    return text + (f"\n{_folded('Traceback', traceback)}" if traceback else "")
 
 
 def _folded(summary: str, text: str) -> str:

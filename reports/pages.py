@@ -18,7 +18,7 @@ from reports.calibration import calibration_tables
 from reports.calibration_plots import calibration_plots
 from reports.compare import Comparison
 from reports.plots import GLYPHS, NUM_COLOURS, bench_plots
-from reports.records import CheckRow, Report, RunInfo
+from reports.records import AtlasRow, CheckRow, Report, RunInfo
 from reports.summary import (
     TONES,
     comparison_headline,
@@ -30,6 +30,10 @@ from reports.summary import (
     without_constants,
 )
 from reports.tables import (
+    atlas_changes_table,
+    atlas_counts,
+    atlas_pivot,
+    atlas_table,
     bench_tables,
     bound_mark,
     check_changes_table,
@@ -44,7 +48,8 @@ from reports.text_tables import MISSING, format_cell, format_number, printable
 
 _HEADINGS = {
     "tp_size": "tp", "error_over_budget": "error / budget", "scaling_efficiency": "scaling",
-    "percent_of_bound": "% of bound", "times_better": "times better", "seconds": "took", "memory_gib": "memory, GiB",
+    "percent_of_bound": "% of bound", "percent_sharded": "% sharded", "percent_of_flops_sharded": "% of FLOPs sharded",
+    "times_better": "times better", "seconds": "took", "memory_gib": "memory, GiB",
 }  # fmt: skip
 _FRACTION = re.compile(r"(\.\d+)?( s)?$")
 _SENTENCES = ("reason", "message")
@@ -99,6 +104,11 @@ def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
         not_measured=joined(not_measured_table(report.not_measured)),
         broken=[row for row in report.not_measured if row.traceback],
         plots=bench_plots(report.benches),
+        atlas={"wrong": [row for row in report.atlas if row.verdict == "wrong"],
+               "counts": atlas_counts(report.atlas),
+               "pivot": atlas_pivot(report.atlas, cell=lambda row: row),
+               "others": _other_than_right(report.atlas),
+               "rows": atlas_table(report.atlas).drop(columns=["message", "changes", "said", "replay"])},
         glyphs=GLYPHS,
         num_colours=NUM_COLOURS,
     )
@@ -116,10 +126,22 @@ def comparison_html(comparison: Comparison) -> str:
         facts=_both_sides(comparison.baseline, comparison.candidate),
         differences={name: f"{old} → {new}" for name, (old, new) in (comparison.differences | comparison.switches).items()},
         issues=[change for change in comparison.checks if change.verdict in ("broken", "new finding")],
+        broken_places=[change for change in comparison.atlas if change.verdict == "broken"],
         speeds=speeds,
         speed_note=speed_note(comparison),
         checks=check_changes_table(comparison.checks),
+        atlas=atlas_changes_table(comparison.atlas),
     )
+
+
+def _other_than_right(rows: Sequence[AtlasRow]) -> dict[str, pd.DataFrame]:
+    """By verdict: architectures and layouts that have it, and why; what is wrong is told by itself."""
+    tables = {}
+    for verdict in ("crashed", "refused unclearly", "refused clearly", "not compared"):
+        table = atlas_table([row for row in rows if row.verdict == verdict])
+        if len(table):
+            tables[verdict] = joined(table[["architecture", "layout", "subject", "dtype", "tp_size", "message"]])
+    return tables
 
 
 def bar_percent(error: float) -> float:
@@ -170,9 +192,10 @@ def _heading(name: str) -> str:
 
 
 def _cell(name: str, value: object) -> Cell:
-    if isinstance(value, CheckRow):
+    if isinstance(value, CheckRow | AtlasRow):
         error = value.error_over_budget
-        return Cell(verdict=value.verdict, error=error, text="" if error is None else _of_budget(error), mark=bound_mark(value))
+        return Cell(verdict=value.verdict, error=error, text="" if error is None else _of_budget(error),
+                    mark=bound_mark(value) if isinstance(value, CheckRow) else "")
     text = format_cell(value)
     if text == MISSING:
         return Cell(text=text, kind="none")
@@ -195,7 +218,7 @@ def _number(name: str, value: float) -> str:
         return duration(value)
     if name.startswith("times_") or name == "scaling_efficiency":
         return f"{value:.3f}"
-    return f"{value:.1f}" if name == "percent_of_bound" else format_number(value)
+    return f"{value:.1f}" if name.startswith("percent_") else format_number(value)
 
 
 def _of_budget(error: float) -> str:

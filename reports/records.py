@@ -2,9 +2,10 @@
 
 A report is one JSON file: what ran (`RunInfo`), one row a check and layout (`CheckRow`; of some checks one
 a kind of case), one row a benchmark case (`BenchRow`), one row for each that was asked for and has no
-figures (`NotMeasured`), and of a calibration how far correct code is off and what is seen of planted errors
-(`Calibration`). Rows are written one a line, so that a diff of two reports reads row by row. Everything is
-checked when it is made, by the same rules in Python and from a file.
+figures (`NotMeasured`), of a calibration how far correct code is off and what is seen of planted errors
+(`Calibration`), and of an atlas one row an architecture, layout and tp_size (`AtlasRow`). Rows are written
+one a line, so that a diff of two reports reads row by row. Everything is checked when it is made, by the
+same rules in Python and from a file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from reports.files import write_whole
 from reports.rows import (
+    AtlasRow,
+    AtlasVerdict,
     BenchRow,
     Calibration,
     CheckRow,
@@ -38,6 +41,8 @@ __all__ = [
     "FILE_NAME",
     "FORMAT",
     "FORMAT_VERSION",
+    "AtlasRow",
+    "AtlasVerdict",
     "BenchRow",
     "Calibration",
     "CheckRow",
@@ -72,10 +77,12 @@ class Report(Record):
     benches: list[BenchRow] = field(default_factory=list)
     not_measured: list[NotMeasured] = field(default_factory=list)
     calibration: Calibration | None = None
+    atlas: list[AtlasRow] = field(default_factory=list)
 
     def _check(self) -> None:
         refuse_duplicates("checks", (row.key for row in self.checks))
         refuse_duplicates("benches", (row.key for row in self.benches))
+        refuse_duplicates("atlas", (row.key for row in self.atlas))
 
     @property
     def exit_code(self) -> int:
@@ -84,9 +91,10 @@ class Report(Record):
         A finding is told even where something else could not run.
         """
         verdicts = {row.verdict for row in self.checks} | {row.verdict for row in self.not_measured}
-        if "finding" in verdicts:
+        places = {row.verdict for row in self.atlas}
+        if "finding" in verdicts or "wrong" in places:
             return 1
-        did_something = any(row.compared for row in self.checks) if self.checks else bool(self.benches)
+        did_something = any(row.compared for row in self.checks) if self.checks else bool(self.benches) or "right" in places
         return 0 if did_something and "error" not in verdicts else 3
 
 
@@ -97,8 +105,9 @@ def write_report(folder_or_path: str | os.PathLike[str], report: Report) -> Path
     """
     path = _file_of(folder_or_path)
     values = plain(report)
-    if report.calibration is None:
-        del values["calibration"]
+    for name in ("calibration", "atlas"):
+        if not getattr(report, name):
+            del values[name]
     write_whole(path, to_json({"format": FORMAT, "format_version": FORMAT_VERSION} | values) + "\n")
     return path
 

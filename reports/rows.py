@@ -16,6 +16,7 @@ from reports.metrics import direction
 from reports.typed_json import RecordError, conform
 
 Verdict = Literal["pass", "finding", "skipped", "error"]
+AtlasVerdict = Literal["wrong", "crashed", "refused unclearly", "refused clearly", "not compared", "right"]
 
 
 class Record:
@@ -209,6 +210,63 @@ def _whole_check(kinds: Sequence[CheckRow]) -> CheckRow:
     worst = min(kinds, key=lambda row: (order.index(row.verdict), -(row.error_over_budget or 0.0)))
     return replace(worst, kind="", cases=sum(row.cases for row in kinds), compared=sum(row.compared for row in kinds),
                    message=f"{worst.kind}: {worst.message}" if worst.kind and worst.message else worst.message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtlasRow(Record):
+    """What one architecture does on one number of ranks, by a tensor parallelism that is not ours.
+
+    layout             what of the architecture's config was chosen: ``base``, or a change of it
+    changes            the change: fields of the config
+    verdict            ``right``: within budget. ``wrong``: over budget, and on one rank within. ``refused clearly``: the library
+                       says itself what it does not take; ``refused unclearly``: all ranks fail alike, in some other way.
+                       ``crashed``: a rank died or hung, or some failed and others did not. ``not compared``: for the reason given
+    error_over_budget  of the logits
+    sharded            share of the parameters that no rank holds whole; ``sharded_flops``: of the multiplications
+    rank, module       where it first goes wrong
+    said               warnings of the library
+    message            why: needed unless it is right
+    replay             the one command that runs it again
+    """
+
+    architecture: str
+    layout: str
+    subject: str
+    tp_size: int
+    dtype: str
+    verdict: AtlasVerdict
+    seconds: float
+    changes: dict[str, Any] = field(default_factory=dict)
+    error_over_budget: float | None = None
+    sharded: float | None = None
+    sharded_flops: float | None = None
+    rank: int | None = None
+    module: str | None = None
+    message: str = ""
+    said: list[str] = field(default_factory=list)
+    replay: str = ""
+
+    def _check(self) -> None:
+        error = self.error_over_budget
+        self._require(self.architecture != "", "architecture", "a row has an architecture")
+        self._require(self.tp_size >= 1, "tp_size", "must be at least 1")
+        self._require(0 <= self.seconds < math.inf, "seconds", "must be finite and not negative")
+        for name in ("sharded", "sharded_flops"):
+            self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "a share is between 0 and 1")
+        if self.verdict == "right":
+            self._require(error is not None and error <= 1, "error_over_budget", "what is right is within budget")
+        else:
+            self._require(self.message.strip() != "", "message", f"verdict={self.verdict!r} needs a reason")
+
+    @property
+    def name(self) -> str:
+        """For people: ``llama``, ``llama: tied``."""
+        return self.architecture if self.layout == "base" else f"{self.architecture}: {self.layout}"
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What makes two rows the same row."""
+        return (self.architecture, self.layout, self.subject, self.dtype, self.tp_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

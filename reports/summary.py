@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 
 from reports.compare import HARDWARE, Comparison
-from reports.records import Report, RunInfo, whole_checks
+from reports.records import AtlasVerdict, Report, RunInfo, whole_checks
 from reports.text_tables import MISSING, format_cell, format_number
 
 Tone = Literal["good", "bad", "warn", "quiet"]
@@ -19,6 +19,9 @@ TONES: dict[str, Tone] = {
     "broken": "bad", "new finding": "bad", "slower": "bad", "worse error": "warn",
     "no longer compared": "warn", "still failing": "warn",
     "too noisy": "quiet", "fixed": "good", "now compared": "good", "faster": "good",
+    "other verdict": "warn", "mended": "good",
+    "wrong": "bad", "crashed": "warn", "refused unclearly": "warn", "refused clearly": "quiet", "not compared": "quiet",
+    "right": "good",
     "same": "quiet", "only in baseline": "quiet", "only in candidate": "quiet",
 }  # fmt: skip
 
@@ -54,6 +57,8 @@ def report_headline(report: Report) -> Headline:
         detail += f"; {measured}" if detail else f"Engines: {engines}"
     if report.not_measured:
         detail += f"; {len(report.not_measured)} not measured"
+    if report.atlas:
+        return _atlas_headline(report)
     if counts["finding"]:
         findings = sum(row.verdict == "finding" for row in report.checks)
         return Headline(text=plural(findings, "finding"), detail=detail, tone="bad")
@@ -63,6 +68,17 @@ def report_headline(report: Report) -> Headline:
         return Headline(text="Nothing was compared", detail=detail or "no check and no benchmark ran", tone="warn")
     text = f"{plural(counts['pass'], 'check')} passed" if report.checks else measured
     return Headline(text=text, detail=detail, tone="good")
+
+
+def _atlas_headline(report: Report) -> Headline:
+    counts = Counter[str](row.verdict for row in report.atlas)
+    detail = (f"{plural(len({row.architecture for row in report.atlas}), 'architecture')}, {plural(len(report.atlas), 'row')}: "
+              + ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(AtlasVerdict) if counts[verdict]))
+    if counts["wrong"]:
+        return Headline(text=f"{plural(counts['wrong'], 'row')} wrong", detail=detail, tone="bad")
+    if counts["right"]:
+        return Headline(text="Nothing wrong", detail=detail, tone="good")
+    return Headline(text="Nothing was compared", detail=detail, tone="warn")
 
 
 def comparison_headline(comparison: Comparison) -> Headline:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from reports import metrics
-from reports.compare import CheckChange, CheckVerdict, Comparison, SpeedChange, SpeedVerdict
-from reports.records import BenchRow, CheckRow, NotMeasured, Report, RunInfo
+from reports.compare import AtlasChange, AtlasChangeVerdict, CheckChange, CheckVerdict, Comparison, SpeedChange, SpeedVerdict
+from reports.records import AtlasRow, AtlasVerdict, BenchRow, CheckRow, NotMeasured, Report, RunInfo
 from reports.text_tables import format_number
 
 CHECK_COLUMNS = (
@@ -133,6 +133,57 @@ def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
         for change in sorted(changes, key=lambda change: get_args(CheckVerdict).index(change.verdict))], columns)
 
 
+def atlas_table(rows: Sequence[AtlasRow]) -> pd.DataFrame:
+    """One row an `AtlasRow`; shares in percent."""
+    columns = ("architecture", "layout", "subject", "dtype", "tp_size", "verdict", "error_over_budget", "percent_sharded",
+               "percent_of_flops_sharded", "rank", "module", "message", "changes", "said", "seconds", "replay")
+    return _frame([
+        {name: getattr(row, name, None) for name in columns} | {
+            "percent_sharded": _percent(row.sharded), "percent_of_flops_sharded": _percent(row.sharded_flops),
+            "message": row.message or None, "said": "; ".join(row.said) or None,
+            "changes": ", ".join(f"{name}={value!r}" for name, value in row.changes.items()) or None}
+        for row in rows], columns)
+
+
+def atlas_pivot(rows: Sequence[AtlasRow], cell: Callable[[AtlasRow], object] | None = None) -> pd.DataFrame:
+    """Architectures and layouts down, tp_size across; subject and dtype are columns where they differ."""
+    varying = [name for name in ("subject", "dtype") if len({getattr(row, name) for row in rows}) > 1]
+    lines: dict[tuple[str, ...], dict[str, object]] = {}
+    for row in rows:
+        keys = {"architecture": row.architecture, "layout": row.layout} | {name: getattr(row, name) for name in varying}
+        line = lines.setdefault(tuple(keys.values()), keys)
+        line[f"tp {row.tp_size}"] = cell(row) if cell else verdict_cell(row.verdict, row.error_over_budget)
+        if row.sharded is not None:
+            line["percent_sharded"] = _percent(row.sharded)
+    sizes = [f"tp {size}" for size in sorted({row.tp_size for row in rows})]
+    return _frame(list(lines.values()), ["architecture", "layout", *varying, "percent_sharded", *sizes])
+
+
+def atlas_counts(rows: Sequence[AtlasRow]) -> pd.DataFrame:
+    """How many rows of each verdict, by subject, dtype and tp_size."""
+    groups = dict.fromkeys((row.subject, row.dtype, row.tp_size) for row in rows)
+    verdicts = get_args(AtlasVerdict)[::-1]
+    return _frame([
+        dict(zip(("subject", "dtype", "tp_size"), group, strict=True)) | {
+            verdict: sum((row.subject, row.dtype, row.tp_size) == group and row.verdict == verdict for row in rows)
+            for verdict in verdicts}
+        for group in groups], ("subject", "dtype", "tp_size", *verdicts))
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def atlas_changes_table(changes: Sequence[AtlasChange]) -> pd.DataFrame:
+    """One row an `AtlasChange`, what needs attention first."""
+    columns = ("verdict", "architecture", "layout", "tp_size", "baseline", "candidate", "subject", "dtype", "message")
+    return _frame([
+        {name: getattr(change, name) for name in columns} | {
+            "baseline": verdict_cell(change.baseline, change.baseline_error) or None,
+            "candidate": verdict_cell(change.candidate, change.candidate_error) or None, "message": change.message or None}
+        for change in sorted(changes, key=lambda change: get_args(AtlasChangeVerdict).index(change.verdict))], columns)
+
+
 def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
     """One row a `SpeedChange`, what needs attention first; ``times_better`` is candidate over baseline."""
     columns = (
@@ -169,18 +220,20 @@ def joined(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:
-    """All rows of a report in one table, for CSV: the checks, the benchmark cases, what was not measured; each with its run."""
+    """All rows of a report in one table, for CSV, whatever they are of; each with its run."""
     run = report.run
     return stacked(
         check=checks_table(report.checks),
         bench=bench_table(report.benches, peers=peers),
         not_measured=not_measured_table(report.not_measured),
+        atlas=atlas_table(report.atlas),
     ).assign(commit=run.code, started_at=run.started_at, version=run.version)
 
 
 def changes_table(comparison: Comparison) -> pd.DataFrame:
-    """All rows of a comparison in one table, for CSV: checks and speeds; each with both runs."""
-    table = stacked(check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds))
+    """All rows of a comparison in one table, for CSV; each with both runs."""
+    table = stacked(check=check_changes_table(comparison.checks), speed=speed_changes_table(comparison.speeds),
+                    atlas=atlas_changes_table(comparison.atlas))
     for side in ("baseline", "candidate"):
         run: RunInfo = getattr(comparison, side)
         table = table.assign(**{f"{side}_commit": run.code, f"{side}_started_at": run.started_at, f"{side}_version": run.version})
