@@ -19,6 +19,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from harness.commands.atlas import atlas_command
 from harness.commands.bench import bench_command, compare_command
 from harness.commands.calibrate import calibrate_command
 from harness.commands.faults import faults_command
@@ -82,6 +83,7 @@ def shardproof(version: Annotated[bool, typer.Option("--version", callback=_prin
 
 app.command("verify")(verify_command)
 app.command("faults")(faults_command)
+app.command("atlas")(atlas_command)
 app.command("generate")(generate_command)
 app.command("fetch")(fetch_command)
 app.command("bench")(bench_command)

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from reports.records import CheckRow
+    from reports.records import AtlasRow, CheckRow
 
 errors = Console(stderr=True)
-COLOURS = {"pass": "green", "skipped": "yellow"}
+COLOURS = {"pass": "green", "skipped": "yellow", "right": "green", "refused clearly": "yellow", "not compared": "yellow"}
 
 
 class RowsShown:
@@ -40,7 +40,7 @@ class RowsShown:
         self._started_at = time.monotonic()
         self._bar.update(self._task, description=escape(f"[{self._done + 1}/{len(self._parts)}] tp {tp_size}: {name}"))
 
-    def on_row(self, row: CheckRow, name: str) -> None:
+    def on_row(self, row: CheckRow | AtlasRow, name: str) -> None:
         """One more is done: ``[12/32] tp 2  logits  pass  3.1 s, about 2 min left``."""
         self._seconds[name] = time.monotonic() - self._started_at
         self._started_at = time.monotonic()

@@ -56,7 +56,8 @@ class OnRanks(Subject):
         with as_subject_failure():
             self.ranks: Ranks = placement.ranks or Ranks(
                 placement.tp_size, fabric=placement.fabric, device=placement.device, job_timeout_s=placement.job_timeout_s,
-                collective_timeout_s=placement.collective_timeout_s, auto_restart=placement.auto_restart, preload=PRELOAD)
+                collective_timeout_s=placement.collective_timeout_s, auto_restart=placement.auto_restart,
+                preload=(*PRELOAD, type(self).__module__))
         self.fabric = self.ranks.fabric
 
     @classmethod

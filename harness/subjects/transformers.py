@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import weakref
@@ -87,7 +88,7 @@ class TransformersRank(LiveRank):
         if self.device.type == "cuda":  # by it transformers finds its device
             os.environ["LOCAL_RANK"] = str(self.device.index or 0)
         gc.collect()  # what was loaded before is full of cycles, and its groups have threads and sockets
-        with self._own_groups():
+        with self._own_groups(), self._heard(quiet=bool(options.get("quiet"))):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False,
                 distributed_config=DistributedConfig(tp_size=self.tp_size, ep_size=self.tp_size if self.expert_parallel else 1))
@@ -102,6 +103,24 @@ class TransformersRank(LiveRank):
         yield
         if dist.is_initialized():
             weakref.finalize(self, _end_groups, [group for group in dist.distributed_c10d._world.pg_map if group not in before])
+
+    @contextmanager
+    def _heard(self, *, quiet: bool) -> Iterator[None]:
+        """The library's warnings are noted in ``said``, those too that it would give once a process; ``quiet``: nowhere else."""
+        self.said: list[str] = []
+        transformers_logging.warning_once.cache_clear()
+        note = logging.Handler(logging.WARNING)
+        note.emit = lambda record: self.said.append(record.getMessage())  # type: ignore[method-assign]
+        library = transformers_logging.get_logger("transformers")
+        library.addHandler(note)
+        if quiet:
+            transformers_logging.disable_default_handler()
+        try:
+            yield
+        finally:
+            library.removeHandler(note)
+            if quiet:
+                transformers_logging.enable_default_handler()
 
     # What it holds.
 
@@ -290,6 +309,10 @@ class TransformersSubject(OnRanks):
         found: Sharded = self._ask(_sharded)[0]
         return found
 
+    def said(self) -> list[str]:
+        """What transformers warned of while it loaded, on any rank."""
+        return list(dict.fromkeys(message for of_rank in self._ask(_said) for message in of_rank))
+
 
 class ExpertParallelSubject(TransformersSubject):
     """The same with whole experts dealt to ranks."""
@@ -362,3 +385,7 @@ def _held_on_rank(rank: TransformersRank) -> dict[str, Held]:
 
 def _sharded(rank: TransformersRank) -> Sharded:
     return rank.sharded()
+
+
+def _said(rank: TransformersRank) -> list[str]:
+    return rank.said

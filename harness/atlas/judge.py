@@ -1,0 +1,107 @@
+"""One row of an atlas: what a subject makes of a tiny checkpoint, by the budgets of the check ``logits``.
+
+What is not right is tried on one rank too: what is wrong or fails there alike is no matter of tensor parallelism, and is *not
+compared*.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from harness.checks.base import CheckContext
+from harness.checks.logits import compare_logits
+from harness.errors import one_line
+from harness.subjects.base import Placement, Subject, SubjectFailure
+from harness.subjects.transformers import TransformersSubject
+from harness.verification.reference_results import ReferenceResults
+from reference.checkpoints import CheckpointError
+from reports.records import AtlasVerdict
+
+FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n    (?P<code>.+)$', re.MULTILINE)
+LIBRARIES = ("transformers", "huggingface_hub")
+"""Whose ``raise`` is a refusal on purpose; the second one checks the first one's configs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """As in ``AtlasRow``."""
+
+    verdict: AtlasVerdict
+    message: str = ""
+    error_over_budget: float | None = None
+    rank: int | None = None
+    module: str | None = None
+    sharded: float | None = None
+    sharded_flops: float | None = None
+    said: list[str] = field(default_factory=list)
+
+
+def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
+    """Load the checkpoint of ``results`` into the subject's ranks and hold its logits against the reference's."""
+    try:
+        results.simulated_logits, results.baseline_logits  # noqa: B018 - computed once, for all rows of this checkpoint
+    except Exception as error:  # of any kind: the library raises what it likes
+        return Judged(verdict="not compared", message=f"the reference can't compute it: {one_line(error)}")
+    judged = _on_ranks(results, subject)
+    if judged.verdict in ("right", "refused clearly"):
+        return judged
+    alone = _alone(results, type(subject))
+    if alone.verdict == "right":
+        return judged
+    happens = "is off" if alone.verdict == "wrong" else "fails"
+    return replace(judged, verdict="not compared", message=f"it {happens} on one rank too: {alone.message}")
+
+
+def _alone(results: ReferenceResults, make: type[TransformersSubject]) -> Judged:
+    with make(Placement(tp_size=1, fabric="solo")) as subject:
+        return _on_ranks(results, subject)
+
+
+def _on_ranks(results: ReferenceResults, subject: TransformersSubject) -> Judged:
+    try:
+        subject.load(results.folder, dtype=results.dtype, options={"quiet": True})
+        outcome = compare_logits(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
+        sharded = subject.sharded()
+        said = subject.said()
+    except CheckpointError as error:
+        if isinstance(error.__cause__, Exception) and hasattr(error.__cause__, "failures"):
+            return _failed(SubjectFailure("", failures=error.__cause__.failures), subject)
+        return Judged(verdict="not compared", message=str(error))
+    except SubjectFailure as failure:
+        return _failed(failure, subject)
+    seen = Judged(verdict="right", error_over_budget=outcome.error_over_budget, sharded=sharded.parameters,
+                  sharded_flops=sharded.flops, said=said)
+    return seen if outcome.finding is None else replace(seen, verdict="wrong", message=outcome.finding, rank=outcome.rank,
+                                                        module=outcome.module)
+
+
+def _failed(failure: SubjectFailure, subject: Subject) -> Judged:
+    """What a failure on the ranks is: a refusal if all of them raise alike, or else a crash."""
+    causes = {rank: error for rank, error in failure.failures.items() if not error.consequence} or failure.failures
+    if not causes:
+        return Judged(verdict="crashed", message=str(failure).splitlines()[0])
+    rank, first = next(iter(causes.items()))
+    said = f"{first.summary}{_place(first.traceback)}"
+    if any(error.kind != "raised" for error in failure.failures.values()):
+        return Judged(verdict="crashed", rank=rank, message=f"rank {rank} {first.kind} in phase {first.phase!r}: {said}")
+    if len(causes) < subject.tp_size:
+        return Judged(verdict="crashed", rank=rank, message=f"ranks {sorted(causes)} of {subject.tp_size} raise, others wait: {said}")
+    return Judged(verdict="refused clearly" if _is_on_purpose(first) else "refused unclearly", message=said)
+
+
+def _is_on_purpose(error: Any) -> bool:
+    """Whether the library itself raised it, by a statement ``raise``."""
+    frames = list(FRAME.finditer(error.traceback))
+    return bool(frames) and frames[-1]["code"].startswith("raise ") and any(
+        f"/{library}/" in frames[-1]["file"] for library in LIBRARIES)
+
+
+def _place(traceback: str) -> str:
+    """The last line of a library's own code that it came from."""
+    frames = [frame for frame in FRAME.finditer(traceback) if any(f"/{library}/" in frame["file"] for library in LIBRARIES)]
+    if not frames:
+        return ""
+    file = frames[-1]["file"].partition("site-packages/")[2] or frames[-1]["file"]
+    return f" (in {file}, {frames[-1]['function']}: {frames[-1]['code']})"

@@ -1,0 +1,196 @@
+"""``shardproof atlas``: architectures × layouts × numbers of ranks, a row each, on ranks that stay alive between rows."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+
+from reference.shrink import causal_lm_types, shrink
+
+from harness.atlas.judge import Judged, judge
+from harness.atlas.layouts import Layout, layouts_of
+from harness.errors import CouldNotRunError, UsageError, one_line
+from harness.interrupted import Interrupted
+from harness.machine import run_info
+from harness.names import DTYPES
+from harness.subjects import subject_class
+from harness.subjects.base import Placement
+from harness.subjects.transformers import TransformersSubject
+from harness.verification.reference_results import ReferenceResults
+from harness.verification.verify import refuse_repeats
+from reports.records import AtlasRow, Report
+
+SCHEDULE_LENGTHS = (24, 13)
+"""Tokens of its two sequences: longer than the windows of tiny models."""
+JOB_TIMEOUT_S = 120.0
+"""No job of a tiny model takes so long."""
+
+OnRow = Callable[[AtlasRow], None]
+OnStart = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A row that is to be computed."""
+
+    architecture: str
+    layout: Layout
+    dtype: str
+    tp_size: int
+    subject: str
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """As ``AtlasRow.key``."""
+        return (self.architecture, self.layout.name, self.subject, self.dtype, self.tp_size)
+
+    @property
+    def name(self) -> str:
+        """As ``AtlasRow.name``."""
+        return self.architecture if self.layout.name == "base" else f"{self.architecture}: {self.layout.name}"
+
+
+@dataclass(frozen=True)
+class AtlasPlan:
+    """What to try. Empty ``architectures`` and ``layouts``: all that there are."""
+
+    subject: str = "transformers"
+    architectures: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
+    tp_sizes: tuple[int, ...] = (2, 3, 4)
+    dtypes: tuple[str, ...] = ("float32",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not issubclass(subject_class(self.subject), TransformersSubject):
+            raise UsageError(f"subject={self.subject!r}: the atlas knows the architectures of transformers alone; use verify")
+        known = causal_lm_types()
+        if unknown := [name for name in self.architectures if name not in known]:
+            raise UsageError(f"architectures={unknown} are unknown; the installed transformers has: {', '.join(known)}")
+        if not self.tp_sizes or min(self.tp_sizes) < 2:
+            raise UsageError(f"tp_sizes={self.tp_sizes} must be 2 or more: one rank is what the others are held against")
+        if unknown := [name for name in self.dtypes if name not in DTYPES]:
+            raise UsageError(f"dtypes={unknown} are unknown; supported: {', '.join(DTYPES)}")
+        for name in ("architectures", "layouts", "tp_sizes", "dtypes"):
+            refuse_repeats(name, getattr(self, name))
+        if not self.entries:
+            raise UsageError(f"layouts={self.layouts} are none of these architectures'")
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """The rows, those of one checkpoint one after the other."""
+        return [Entry(architecture=architecture, layout=layout, dtype=dtype, tp_size=tp_size,
+                      subject="transformers-ep" if layout.expert_parallel else self.subject)
+                for architecture in self.architectures or causal_lm_types()
+                for layout in layouts_of(architecture) if not self.layouts or layout.name in self.layouts
+                for dtype in self.dtypes for tp_size in self.tp_sizes]
+
+    def left(self, done: Sequence[AtlasRow]) -> list[Entry]:
+        """What is not done yet."""
+        keys = {row.key for row in done}
+        return [entry for entry in self.entries if entry.key not in keys]
+
+
+def run_atlas(plan: AtlasPlan, *, done: Report | None = None, on_row: OnRow = lambda row: None,
+              on_start: OnStart = lambda name, tp_size: None, save: Callable[[Report], None] = lambda report: None) -> Report:
+    """Compute the rows that ``done`` lacks, and return them with those that it has.
+
+    Args:
+        done: an earlier report of the same plan, which this one goes on from.
+        save: gets the report after each row.
+
+    Raises:
+        CouldNotRunError: if ``done`` is of another seed, or of other versions of the libraries.
+        Interrupted: on Ctrl-C, with the report as far as it is done.
+    """
+    started_at = datetime.now(UTC)
+    rows = [] if done is None else list(done.atlas)
+    before_s = 0.0 if done is None else done.run.seconds
+
+    def report() -> Report:
+        info = run_info("atlas", started_at=started_at, seed=plan.seed)
+        return Report(run=replace(info, seconds=info.seconds + before_s), atlas=rows)
+
+    if done is not None:
+        _check_same(done, report())
+    try:
+        with _Atlas(plan) as atlas:
+            for entry in plan.left(rows):
+                on_start(entry.name, entry.tp_size)
+                rows.append(atlas.row(entry))
+                on_row(rows[-1])
+                save(report())
+    except KeyboardInterrupt as stop:
+        raise Interrupted(report()) from stop
+    return report()
+
+
+def _check_same(before: Report, now: Report) -> None:
+    old, new = ({"seed": report.run.seed, **{name: report.run.versions.get(name) for name in ("torch", "transformers")}}
+                for report in (before, now))
+    if old != new:
+        raise CouldNotRunError(f"the rows that are there are of {old}, this is {new}: start anew, without --resume")
+
+
+class _Atlas(ExitStack):
+    """Live ranks for each tp_size, and one tiny checkpoint with the reference's answers: that of the row before."""
+
+    def __init__(self, plan: AtlasPlan) -> None:
+        super().__init__()
+        self._plan = plan
+        self._subjects: dict[tuple[str, int], TransformersSubject] = {}
+        self._key: tuple[str, str, str] | None = None
+        self._results: ReferenceResults | str = ""
+
+    def __enter__(self) -> _Atlas:
+        self._scratch = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="shardproof-")))
+        return self
+
+    def row(self, entry: Entry) -> AtlasRow:
+        started = time.perf_counter()
+        results = self._reference(entry)
+        if isinstance(results, str):
+            judged = Judged(verdict="not compared", message=results)
+        else:
+            try:
+                judged = judge(results, self._subject(entry))
+            except Exception as error:  # ours, or a library's: a row of many must not end them all
+                judged = Judged(verdict="not compared", message=f"the comparison itself raised {one_line(error)}")
+        words = ("shardproof", "atlas", "--arch", entry.architecture, "--layout", entry.layout.name, "--tp", str(entry.tp_size),
+                 "--dtype", entry.dtype, "--seed", str(self._plan.seed))
+        return AtlasRow(architecture=entry.architecture, layout=entry.layout.name, changes=dict(entry.layout.changes),
+                        subject=entry.subject, tp_size=entry.tp_size, dtype=entry.dtype, replay=shlex.join(words),
+                        seconds=round(time.perf_counter() - started, 3), **asdict(judged))
+
+    def _reference(self, entry: Entry) -> ReferenceResults | str:
+        """Of the row's checkpoint; or why there is none."""
+        key = (entry.architecture, entry.layout.name, entry.dtype)
+        if key != self._key:
+            self._key = key
+            folder = Path(tempfile.mkdtemp(dir=self._scratch))
+            try:
+                shrink(entry.architecture, folder, seed=self._plan.seed, dtype=entry.dtype, **entry.layout.changes)
+                self._results = ReferenceResults(folder, dtype=entry.dtype, seed=self._plan.seed,
+                                                 schedule_lengths=SCHEDULE_LENGTHS, beyond_windows=True)
+            except Exception as error:  # a library's, over a config that it does not take
+                self._results = f"no such checkpoint can be made: {one_line(error)}"
+        return self._results
+
+    def _subject(self, entry: Entry) -> TransformersSubject:
+        """On the ranks for this tp_size, which subjects share."""
+        key = entry.subject, entry.tp_size
+        if key not in self._subjects:
+            others = (subject for (_, tp_size), subject in self._subjects.items() if tp_size == entry.tp_size)
+            placement = Placement(tp_size=entry.tp_size, fabric="gloo", job_timeout_s=JOB_TIMEOUT_S,
+                                  ranks=next((subject.ranks for subject in others), None))
+            make = subject_class(entry.subject)
+            assert issubclass(make, TransformersSubject), "the plan has checked it"
+            self._subjects[key] = self.enter_context(make(placement))
+        return self._subjects[key]
