@@ -87,7 +87,7 @@ def _failed(failure: SubjectFailure, subject: Subject) -> Judged:
     if any(error.kind != "raised" for error in failure.failures.values()):
         return Judged(verdict="crashed", rank=rank, message=f"rank {rank} {first.kind} in phase {first.phase!r}: {said}")
     if len(causes) < subject.tp_size:
-        return Judged(verdict="crashed", rank=rank, message=f"ranks {sorted(causes)} of {subject.tp_size} raise, others wait: {said}")
+        return Judged(verdict="crashed", rank=rank, message=f"of {subject.tp_size} ranks only {sorted(causes)} raise: {said}")
     return Judged(verdict="refused clearly" if _is_on_purpose(first) else "refused unclearly", message=said)
 
 

@@ -50,11 +50,16 @@ def atlas_command(
     prepare_out(out, set_aside=not resume)
     done = read_report(out) if resume else None
     left = plan.left(done.atlas if done else ())
+    out.mkdir(parents=True, exist_ok=True)
+
+    def save(report: Report) -> None:
+        write_record(out, report)
+
     interrupted = False
     with RowsShown([entry.name for entry in left], quiet=quiet) as shown:
         try:
             report = run_atlas(plan, done=done, on_row=lambda row: shown.on_row(row, row.name), on_start=shown.on_start,
-                               save=lambda report: out.mkdir(parents=True, exist_ok=True) or write_record(out, report))
+                               save=save)
         except Interrupted as stop:
             report, interrupted = stop.report, True
     end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=interrupted, as_json=as_json, quiet=quiet,
