@@ -10,10 +10,12 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.ranks.ranks import RankFailure
 from harness.checks.base import CheckContext
 from harness.checks.logits import compare_logits
 from harness.errors import one_line
-from harness.subjects.base import Placement, Subject, SubjectFailure
+from harness.subjects.base import Placement, Schedule, Subject, SubjectFailure
+from harness.subjects.on_ranks import subject_failure
 from harness.subjects.transformers import TransformersSubject
 from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import CheckpointError
@@ -39,36 +41,62 @@ class Judged:
 
 
 def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
-    """Load the checkpoint of ``results`` into the subject's ranks and hold its logits against the reference's."""
+    """Load the checkpoint of ``results`` into the subject's ranks and hold its logits against the reference's.
+
+    Where cached decoding is off on one rank too and a prefill is not, prefills alone are compared; ``results`` keeps to them.
+    """
+    refused = _loaded(results, subject)
+    if refused is not None:
+        return refused
     try:
         results.simulated_logits, results.baseline_logits  # noqa: B018 - computed once, for all rows of this checkpoint
     except Exception as error:  # of any kind: the library raises what it likes
         return Judged(verdict="not compared", message=f"the reference can't compute it: {one_line(error)}")
-    judged = _on_ranks(results, subject)
-    if judged.verdict in ("right", "refused clearly"):
-        return judged
-    alone = _alone(results, type(subject))
-    if alone.verdict == "right":
-        return judged
-    happens = "is off" if alone.verdict == "wrong" else "fails"
-    return replace(judged, verdict="not compared", message=f"it {happens} on one rank too: {alone.message}")
+    judged = _compared(results, subject)
+    if judged.verdict != "right":
+        alone = _alone(results, type(subject))
+        if alone.verdict == "wrong" and not _is_prefill(results.schedule):
+            results.schedule = prefills(results.schedule)
+            return judge(results, subject)
+        if alone.verdict != "right":
+            happens = "is off" if alone.verdict == "wrong" else "fails"
+            return replace(judged, verdict="not compared", message=f"it {happens} on one rank too: {alone.message}")
+    if _is_prefill(results.schedule):
+        judged = replace(judged, message=f"prefills alone, for cached decoding is off on one rank too. {judged.message}".strip())
+    return judged
+
+
+def prefills(schedule: Schedule) -> Schedule:
+    """The same sequences, each whole in one step."""
+    return replace(schedule, steps=tuple(((number, len(ids)),) for number, ids in enumerate(schedule.sequences)))
+
+
+def _is_prefill(schedule: Schedule) -> bool:
+    return schedule == prefills(schedule)
 
 
 def _alone(results: ReferenceResults, make: type[TransformersSubject]) -> Judged:
     with make(Placement(tp_size=1, fabric="solo")) as subject:
-        return _on_ranks(results, subject)
+        return _loaded(results, subject) or _compared(results, subject)
 
 
-def _on_ranks(results: ReferenceResults, subject: TransformersSubject) -> Judged:
+def _loaded(results: ReferenceResults, subject: TransformersSubject) -> Judged | None:
+    """None; or what came of it instead."""
     try:
         subject.load(results.folder, dtype=results.dtype, options={"quiet": True})
-        outcome = compare_logits(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
-        sharded = subject.sharded()
-        said = subject.said()
-    except CheckpointError as error:
-        if isinstance(error.__cause__, Exception) and hasattr(error.__cause__, "failures"):
-            return _failed(SubjectFailure("", failures=error.__cause__.failures), subject)
+    except CheckpointError as error:  # what all ranks say alike
+        if isinstance(error.__cause__, RankFailure):
+            return _failed(subject_failure(error.__cause__), subject)
         return Judged(verdict="not compared", message=str(error))
+    except SubjectFailure as failure:
+        return _failed(failure, subject)
+    return None
+
+
+def _compared(results: ReferenceResults, subject: TransformersSubject) -> Judged:
+    try:
+        outcome = compare_logits(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
+        sharded, said = subject.sharded(), subject.said()
     except SubjectFailure as failure:
         return _failed(failure, subject)
     seen = Judged(verdict="right", error_over_budget=outcome.error_over_budget, sharded=sharded.parameters,

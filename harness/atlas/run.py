@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from reference.shrink import causal_lm_types, shrink
+from transformers.utils import logging as transformers_logging
 
 from harness.atlas.judge import Judged, judge
 from harness.atlas.layouts import Layout, layouts_of
@@ -150,6 +151,7 @@ class _Atlas(ExitStack):
         self._results: ReferenceResults | str = ""
 
     def __enter__(self) -> _Atlas:
+        transformers_logging.disable_progress_bar()
         self._scratch = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="shardproof-")))
         return self
 
