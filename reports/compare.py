@@ -97,8 +97,11 @@ class CheckChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtlasChange:
-    """One architecture, layout and tp_size, before and after: ``broken`` was right and is not, ``mended`` was wrong, refused or
-    crashed and is right; ``message`` and ``replay`` are the candidate's."""
+    """One architecture, layout and tp_size, before and after.
+
+    ``broken`` was right and is not, ``mended`` was wrong, refused or crashed and is right; ``message`` and ``replay`` are the
+    candidate's.
+    """
 
     architecture: str
     layout: str

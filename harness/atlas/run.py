@@ -104,7 +104,10 @@ def run_atlas(plan: AtlasPlan, *, done: Report | None = None, on_row: OnRow = la
     """Compute the rows that ``done`` lacks, and return them with those that it has.
 
     Args:
+        plan: which rows there are to be.
         done: an earlier report of the same plan, which this one goes on from.
+        on_row: gets each row that is done.
+        on_start: gets the name and the tp_size of each row that begins.
         save: gets the report after each row.
 
     Raises:
