@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from reference.shrink import shrink
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome, together
+from harness.checks.logits import compare_logits
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.subjects.transformers import (
@@ -45,55 +48,101 @@ MOE: dict[str, Any] = {
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-# Bugs, planted into transformers inside a rank.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "phi3", "olmo2", "cohere", "glm4", "deepseek_v3",
+                 "starcoder2", "gpt_oss", "granite")
 
 
-def _scaled(rank: TransformersRank) -> None:
+# Bugs, planted into transformers inside a rank: each tells the module that is wrong then, or nothing where the model has no such.
+
+Plant = Callable[[TransformersRank], str | None]
+
+
+def _sharded_as(rank: TransformersRank, *styles: str) -> list[str]:
+    """The modules of these styles of the model's plan."""
+    plan = rank.model.tp_plan
+    return [name for name, _ in rank.model.named_modules() if plan.get(re.sub(r"\.\d+\.", ".*.", name)) in styles]
+
+
+def _scaled(rank: TransformersRank) -> str | None:
+    modules = _sharded_as(rank, "colwise")
+    if not modules:
+        return None
+    name = modules[len(modules) // 2]
     if rank.tp_rank == 1:
-        plain(rank.model.get_submodule("model.layers.1.self_attn.q_proj").weight).mul_(1.01)
+        plain(rank.model.get_submodule(name).weight).mul_(1.05)
+    return name
 
 
-def _swapped(rank: TransformersRank) -> None:
-    own = plain(rank.model.get_submodule("model.layers.0.mlp.gate_proj").weight)
+def _swapped(rank: TransformersRank) -> str | None:
+    modules = _sharded_as(rank, "colwise")
+    if not modules:
+        return None
+    own = plain(rank.model.get_submodule(modules[0]).weight)
     by_rank = [torch.empty_like(own) for _ in range(rank.tp_size)]
     dist.all_gather(by_rank, own.clone())
     own.copy_(by_rank[(rank.tp_rank + 1) % rank.tp_size])
+    return modules[0]
 
 
-def _never_reduced(rank: TransformersRank) -> None:
-    module: Any = rank.model.get_submodule("model.layers.0.mlp.down_proj")
-    module.forward = lambda x: F.linear(x, plain(module.weight), plain(module.bias))
+def _never_reduced(rank: TransformersRank) -> str | None:
+    modules = _sharded_as(rank, "rowwise")
+    if not modules:
+        return None
+    module: Any = rank.model.get_submodule(modules[0])
+    bias = None if module.bias is None else plain(module.bias)
+    module.forward = lambda x: F.linear(x, plain(module.weight), bias)
+    return modules[0]
 
 
-def _bias_twice(rank: TransformersRank) -> None:
-    module: Any = rank.model.get_submodule("model.layers.1.self_attn.o_proj")
+def _bias_twice(rank: TransformersRank) -> str | None:
+    modules = [name for name in _sharded_as(rank, "rowwise") if rank.model.get_submodule(name).bias is not None]
+    if not modules:
+        return None
+    module: Any = rank.model.get_submodule(modules[-1])
     right: Callable[[Tensor], Tensor] = module.forward
     module.forward = lambda x: right(x) + plain(module.bias)
+    return modules[-1]
 
 
-FAULTS: Mapping[str, tuple[Callable[[TransformersRank], None], str, set[int]]] = {
-    "one rank's projection scaled": (_scaled, "model.layers.1.self_attn.q_proj", {1}),
-    "shards swapped": (_swapped, "model.layers.0.mlp.gate_proj", {0, 1}),
-    "never reduced": (_never_reduced, "model.layers.0.mlp.down_proj", {0, 1}),
-    "bias counted twice": (_bias_twice, "model.layers.1.self_attn.o_proj", {0, 1}),
+def _scaled_experts(rank: TransformersRank) -> str | None:
+    modules = _sharded_as(rank, "moe_tp_experts")
+    if not modules:
+        return None
+    if rank.tp_rank == 1:
+        plain(rank.model.get_submodule(modules[-1]).down_proj).mul_(1.1)
+    return modules[-1]
+
+
+FAULTS: Mapping[str, tuple[Plant, set[int]]] = {
+    "one rank's projection scaled": (_scaled, {1}),
+    "shards swapped": (_swapped, {0, 1}),
+    "never reduced": (_never_reduced, {0, 1}),
+    "bias counted twice": (_bias_twice, {0, 1}),
+    "one rank's experts scaled": (_scaled_experts, {0, 1}),  # their sum is wrong on all ranks
 }
-"""Name -> how it is planted, where, and the ranks that may be blamed."""
+"""Name -> how it is planted, and the ranks that may be blamed."""
 
 
 class FaultyRank(TransformersRank):
     """With the bug that the options name."""
 
+    planted: str | None = None
+
     def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
         super().load(folder, dtype=dtype, options=options)
         if "fault" in options:
             with torch.no_grad():
-                FAULTS[options["fault"]][0](self)
+                self.planted = FAULTS[options["fault"]][0](self)
 
 
 class Faulty(TransformersSubject):
     """Ranks import this module to make theirs."""
 
     rank_class: ClassVar[type[TransformersRank]] = FaultyRank
+
+
+def _planted(rank: FaultyRank) -> str | None:
+    return rank.planted
 
 
 @pytest.fixture(scope="module")
@@ -118,17 +167,40 @@ def test_llama_is_right_on_ranks_that_get_unequal_parts(tiny_model: MakeModel) -
         "weights: model", "weights: indexed", "logits: model", "logits: near eps", "generation: model"}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_bug_in_it_is_red_at_its_module(two_ranks: Faulty, tiny_model: MakeModel, fault: str) -> None:
-    _, module, ranks = FAULTS[fault]
-    found = outcome("logits", two_ranks, tiny_model(LLAMA), fault=fault)
+@pytest.mark.parametrize(("config", "fault"), [
+    *((LLAMA, fault) for fault in FAULTS if fault != "one rank's experts scaled"), (MOE, "one rank's experts scaled")])
+def test_a_bug_in_it_is_red_at_its_module(two_ranks: Faulty, tiny_model: MakeModel, config: dict[str, Any], fault: str) -> None:
+    found = outcome("logits", two_ranks, tiny_model(config), fault=fault)
     assert found.finding is not None
-    in_weights = outcome("weights", two_ranks, tiny_model(LLAMA), fault=fault)
-    if fault in ("one rank's projection scaled", "shards swapped"):
-        assert in_weights.module == module
-        assert in_weights.rank in ranks
-    else:
+    assert found.module == two_ranks.run(_planted)[0], found.finding
+    assert found.rank in FAULTS[fault][1]
+    in_weights = outcome("weights", two_ranks, tiny_model(config), fault=fault)
+    if fault in ("never reduced", "bias counted twice"):
         assert_green(in_weights)
+    else:
+        assert in_weights.finding is not None
+
+
+@pytest.mark.endurance
+def test_bugs_in_many_architectures_are_red_at_their_modules(two_ranks: Faulty, tmp_path: Path) -> None:
+    planted, unseen, misnamed = 0, [], []
+    for architecture in ARCHITECTURES:
+        results = ReferenceResults(shrink(architecture, tmp_path / architecture), dtype="float32", beyond_windows=True)
+        for fault, (_, ranks) in FAULTS.items():
+            two_ranks.load(results.folder, dtype="float32", options={"fault": fault})
+            module = two_ranks.run(_planted)[0]
+            if module is None:
+                continue
+            planted += 1
+            found = compare_logits(CheckContext(results=results, subject=two_ranks, options={}, seed=0))
+            if found.finding is None:
+                unseen.append((architecture, fault))
+            elif found.module != module or found.rank not in ranks:
+                misnamed.append((architecture, fault, found.module, found.rank, module))
+    print(f"{planted} planted, {unseen=}, {misnamed=}")  # noqa: T201 - the figures, under -rP
+    assert planted > 3 * len(ARCHITECTURES)
+    assert unseen == []
+    assert len(misnamed) <= planted // 20
 
 
 def test_it_says_what_share_is_sharded(two_ranks: Faulty, tiny_model: MakeModel) -> None:
