@@ -13,7 +13,6 @@ from typing import Any
 from engine.ranks.ranks import RankFailure
 from harness.checks.base import CheckContext
 from harness.checks.logits import compare_logits
-from harness.errors import one_line
 from harness.subjects.base import Placement, Schedule, Subject, SubjectFailure
 from harness.subjects.on_ranks import subject_failure
 from harness.subjects.transformers import TransformersSubject
@@ -22,6 +21,8 @@ from reference.checkpoints import CheckpointError
 from reports.records import AtlasVerdict
 
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n    (?P<code>.+)$', re.MULTILINE)
+LONGEST = 500
+"""Characters of a reason."""
 LIBRARIES = ("transformers", "huggingface_hub")
 """Whose ``raise`` is a refusal on purpose; the second one checks the first one's configs."""
 
@@ -51,7 +52,7 @@ def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
     try:
         results.simulated_logits, results.baseline_logits  # noqa: B018 - computed once, for all rows of this checkpoint
     except Exception as error:  # of any kind: the library raises what it likes
-        return Judged(verdict="not compared", message=f"the reference can't compute it: {one_line(error)}")
+        return Judged(verdict="not compared", message=f"the reference can't compute it: {reason(error)}")
     judged = _compared(results, subject)
     if judged.verdict != "right":
         alone = _alone(results, type(subject))
@@ -64,6 +65,11 @@ def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
     if _is_prefill(results.schedule):
         judged = replace(judged, message=f"prefills alone, for cached decoding is off on one rank too. {judged.message}".strip())
     return judged
+
+
+def reason(error: Exception) -> str:
+    """All that it says in one line: what matters often stands below the first one."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST]
 
 
 def prefills(schedule: Schedule) -> Schedule:

@@ -12,12 +12,11 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from reference.shrink import causal_lm_types, shrink
 from transformers.utils import logging as transformers_logging
 
-from harness.atlas.judge import Judged, judge
+from harness.atlas.judge import Judged, judge, reason
 from harness.atlas.layouts import Layout, layouts_of
-from harness.errors import CouldNotRunError, UsageError, one_line
+from harness.errors import CouldNotRunError, UsageError
 from harness.interrupted import Interrupted
 from harness.machine import run_info
 from harness.names import DTYPES
@@ -26,6 +25,7 @@ from harness.subjects.base import Placement
 from harness.subjects.transformers import TransformersSubject
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import refuse_repeats
+from reference.shrink import causal_lm_types, shrink
 from reports.records import AtlasRow, Report
 
 SCHEDULE_LENGTHS = (24, 13)
@@ -152,6 +152,7 @@ class _Atlas(ExitStack):
         self._subjects: dict[tuple[str, int], TransformersSubject] = {}
         self._key: tuple[str, str, str] | None = None
         self._results: ReferenceResults | str = ""
+        self._folder = Path()
 
     def __enter__(self) -> _Atlas:
         transformers_logging.disable_progress_bar()
@@ -167,25 +168,26 @@ class _Atlas(ExitStack):
             try:
                 judged = judge(results, self._subject(entry))
             except Exception as error:  # ours, or a library's: a row of many must not end them all
-                judged = Judged(verdict="not compared", message=f"the comparison itself raised {one_line(error)}")
+                judged = Judged(verdict="not compared", message=f"the comparison itself raised {reason(error)}")
+        message = judged.message.replace(f"{self._folder}", "its folder")  # a record is for other machines too
         words = ("shardproof", "atlas", "--arch", entry.architecture, "--layout", entry.layout.name, "--tp", str(entry.tp_size),
                  "--dtype", entry.dtype, "--seed", str(self._plan.seed))
         return AtlasRow(architecture=entry.architecture, layout=entry.layout.name, changes=dict(entry.layout.changes),
                         subject=entry.subject, tp_size=entry.tp_size, dtype=entry.dtype, replay=shlex.join(words),
-                        seconds=round(time.perf_counter() - started, 3), **asdict(judged))
+                        seconds=round(time.perf_counter() - started, 3), **asdict(replace(judged, message=message)))
 
     def _reference(self, entry: Entry) -> ReferenceResults | str:
         """Of the row's checkpoint; or why there is none."""
         key = (entry.architecture, entry.layout.name, entry.dtype)
         if key != self._key:
             self._key = key
-            folder = Path(tempfile.mkdtemp(dir=self._scratch))
+            folder = self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
             try:
                 shrink(entry.architecture, folder, seed=self._plan.seed, dtype=entry.dtype, **entry.layout.changes)
                 self._results = ReferenceResults(folder, dtype=entry.dtype, seed=self._plan.seed,
                                                  schedule_lengths=SCHEDULE_LENGTHS, beyond_windows=True)
             except Exception as error:  # a library's, over a config that it does not take
-                self._results = f"no such checkpoint can be made: {one_line(error)}"
+                self._results = f"no such checkpoint can be made: {reason(error)}"
         return self._results
 
     def _subject(self, entry: Entry) -> TransformersSubject:

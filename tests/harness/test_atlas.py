@@ -132,7 +132,7 @@ def test_progress_tells_each_row(rows_by_hand: list[str], capsys: pytest.Capture
 
 def test_to_go_on_needs_something_to_go_on_from(tmp_path: Path) -> None:
     done = run("atlas", "--arch", "llama", "--resume", "--out", str(tmp_path / "nothing"))
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "holds no report.json to go on from: leave --resume out" in done.stderr
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from reference.shrink import shrink
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
@@ -30,6 +29,7 @@ from harness.subjects.transformers import (
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import CheckpointError
+from reference.shrink import shrink
 from tests.harness.checking import OPTIONS, assert_green
 from tests.harness.conftest import MakeModel
 
