@@ -202,6 +202,7 @@ def tox(words: list[str], inline: bool, selections: Selections) -> str | None:
             default = re.search(r"\{posargs(?::(.*))?\}", line)
             if posargs and default is None:
                 return f"tox environment {name} takes no arguments"
+            line = line.removeprefix("- ")  # whatever its exit code
             filled = line if default is None else line.replace(default[0], shlex.join(posargs) or default[1] or "")
             if problem := problem_of(shlex.split(filled), False, selections):
                 return f"{filled}: {problem}"
