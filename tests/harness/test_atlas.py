@@ -18,6 +18,7 @@ from harness.errors import CouldNotRunError, UsageError
 from harness.interrupted import Interrupted
 from harness.subjects.base import SubjectFailure
 from harness.subjects.transformers import TransformersRank, TransformersSubject, plain
+from reference.shrink import tiny_config
 from reports.records import AtlasRow, read_report, write_report
 from tests.harness.test_exit_codes import run
 
@@ -173,3 +174,23 @@ def test_the_base_comes_first_and_a_layout_changes_what_the_config_has() -> None
     first, *others = layouts_of("llama")
     assert first == BASE
     assert {name for layout in others for name in layout.changes} >= {"tie_word_embeddings", "attention_bias"}
+
+
+def names_of(architecture: str) -> set[str]:
+    return {layout.name for layout in layouts_of(architecture)}
+
+
+def test_what_a_class_has_is_tried_and_nothing_that_computes_nothing() -> None:
+    assert {"num_key_value_heads=1", "head_dim=32", "intermediate_size=51", "intermediate_size=9", "vocab_size=132",
+            "mlp_bias=True"} < names_of("llama")
+    assert {"sliding_window=8", "use_qk_norm=True", "n_shared_experts=1"} & names_of("glm4_moe") == {"use_qk_norm=True"}
+    assert {"moe_intermediate_size=51", "q_lora_rank=24", "expert parallel"} < names_of("deepseek_v3") | names_of("sarvam_mla")
+    assert "use_bidirectional_attention=all" in names_of("gemma4_text")  # of the values that the class's type hint lists
+    assert not {name for name in names_of("gpt2") if name.startswith(("use_cache", "summary_", "reorder_", "output_"))}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3", "deepseek_v3"])
+def test_each_layout_is_a_config_of_its_own(architecture: str) -> None:
+    configs = [tiny_config(architecture, **layout.changes).to_json_string(use_diff=False)
+               for layout in layouts_of(architecture) if not layout.expert_parallel]
+    assert len(set(configs)) == len(configs) > 4
