@@ -1,45 +1,143 @@
 """Makes one float64 model compute in float64 throughout.
 
-Hugging Face's RMSNorm converts to float32 whatever the model's dtype. Here each norm of one model gets a
-forward of its own; classes and other models are left alone. Softmax is float64 as long as attention is
-"sdpa"; "eager" converts to float32. What stays float32 is RoPE's cos and sin, which are part of the model's
-definition.
+A float64 model of transformers still computes parts in float32: norms, softmax, routers, the application of RoPE and states
+of linear attention convert to it explicitly, whatever the model's dtype. Within the forward of a model that
+``compute_in_float64`` was given, every such conversion, and every tensor made anew, is float64 instead. No architecture is
+known by name: what is replaced are dtypes in calls of torch's operators, below all modules and functions.
+
+RoPE's cos and sin as transformers computes them, in float32, are part of a model's definition: the modules that make them
+compute as they always do, and their results are carried as float64.
 """
 
-from types import MethodType
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 
-
-def _rms_norm_float64(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """[..., hidden] float64 in and out: ``weight * x / sqrt(mean(x^2) + eps)``."""
-    variance = hidden_states.square().mean(-1, keepdim=True)
-    normed: torch.Tensor = self.weight * (hidden_states / torch.sqrt(variance + self.variance_epsilon))
-    return normed
+WIDER = {
+    torch.bfloat16: torch.float64,
+    torch.float16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+"""What stands in the place of each narrower dtype."""
 
 
 def compute_in_float64(model: nn.Module) -> None:
-    """Replace the forward of every RMSNorm in ``model``, a float64 model with sdpa attention.
+    """Make every forward of ``model`` compute in float64; other models and threads are left alone.
 
-    Raises
-    ------
-    NotImplementedError
-        A norm computes something else than the formula above, as Gemma's does: its exact form would have to
-        be added here first.
+    Args:
+        model: a model with float64 weights. It is changed in place: the few weights and buffers that are narrower, such as
+            tables made by the model itself, become float64 with the values that they have.
     """
-    for name, module in model.named_modules():
-        if not type(module).__name__.endswith("Norm"):
-            continue
-        weight = getattr(module, "weight", None)
-        if not (isinstance(weight, nn.Parameter) and hasattr(module, "variance_epsilon")):
-            raise NotImplementedError(f"{name} is a {type(module).__name__}, whose exact form is not known")
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(4, weight.shape[0], dtype=torch.float64, generator=generator)
-        probe = probe.to(weight.device)
-        original = module(probe)
-        module.forward = MethodType(_rms_norm_float64, module)  # on this one module, not on its class
-        # float32 inside the original: they agree to its rounding or compute different things.
-        if not torch.allclose(module(probe), original, rtol=1e-5, atol=1e-5):
-            raise NotImplementedError(f"{name}, a {type(module).__name__}, is no plain RMSNorm")
+    inside = _Float64()
+    tables = [module for module in model.modules() if makes_position_tables(module)]
+    for module in model.modules():
+        if module not in tables:
+            _widen(module)
+    for module in tables:
+        module.forward = _outside(module.forward, inside)
+    model.forward = _within(model.forward, inside)
+
+
+def makes_position_tables(module: nn.Module) -> bool:
+    """Whether a module makes RoPE's tables: its only tensors are buffers, some of them inverse frequencies."""
+    buffers = [name for name, _ in module.named_buffers()]
+    return any(name.endswith("inv_freq") for name in buffers) and not any(True for _ in module.parameters())
+
+
+class _Float64(TorchDispatchMode):
+    """Within it, in this thread, nothing narrower than float64 is made, but for what is computed while it is ``paused``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pauses = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Everything computes as it would without this mode."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._pauses:
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.dtype, _wider, (tuple(args), kwargs))
+        if _takes_default_dtype(func, args, kwargs):
+            kwargs["dtype"] = torch.float64
+        result = func(*args, **kwargs)
+        if _is_narrow(result):  # of integers: divided, for example
+            result = func(*tree_map_only(Tensor, _without_integers, args), **kwargs)
+        return _as_wide(result)
+
+
+_DTYPE_OF_VALUES = (torch.ops.aten.arange, torch.ops.aten.full, torch.ops.aten.scalar_tensor)
+"""Their result is of integers if what they are given is."""
+
+
+def _takes_default_dtype(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator makes a tensor from no other one, in torch's default dtype."""
+    arguments = func._schema.arguments
+    if kwargs.get("dtype") is not None or all(argument.name != "dtype" for argument in arguments):
+        return False
+    if any("Tensor" in str(argument.type) for argument in arguments):
+        return False
+    return func.overloadpacket not in _DTYPE_OF_VALUES or any(isinstance(value, float) for value in args)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return WIDER.get(dtype, dtype)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in WIDER
+
+
+def _as_wide(value: Any) -> Any:
+    return value.to(WIDER[value.dtype]) if _is_narrow(value) else value
+
+
+def _without_integers(x: Tensor) -> Tensor:
+    is_integer = not (x.is_floating_point() or x.is_complex() or x.dtype is torch.bool)
+    return x.double() if is_integer else x
+
+
+def _widen(module: nn.Module) -> None:
+    """Convert the module's own parameters and buffers, and tensors that are mere attributes."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor.data = _as_wide(tensor.data)
+    for name, value in vars(module).items():
+        if _is_narrow(value):
+            setattr(module, name, _as_wide(value))
+
+
+def _within(forward: Callable[..., Any], mode: _Float64) -> Callable[..., Any]:
+    @functools.wraps(forward)  # whoever looks at the signature of a model's forward sees its own
+    def in_float64(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return forward(*args, **kwargs)
+
+    return in_float64
+
+
+def _outside(forward: Callable[..., Any], mode: _Float64) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def as_transformers_computes(*args: Any, **kwargs: Any) -> Any:
+        with mode.paused():
+            tables = forward(*args, **kwargs)
+        return tree_map(_as_wide, tables)
+
+    return as_transformers_computes

@@ -4,9 +4,10 @@ Shape suffixes: T = tokens of one sequence, V = vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from engine.checkpoint.checkpoint_files import CONFIG_FILE
 from reference.building import building
 from reference.elements import CheckpointError, Element
-from reference.exact import compute_in_float64
+from reference.exact import compute_in_float64, makes_position_tables
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -31,22 +32,30 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Activations:
-    """What went into and came out of each module, by Hugging Face's module name; [T, ...] on the CPU.
+    """What went into and came out of each module, by Hugging Face's module name; on the CPU.
 
-    Modules are in the order in which they finished, so the first that differs is the first to blame.
+    Modules are in the order in which they finished, so the first that differs is the first to blame. The whole model, whose
+    name is empty, is the last one. Of several tensors that a module takes or returns the first one stands for all. The k-th
+    of n calls of one module within a forward goes by ``NAME (call k of n)``.
+
+    Attributes:
+        inputs, outputs: [T, ...] each, a row a token.
+        left_out: What was made and can't be compared by token, with the reason.
     """
 
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopTwo:
     """The two best next tokens after each position.
 
-    token_ids    the best; among equals the lowest id
-    runners_up   the second best
-    margins      logit of the best minus logit of the second, 0.0 for a tie
+    Attributes:
+        token_ids: The best; among equals the lowest id.
+        runners_up: The second best.
+        margins: Logit of the best minus logit of the second, 0.0 for a tie.
     """
 
     token_ids: list[int]
@@ -58,48 +67,52 @@ class TopTwo:
 class GreedyResult(TopTwo):
     """One prompt's greedy continuation; ``token_ids`` ends with the end-of-sequence id where one was met.
 
-    finish_reason   "stop" at an end-of-sequence id, "length" at max_new_tokens
+    Attributes:
+        finish_reason: "stop" at an end-of-sequence id, "length" at max_new_tokens.
     """
 
     finish_reason: str
 
 
 class Reference:
-    """A model in eval mode on one device. Sequences run one at a time, whole and unpadded.
+    """A causal language model in eval mode on one device. Sequences run one at a time, whole and unpadded.
 
     So no number depends on a batch, and the same call gives the same bits. Gradients are off, but not by
     inference mode: a caller could neither write to its tensors nor compute with them under autograd.
 
     Nothing can be judged by logits that are not finite: whatever computes some raises CheckpointError, which
     names the first weight that is not finite either.
+
+    Attributes:
+        dtype: As ``load`` was told.
+        vocab_size: Token ids are below it.
     """
 
     def __init__(self, model: Any, *, dtype: str) -> None:
         self.model = model.eval().requires_grad_(False)
         self.dtype = dtype
-        self.vocab_size: int = self.config.vocab_size
-        # The KV cache as forward takes it and its output bears it: transformers 5.24 renamed it, and the old name warns.
-        self._cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.vocab_size: int = self.text_config.vocab_size
+        self._arguments = frozenset(inspect.signature(model.forward).parameters)
 
     @classmethod
     def load(
         cls, folder: str | Path, dtype: str = "bfloat16", device: str | torch.device = "cpu"
     ) -> "Reference":
-        """The model in ``folder``, computed in ``dtype``.
-
-        Parameters
-        ----------
-        dtype
-            "bfloat16", "float16", "float32" or "float64": as transformers computes it. "exact": float64 with
-            the norms' float32 taken out too (see ``reference.exact``): what errors are measured against.
+        """Load the model in ``folder``, to be computed in ``dtype``.
 
         While it loads, transformers sets torch's default dtype and sets it back. Loads wait for each other;
         load before threads compute.
 
-        Raises
-        ------
-        CheckpointError
-            transformers cannot load it.
+        Args:
+            folder: A Hugging Face model folder.
+            dtype: "bfloat16", "float16", "float32" or "float64": as transformers computes it. "exact": float64
+                with the model's own float32 taken out too (see ``reference.exact``): what errors are measured
+                against.
+            device: Where it computes.
+
+        Raises:
+            CheckpointError: If transformers cannot load it.
+            ValueError: If ``dtype`` is none of these.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {sorted(DTYPES)}")
@@ -110,21 +123,31 @@ class Reference:
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
-                attn_implementation="sdpa",
+                attn_implementation=None,  # sdpa, or eager where a model has none
+                experts_implementation="eager",  # torch's grouped matrix products know no float64
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
             )
         model.to(torch.device(device))
         if dtype == "exact":
-            with torch.no_grad():
-                compute_in_float64(model)
+            compute_in_float64(model)
         return cls(model, dtype=dtype)
 
     @property
     def config(self) -> Any:
         """The transformers config."""
         return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is about text, of a model of several modalities; else all of it."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Which of transformers' implementations of the same formula compute: ``{"attention": "sdpa", "experts": "eager"}``."""
+        return {"attention": self.text_config._attn_implementation, "experts": self.text_config._experts_implementation}
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -166,25 +189,20 @@ class Reference:
     def activations(
         self, token_ids: Sequence[int], modules: Collection[str] | None = None
     ) -> Activations:
-        """Inputs and outputs of ``modules`` for one sequence; by default of all but the rotary embedding.
+        """Inputs and outputs of ``modules`` for one sequence; by default of all but those that make RoPE's tables.
 
         Names are those of ``named_modules``, such as ``model.layers.0.self_attn.q_proj``. Heads that a model
         handles apart keep their dimension: q_norm's are [T, heads, head_dim].
+
+        Raises:
+            ValueError: If the model has no module of such a name.
         """
-        taps = {name: module for name, module in self.model.named_modules() if _can_be_tapped(name)}
-        if modules is not None:
-            if unknown := set(modules) - set(taps):
-                raise ValueError(f"modules={sorted(unknown)} are not in the model; {list(taps)[:3]} are")
-            taps = {name: taps[name] for name in taps if name in set(modules)}
-        taken = Activations(inputs={}, outputs={})
-        with ExitStack() as hooks:
-            for name, module in taps.items():
-                hook = module.register_forward_hook(_recorder(name, taken), with_kwargs=True)
-                hooks.callback(hook.remove)
+        with recording(self.model, len(token_ids), modules) as taken:
             self._forward(token_ids)
         return taken
 
     def _forward(self, token_ids: Sequence[int], copies: int = 1) -> torch.Tensor:
+        """[copies, T, V]."""
         ids = self._ids(token_ids).expand(copies, -1)
         return self._finite(self.model(input_ids=ids, use_cache=False).logits)
 
@@ -201,23 +219,47 @@ class Reference:
     def _continue(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> GreedyResult:
-        token_ids: list[int] = []
-        runners_up: list[int] = []
-        margins: list[float] = []
-        cache = None
-        new_ids = self._ids(prompt)
-        while len(token_ids) < max_new_tokens:
-            step = self.model(input_ids=new_ids, use_cache=True, logits_to_keep=1, **{self._cache_name: cache})
-            cache = step[self._cache_name]
-            best_ids, second_ids, step_margins = _top_two(self._finite(step.logits)[0])
-            token_ids += best_ids
-            runners_up += second_ids
-            margins += step_margins
-            if token_ids[-1] in eos_token_ids:
-                break
-            new_ids = torch.tensor([best_ids], device=self.device)
-        reason = "stop" if token_ids[-1] in eos_token_ids else "length"
-        return GreedyResult(token_ids=token_ids, runners_up=runners_up, margins=margins, finish_reason=reason)
+        # What a cache gives is a guess that one forward without a cache confirms: some models compute otherwise with theirs.
+        ids = self._guess(prompt, max_new_tokens, eos_token_ids)
+        top = self.margins([*prompt, *ids[:-1]])
+        start = len(prompt) - 1
+        if not ids or top.token_ids[start:] != ids:
+            ids = []
+            while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_token_ids):
+                top = self.margins([*prompt, *ids])
+                ids.append(top.token_ids[-1])
+        reason = "stop" if ids[-1] in eos_token_ids else "length"
+        return GreedyResult(token_ids=ids, runners_up=top.runners_up[start:], margins=top.margins[start:],
+                            finish_reason=reason)
+
+    def _guess(self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]) -> list[int]:
+        """The same ids, quickly; none if the model has no KV cache that works."""
+        ids: list[int] = []
+        cache, new_ids = None, self._ids(prompt)
+        if self._cache_name is None:
+            return ids
+        while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_token_ids):
+            try:
+                step = self.model(input_ids=new_ids, use_cache=True, **{self._cache_name: cache}, **self._last_logits)
+                cache = step[self._cache_name]
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):  # whatever a cache fails with
+                return []
+            ids.append(int(_lowest_argmax(self._finite(step.logits[0, -1:]))))
+            new_ids = self._ids(ids[-1:])
+        return ids
+
+    @property
+    def _cache_name(self) -> str | None:
+        """The KV cache as forward takes it and its output bears it; None for a model that has another state."""
+        if getattr(self.model, "_is_stateful", False):
+            return None
+        # Transformers 5.24 renamed it, and the old name warns.
+        return next((name for name in ("cache", "past_key_values") if name in self._arguments), None)
+
+    @property
+    def _last_logits(self) -> dict[str, int]:
+        """The argument of forward that saves computing logits that nobody reads, where there is one."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
 
     def _ids(self, token_ids: Sequence[int]) -> torch.Tensor:
         """[1, T] int64 on the model's device."""
@@ -247,22 +289,92 @@ def _lowest_argmax(logits_TV: torch.Tensor) -> torch.Tensor:
     return torch.where(is_largest, ids, logits_TV.shape[-1]).amin(dim=-1)
 
 
-def _can_be_tapped(name: str) -> bool:
-    # The two outermost modules return more than a tensor; the rotary embedding has no activations.
-    return name not in ("", "model") and not name.endswith("rotary_emb")
+@contextmanager
+def recording(
+    model: nn.Module, num_tokens: int, modules: Collection[str] | None = None
+) -> Iterator[Activations]:
+    """Note what goes into and comes out of each module of ``model`` in one forward of one sequence.
+
+    What it yields is whole once the block has ended.
+
+    Args:
+        model: Any model of transformers, or one whose modules have the same names.
+        num_tokens: How many tokens the forward is given: by this number the dimension of tokens is told.
+        modules: Names of those to be noted; None: all but those that make RoPE's tables.
+
+    Raises:
+        ValueError: If the model has no module of such a name.
+    """
+    taps = {name: module for name, module in model.named_modules() if not makes_position_tables(module)}
+    if modules is not None:
+        if unknown := set(modules) - set(taps):
+            raise ValueError(f"modules={sorted(unknown)} are not in the model; {list(taps)[1:4]} are")
+        taps = {name: taps[name] for name in taps if name in set(modules)}
+    calls: list[_Call] = []
+    taken = Activations(inputs={}, outputs={})
+    with ExitStack() as hooks:
+        for name, module in taps.items():
+            hook = module.register_forward_hook(_recorder(name, num_tokens, calls), with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield taken
+    _name_calls(calls, taken)
 
 
-def _recorder(name: str, taken: Activations) -> Callable[..., None]:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of one module: what its first tensors are by token, or of which shape if they are not."""
+
+    name: str
+    input: torch.Tensor | str | None
+    output: torch.Tensor | str | None
+
+
+def _recorder(name: str, num_tokens: int, calls: list[_Call]) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        taken.inputs[name] = _of_one_sequence(args[0] if args else kwargs["hidden_states"])
-        taken.outputs[name] = _of_one_sequence(output[0] if isinstance(output, tuple) else output)
+        calls.append(_Call(name, _by_token((args, kwargs), num_tokens), _by_token(output, num_tokens)))
 
     return record
 
 
-def _of_one_sequence(x: torch.Tensor) -> torch.Tensor:
-    """[1, T, ...] -> [T, ...], a copy on the CPU: what follows in the model may write over ``x``."""
-    return x[0].detach().to("cpu", copy=True)
+def _name_calls(calls: list[_Call], taken: Activations) -> None:
+    total = Counter(call.name for call in calls)
+    done: Counter[str] = Counter()
+    for call in calls:
+        done[call.name] += 1
+        of = total[call.name]
+        name = call.name if of == 1 else f"{call.name} (call {done[call.name]} of {of})"
+        for side, x in ((taken.inputs, call.input), (taken.outputs, call.output)):
+            if isinstance(x, torch.Tensor):
+                side[name] = x
+        if not isinstance(call.output, torch.Tensor):
+            taken.left_out[name] = f"its output is {call.output or 'no tensor'}"
+
+
+def _by_token(value: Any, num_tokens: int) -> torch.Tensor | str | None:
+    """The first tensor of ``value`` as [T, ...], a copy on the CPU: what follows in the model may write over it.
+
+    Its shape in words if it has no dimension of T, or several and not the first one; None if there is no tensor.
+    """
+    x = _first_tensor(value)
+    if x is None:
+        return None
+    shape = tuple(x.shape)
+    while x.ndim >= 2 and x.shape[0] == 1 and (x.shape[0] != num_tokens or x.shape[1] == 1):
+        x = x[0]  # of one sequence
+    if x.ndim == 0 or x.shape[0] != num_tokens:
+        if x.shape.count(num_tokens) != 1:
+            return f"of shape {shape}, with no dimension, or not one alone, of {num_tokens} tokens"
+        x = x.movedim(x.shape.index(num_tokens), 0)  # heads come before tokens
+    return x.detach().to("cpu", copy=True)
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    if isinstance(value, torch.Tensor):
+        return value
+    if is_dataclass(value) and not isinstance(value, Mapping):
+        value = vars(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next((x for x in map(_first_tensor, parts) if x is not None), None)
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reference.checkpoints import random_checkpoint
-from reference.exact import compute_in_float64
+from reference.exact import compute_in_float64, makes_position_tables
 from reference.hf import Reference
 from tests.reference.tiny import DEVICES, FAMILIES, tiny_config
 
@@ -20,25 +22,27 @@ def folders(tmp_path_factory):
 
 
 class BelowFloat64(TorchDispatchMode):
-    """Names of the operations that give a float narrower than float64, the rotary tables' apart."""
+    """Names of the operations that give a float narrower than float64, those of the modules that make RoPE's tables apart."""
 
     def __init__(self, reference):
         super().__init__()
         self.found = []
         self.total = 0
-        self.in_rotary = False
-        rotary = reference.model.model.rotary_emb
-        self.hooks = [
-            rotary.register_forward_pre_hook(lambda *_: setattr(self, "in_rotary", True)),
-            rotary.register_forward_hook(lambda *_: setattr(self, "in_rotary", False)),
-        ]
+        self.in_tables = 0
+        self.hooks = []
+        for module in filter(makes_position_tables, reference.model.modules()):
+            self.hooks.append(module.register_forward_pre_hook(lambda *_: self.enter(1)))
+            self.hooks.append(module.register_forward_hook(lambda *_: self.enter(-1)))
+
+    def enter(self, step):
+        self.in_tables += step
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
                 self.total += 1
-                if value.dtype != torch.float64 and not self.in_rotary:
+                if value.dtype not in (torch.float64, torch.complex128) and not self.in_tables:
                     self.found.append(str(function))
         return result
 
@@ -66,12 +70,6 @@ def test_the_exact_reference_computes_nothing_in_float32(folders, family, device
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_count_does_see_the_float32_in_transformers_float64(folders, family, device):
     assert len(below_float64(Reference.load(folders[family], "float64", device))) >= 5
-
-
-def test_the_count_does_see_the_float32_of_eager_attentions_softmax(folders):
-    exact = Reference.load(folders["llama"], "exact")
-    exact.model.set_attn_implementation("eager")
-    assert "aten._softmax.default" in below_float64(exact)
 
 
 def decoder_in_numpy(reference, token_ids):
@@ -144,28 +142,113 @@ def test_exact_logits_are_those_of_the_decoder_written_out_in_float64(folders, f
     assert np.abs(plain.logits([PROMPT])[0].numpy() - written_out).max() > 1e-8
 
 
-def test_only_the_one_model_is_patched(folders):
+def test_only_the_one_model_computes_in_float64(folders):
     Reference.load(folders["llama"], "exact")
-    other = Reference.load(folders["llama"], "float64")
-    assert "forward" not in vars(other.model.model.norm)
-    assert below_float64(other)
+    assert below_float64(Reference.load(folders["llama"], "float64"))
 
 
-class ScaledFromOneRMSNorm(nn.Module):
-    """Gemma's: the weight is an offset from 1."""
+def in_float64(compute):
+    """What ``compute`` returns as the forward of a model that computes in float64."""
+    model = nn.Module()
+    model.forward = compute
+    compute_in_float64(model)
+    return model(torch.tensor([1 + 1e-12, 2.0], dtype=torch.float64))
+
+
+UPCASTS = {
+    "float": lambda x: x.float(),
+    "to": lambda x: x.to(torch.float32),
+    "to half": lambda x: x.to(torch.bfloat16),
+    "to, by keyword": lambda x: x.to(dtype=torch.float32, copy=True),
+    "type": lambda x: x.type(torch.float32),
+    "type_as": lambda x: x.type_as(torch.zeros(1)),
+    "sum": lambda x: x.sum(dtype=torch.float32),
+    "copy": lambda x: torch.empty(2, dtype=torch.float32).copy_(x),
+}
+
+
+@pytest.mark.parametrize("name", UPCASTS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_no_conversion_loses_a_digit(name, inference):
+    with torch.inference_mode(inference):
+        found = in_float64(UPCASTS[name])
+    expected = torch.tensor([1 + 1e-12, 2.0], dtype=torch.float64)
+    assert torch.equal(found, expected.sum() if name == "sum" else expected)
+
+
+NEW_TENSORS = {
+    "zeros": lambda x: torch.zeros(2),
+    "full": lambda x: torch.full((2,), 0.1),
+    "full, its dtype given": lambda x: torch.full((2,), 0.1, dtype=torch.float32),
+    "arange": lambda x: torch.arange(0.1, 1.0),
+    "a quotient of integers": lambda x: torch.arange(1, 4) / 3,
+    "an integer to a power": lambda x: 0.1 ** torch.arange(1, 4),
+    "softmax": lambda x: torch.softmax(x, -1, dtype=torch.float32),
+    "complex": lambda x: torch.view_as_complex(x.float()),
+    "where": lambda x: torch.where(torch.tensor([True, False]), 0.0, -torch.inf),
+}
+
+
+@pytest.mark.parametrize("name", NEW_TENSORS)
+def test_whatever_is_made_is_made_in_float64(name):
+    found = in_float64(NEW_TENSORS[name])
+    x = torch.tensor([1 + 1e-12, 2.0], dtype=torch.float64)
+    expected = {
+        "zeros": torch.zeros(2), "full": [0.1, 0.1], "full, its dtype given": [0.1, 0.1], "arange": [0.1],
+        "a quotient of integers": [1 / 3, 2 / 3, 1.0], "an integer to a power": [0.1, 0.1**2, 0.1**3], "softmax": x.softmax(-1),
+        "complex": torch.view_as_complex(x), "where": [0.0, -torch.inf],
+    }[name]
+    assert found.dtype == (torch.complex128 if name == "complex" else torch.float64)
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("make", [lambda x: torch.arange(3), lambda x: torch.full((2,), 3), lambda x: x > 0])
+def test_integers_and_booleans_stay_what_they_are(make):
+    assert in_float64(make).dtype == make(torch.ones(2)).dtype
+
+
+def test_it_ends_with_the_forward_and_other_threads_are_left_alone():
+    seen = []
+
+    def forward(x):
+        thread = threading.Thread(target=lambda: seen.append(torch.zeros(1).dtype))
+        thread.start()
+        thread.join()
+        if x[1] == 2:
+            raise RuntimeError
+        return x
+
+    with pytest.raises(RuntimeError):
+        in_float64(forward)
+    assert [*seen, torch.zeros(1).dtype] == [torch.float32] * 2
+
+
+class Tables(nn.Module):
+    """Makes cos in float32 out of frequencies, as rotary embeddings do."""
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((8,), 0.1, dtype=torch.float64))
-        self.variance_epsilon = 1e-6
+        self.inv_freq = nn.Buffer(torch.tensor([0.1], dtype=torch.float32))
 
     def forward(self, x):
-        return (1 + self.weight) * x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (x.float() * self.inv_freq).cos()
 
 
-@pytest.mark.parametrize(
-    ("norm", "message"), [(ScaledFromOneRMSNorm(), "is no plain RMSNorm"), (nn.LayerNorm(8), "is not known")]
-)
-def test_a_norm_of_another_formula_is_refused(norm, message):
-    with pytest.raises(NotImplementedError, match=message):
-        compute_in_float64(nn.ModuleDict({"norm": norm}))
+def test_rotary_tables_are_computed_in_float32_and_carried_as_float64():
+    model = nn.Sequential(Tables())
+    compute_in_float64(model)
+    x = torch.arange(40, dtype=torch.float64)
+    table = model(x)
+    assert table.dtype == torch.float64
+    assert torch.equal(table, (x.float() * torch.tensor(0.1)).cos().double())
+    assert not torch.equal(table, (x * torch.tensor(0.1).double()).cos())
+
+
+def test_what_a_model_holds_in_float32_becomes_float64_with_its_values():
+    model = nn.Linear(2, 2, dtype=torch.float32)
+    model.table = torch.tensor([0.1])
+    before = model.weight.detach().double()
+    compute_in_float64(model)
+    assert torch.equal(model.weight, before)
+    assert model.table.dtype == torch.float64
+    assert model(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
