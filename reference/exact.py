@@ -29,6 +29,7 @@ WIDER = {
     torch.complex64: torch.complex128,
 }
 """What stands in the place of each narrower dtype."""
+_NARROW = frozenset(WIDER)
 
 
 def compute_in_float64(model: nn.Module) -> None:
@@ -75,26 +76,33 @@ class _Float64(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._pauses:
             return func(*args, **kwargs)
-        args, kwargs = tree_map_only(torch.dtype, _wider, (tuple(args), kwargs))
-        if _takes_default_dtype(func, args, kwargs):
+        if _NARROW.intersection(value for value in args if type(value) is torch.dtype):
+            args = [_wider(value) if type(value) is torch.dtype else value for value in args]
+        if "dtype" in kwargs:
+            kwargs["dtype"] = _wider(kwargs["dtype"])
+        if kwargs.get("dtype") is None and _makes_values(func) and _is_float(func, args):
             kwargs["dtype"] = torch.float64
         result = func(*args, **kwargs)
-        if _is_narrow(result):  # of integers: divided, for example
-            result = func(*tree_map_only(Tensor, _without_integers, args), **kwargs)
-        return _as_wide(result)
+        if not _is_narrow(result):
+            return result
+        # Of integers, such as their quotient: it is made again.
+        return _as_wide(func(*tree_map_only(Tensor, _without_integers, args), **kwargs))
 
 
 _DTYPE_OF_VALUES = (torch.ops.aten.arange, torch.ops.aten.full, torch.ops.aten.scalar_tensor)
 """Their result is of integers if what they are given is."""
 
 
-def _takes_default_dtype(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator makes a tensor from no other one, in torch's default dtype."""
+@functools.cache
+def _makes_values(func: Any) -> bool:
+    """Whether an operator makes a tensor of a dtype from no other tensor."""
     arguments = func._schema.arguments
-    if kwargs.get("dtype") is not None or all(argument.name != "dtype" for argument in arguments):
-        return False
-    if any("Tensor" in str(argument.type) for argument in arguments):
-        return False
+    return (any(argument.name == "dtype" for argument in arguments)
+            and not any("Tensor" in str(argument.type) for argument in arguments))
+
+
+def _is_float(func: Any, args: Sequence[Any]) -> bool:
+    """Whether an operator that is not told a dtype takes torch's default one, which is a float's."""
     return func.overloadpacket not in _DTYPE_OF_VALUES or any(isinstance(value, float) for value in args)
 
 

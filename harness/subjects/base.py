@@ -129,6 +129,7 @@ class Subject(ABC):
     name           as the command line and reports call it
     capabilities   those of ``CAPABILITIES`` that it has
     takes_ranks    whether it runs on ranks that live elsewhere (``Placement.ranks``)
+    has_windows    whether sequences may be longer than a sliding window of the model
     tp_size        number of its ranks
     fabric         what joins them, for the report
     loaded         what is loaded; ranks that replace failed ones load it by themselves
@@ -137,6 +138,7 @@ class Subject(ABC):
     name: ClassVar[str]
     capabilities: ClassVar[frozenset[str]] = frozenset()
     takes_ranks: ClassVar[bool] = False
+    has_windows: ClassVar[bool] = True
     tp_size: int
     fabric: str = ""
     loaded: Loaded | None = None

@@ -25,6 +25,7 @@ class EngineSubject(OnRanks):
 
     name: ClassVar[str] = "engine"
     capabilities: ClassVar[frozenset[str]] = frozenset(CAPABILITIES)
+    has_windows: ClassVar[bool] = False
     rank_class = EngineRank
 
     def __init__(self, placement: Placement) -> None:

@@ -42,24 +42,30 @@ class ReferenceResults:
     """Prompts, scripts and the reference's answers for one model, dtype and seed.
 
     Args:
-        folder: a Hugging Face model folder.
-        dtype: of the candidate and the baseline.
-        device: where the reference computes.
-        prompt_lengths, schedule_lengths: tokens of each prompt, where they are drawn, and of each sequence of the schedule.
+        folder: A Hugging Face model folder.
+        dtype: Of the candidate and the baseline.
+        device: Where the reference computes.
+        prompt_lengths: Tokens of each prompt, where they are drawn.
+        schedule_lengths: Tokens of each sequence of the schedule; fewer where the model takes fewer.
+        beyond_windows: Whether sequences may be longer than a sliding window of the model.
     """
 
     def __init__(self, folder: Path, *, dtype: str, seed: int = 0, device: str = "cpu",
-                 prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, schedule_lengths: tuple[int, ...] = SCHEDULE_LENGTHS) -> None:
+                 prompt_lengths: tuple[int, ...] = PROMPT_LENGTHS, schedule_lengths: tuple[int, ...] = SCHEDULE_LENGTHS,
+                 beyond_windows: bool = False) -> None:
         self.folder = folder
         self.dtype = dtype
         self.seed = seed
         self.device = device
         self.prompt_lengths = prompt_lengths
         self.schedule_lengths = schedule_lengths
+        self.beyond_windows = beyond_windows
         self._activations: dict[tuple[str, int], Activations] = {}
         self._simulated_activations: dict[int, list[Activations]] = {}
         # Transformers' own reading of config.json: what the file leaves out is there.
-        self.config: dict[str, Any] = read_config(folder).to_dict()
+        config = read_config(folder)
+        self.config: dict[str, Any] = config.to_dict()
+        self._text_config = config.get_text_config(decoder=True)
         self.tokenizer = load_tokenizer(folder)
 
     @cached_property
@@ -93,14 +99,16 @@ class ReferenceResults:
     def schedule(self) -> Schedule:
         """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
-        longest = min(self.config["max_position_embeddings"], self.config.get("sliding_window") or math.inf,
-                      self.config.get("original_max_position_embeddings") or math.inf)
-        lengths = tuple(min(length, int(longest)) for length in self.schedule_lengths)
+        limits = ["max_position_embeddings", "original_max_position_embeddings"]
+        if not self.beyond_windows:
+            limits.append("sliding_window")
+        longest = min(getattr(self._text_config, limit, None) or math.inf for limit in limits)
+        lengths = tuple(int(min(length, longest)) for length in self.schedule_lengths)
         return Schedule(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
 
     def _random_sequences(self, draw: random.Random, lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Ids of these lengths, a third of them where a vocabulary is cut: borders of the shards of 2 ranks, of 3, and so on."""
-        last = self.config["vocab_size"] - 1
+        last = self._text_config.vocab_size - 1
         cuts = (at * -(-(last + 1) // ranks) for ranks in range(2, 9) for at in range(1, ranks))
         borders = iter(dict.fromkeys([*(token_id for cut in cuts if cut <= last for token_id in (cut - 1, cut)), 0]))
         sequences = []

@@ -129,7 +129,7 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     config = read_config(plan.folder)
     weight_shapes(config)  # a config that the reference can make no model of is told before any rank starts
     dtype = checkpoint_dtype(config) if plan.dtype == "auto" else plan.dtype
-    results = ReferenceResults(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device)
+    results = ReferenceResults(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device, beyond_windows=subject.has_windows)
     rows: list[CheckRow] = []
     try:
         for tp_size in plan.tp_sizes:
