@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.config import EngineConfig, ModelConfig
-from engine.execution.runner import Drawn, Runner
+from engine.execution.runner import Runner, SamplerOutput
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import build_batch
 from engine.scheduling.kv_cache import BlockManager
@@ -29,7 +29,7 @@ class CoreInfo:
     max_model_len: int
 
 
-class News(NamedTuple):
+class TokenOutput(NamedTuple):
     """A token of a request, and how the request ended if it did with this token.
 
     A tuple, for there are many: a dataclass takes four times as long to travel.
@@ -45,9 +45,9 @@ class News(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What some steps brought. Every rank sends the digest, rank 0 the news."""
+    """What some steps brought. Every rank sends the digest, rank 0 the outputs."""
 
-    news: list[News]
+    outputs: list[TokenOutput]
     digest: bytes
     has_work: bool
     not_finite_weight: str | None = None
@@ -67,7 +67,7 @@ class EngineCore:
         self.scheduler = Scheduler(blocks, max_num_seqs=config.max_num_seqs,
                                    max_num_batched_tokens=config.max_num_batched_tokens,
                                    enable_chunked_prefill=config.enable_chunked_prefill)
-        self.in_flight: tuple[list[Chunk], Drawn] | None = None
+        self.in_flight: tuple[list[Chunk], SamplerOutput] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -83,11 +83,11 @@ class EngineCore:
                 raise RuntimeError(f"nothing can run: waiting={len(self.scheduler.waiting)}, "
                                    f"free blocks={self.scheduler.blocks.num_free}")
             return []
-        chunks, drawn = finished
-        token_ids = self.runner.collect(drawn)
+        chunks, sampled = finished
+        token_ids = self.runner.collect(sampled)
         wanted = [chunk.sequence for chunk in chunks if chunk.samples and chunk.sequence.request.params.logprobs is not None]
         if wanted:
-            for sequence, logprobs in zip(wanted, self.runner.collect_logprobs(drawn), strict=True):
+            for sequence, logprobs in zip(wanted, self.runner.collect_logprobs(sampled), strict=True):
                 sequence.logprobs = logprobs
         return self.scheduler.commit(chunks, token_ids)
 
@@ -116,16 +116,17 @@ def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], nu
         core.scheduler.add(Sequence.from_request(request))
     for request_id in abort_ids:
         core.scheduler.abort(request_id)
-    news: list[News] = []
+    outputs: list[TokenOutput] = []
     for _ in range(num_steps):
         if not core.has_work:
             break
-        news.extend(
-            News(sequence.request.request_id, token_id, sequence.finish_reason, sequence.num_cached_prompt_tokens,
+        outputs.extend(
+            TokenOutput(sequence.request.request_id, token_id, sequence.finish_reason, sequence.num_cached_prompt_tokens,
                  sequence.logprobs)
             for sequence, token_id in core.step()
         )
-    ids = array("q", [number for item in news for number in (item.request_id, item.token_id)])
+    ids = array("q", [number for item in outputs for number in (item.request_id, item.token_id)])
     digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
     not_finite = core.runner.not_finite_weight if NO_TOKEN in ids else None
-    return Progress(news=news if rank.tp.rank == 0 else [], digest=digest, has_work=core.has_work, not_finite_weight=not_finite)
+    return Progress(outputs=outputs if rank.tp.rank == 0 else [], digest=digest, has_work=core.has_work,
+                    not_finite_weight=not_finite)

@@ -4,7 +4,7 @@ A step in which every sequence runs one token always has the same shape but for 
 few numbers of sequences (*buckets*) and replayed: no host work a layer, no gaps between kernels. The inputs of a step travel
 in one copy from pinned memory.
 
-``DecodeStep.run`` is the plain twin of the replay: the same function, called instead of captured.
+``DecodeStep.run`` is the eager form of the replay: the same function, called instead of captured.
 
 Shape suffixes: S = sequences of the bucket, padding included, B = blocks of the longest sequence.
 """

@@ -201,14 +201,14 @@ class Driver:
             self._leave_ranks()
             raise
         with self._changed:
-            for news in reports[0].news:
-                request = self._running.get(news.request_id)
+            for token in reports[0].outputs:
+                request = self._running.get(token.request_id)
                 if request is not None:
-                    if news.finish_reason is not None:
-                        self._running.pop(news.request_id, None)
-                    if news.finish_reason == "error":
+                    if token.finish_reason is not None:
+                        self._running.pop(token.request_id, None)
+                    if token.finish_reason == "error":
                         request.cause = _cause_of_not_finite([report.not_finite_weight for report in reports])
-                    request.inbox.append(news)
+                    request.inbox.append(token)
         return reports[0].has_work
 
     def _leave_ranks(self) -> None:

@@ -24,7 +24,7 @@ from engine.scheduling.sequence import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class SamplerOutput:
     """What a step drew, on its way to the host."""
 
     token_R: Tensor | TokenReadback
@@ -154,7 +154,7 @@ class Runner:
         self.caches = []
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch) -> Drawn:
+    def launch(self, batch: StepBatch) -> SamplerOutput:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
         if self.graphs is not None and self.graphs.can_run(batch):
             logits_RV, token_R = self._replay(batch)
@@ -165,17 +165,17 @@ class Runner:
             logits_RV, token_R = self._step(batch.to(self.device))
         row_L = batch.sampling.logprob_row_L
         logprobs = () if row_L is None else logprobs_of(logits_RV, token_R, row_L.to(self.device), batch.sampling.num_logprobs)
-        return Drawn(self._readback(token_R), tuple(map(self._readback, logprobs)))
+        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)))
 
-    def collect(self, drawn: Drawn) -> list[int]:
+    def collect(self, sampled: SamplerOutput) -> list[int]:
         """Wait for a step and bring its tokens home."""
-        tokens: list[int] = drawn.token_R.tolist()
+        tokens: list[int] = sampled.token_R.tolist()
         return tokens
 
-    def collect_logprobs(self, drawn: Drawn) -> list[TokenLogprobs]:
+    def collect_logprobs(self, sampled: SamplerOutput) -> list[TokenLogprobs]:
         """Log-probabilities of a step, one for each row that wants them."""
         return [TokenLogprobs(logprob, rank, tuple(zip(*top, strict=True)))
-                for logprob, rank, *top in zip(*(column.tolist() for column in drawn.logprobs), strict=True)]
+                for logprob, rank, *top in zip(*(column.tolist() for column in sampled.logprobs), strict=True)]
 
     @cached_property
     def not_finite_weight(self) -> str | None:

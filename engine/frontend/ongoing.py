@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.execution.core import News
+from engine.execution.core import TokenOutput
 from engine.frontend.detokenizer import Detokenizer, Pieces
 from engine.frontend.outputs import CompletionOutput, Logprob, RequestOutput
 from engine.scheduling.sequence import Request, TokenLogprobs
@@ -42,24 +42,24 @@ class OngoingCompletion:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
         self._num_shown, self._num_tokens_shown, self._end_shown = 0, 0, False
 
-    def take(self, news: News) -> None:
+    def take(self, token: TokenOutput) -> None:
         """Add a token, or end without one."""
-        if news.finish_reason == "error":
+        if token.finish_reason == "error":
             self.finish("error")
             return
         output = self.output
-        output.token_ids.append(news.token_id)
-        if news.logprobs is not None:
-            self._take_logprobs(news.token_id, news.logprobs)
+        output.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            self._take_logprobs(token.token_id, token.logprobs)
         if self._detokenizer is not None and self.is_watched:
-            if not self._is_hidden(news):
-                self._detokenizer.push(news.token_id)
+            if not self._is_hidden(token):
+                self._detokenizer.push(token.token_id)
             output.text = self._detokenizer.text[: self._detokenizer.num_safe]
             if self._detokenizer.stop_string is not None:
                 self.finish("stop")
                 return
-        if news.finish_reason is not None:
-            self.finish(news.finish_reason)
+        if token.finish_reason is not None:
+            self.finish(token.finish_reason)
 
     def finish(self, reason: str) -> None:
         """Settle the text and the reasons. A stop string may be found in what was held back."""
@@ -93,9 +93,9 @@ class OngoingCompletion:
         logprobs = None if output.logprobs is None else output.logprobs[start:]
         return replace(output, text=text, token_ids=output.token_ids[start:], logprobs=logprobs)
 
-    def _is_hidden(self, news: News) -> bool:
+    def _is_hidden(self, token: TokenOutput) -> bool:
         """Whether the token is a stop token, which is no part of the text."""
-        return news.finish_reason == "stop" and not self.request.params.include_stop_str_in_output
+        return token.finish_reason == "stop" and not self.request.params.include_stop_str_in_output
 
     def _take_logprobs(self, token_id: int, at: TokenLogprobs) -> None:
         assert self.output.logprobs is not None, f"request_id={self.request.request_id} did not ask for logprobs"
@@ -119,7 +119,7 @@ class OngoingRequest:
     def __init__(self, output: RequestOutput, completions: dict[int, OngoingCompletion]) -> None:
         self.output = output
         self.completions = completions
-        self.inbox: deque[News | None] = deque()
+        self.inbox: deque[TokenOutput | None] = deque()
         self.cause = ""  # why the ranks could go on no more
         output.outputs = [completion.output for completion in completions.values()]
 
@@ -132,22 +132,22 @@ class OngoingRequest:
         """Take in what has come. Returns the numbers of completions that ended without the ranks knowing."""
         ended: list[int] = []
         while self.inbox:
-            news = self.inbox.popleft()
-            if news is None:
+            token = self.inbox.popleft()
+            if token is None:
                 ended += self._abort()
                 continue
-            completion = self.completions[news.request_id]
+            completion = self.completions[token.request_id]
             if completion.output.finished():  # the ranks have run ahead of a stop string
                 continue
-            completion.take(news)
+            completion.take(token)
             if completion.output.finish_reason == "error":
                 self._tell_error(completion.output)
                 continue
             self.output.num_generated_tokens += 1
             if completion.output.index == 0:
-                self.output.num_cached_tokens = news.num_cached_prompt_tokens
-            if completion.output.finished() and news.finish_reason is None:
-                ended.append(news.request_id)
+                self.output.num_cached_tokens = token.num_cached_prompt_tokens
+            if completion.output.finished() and token.finish_reason is None:
+                ended.append(token.request_id)
         self.output.finished = all(completion.finished() for completion in self.output.outputs)
         return ended
 

@@ -102,7 +102,7 @@ class Scheduler:
         Returns:
             The tokens that count: those of sequences that finished meanwhile are dropped.
         """
-        news: list[tuple[Sequence, int]] = []
+        committed: list[tuple[Sequence, int]] = []
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             if sequence.finish_reason is not None:
@@ -114,8 +114,8 @@ class Scheduler:
                 self.blocks.forget(sequence)
             if is_last:
                 self._retire(sequence)
-            news.append((sequence, token_id))
-        return news
+            committed.append((sequence, token_id))
+        return committed
 
     def _take(self, sequence: Sequence, num_tokens: int) -> Chunk:
         start = sequence.num_computed

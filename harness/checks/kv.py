@@ -166,8 +166,8 @@ class _Play:
                 self.scheduler.abort(number)
                 self.aborted.add(number)  # one that comes later runs to its end; nobody counts its tokens
 
-    def _take(self, news: list[tuple[int, int]]) -> None:
-        for number, token_id in news:
+    def _take(self, tokens: list[tuple[int, int]]) -> None:
+        for number, token_id in tokens:
             self.brought[number].append(token_id)
             if self.brought[number] != self.expected[number][: len(self.brought[number])]:
                 raise DisagreementError(f"request {number} brought {self.brought[number]}, it must bring {self.expected[number]}")

@@ -1,6 +1,6 @@
 """Are the logits of the whole model within budget: prefill in chunks, mixed with decode steps, several sequences at once?
 
-Twice: the model's own; and those of a small twin of the same layout in which the rows that a norm is given have mean squares
+Twice: the model's own; and those of a small model of the same layout in which the rows that a norm is given have mean squares
 near the config's eps. Hidden states of most models have mean squares so far above it that no logits show a wrong eps.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from harness.checks.base import Check, CheckContext, Outcome, Whole
-from harness.checks.weights import small_twin
+from harness.checks.weights import narrow_config
 from harness.verification.budgets import computation, digest
 from harness.verification.localise import localise
 from harness.verification.reference_results import ReferenceResults
@@ -25,9 +25,9 @@ from reference.hf import DTYPES
 from reference.writing import edited
 
 MODEL, NEAR_EPS = "model", "near eps"
-TWIN_SCHEDULE_LENGTHS = (17, 11, 5)
-TWIN_OPTIONS = {"num_kv_blocks": 8, "block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 8}
-TWIN_SCALES = {"embed_tokens": 0.5, "o_proj": 1.0, "down_proj": 2.0}
+SMALL_SCHEDULE_LENGTHS = (17, 11, 5)
+SMALL_OPTIONS = {"num_kv_blocks": 8, "block_size": 16, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+SMALL_SCALES = {"embed_tokens": 0.5, "o_proj": 1.0, "down_proj": 2.0}
 """Times the square root of eps; the MLP's are larger since its activations are smaller. What the layers add to the embeddings
 then is about as large as these, and no row is far above eps."""
 SHARPER = 2.0
@@ -35,27 +35,27 @@ SHARPER = 2.0
 
 
 def check_near_eps(context: CheckContext) -> Outcome:
-    """The same of the twin."""
-    with near_eps_twin(context) as twin:
-        outcome = compare_logits(twin)
+    """The same of the small model."""
+    with near_eps_model(context) as small:
+        outcome = compare_logits(small)
     if outcome.finding is None:
         return outcome
-    config = twin.results.config
-    what = f"a twin of {config['num_hidden_layers']} layers with mean squares near eps={config['rms_norm_eps']:g}"
+    config = small.results.config
+    what = f"a small model of {config['num_hidden_layers']} layers with mean squares near eps={config['rms_norm_eps']:g}"
     return replace(outcome, finding=f"{what}: {outcome.finding}", extra={**outcome.extra, "smallest_case": what})
 
 
 @contextmanager
-def near_eps_twin(context: CheckContext) -> Iterator[CheckContext]:
-    """The same for the twin, which takes the model's place as long as this lasts."""
-    config = small_twin(context.results.config, context.tp_size)
+def near_eps_model(context: CheckContext) -> Iterator[CheckContext]:
+    """The same for the small model, which takes the model's place as long as this lasts."""
+    config = narrow_config(context.results.config, context.tp_size)
     config["vocab_size"] += 60  # of few logits the median row tells nothing
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = near_eps_checkpoint(Path(scratch), config, dtype=context.dtype, seed=context.seed)
-        twin = ReferenceResults(folder, dtype=context.dtype, seed=context.seed, device=context.results.device,
-                     schedule_lengths=TWIN_SCHEDULE_LENGTHS)
-        with context.subject.beside(folder, dtype=context.dtype, options=TWIN_OPTIONS):
-            yield replace(context, results=twin, options=TWIN_OPTIONS)
+        results = ReferenceResults(folder, dtype=context.dtype, seed=context.seed, device=context.results.device,
+                                   schedule_lengths=SMALL_SCHEDULE_LENGTHS)
+        with context.subject.beside(folder, dtype=context.dtype, options=SMALL_OPTIONS):
+            yield replace(context, results=results, options=SMALL_OPTIONS)
 
 
 def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:
@@ -69,9 +69,9 @@ def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, see
         for name, tensor in tensors.items():
             module = name.split(".")[-2]
             if module == "embed_tokens":
-                tensor *= size * TWIN_SCALES[module] / tensor.double().square().mean().sqrt()
-            elif module in TWIN_SCALES:
-                tensor *= size * TWIN_SCALES[module]
+                tensor *= size * SMALL_SCALES[module] / tensor.double().square().mean().sqrt()
+            elif module in SMALL_SCALES:
+                tensor *= size * SMALL_SCALES[module]
             elif module in ("q_norm", "k_norm"):
                 tensor *= SHARPER
             elif has_head_norms and module in ("q_proj", "k_proj"):

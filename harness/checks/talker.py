@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from harness.checks.semantics import Model
-from harness.checks.weights import small_twin
+from harness.checks.weights import narrow_config
 from harness.verification.budgets import near_tie_margins
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import random_checkpoint
@@ -86,12 +86,12 @@ class Talker:
 
 
 def talker_config(config: dict[str, Any], tp_size: int, vocab_size: int) -> dict[str, Any]:
-    """The small twin of a config with this vocabulary, and with ``MAX_MODEL_LEN`` positions in whatever way it counts them."""
-    twin = {**small_twin(config, tp_size), "vocab_size": vocab_size, "max_position_embeddings": MAX_MODEL_LEN}
-    rope = dict(twin.get("rope_parameters") or {})
+    """The narrow form of a config with this vocabulary, and with ``MAX_MODEL_LEN`` positions in whatever way it counts them."""
+    narrow = {**narrow_config(config, tp_size), "vocab_size": vocab_size, "max_position_embeddings": MAX_MODEL_LEN}
+    rope = dict(narrow.get("rope_parameters") or {})
     if rope.get("rope_type") == "yarn":
         rope |= {"factor": 4.0, "original_max_position_embeddings": MAX_MODEL_LEN // 4}
-    return twin | ({"rope_parameters": rope} if rope else {})
+    return narrow | ({"rope_parameters": rope} if rope else {})
 
 
 def negative_logits_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, seed: int) -> Path:

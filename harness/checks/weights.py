@@ -72,7 +72,7 @@ def _uncovered(owned: Ownership, shape: tuple[int, ...], tp_size: int) -> str | 
 def check_indexed(context: CheckContext) -> Outcome:
     """A small one of the same layout whose every value is the number of its element."""
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = small_twin(context.results.config, context.tp_size)
+        config = narrow_config(context.results.config, context.tp_size)
         return _loaded_beside(context, "an index-valued checkpoint", index_checkpoint(Path(scratch) / "indexed", config), config)
 
 
@@ -81,7 +81,7 @@ def check_own_head(context: CheckContext) -> Outcome | None:
     if not context.results.config.get("tie_word_embeddings"):
         return None
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = {**small_twin(context.results.config, context.tp_size), "vocab_size": LONG_VOCABULARY}
+        config = {**narrow_config(context.results.config, context.tp_size), "vocab_size": LONG_VOCABULARY}
         folder = index_checkpoint(Path(scratch) / "headed", {**config, "tie_word_embeddings": False})
         as_config(config).save_pretrained(folder)
         with edited(folder) as tensors:
@@ -96,24 +96,24 @@ def _loaded_beside(context: CheckContext, what: str, folder: Path, config: dict[
         return compare_shards(context, what, folder, config, index.dtype, index)
 
 
-def small_twin(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
+def narrow_config(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
     """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly."""
     rope = dict(config.get("rope_parameters") or {})
     head_dim = 4 if rope.get("partial_rotary_factor", 1.0) == 1.0 else 8
     intermediate_size = 5 * tp_size + (1 if tp_size > 1 else 0)
-    twin = {**config, "hidden_size": head_dim * config["num_attention_heads"], "intermediate_size": intermediate_size,
+    narrow = {**config, "hidden_size": head_dim * config["num_attention_heads"], "intermediate_size": intermediate_size,
             "num_hidden_layers": 2, "vocab_size": 7 * tp_size + (1 if tp_size > 1 else 0), "max_position_embeddings": 64}
     if "head_dim" in config:
-        twin["head_dim"] = head_dim
+        narrow["head_dim"] = head_dim
     if config.get("sliding_window"):
-        twin["sliding_window"] = max(64, config["sliding_window"])
+        narrow["sliding_window"] = max(64, config["sliding_window"])
     if rope.get("rope_type") == "longrope":
         num_pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
         rope |= {name: rope[name][:num_pairs] for name in ("short_factor", "long_factor")}
-        twin |= {"rope_parameters": rope | {"factor": 2.0}, "original_max_position_embeddings": 64}
+        narrow |= {"rope_parameters": rope | {"factor": 2.0}, "original_max_position_embeddings": 64}
     for derived in ("layer_types", "torch_dtype", "dtype"):
-        twin.pop(derived, None)
-    return twin | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        narrow.pop(derived, None)
+    return narrow | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
 
 def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[str, Any], dtype: str,

@@ -85,8 +85,8 @@ _declare(
      '        if self._detokenizer.stop_string is not None:\n            self.finish("stop")\n            return\n',
      ""),
     (OngoingCompletion, "take",
-     "        self.finish(news.finish_reason)\n",
-     "        self.finish(news.finish_reason)\n    elif self._detokenizer is not None and self._detokenizer.stop_string is "
+     "        self.finish(token.finish_reason)\n",
+     "        self.finish(token.finish_reason)\n    elif self._detokenizer is not None and self._detokenizer.stop_string is "
      'not None:\n        self.finish("stop")\n'),
     (OngoingCompletion, "finish", 'output.finish_reason, output.stop_reason = "stop", ', "output.stop_reason = "),
     where="driver", field="SamplingParams.stop",

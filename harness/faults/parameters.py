@@ -16,7 +16,7 @@ import engine.execution.runner as runner_module
 import engine.frontend.requests as requests_module
 import engine.layers.sampler as sampler_module
 import engine.scheduling.batch as batch_module
-from engine.execution.core import News
+from engine.execution.core import TokenOutput
 from engine.execution.driver import Driver
 from engine.frontend.detokenizer import Detokenizer
 from engine.frontend.ongoing import OngoingCompletion, OngoingRequest
@@ -450,8 +450,8 @@ def _stop_token_text(is_kept: bool) -> Plant:
 
             return finish
 
-        def is_hidden(self: OngoingCompletion, news: News) -> bool:
-            return news.finish_reason == "stop" and not is_kept
+        def is_hidden(self: OngoingCompletion, token: TokenOutput) -> bool:
+            return token.finish_reason == "stop" and not is_kept
 
         patch.replace(OngoingCompletion, "finish", make)
         patch.replace(OngoingCompletion, "_is_hidden", lambda original: is_hidden)

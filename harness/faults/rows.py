@@ -17,7 +17,7 @@ from torch import Tensor
 
 import engine.execution.core as core_module
 import engine.frontend.requests as requests_module
-from engine.execution.core import News
+from engine.execution.core import TokenOutput
 from engine.execution.runner import Runner
 from engine.frontend.ongoing import OngoingCompletion, OngoingRequest
 from engine.frontend.requests import Admission
@@ -161,8 +161,8 @@ def tokens_committed_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
 
     def make(original: Any) -> Any:
         def commit(self: Scheduler, chunks: list[Chunk], token_ids: list[int]) -> list[tuple[Sequence, int]]:
-            news: list[tuple[Sequence, int]] = original(self, chunks, _rolled(token_ids))
-            return news
+            committed: list[tuple[Sequence, int]] = original(self, chunks, _rolled(token_ids))
+            return committed
 
         return commit
 
@@ -346,7 +346,7 @@ def news_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
     patch.replace(OngoingRequest, "empty_inbox", make)
 
 
-def _exchanged(one: News, other: News) -> list[News]:
+def _exchanged(one: TokenOutput, other: TokenOutput) -> list[TokenOutput]:
     return [one._replace(token_id=other.token_id, logprobs=other.logprobs),
             other._replace(token_id=one.token_id, logprobs=one.logprobs)]
 

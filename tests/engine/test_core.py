@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import EngineConfig, ModelConfig
-from engine.execution.core import CoreInfo, News, Progress, advance, start_core
+from engine.execution.core import CoreInfo, Progress, TokenOutput, advance, start_core
 from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.ranks.jobs import RankContext
@@ -52,9 +52,9 @@ class Core:
         self.num_preemptions += sum(sequence.row < 0 and sequence.finish_reason is None for sequence in running.values())
         return progress
 
-    def serve(self, requests: Sequence[Request], *, together: bool = True) -> tuple[dict[int, list[News]], list[bytes]]:
-        """The news of each request, and every message's digest."""
-        news: dict[int, list[News]] = {request.request_id: [] for request in requests}
+    def serve(self, requests: Sequence[Request], *, together: bool = True) -> tuple[dict[int, list[TokenOutput]], list[bytes]]:
+        """The outputs of each request, and every message's digest."""
+        outputs: dict[int, list[TokenOutput]] = {request.request_id: [] for request in requests}
         digests = []
         for batch in [requests] if together else [[request] for request in requests]:
             new: Sequence[Request] = batch
@@ -62,11 +62,11 @@ class Core:
                 progress = self.advance(new)
                 new = ()
                 digests.append(progress.digest)
-                for item in progress.news:
-                    news[item.request_id].append(item)
+                for item in progress.outputs:
+                    outputs[item.request_id].append(item)
                 if not progress.has_work:
                     break
-        return news, digests
+        return outputs, digests
 
 
 def requests_for(prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY, **changes: Any) -> list[Request]:
@@ -86,8 +86,8 @@ def requests_for(prompts: Sequence[Sequence[int]], params: SamplingParams = GREE
     ]
 
 
-def ids_of(news: dict[int, list[News]]) -> list[list[int]]:
-    return [[item.token_id for item in news[number]] for number in sorted(news)]
+def ids_of(outputs: dict[int, list[TokenOutput]]) -> list[list[int]]:
+    return [[item.token_id for item in outputs[number]] for number in sorted(outputs)]
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +129,8 @@ def test_greedy_tokens_are_the_references_under_any_options(
         enable_chunked_prefill=enable_chunked_prefill,
         **options,
     )
-    news, _ = core.serve(requests_for(PROMPTS), together=together)
-    assert ids_of(news) == expected
+    outputs, _ = core.serve(requests_for(PROMPTS), together=together)
+    assert ids_of(outputs) == expected
 
 
 @pytest.mark.parametrize(("block_size", "num_kv_blocks"), [(1, 75), (4, 20), (16, 5), (16, 8)])
@@ -147,15 +147,15 @@ def test_a_cache_so_small_that_sequences_are_preempted_changes_no_token(
         max_num_batched_tokens=32,
         max_num_seqs=8,
     )
-    news, _ = core.serve(requests_for(PROMPTS))
+    outputs, _ = core.serve(requests_for(PROMPTS))
     assert core.num_preemptions > 0, "the cache is not small enough to test anything"
-    assert ids_of(news) == expected
+    assert ids_of(outputs) == expected
 
 
 def test_what_the_prefix_cache_gives_is_counted(checkpoint: MakeCheckpoint) -> None:
     core = Core(checkpoint(), SoloGroup(), block_size=16)
-    news, _ = core.serve(requests_for(PROMPTS), together=False)
-    cached = [news[number][-1].num_cached_prompt_tokens for number in sorted(news)]
+    outputs, _ = core.serve(requests_for(PROMPTS), together=False)
+    cached = [outputs[number][-1].num_cached_prompt_tokens for number in sorted(outputs)]
     # The third prompt is one whole block, but its last token must run.
     assert cached == [0, 32, 0, 16, 0, 0, 32]
 
@@ -166,11 +166,11 @@ def test_a_cache_that_came_to_hold_generated_tokens_serves_them(
     core = Core(checkpoint(), SoloGroup(), block_size=16)
     core.serve(requests_for(PROMPTS[:1]))
     longer = PROMPTS[0] + expected[0] + [3]
-    news, _ = core.serve(requests_for([longer]))
+    outputs, _ = core.serve(requests_for([longer]))
     # 64 of 65 tokens are known; the very last of the first run was drawn and never computed.
-    assert news[0][-1].num_cached_prompt_tokens == 48
+    assert outputs[0][-1].num_cached_prompt_tokens == 48
     (exact,) = reference(checkpoint(), "float32").greedy([longer], 24)
-    assert ids_of(news) == [exact.token_ids]
+    assert ids_of(outputs) == [exact.token_ids]
 
 
 SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, max_tokens=16)
@@ -180,8 +180,8 @@ SAMPLED = SamplingParams(temperature=1.2, top_k=40, top_p=0.95, max_tokens=16)
 def test_every_rank_of_any_tp_size_draws_the_same_tokens(checkpoint: MakeCheckpoint, params: SamplingParams) -> None:
     def job(tp: TPGroup) -> tuple[list[bytes], list[list[int]]]:
         core = Core(checkpoint(), tp, dtype="float64", block_size=8, num_kv_blocks=16, max_num_batched_tokens=24, max_num_seqs=4)
-        news, digests = core.serve(requests_for(PROMPTS[:4], params))
-        return digests, ids_of(news)
+        outputs, digests = core.serve(requests_for(PROMPTS[:4], params))
+        return digests, ids_of(outputs)
 
     ((digests, solo),) = on_ranks(1, job)
     for tp_size in (2, 3):
@@ -211,35 +211,35 @@ def test_a_digest_says_what_was_drawn(checkpoint: MakeCheckpoint) -> None:
 
 def test_stop_tokens_end_a_sequence_and_are_its_last_token(checkpoint: MakeCheckpoint, expected: list[list[int]]) -> None:
     stops = frozenset({expected[0][3], expected[4][0]})
-    news, _ = Core(checkpoint(), SoloGroup()).serve(requests_for(PROMPTS, stop_token_ids=stops))
+    outputs, _ = Core(checkpoint(), SoloGroup()).serve(requests_for(PROMPTS, stop_token_ids=stops))
     for number, tokens in enumerate(expected):
         end = next((index for index, token in enumerate(tokens) if token in stops), None)
-        assert ids_of(news)[number] == tokens[: None if end is None else end + 1]
-        assert news[number][-1].finish_reason == ("length" if end is None else "stop")
-        assert {item.finish_reason for item in news[number][:-1]} <= {None}
+        assert ids_of(outputs)[number] == tokens[: None if end is None else end + 1]
+        assert outputs[number][-1].finish_reason == ("length" if end is None else "stop")
+        assert {item.finish_reason for item in outputs[number][:-1]} <= {None}
 
 
 def test_no_stop_token_is_drawn_before_min_tokens(checkpoint: MakeCheckpoint, expected: list[list[int]]) -> None:
     stops = frozenset(expected[0][:2])
     params = SamplingParams(temperature=0, max_tokens=24, min_tokens=5)
-    news, _ = Core(checkpoint(), SoloGroup()).serve(requests_for(PROMPTS, params, stop_token_ids=stops))
-    for tokens in ids_of(news):
+    outputs, _ = Core(checkpoint(), SoloGroup()).serve(requests_for(PROMPTS, params, stop_token_ids=stops))
+    for tokens in ids_of(outputs):
         assert not stops & set(tokens[:5])
         assert len(tokens) >= 5
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3])
 def test_no_more_than_max_tokens_are_drawn(checkpoint: MakeCheckpoint, expected: list[list[int]], max_tokens: int) -> None:
-    news, _ = Core(checkpoint(), SoloGroup()).serve(requests_for(PROMPTS, max_tokens=max_tokens))
-    assert ids_of(news) == [tokens[:max_tokens] for tokens in expected]
+    outputs, _ = Core(checkpoint(), SoloGroup()).serve(requests_for(PROMPTS, max_tokens=max_tokens))
+    assert ids_of(outputs) == [tokens[:max_tokens] for tokens in expected]
 
 
 def test_a_sequence_may_fill_the_model_to_its_last_position(checkpoint: MakeCheckpoint, reference: MakeReference) -> None:
     prompt = TEXT + TEXT[:82]
-    news, _ = Core(checkpoint(), SoloGroup(), max_model_len=192).serve(requests_for([prompt], max_tokens=20))
+    outputs, _ = Core(checkpoint(), SoloGroup(), max_model_len=192).serve(requests_for([prompt], max_tokens=20))
     (exact,) = reference(checkpoint(), "float32").greedy([prompt], 20)
     assert len(prompt) + 20 == 192
-    assert ids_of(news) == [exact.token_ids]
+    assert ids_of(outputs) == [exact.token_ids]
 
 
 @settings(FEW, max_examples=13)
@@ -249,18 +249,18 @@ def test_an_aborted_request_brings_nothing_more_and_disturbs_nobody(
 ) -> None:
     core = Core(checkpoint(), SoloGroup(), block_size=4, num_kv_blocks=48, max_num_seqs=3, max_num_batched_tokens=16)
     requests = requests_for(PROMPTS[:4])
-    news = {number: [] for number in range(4)}
+    outputs = {number: [] for number in range(4)}
     progress = core.advance(requests, num_steps=0)
     for step in range(400):
         progress = core.advance(abort_ids=[1] if step == num_steps else [])
-        for item in progress.news:
-            news[item.request_id].append(item.token_id)
+        for item in progress.outputs:
+            outputs[item.request_id].append(item.token_id)
         if step == num_steps:
-            brought = len(news[1])
+            brought = len(outputs[1])
         if not progress.has_work:
             break
-    assert [news[0], news[2], news[3]] == [expected[0], expected[2], expected[3]]
-    assert news[1] == expected[1][:brought]
+    assert [outputs[0], outputs[2], outputs[3]] == [expected[0], expected[2], expected[3]]
+    assert outputs[1] == expected[1][:brought]
     scheduler = core.rank.state["core"].scheduler
     scheduler.blocks.check_integrity()
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
@@ -268,15 +268,15 @@ def test_an_aborted_request_brings_nothing_more_and_disturbs_nobody(
 
 def test_requests_may_come_while_others_run(checkpoint: MakeCheckpoint, expected: list[list[int]]) -> None:
     core = Core(checkpoint(), SoloGroup(), max_num_batched_tokens=16, max_num_seqs=8)
-    news: dict[int, list[int]] = {number: [] for number in range(len(PROMPTS))}
+    outputs: dict[int, list[int]] = {number: [] for number in range(len(PROMPTS))}
     waiting = requests_for(PROMPTS)
     while True:
         progress = core.advance([waiting.pop(0)] if waiting else [], num_steps=2)
-        for item in progress.news:
-            news[item.request_id].append(item.token_id)
+        for item in progress.outputs:
+            outputs[item.request_id].append(item.token_id)
         if not progress.has_work and not waiting:
             break
-    assert list(news.values()) == expected
+    assert list(outputs.values()) == expected
 
 
 def test_the_longest_sequence_is_what_the_cache_holds(checkpoint: MakeCheckpoint) -> None:

@@ -1,4 +1,4 @@
-"""The decode step's buckets and padding, on the CPU: the plain twin of what a GPU replays."""
+"""The decode step's buckets and padding, on the CPU: the eager form of what a GPU replays."""
 
 from __future__ import annotations
 

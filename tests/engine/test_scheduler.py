@@ -80,11 +80,11 @@ def test_a_sequence_stops_at_a_stop_token_and_its_extra_token_is_dropped() -> No
     plan.add(make_request(0, (1, 2), stop_token_ids=frozenset({9})))
     first = plan.schedule()
     second = plan.schedule()
-    (news,) = plan.commit(first, [9])
-    assert (news[0].finish_reason, news[1]) == ("stop", 9)
+    (committed,) = plan.commit(first, [9])
+    assert (committed[0].finish_reason, committed[1]) == ("stop", 9)
     assert not plan.has_work
     assert plan.commit(second, [5]) == []
-    assert news[0].token_ids == [1, 2, 9]
+    assert committed[0].token_ids == [1, 2, 9]
 
 
 def test_nothing_is_launched_beyond_the_last_token() -> None:

@@ -23,7 +23,7 @@ from harness.checks.base import CheckContext, Outcome, from_json
 from harness.checks.draws import DrawCase, draw_cases, run_sampler
 from harness.checks.generation import NUM_SAMPLED, SAMPLING, compare
 from harness.checks.talker import negative_logits_checkpoint
-from harness.checks.weights import small_twin
+from harness.checks.weights import narrow_config
 from harness.faults.layouts import LAYOUTS
 from harness.subjects import engine_rank
 from harness.verification.budgets import improbability, improbable_counts, near_tie_margins
@@ -82,7 +82,7 @@ def test_nothing_drawn_is_nothing_to_disbelieve() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_twin_has_no_positive_logit_and_a_padded_vocabulary(name: str, tmp_path: Path) -> None:
     for tp_size in (2, 4):
-        config = small_twin(LAYOUTS[name].config, tp_size)
+        config = narrow_config(LAYOUTS[name].config, tp_size)
         assert config["vocab_size"] % tp_size
         folder = negative_logits_checkpoint(tmp_path / str(tp_size), config, dtype=LAYOUTS[name].dtype, seed=tp_size)
         results = ReferenceResults(folder, dtype=LAYOUTS[name].dtype)

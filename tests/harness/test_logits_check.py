@@ -10,7 +10,7 @@ import pytest
 
 import harness.checks.logits as logits_check
 from engine.layers.norm import RMSNorm
-from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_twin
+from harness.checks.logits import MODEL, NEAR_EPS, compare_logits, near_eps_model
 from harness.faults.layouts import LAYOUTS
 from harness.subjects.engine_rank import EngineRank
 from harness.verification.cases import load_case
@@ -65,13 +65,13 @@ def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: Ma
     missed = []
     with context_of(tiny_model(LAYOUTS[family].config), dtype, tp_size=tp_size) as context:
         for seed in range(SEEDS):
-            with near_eps_twin(replace(context, seed=seed)) as twin:
-                assert_green(compare_logits(twin))
+            with near_eps_model(replace(context, seed=seed)) as small:
+                assert_green(compare_logits(small))
                 plants = [("every norm", times) for times in (0.1, 10.0, 0.0)]
                 plants += [(norms, 0.1) for norms in NORMS if seed < 2 and (family == "qwen3" or "heads" not in norms)]
                 for norms, times in plants:
-                    twin.subject.run(set_eps, NORMS[norms], times, twin.results.config["rms_norm_eps"])
-                    if compare_logits(twin).finding is None:
+                    small.subject.run(set_eps, NORMS[norms], times, small.results.config["rms_norm_eps"])
+                    if compare_logits(small).finding is None:
                         missed.append(f"{times} eps in {norms}, seed={seed}")
     assert not missed
 
@@ -83,14 +83,14 @@ def test_float16_is_green_however_small_eps_is(tiny_model: MakeModel, family: st
     """Its smallest numbers are larger than the square root of some models' eps."""
     with context_of(tiny_model({**LAYOUTS[family].config, "rms_norm_eps": eps}), "float16", tp_size=tp_size) as context:
         for seed in range(SEEDS if eps == 1e-5 else 1):
-            with near_eps_twin(replace(context, seed=seed)) as twin:
-                assert_green(compare_logits(twin))
+            with near_eps_model(replace(context, seed=seed)) as small:
+                assert_green(compare_logits(small))
 
 
 def test_no_row_that_is_normed_is_far_from_eps(tiny_model: MakeModel) -> None:
     for family in FAMILIES:
-        with context_of(tiny_model(LAYOUTS[family].config), "bfloat16") as context, near_eps_twin(context) as twin:
-            eps, exact = twin.results.config["rms_norm_eps"], twin.results.exact_activations(0)
+        with context_of(tiny_model(LAYOUTS[family].config), "bfloat16") as context, near_eps_model(context) as small:
+            eps, exact = small.results.config["rms_norm_eps"], small.results.exact_activations(0)
             hidden = exact.outputs["model.embed_tokens"]
             for number in range(2):
                 for branch in ("self_attn.o_proj", "mlp.down_proj"):
@@ -120,13 +120,13 @@ def test_a_wrong_eps_is_a_finding_of_its_kind_names_the_first_norm_and_runs_agai
         assert (model.kind, model.verdict) == (MODEL, "pass")
         assert (near_eps.kind, near_eps.verdict) == (NEAR_EPS, "finding")
         assert near_eps.module == "model.layers.0.input_layernorm"
-        assert near_eps.message.startswith("a twin of 2 layers with mean squares near eps=1e-05: logits of ")
+        assert near_eps.message.startswith("a small model of 2 layers with mean squares near eps=1e-05: logits of ")
         saved = load_case(tmp_path / "logits-near-eps-tp2-threads.safetensors")
         assert replay(saved, folder)[1] == "it fails again, to the bit"
     assert replay(saved, folder)[1] == "it passes now"
 
 
-def test_the_model_is_back_on_its_ranks_whatever_became_of_the_twin(tiny_model: MakeModel,
+def test_the_model_is_back_on_its_ranks_whatever_became_of_the_small_one(tiny_model: MakeModel,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     def own(rank: EngineRank) -> int:
         return rank.model_config.vocab_size

@@ -147,11 +147,11 @@ def test_margins_are_the_two_largest_logits_apart(llama):
 def test_among_equal_logits_the_lowest_id_is_best_and_the_margin_is_zero(folders):
     reference = Reference.load(folders["llama"], "float32")
     best = reference.margins(PROMPT).token_ids[-1]
-    twin = best + 1 if best == 0 else best - 1
+    tied = best + 1 if best == 0 else best - 1
     with torch.no_grad():
-        reference.model.lm_head.weight[twin] = reference.model.lm_head.weight[best]
+        reference.model.lm_head.weight[tied] = reference.model.lm_head.weight[best]
     top = reference.margins(PROMPT)
-    assert (top.token_ids[-1], top.runners_up[-1]) == (min(best, twin), max(best, twin))
+    assert (top.token_ids[-1], top.runners_up[-1]) == (min(best, tied), max(best, tied))
     assert top.margins[-1] == 0.0
 
 
