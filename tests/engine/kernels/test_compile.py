@@ -19,6 +19,7 @@ from engine.kernels import (
     gemv,
     paged_decode,
     paged_prefill,
+    peer_all_reduce,
     philox,
     rms_norm,
     rope,
@@ -27,12 +28,13 @@ from engine.kernels import (
 )
 from engine.kernels.common import HAVE_TRITON, tl, triton
 from engine.kernels.overlap import early_launch, wait_for_inputs
+from tests.engine.kernels.peers import shared_memory
 
 if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
 
 _MODULES = (
-    decode_inputs, gemv, paged_decode, paged_prefill, philox, rms_norm, rope, silu_mul, store_kv,
+    decode_inputs, gemv, paged_decode, paged_prefill, peer_all_reduce, philox, rms_norm, rope, silu_mul, store_kv,
 )  # fmt: skip
 _SHARED_MEMORY_BYTES = 227 * 1024  # of one block on compute capability 9.0
 
@@ -152,7 +154,35 @@ def _launch_all(overlap: bool) -> int:
                                   overlap=overlap)  # fmt: skip
     philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
     decode_inputs.decode_inputs(ids, ids, ints, table, ids, 16, overlap=overlap)
-    return 16
+    return 16 + _launch_peers(x, overlap)
+
+
+def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
+    """The kernels on memory that ranks share, as one of two. Returns how many there are."""
+    memory, ids = shared_memory(2, half_bytes=x.numel() * x.element_size())[1], torch.zeros(4).long()
+    for two_shot in (False, True):
+        peer_all_reduce.peer_all_reduce(x, memory, peer_all_reduce.Way(two_shot=two_shot), overlap=overlap)
+    for settled in (False, True):
+        peer_all_reduce.peer_add_rms_norm(x, x, x[0], 1e-6, memory, settled=settled, overlap=overlap)
+    peer_all_reduce.peer_argmax(ids.float(), ids, memory, overlap=overlap)
+    return 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_on_shared_memory_release_what_they_wrote_and_acquire_what_they_read(compiled: list[Any],
+                                                                                     dtype: torch.dtype) -> None:
+    """Each flag by one release and one acquire at system scope; behind and ahead of a barrier of the whole program."""
+    _check(compiled, _launch_peers(torch.zeros(4, 1024, dtype=dtype), overlap=True))
+    for kernel in compiled:
+        order = re.findall(r"bar\.sync|st\.release\.sys\.global|ld\.acquire\.sys\.global", kernel.asm["ptx"])
+        meeting = ["bar.sync", "st.release.sys.global", "ld.acquire.sys.global", "bar.sync"]
+        num_meetings = 2 if "two_shot" in kernel.name else 1
+        assert [word for word in order if word != "bar.sync"] == meeting[1:3] * num_meetings
+        for number, word in enumerate(order):
+            if word == "st.release.sys.global":
+                assert order[number - 1 : number + 3] == meeting, kernel.name
+        if "argmax" not in kernel.name:
+            assert "ld.global.v4" in kernel.asm["ptx"], f"{kernel.name} should read 16 bytes at a time"
 
 
 def _assert_waits_first(name: str, ptx: str) -> None:

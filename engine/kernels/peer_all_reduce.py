@@ -1,0 +1,438 @@
+"""All-reduce over memory that the ranks' GPUs read of each other: one launch, no library, the same bits on every rank.
+
+Every rank has a memory that all others can read and write (:class:`PeerMemory`). A call copies its input there, *meets* the
+others, and adds up what all of them have, in rank order in float32, rounded once: so every rank gets the same bits.
+
+one-shot   every rank reads the whole input of every other: one meeting, ``(n - 1) * bytes`` to read
+two-shot   every rank adds up one share, and reads the others' sums: two meetings, ``2 * (n - 1) / n * bytes`` to read
+
+A meeting is between the programs of one number on all ranks: each writes the call's number into a flag on every other rank,
+behind all it wrote before (release), and waits until all flags that the others write here have reached that number (acquire;
+both at system scope, PTX ISA, "Memory Consistency Model"). Programs of another number are not waited for: what they exchange
+is theirs alone.
+
+No meeting ends a call. Calls take the two halves of the memory in turn instead: who writes into a half again has met the
+others in the call between, so they have left the call before it. The call's number is counted on the device: one that the host
+counts would be the same in every replay of a graph.
+
+After CustomAllreduce of vLLM and the two-shot of TensorRT-LLM, whose published races (a barrier that orders nothing, a counter
+baked into a graph, a buffer reused too early) are what the rules above are for.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.common import cdiv, next_power_of_2, tl, triton
+from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
+
+MAX_RANKS = 32
+"""One lane of a warp for each."""
+MAX_PROGRAMS = 128
+"""Programs that can meet at once: fewer than a GPU has multiprocessors, so that all of them run."""
+_STAGES = 2
+FLAG_BYTES = 8 * MAX_RANKS * MAX_PROGRAMS * _STAGES
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_BYTES_PER_THREAD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMemory:
+    """One rank's view of the memory that the ranks share.
+
+    parts  every rank's memory, uint8 ``[FLAG_BYTES + 2 * half_bytes]``: flags, then two halves in turn; zeros at first
+    calls  int64 ``[MAX_PROGRAMS]``, on the device: how many calls there were, for each program to read; this rank's alone
+    """
+
+    rank: int
+    size: int
+    half_bytes: int
+    parts: tuple[torch.Tensor, ...]
+    calls: torch.Tensor
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the ranks' memories begin, as this rank sees them."""
+        return tuple(part.data_ptr() for part in self.parts)
+
+    def flags(self, rank: int) -> torch.Tensor:
+        """int64 ``[stage, program, sender]`` in the memory of ``rank``."""
+        return self.parts[rank][:FLAG_BYTES].view(torch.int64).view(_STAGES, MAX_PROGRAMS, MAX_RANKS)
+
+    def data(self, rank: int, call: int, like: torch.Tensor) -> torch.Tensor:
+        """What ``rank`` gives to a call, of the type and size of ``like``, flat."""
+        start = FLAG_BYTES + call % 2 * self.half_bytes
+        return self.parts[rank][start : start + like.numel() * like.element_size()].view(like.dtype)
+
+
+@triton.jit
+def _enter(calls):
+    """The call's number, from 1."""
+    return tl.load(calls + tl.program_id(0)) + 1
+
+
+@triton.jit
+def _leave(calls, call, MAX: tl.constexpr):
+    """Count the call, for as many programs as the next one may have. Each writes what no other of this call reads."""
+    programs = tl.arange(0, MAX)
+    is_mine = programs % tl.num_programs(0) == tl.program_id(0)
+    tl.store(calls + programs, tl.zeros([MAX], tl.int64) + call, mask=is_mine)
+
+
+@triton.jit
+def _meet(bases, call, stage: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
+          INTERPRETED: tl.constexpr):  # fmt: skip
+    """What this program wrote before can be read by its peers after, and what they wrote by this one."""
+    lanes = tl.arange(0, LANES)
+    is_peer = (lanes < SIZE) & (lanes != RANK)
+    slot = (stage * MAX + tl.program_id(0)) * LANES
+    theirs = tl.zeros([LANES], tl.int64)
+    for peer in tl.static_range(SIZE):
+        theirs = tl.where(lanes == peer, bases[peer], theirs)
+    theirs += (slot + RANK) * 8
+    own = bases[RANK] + (slot + lanes) * 8
+    numbers = tl.zeros([LANES], tl.int64) + call
+    tl.debug_barrier()  # all threads have written
+    if INTERPRETED:
+        tl.atomic_xchg(theirs.to(tl.pointer_type(tl.int64)), numbers, mask=is_peer, sem="release", scope="sys")
+        flags = own.to(tl.pointer_type(tl.int64))
+        while tl.max(tl.where(is_peer & (tl.load(flags, mask=is_peer, other=0) < numbers), 1, 0)) > 0:
+            pass
+    else:
+        # The first warp alone, a lane for each rank.
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .u32 thread;
+                .reg .pred first, go;
+                mov.u32 thread, %tid.x;
+                setp.lt.u32 first, thread, 32;
+                setp.ne.and.s32 go, $3, 0, first;
+                @go st.release.sys.global.u64 [$1], $2;
+                mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,l,r", [theirs, numbers, is_peer.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .u32 thread;
+                .reg .u64 seen;
+                .reg .pred first, go, early;
+                mov.u32 thread, %tid.x;
+                setp.lt.u32 first, thread, 32;
+                setp.ne.and.s32 go, $3, 0, first;
+                mov.u64 seen, $2;
+            again:
+                @go ld.acquire.sys.global.u64 seen, [$1];
+                setp.lt.s64 early, seen, $2;
+                @early bra again;
+                mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,l,r", [own, numbers, is_peer.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()  # no thread reads before
+
+
+@triton.jit
+def _data(base, call, half_bytes, FLAGS: tl.constexpr, like):
+    """Where the call's data begins in a rank's memory."""
+    start = (base + FLAGS + call % 2 * half_bytes).to(tl.pointer_type(like.dtype.element_ty))
+    return tl.multiple_of(start, 16)
+
+
+@triton.jit
+def _sum_of_ranks(bases, call, half_bytes, at, keep, like, SIZE: tl.constexpr, FLAGS: tl.constexpr):
+    """In rank order, beginning with rank 0's own bits: -0.0 stays -0.0."""
+    total = tl.load(_data(bases[0], call, half_bytes, FLAGS, like) + at, mask=keep, other=0.0).to(tl.float32)
+    for peer in tl.static_range(1, SIZE):
+        total += tl.load(_data(bases[peer], call, half_bytes, FLAGS, like) + at, mask=keep, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _one_shot_kernel(
+    x, bases, calls, numel, half_bytes,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
+    OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Program after program takes BLOCK elements, and as many again further on."""
+    first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
+    wait_for_inputs(OVERLAP)
+    call = _enter(calls)
+    own = _data(bases[RANK], call, half_bytes, FLAGS, x)
+    for start in range(first, numel, step):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(own + at, tl.load(x + at, mask=at < numel), mask=at < numel)
+    _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
+    for start in range(first, numel, step):
+        at = start + tl.arange(0, BLOCK)
+        total = _sum_of_ranks(bases, call, half_bytes, at, at < numel, x, SIZE, FLAGS)
+        tl.store(x + at, total.to(x.dtype.element_ty), mask=at < numel)
+    _leave(calls, call, MAX)
+
+
+@triton.jit
+def _two_shot_kernel(
+    x, bases, calls, numel, half_bytes,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
+    OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Of SIZE blocks of BLOCK elements, one for each rank to add up, program after program takes the next."""
+    first, step = tl.program_id(0) * (SIZE * BLOCK), tl.num_programs(0) * (SIZE * BLOCK)
+    wait_for_inputs(OVERLAP)
+    call = _enter(calls)
+    own = _data(bases[RANK], call, half_bytes, FLAGS, x)
+    for start in range(first, numel, step):
+        for peer in tl.static_range(SIZE):
+            at = start + peer * BLOCK + tl.arange(0, BLOCK)
+            tl.store(own + at, tl.load(x + at, mask=at < numel), mask=at < numel)
+    _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
+    for start in range(first, numel, step):
+        at = start + RANK * BLOCK + tl.arange(0, BLOCK)
+        total = _sum_of_ranks(bases, call, half_bytes, at, at < numel, x, SIZE, FLAGS).to(x.dtype.element_ty)
+        # Over this rank's part of the block, which nobody else reads before the next meeting.
+        tl.store(own + at, total, mask=at < numel)
+        tl.store(x + at, total, mask=at < numel)
+    _meet(bases, call, 1, RANK, SIZE, MAX, LANES, INTERPRETED)
+    for start in range(first, numel, step):
+        for distance in tl.static_range(1, SIZE):
+            # Not all from the same rank at once.
+            at = start + (RANK + distance) % SIZE * BLOCK + tl.arange(0, BLOCK)
+            total = tl.load(_data(bases[(RANK + distance) % SIZE], call, half_bytes, FLAGS, x) + at, mask=at < numel)
+            tl.store(x + at, total, mask=at < numel)
+    _leave(calls, call, MAX)
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x, residual, weight, out, new_residual, bases, calls, num_rows, half_bytes, eps,
+    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SETTLED: tl.constexpr,
+    RANK: tl.constexpr, SIZE: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
+    OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One-shot, ROWS rows a program; what follows is what ``rms_norm.py`` does with the rounded sum."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    dims = tl.arange(0, D_PAD)[None, :]
+    keep = (rows < num_rows) & (dims < D)
+    at = rows * D + dims
+    if not SETTLED:
+        wait_for_inputs(OVERLAP)
+    weights = tl.load(weight + dims, mask=dims < D, other=0.0).to(tl.float32)
+    if SETTLED:
+        wait_for_inputs(OVERLAP)
+    call = _enter(calls)
+    tl.store(_data(bases[RANK], call, half_bytes, FLAGS, x) + at, tl.load(x + at, mask=keep), mask=keep)
+    added = tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+    _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
+    total = _sum_of_ranks(bases, call, half_bytes, at, keep, x, SIZE, FLAGS).to(x.dtype.element_ty)
+    rounded = (total.to(tl.float32) + added).to(x.dtype.element_ty)
+    tl.store(new_residual + at, rounded, mask=keep)
+    values = rounded.to(tl.float32)
+    inverse_rms = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)
+    tl.store(out + at, (values * inverse_rms[:, None] * weights).to(out.dtype.element_ty), mask=keep)
+    _leave(calls, call, MAX)
+
+
+@triton.jit
+def _argmax_kernel(
+    values, indices, bases, calls, out, num_rows, half_bytes,
+    RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
+    OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows a program. A rank gives its indices, then its values."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < num_rows
+    wait_for_inputs(OVERLAP)
+    call = _enter(calls)
+    own = _data(bases[RANK], call, half_bytes, FLAGS, indices)
+    tl.store(own + at, tl.load(indices + at, mask=keep), mask=keep)
+    own_values = (own + num_rows).to(tl.pointer_type(tl.float32))
+    tl.store(own_values + at, tl.load(values + at, mask=keep), mask=keep)
+    _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    index = tl.full([BLOCK], -1, tl.int64)
+    for peer in tl.static_range(SIZE):
+        their_indices = _data(bases[peer], call, half_bytes, FLAGS, indices)
+        their_values = (their_indices + num_rows).to(tl.pointer_type(tl.float32))
+        value = tl.load(their_values + at, mask=keep, other=float("-inf"))
+        is_better = value > best
+        index = tl.where(is_better, tl.load(their_indices + at, mask=keep, other=-1), index)
+        best = tl.where(is_better, value, best)
+    tl.store(out + at, tl.where(best < float("inf"), index, -1), mask=keep)
+    _leave(calls, call, MAX)
+
+
+def _constants(memory: PeerMemory, overlap: bool) -> dict[str, object]:
+    return {"RANK": memory.rank, "SIZE": memory.size, "FLAGS": FLAG_BYTES, "MAX": MAX_PROGRAMS, "LANES": MAX_RANKS,
+            "OVERLAP": overlap, "INTERPRETED": os.environ.get("TRITON_INTERPRET") == "1", **early_launch(overlap)}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How an all-reduce runs: ``num_warps * 32 * per_thread`` times 16 bytes are what a program takes at a time."""
+
+    two_shot: bool
+    num_warps: int = 8
+    per_thread: int = 1
+    num_programs: int = MAX_PROGRAMS
+
+
+def way_of(x: torch.Tensor, memory: PeerMemory) -> Way | None:
+    """The fastest way on H200s over NVLink, by size; None where the library does as well, or has to. The same on every rank."""
+    num_bytes, size = x.numel() * x.element_size(), memory.size
+    if x.dtype not in DTYPES or not 0 < num_bytes <= _LARGEST_BYTES:
+        return None
+    # What a second meeting saves in bytes to read, against what it takes.
+    two_shot = num_bytes * (size - 1) * (size - 2) / size > _MEETING_BYTES
+    if num_bytes <= _SMALL_BYTES and not two_shot:
+        return Way(two_shot=False)
+    return Way(two_shot=two_shot, num_warps=16, per_thread=2 if num_bytes < _LARGE_BYTES else 4)
+
+
+def fuses_norm(x: torch.Tensor, memory: PeerMemory) -> bool:
+    """Whether :func:`peer_add_rms_norm` is faster than a sum and a norm on ``x`` ``[T, D]``. The same on every rank."""
+    way = way_of(x, memory)
+    return way is not None and not way.two_shot and x.numel() * x.element_size() <= _LARGEST_FUSED_BYTES
+
+
+_SMALL_BYTES = 2**16
+_LARGE_BYTES = 2**23
+_LARGEST_BYTES = 2**26
+_LARGEST_FUSED_BYTES = 2**22
+_MEETING_BYTES = 1.2e6
+"""3 us at 395 GB/s."""
+
+
+def peer_all_reduce(x: torch.Tensor, memory: PeerMemory, way: Way, *, overlap: bool | None = None) -> torch.Tensor:
+    """The sum of the ranks' ``x``, in their order in float32, rounded once. ``x`` is overwritten, and returned.
+
+    x        contiguous, bfloat16, float16 or float32, of one shape and dtype on all ranks
+    way      the same on all ranks; :func:`way_of` knows a good one
+    overlap  as in :mod:`engine.kernels.overlap`, by default where the device can
+
+    An ``x`` that is larger than half of the memory goes in pieces. Raises ``ValueError`` for other dtypes.
+    """
+    _check_dtype(x)
+    overlap = may_overlap(x, overlap)
+    kernel = _two_shot_kernel if way.two_shot else _one_shot_kernel
+    block = 32 * way.num_warps * way.per_thread * _BYTES_PER_THREAD // x.element_size()
+    for piece in _pieces(x, memory):
+        wanted = cdiv(piece.numel(), block * memory.size if way.two_shot else block)
+        kernel[(min(wanted, way.num_programs),)](
+            piece, memory.addresses, memory.calls, piece.numel(), memory.half_bytes, BLOCK=block,
+            num_warps=way.num_warps, **_constants(memory, overlap),
+        )  # fmt: skip
+    return x
+
+
+def peer_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, memory: PeerMemory, *, settled: bool = False,
+    overlap: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``add_rms_norm(all_reduce(x), residual, weight, eps)`` of ``rms_norm.py`` in one launch; ``x`` is not changed.
+
+    x, residual   ``[T, D]`` contiguous, of one dtype; at most ``half_bytes`` each
+    settled, overlap   as in ``rms_norm.py``
+    """
+    _check_dtype(x)
+    out, new_residual = torch.empty_like(x), torch.empty_like(x)
+    num_rows, dim = x.shape
+    if num_rows:
+        overlap = may_overlap(x, overlap)
+        rows, dim_padded = next_power_of_2(cdiv(num_rows, MAX_PROGRAMS)), next_power_of_2(dim)
+        _add_rms_norm_kernel[(cdiv(num_rows, rows),)](
+            x, residual, weight, out, new_residual, memory.addresses, memory.calls, num_rows, memory.half_bytes, eps,
+            dim, dim_padded, rows, settled, num_warps=min(16, max(4, rows * dim_padded // 512)), **_constants(memory, overlap),
+        )  # fmt: skip
+    return out, new_residual
+
+
+def _check_dtype(x: torch.Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x.dtype={x.dtype}: must be one of bfloat16, float16, float32")
+
+
+def _pieces(x: torch.Tensor, memory: PeerMemory) -> Iterator[torch.Tensor]:
+    """``x``, flat, in pieces that fit into half of the memory."""
+    return (piece for piece in x.view(-1).split(memory.half_bytes // x.element_size()) if piece.numel())
+
+
+def peer_argmax(value_R: torch.Tensor, index_R: torch.Tensor, memory: PeerMemory, *, overlap: bool | None = None) -> torch.Tensor:
+    """For each row the index ``[R]`` int64 of the rank whose value is largest, of equals the lowest rank's.
+
+    -1 where the largest value is infinite. ``value_R`` is float32 without NaN, ``index_R`` int64, both contiguous.
+    """
+    out_R = torch.empty_like(index_R)
+    num_rows = len(index_R)
+    if num_rows:
+        overlap = may_overlap(value_R, overlap)
+        block = max(128, next_power_of_2(cdiv(num_rows, MAX_PROGRAMS)))
+        _argmax_kernel[(cdiv(num_rows, block),)](
+            value_R, index_R, memory.addresses, memory.calls, out_R, num_rows, memory.half_bytes, BLOCK=block,
+            **_constants(memory, overlap),
+        )  # fmt: skip
+    return out_R
+
+
+_PAUSE_S = 1e-5
+
+
+def _enter_torch(memory: PeerMemory) -> int:
+    memory.calls.add_(1)
+    return int(memory.calls[0])
+
+
+def _meet_torch(memory: PeerMemory, call: int, stage: int) -> None:
+    """As one program. The host's processor orders what a thread writes."""
+    peers = [peer for peer in range(memory.size) if peer != memory.rank]
+    for peer in peers:
+        memory.flags(peer)[stage, 0, memory.rank] = call
+    while int(memory.flags(memory.rank)[stage, 0, peers].min()) < call:
+        time.sleep(_PAUSE_S)
+
+
+def peer_all_reduce_torch(x: torch.Tensor, memory: PeerMemory, way: Way) -> torch.Tensor:
+    """Plain-torch twin of :func:`peer_all_reduce` on a memory of the host's, one thread a rank: step by step the same."""
+    _check_dtype(x)
+    for piece in _pieces(x, memory):
+        call = _enter_torch(memory)
+        own = memory.data(memory.rank, call, piece)
+        own.copy_(piece)
+        _meet_torch(memory, call, 0)
+        parts = [memory.data(peer, call, piece) for peer in range(memory.size)]
+        if way.two_shot:
+            shares = [part.tensor_split(memory.size) for part in parts]
+            mine = [share[memory.rank] for share in shares]
+            mine[memory.rank].copy_(_sum_torch(mine))
+            _meet_torch(memory, call, 1)
+            piece.copy_(torch.cat([share[peer] for peer, share in enumerate(shares)]))
+        else:
+            piece.copy_(_sum_torch(parts))
+    return x
+
+
+def _sum_torch(parts: list[torch.Tensor]) -> torch.Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def peer_argmax_torch(value_R: torch.Tensor, index_R: torch.Tensor, memory: PeerMemory) -> torch.Tensor:
+    """Plain-torch twin of :func:`peer_argmax`, likewise."""
+    call = _enter_torch(memory)
+    give_2R = torch.stack((index_R.double(), value_R.double()))  # exact: an index is below 2^31
+    memory.data(memory.rank, call, give_2R).copy_(give_2R.flatten())
+    _meet_torch(memory, call, 0)
+    index_NR, value_NR = torch.stack([memory.data(peer, call, give_2R).view(2, -1) for peer in range(memory.size)], dim=1)
+    best_1R = value_NR.argmax(dim=0, keepdim=True)  # of equals the first
+    found_R = torch.where(value_NR.gather(0, best_1R).isfinite(), index_NR.gather(0, best_1R), -1.0)
+    return found_R.squeeze(0).long()

@@ -1,0 +1,110 @@
+"""The all-reduce over shared memory against its twin: one rank runs, and finds what the others have written before.
+
+The interpreter runs one thread, so nobody writes while a rank waits.
+"""
+
+import pytest
+import torch
+
+from engine.kernels.peer_all_reduce import (
+    FLAG_BYTES,
+    PeerMemory,
+    Way,
+    peer_add_rms_norm,
+    peer_all_reduce,
+    peer_all_reduce_torch,
+    peer_argmax,
+)
+from engine.kernels.rms_norm import add_rms_norm_torch
+from tests.engine.kernels.peers import integers, on_ranks, shared_memory
+from tests.engine.kernels.problems import over_budget, rounding_budget
+
+SIZE = 3
+
+
+def after_the_others(memories: list[PeerMemory], rank: int) -> list[PeerMemory]:
+    """The memory as the others have left it when ``rank`` begins the same call anew: its own flags and data are gone."""
+    memories[rank].parts[rank][FLAG_BYTES:].zero_()
+    for peer in range(SIZE):
+        memories[rank].flags(peer)[:, :, rank] = 0
+        if peer != rank:  # the twin is one program, and these are several
+            memories[rank].flags(rank)[:, :, peer] = int(memories[peer].calls[0])
+    memories[rank].calls.sub_(1)
+    return memories
+
+
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [1, 37, 128, 2000])
+@pytest.mark.parametrize("calls_before", [0, 1, 6])
+def test_one_shot_gives_what_the_twin_gives(dtype: torch.dtype, count: int, calls_before: int) -> None:
+    memories = shared_memory(SIZE, half_bytes=8192)
+    for memory in memories:
+        memory.calls.fill_(calls_before)
+    way = Way(two_shot=False, num_warps=1, num_programs=4)
+    twins = on_ranks(memories, lambda memory: peer_all_reduce_torch(integers(memory.rank, 3, count, dtype), memory, way))
+    for rank in range(SIZE):
+        own = memories[rank].data(rank, calls_before + 1, twins[0]).clone()
+        after_the_others(memories, rank)
+        found = peer_all_reduce(integers(rank, 3, count, dtype), memories[rank], way)
+        assert torch.equal(found, twins[rank])
+        assert torch.equal(memories[rank].data(rank, calls_before + 1, twins[0]), own)
+        assert (memories[rank].calls == calls_before + 1).all(), "counted for every program of the next call"
+        for peer in set(range(SIZE)) - {rank}:
+            assert memories[rank].flags(peer)[0, 0, rank] == calls_before + 1
+
+
+@pytest.mark.parametrize("count", [5, 384, 1500])
+def test_two_shot_adds_up_its_share_and_takes_the_others_from_them(count: int) -> None:
+    """Each rank's share is as it leaves it for others to read; all else it reads from their memory."""
+    way = Way(two_shot=True, num_warps=1, num_programs=2)
+    block = 32 * 16 // 4
+    owner = torch.arange(count) // block % SIZE
+    total = torch.stack([integers(rank, 1, count, torch.float32) for rank in range(SIZE)]).sum(0)
+    for rank in range(SIZE):
+        memories = shared_memory(SIZE, half_bytes=8192)
+        for peer in set(range(SIZE)) - {rank}:
+            given = integers(peer, 1, count, torch.float32)
+            memories[peer].data(peer, 1, given).copy_(torch.where(owner == peer, total, given))
+            memories[rank].flags(rank)[:, :, peer] = 1
+        found = peer_all_reduce(integers(rank, 1, count, torch.float32), memories[rank], way)
+        assert torch.equal(found, total)
+        own = memories[rank].data(rank, 1, found)
+        assert torch.equal(own[owner == rank], total[owner == rank])
+        for peer in set(range(SIZE)) - {rank}:
+            assert memories[rank].flags(peer)[:, 0, rank].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("num_rows", "dim"), [(1, 64), (3, 40), (130, 8)])
+def test_the_sum_with_residual_and_norm_is_the_norm_of_the_sum(num_rows: int, dim: int) -> None:
+    parts = torch.randn(SIZE, num_rows, dim, generator=torch.Generator().manual_seed(dim)).half()
+    residual, weight = torch.randn(num_rows, dim).half(), torch.randn(dim).half()
+    wanted, new_residual = add_rms_norm_torch(parts.float().sum(0).half(), residual, weight, 1e-6)
+    for rank in range(SIZE):
+        memories = shared_memory(SIZE, half_bytes=8192)
+        for peer in set(range(SIZE)) - {rank}:
+            memories[peer].data(peer, 1, parts[peer]).copy_(parts[peer].flatten())
+            memories[rank].flags(rank)[:, :, peer] = 1
+        found, sum_ = peer_add_rms_norm(parts[rank].clone(), residual, weight, 1e-6, memories[rank])
+        assert torch.equal(sum_, new_residual)
+        assert over_budget(found, wanted, rounding_budget(wanted, wanted, torch.float16)) <= 1
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 300])
+def test_argmax_is_the_first_of_the_largest(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    value_NR = torch.randint(-3, 3, (SIZE, num_rows), generator=generator).float()
+    value_NR[:, ::7] = -torch.inf
+    value_NR[1, ::5] = torch.inf
+    index_NR = torch.randint(0, 1000, (SIZE, num_rows), generator=generator).masked_fill(value_NR.isinf(), -1)
+    best_R = value_NR.argmax(0, keepdim=True)
+    wanted = torch.where(value_NR.gather(0, best_R).isfinite(), index_NR.gather(0, best_R), -1)[0]
+    for rank in range(SIZE):
+        memories = shared_memory(SIZE, half_bytes=8192)
+        for peer in set(range(SIZE)) - {rank}:
+            memories[peer].data(peer, 1, index_NR[peer]).copy_(index_NR[peer])
+            both = memories[peer].data(peer, 1, torch.empty(3 * num_rows))
+            both[2 * num_rows :] = value_NR[peer]
+            memories[rank].flags(rank)[:, :, peer] = 1
+        assert peer_argmax(value_NR[rank], index_NR[rank], memories[rank]).tolist() == wanted.tolist()
