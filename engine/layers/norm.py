@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, rms_norm_torch
 from engine.layers.dispatch import pick
+from engine.parallel.group import PartialSum
 from engine.parallel.parameter import ShardParameter, replicated_loader
 
 
@@ -22,8 +23,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = ShardParameter((hidden_size,), dtype=dtype, device=device, weight_loader=replicated_loader)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the norm of ``x + residual`` and that sum, the residual of what follows."""
+    def forward(self, x: Tensor | PartialSum, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the norm of ``x + residual`` and that sum, the residual of what follows. One all-reduce of a partial sum."""
+        if isinstance(x, PartialSum):
+            assert residual is not None, "a row-parallel layer stands behind a residual"
+            return x.tp.all_reduce_add_norm(x.x_TE, residual, self.weight, self.eps)
         if residual is None:
             return pick(x, rms_norm, rms_norm_torch)(x, self.weight, self.eps, settled=True), x
         return pick(x, add_rms_norm, add_rms_norm_torch)(x, residual, self.weight, self.eps, settled=True)

@@ -19,7 +19,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import rope_tables
 from engine.models.table import ACTIVATION, ATTENTION, RESIDUAL, TOKEN_IDS, CausalLM, Module
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
-from engine.parallel.group import TPGroup
+from engine.parallel.group import PartialSum, TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.sharding import scale_range
 from engine.scheduling.batch import StepBatch
@@ -63,11 +63,12 @@ class MLP(nn.Module):
         width, bias = config.intermediate_size, config.mlp_bias
         self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, (width, width), bias=bias, tp=tp, dtype=dtype,
                                                        device=device)
-        self.down_proj = RowParallelLinear(width, config.hidden_size, bias=bias, tp=tp, dtype=dtype, device=device)
+        self.down_proj = RowParallelLinear(width, config.hidden_size, bias=bias, tp=tp, dtype=dtype, device=device,
+                                           norm_follows=True)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
+    def forward(self, x_TE: Tensor) -> Tensor | PartialSum:
         gate_up = self.gate_up_proj(x_TE)
-        y_TE: Tensor = self.down_proj(pick(gate_up, silu_mul, silu_mul_torch)(gate_up))
+        y_TE: Tensor | PartialSum = self.down_proj(pick(gate_up, silu_mul, silu_mul_torch)(gate_up))
         return y_TE
 
 
@@ -82,18 +83,22 @@ class SelfAttention(nn.Module):
                                           bias=config.qkv_bias, tp=tp, dtype=dtype, device=device)
         heads = self.qkv_proj.heads
         self.o_proj = RowParallelLinear(config.num_q_heads * head_dim, config.hidden_size, bias=config.o_bias, tp=tp,
-                                        dtype=dtype, device=device, input_range=scale_range(heads.q_heads, head_dim))
+                                        dtype=dtype, device=device, input_range=scale_range(heads.q_heads, head_dim),
+                                        norm_follows=True)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
         self.attn = Attention(backend)
 
-    def forward(self, x_TE: Tensor, cache: LayerCache, batch: StepBatch, rope: RopeTables) -> Tensor:
-        y_TE: Tensor = self.o_proj(self.attn(self.qkv_proj(x_TE), cache, batch, rope, self.q_norm, self.k_norm))
+    def forward(self, x_TE: Tensor, cache: LayerCache, batch: StepBatch, rope: RopeTables) -> Tensor | PartialSum:
+        y_TE: Tensor | PartialSum = self.o_proj(self.attn(self.qkv_proj(x_TE), cache, batch, rope, self.q_norm, self.k_norm))
         return y_TE
 
 
 class DecoderLayer(nn.Module):
-    """Norm, attention, norm, MLP. The residual travels beside ``x``: each norm adds it and hands the sum on."""
+    """Norm, attention, norm, MLP. The residual travels beside ``x``: each norm adds it and hands the sum on.
+
+    Where ``x`` is a partial sum, the norm that takes it does the all-reduce of the row-parallel layer that gave it.
+    """
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
                  backend: AttentionBackend) -> None:
@@ -103,13 +108,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.mlp = MLP(config, tp=tp, dtype=dtype, device=device)
 
-    def forward(self, x_TE: Tensor, residual_TE: Tensor | None, cache: LayerCache, batch: StepBatch,
-                rope: RopeTables) -> tuple[Tensor, Tensor]:
-        x_TE, residual_TE = self.input_layernorm(x_TE, residual_TE)
-        x_TE = self.self_attn(x_TE, cache, batch, rope)
-        x_TE, residual_TE = self.post_attention_layernorm(x_TE, residual_TE)
-        x_TE = self.mlp(x_TE)
-        return x_TE, residual_TE
+    def forward(self, x_TE: Tensor | PartialSum, residual_TE: Tensor | None, cache: LayerCache, batch: StepBatch,
+                rope: RopeTables) -> tuple[Tensor | PartialSum, Tensor]:
+        normed_TE, residual_TE = self.input_layernorm(x_TE, residual_TE)
+        x_TE = self.self_attn(normed_TE, cache, batch, rope)
+        normed_TE, residual_TE = self.post_attention_layernorm(x_TE, residual_TE)
+        return self.mlp(normed_TE), residual_TE
 
 
 class Decoder(nn.Module):

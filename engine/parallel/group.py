@@ -11,13 +11,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.kernels.peer_all_reduce import PeerMemory, fuses_norm, peer_add_rms_norm, peer_all_reduce, peer_argmax, way_of
 from engine.parallel.collective_log import OWN_FILES, Collective, CollectiveLog, name_ranks
+from engine.parallel.peer_memory import share_memory
 
 OWN_FILES.add(__file__)
 
@@ -46,6 +48,11 @@ class TPGroup:
         self.fabric = fabric
         self.log = CollectiveLog()
 
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs may hold the collectives: ranks that are threads meet on the host, which no graph can record."""
+        return self.fabric in ("solo", "nccl")
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank}, size={self.size}, fabric={self.fabric!r})"
 
@@ -61,6 +68,20 @@ class TPGroup:
         x = self._all_reduce(x.contiguous())
         self.log.finish()
         return x
+
+    def fuses_norm(self, x_TE: Tensor) -> bool:
+        """Whether :meth:`all_reduce_add_norm` takes ``x``, and is faster than one after the other. The same on every rank."""
+        return False
+
+    def all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``add_rms_norm(all_reduce(x), residual, weight, eps)`` in one launch: the same new residual, bit by bit.
+
+        Only where :meth:`fuses_norm` says so. ``x`` may be overwritten.
+        """
+        self.log.enter("all_reduce", x_TE.shape, x_TE.dtype)
+        results = self._all_reduce_add_norm(x_TE, residual_TE, weight_E, eps)
+        self.log.finish()
+        return results
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's ``x``, concatenated along ``dim`` in rank order. All have one shape and dtype."""
@@ -79,6 +100,16 @@ class TPGroup:
         self.log.finish()
         return value
 
+    def argmax(self, value_R: Tensor, index_R: Tensor) -> Tensor:
+        """For each row the index ``[R]`` of the rank whose value is largest, of equals the lowest rank's, on every rank.
+
+        -1 where the largest value is infinite. ``value_R`` is floating-point without NaN, ``index_R`` int64.
+        """
+        self.log.enter("argmax", value_R.shape, value_R.dtype)
+        index_R = self._argmax(value_R, index_R)
+        self.log.finish()
+        return index_R
+
     def barrier(self) -> None:
         """Return once every rank has called it."""
         self.log.enter("barrier")
@@ -89,15 +120,31 @@ class TPGroup:
         """``x`` is contiguous and may be overwritten."""
         raise NotImplementedError
 
+    def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
     def _all_gather(self, x: Tensor, dim: int) -> Tensor:
         """``dim`` is in 0 to x.ndim-1."""
         raise NotImplementedError
+
+    def _argmax(self, value_R: Tensor, index_R: Tensor) -> Tensor:
+        value_NR, index_NR = self._all_gather(value_R[None], 0), self._all_gather(index_R[None], 0)
+        best_1R = value_NR.argmax(dim=0, keepdim=True)  # of equals the first
+        index_R = index_NR.gather(0, best_1R).squeeze(0)
+        return torch.where(value_NR.gather(0, best_1R).squeeze(0).isfinite(), index_R, -1)
 
     def _all_reduce_min(self, value: int) -> int:
         raise NotImplementedError
 
     def _barrier(self) -> None:
         raise NotImplementedError
+
+
+class PartialSum(NamedTuple):
+    """This rank's part of a sum over the ranks, for an RMSNorm to add up while it norms."""
+
+    x_TE: Tensor
+    tp: TPGroup
 
 
 class SoloGroup(TPGroup):
@@ -297,16 +344,37 @@ class ProcessTPGroup(TPGroup):
 
     gloo sums along a ring and NCCL by its own algorithms, both rounding to the tensor's dtype at each step;
     each part is summed once and then copied, so all ranks get the same bits.
+
+    peers  memory that the ranks' GPUs read of each other, for messages that our own kernels are faster with; None: there is none
     """
 
     def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(process_group.rank(), process_group.size(), process_group.name())
         self.process_group = process_group
         self.device = device
+        self.peers: PeerMemory | None = None
+
+    def connect_peers(self) -> None:
+        """Share memory between the ranks' GPUs, where all of them can. Every rank must call it."""
+        self.peers = share_memory(self.process_group, self.device, agree=self._all_reduce_min)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
+        if self.peers is not None and (way := way_of(x, self.peers)) is not None:
+            return peer_all_reduce(x, self.peers, way)
         dist.all_reduce(x, group=self.process_group)
         return x
+
+    def fuses_norm(self, x_TE: Tensor) -> bool:
+        return self.peers is not None and fuses_norm(x_TE, self.peers)
+
+    def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        assert self.peers is not None, "fuses_norm says whether there is shared memory"
+        return peer_add_rms_norm(x_TE.contiguous(), residual_TE.contiguous(), weight_E, eps, self.peers, settled=True)
+
+    def _argmax(self, value_R: Tensor, index_R: Tensor) -> Tensor:
+        if self.peers is not None and value_R.dtype is torch.float32:
+            return peer_argmax(value_R, index_R, self.peers)
+        return super()._argmax(value_R, index_R)
 
     def _all_gather(self, x: Tensor, dim: int) -> Tensor:
         # The ranks' parts arrive one after the other: gather along a new first dimension, then join at dim.

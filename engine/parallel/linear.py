@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.layers.matmul import linear
-from engine.parallel.group import TPGroup
+from engine.parallel.group import PartialSum, TPGroup
 from engine.parallel.parameter import (
     LoadedWeight,
     ShardParameter,
@@ -151,16 +151,19 @@ class RowParallelLinear(nn.Module):
     y_TO     [T, out]              whole on every rank, after one all-reduce
 
     Args:
+        norm_follows: an RMSNorm takes the output, and nothing else does: where the group is faster so, the output is a
+            ``PartialSum``, and the all-reduce the norm's.
         input_range: this rank's input features, where another rule than the even split decides them
             (an attention output follows the query heads).
     """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool = False, tp: TPGroup, dtype: torch.dtype,
-                 device: torch.device | str = "cpu", input_range: range | None = None) -> None:
+                 device: torch.device | str = "cpu", input_range: range | None = None, norm_follows: bool = False) -> None:
         super().__init__()
         _check_sizes(input_size=input_size, output_size=output_size)
         self.tp = tp
         self.input_size = input_size
+        self.norm_follows = norm_follows and not bias
         self.input_range = input_range or even_range(input_size, tp_rank=tp.rank, tp_size=tp.size, what="input_size")
         self.weight = ShardParameter((output_size, len(self.input_range)), dtype=dtype, device=device,
                                      weight_loader=self.weight_loader)
@@ -176,7 +179,11 @@ class RowParallelLinear(nn.Module):
         check_shape(loaded_weight, (param.shape[0], self.input_size))
         param.write(columns_of(loaded_weight, self.input_range), rows=range(param.shape[0]))
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        y_TO = self.tp.all_reduce(linear(x_TI, self.weight))
+    def forward(self, x_TI: Tensor) -> Tensor | PartialSum:
+        y_TO = linear(x_TI, self.weight)
+        # Who looks at a layer's output by a hook is to see all of it.
+        if self.norm_follows and not self._forward_hooks and self.tp.fuses_norm(y_TO):
+            return PartialSum(y_TO, self.tp)
+        y_TO = self.tp.all_reduce(y_TO)
         # Added before the all-reduce, the bias would be summed once per rank.
         return y_TO if self.bias is None else y_TO + self.bias

@@ -161,7 +161,10 @@ def join_group(*, rank: int, tp_size: int, backend: str, device: torch.device, o
                             device_id=device if device.type == "cuda" else None)
     group = dist.group.WORLD
     assert group is not None, "the group exists after init_process_group"
-    return RankContext(tp=ProcessTPGroup(group, device), device=device)
+    tp = ProcessTPGroup(group, device)
+    if device.type == "cuda":
+        tp.connect_peers()
+    return RankContext(tp=tp, device=device)
 
 
 def main(rank: int, connection: Connection, dump: Connection, join: Callable[[], RankContext], *, driver_pid: int,

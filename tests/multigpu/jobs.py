@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 
 import torch
 
+from engine.kernels.peer_all_reduce import DTYPES, Way, peer_all_reduce
+from engine.kernels.rms_norm import add_rms_norm
+from engine.parallel.group import ProcessTPGroup
 from engine.ranks.ranks import RankContext
+from tests.engine.kernels.peers import integers
+from tests.engine.kernels.problems import over_budget, rounding_budget
 
 
 def sum_of_ranks(rank: RankContext) -> float:
@@ -23,3 +29,47 @@ def die_before_the_all_reduce(rank: RankContext, victim: int) -> float:
     if rank.tp.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     return sum_of_ranks(rank)
+
+
+def wrong_sums(rank: RankContext) -> list[str]:
+    """Every way of an all-reduce on shared memory, by size and dtype; what was not the exact sum of all ranks' integers."""
+    assert isinstance(rank.tp, ProcessTPGroup)
+    memory = rank.tp.peers
+    assert memory is not None, "these GPUs share no memory"
+    wrong = []
+    ways = [Way(two_shot=False), Way(two_shot=True), Way(two_shot=False, num_warps=16, per_thread=2, num_programs=7)]
+    for number, (way, dtype, count) in enumerate(itertools.product(ways, DTYPES, (1, 7, 1000, 4097, 262_144, 1_048_577))):
+        total = sum(integers(other, number, count, torch.float64) for other in range(memory.size))
+        found = peer_all_reduce(integers(rank.tp.rank, number, count, dtype).to(rank.device), memory, way)
+        if not torch.equal(found.cpu().double(), total):
+            wrong.append(f"{way} of {count} {dtype}")
+    return wrong
+
+
+def norms_of_sums(rank: RankContext, num_rows: int, dim: int) -> tuple[bool, float]:
+    """A sum with residual and norm in one launch, against one after the other: the same new residual, how far the norms are."""
+    generator = torch.Generator().manual_seed(num_rows)
+    parts = torch.randn(rank.tp.size, num_rows, dim, generator=generator).bfloat16()
+    residual = torch.randn(num_rows, dim, generator=generator).bfloat16().to(rank.device)
+    weight = torch.randn(dim, generator=generator).bfloat16().to(rank.device)
+    normed, sum_ = rank.tp.all_reduce_add_norm(parts[rank.tp.rank].to(rank.device), residual, weight, 1e-6)
+    right, right_sum = add_rms_norm(parts.float().sum(0).bfloat16().to(rank.device), residual, weight, 1e-6)
+    return torch.equal(sum_, right_sum), over_budget(normed, right.double(), rounding_budget(right, right, torch.bfloat16))
+
+
+def die_in_a_replay(rank: RankContext, victim: int) -> None:
+    """All ranks replay a graph full of all-reduces; the victim is killed among its replays."""
+    rank.phase = "replaying"
+    x = torch.zeros(4096, dtype=torch.bfloat16, device=rank.device)
+    rank.tp.all_reduce(x)
+    torch.cuda.synchronize(rank.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(200):
+            rank.tp.all_reduce(x)
+    for number in range(200):
+        graph.replay()
+        if rank.tp.rank == victim and number == 50:
+            torch.cuda.synchronize(rank.device)
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.cuda.synchronize(rank.device)

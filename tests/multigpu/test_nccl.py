@@ -30,7 +30,7 @@ from tests.gpu.support import (
     shift_slots,
     skip_all_reduce,
 )
-from tests.multigpu.jobs import die_before_the_all_reduce, sum_of_ranks
+from tests.multigpu.jobs import die_before_the_all_reduce, die_in_a_replay, norms_of_sums, sum_of_ranks, wrong_sums
 from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.multigpu
@@ -117,6 +117,29 @@ def test_two_engines_side_by_side_do_not_disturb_each_other(small_model: MakeMod
     assert together == alone
     assert alone[0] != alone[1]
     assert two_ranks.run(generate, prompts, GREEDY, timeout_s=60.0) == alone[0]
+
+
+def test_sums_on_shared_memory_are_exact(two_ranks: Ranks) -> None:
+    assert two_ranks.run(wrong_sums, timeout_s=120.0) == [[], []]
+
+
+@pytest.mark.parametrize(("num_rows", "dim"), [(1, 4096), (3, 576), (256, 1024), (300, 4096)])
+def test_a_sum_with_its_norm_is_the_norm_of_the_sum(two_ranks: Ranks, num_rows: int, dim: int) -> None:
+    for same_residual, error in two_ranks.run(norms_of_sums, num_rows, dim, timeout_s=60.0):
+        assert same_residual
+        assert error <= 2, "two orders of summation, each rounded once"
+
+
+def test_a_rank_that_dies_in_a_replay_ends_the_call() -> None:
+    """The others wait for it on their GPUs, where nothing but the end of their processes ends a wait."""
+    with Ranks(2, fabric=FABRIC, device=DEVICE) as ranks:
+        ranks.run(sum_of_ranks, timeout_s=60.0)
+        started = time.monotonic()
+        with pytest.raises(RankFailure) as caught:
+            ranks.run(die_in_a_replay, 1, timeout_s=60.0)
+        assert time.monotonic() - started < 10
+        first = next(iter(caught.value.failures.values()))
+        assert (first.rank, first.kind, first.phase) == (1, "died", "replaying")
 
 
 def test_a_killed_rank_is_named_and_new_ones_work() -> None:
