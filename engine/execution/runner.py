@@ -15,7 +15,7 @@ from engine.execution.decode_graph import DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
 from engine.layers.attention_backends import select_backend
 from engine.layers.attention_layout import AttentionLayout, LayerCache
-from engine.layers.sampler import logprobs_of, sample
+from engine.layers.sampler import logprobs_of, sample, sample_shards
 from engine.models.registry import family_of
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
@@ -92,8 +92,8 @@ class Runner:
 
     @property
     def captures_graphs(self) -> bool:
-        """Ranks that are threads meet on the host, which no graph can record; nor can it an attention that asks the host."""
-        return (self.device.type == "cuda" and not self.config.enforce_eager and self.tp.fabric in ("solo", "nccl")
+        """Whether decode steps become graphs. What asks the host can't: not all collectives and attentions go without."""
+        return (self.device.type == "cuda" and not self.config.enforce_eager and self.tp.capturable
                 and self.attention_backend.capturable)
 
     def _make_graphs(self, num_blocks: int) -> DecodeGraphs:
@@ -157,14 +157,15 @@ class Runner:
     def launch(self, batch: StepBatch) -> SamplerOutput:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
         if self.graphs is not None and self.graphs.can_run(batch):
-            logits_RV, token_R = self._replay(batch)
-            if batch.sampling.filters or batch.sampling.banned_row_X.numel():
-                # The graph draws from whole logits; these rows are drawn again from what they may take.
-                token_R = self._draw(logits_RV, batch.to(self.device))
+            logits, token_R = self._replay(batch)
+            if batch.sampling.needs_whole_logits:
+                # The graph draws from all there is; these rows are drawn again from what they may take.
+                logits = self.model.lm_head.whole(logits)
+                token_R = self._draw(logits, batch.to(self.device))
         else:
-            logits_RV, token_R = self._step(batch.to(self.device))
+            logits, token_R = self._step(batch.to(self.device))
         row_L = batch.sampling.logprob_row_L
-        logprobs = () if row_L is None else logprobs_of(logits_RV, token_R, row_L.to(self.device), batch.sampling.num_logprobs)
+        logprobs = () if row_L is None else logprobs_of(logits, token_R, row_L.to(self.device), batch.sampling.num_logprobs)
         return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)))
 
     def collect(self, sampled: SamplerOutput) -> list[int]:
@@ -195,7 +196,8 @@ class Runner:
         A step of decodes runs as in generation, through its graph if there is one. The result stands until the next step.
         """
         if self.graphs is not None and self.graphs.can_run(batch):
-            return self._replay(batch)[0]
+            logits_RL, _ = self._replay(batch)
+            return self.model.lm_head.whole(logits_RL)
         return self.model.logits(self.forward(batch.to(self.device)))
 
     def _replay(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
@@ -207,15 +209,24 @@ class Runner:
         return results
 
     def _step(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """Logits ``[R, V]`` and drawn tokens ``[R]`` of a batch on the device. Asks the host nothing: graphs capture it."""
+        """Logits and drawn tokens ``[R]`` of a batch on the device. Asks the host nothing: graphs capture it.
+
+        The logits are this rank's, ``[R, L]``, or whole where the batch needs them so.
+        """
         hidden_RE = self.forward(batch)
         if not batch.draws_after_every_token:
             hidden_RE = hidden_RE[batch.cu_seqlens_S1[batch.sample_S + 1].long() - 1]
-        logits_RV = self.model.logits(hidden_RE)
-        return logits_RV, self._draw(logits_RV, batch)
+        head = self.model.lm_head
+        logits = head.shard_logits(hidden_RE)
+        if batch.sampling.needs_whole_logits:
+            logits = head.whole(logits)
+        return logits, self._draw(logits, batch)
 
-    def _draw(self, logits_RV: Tensor, batch: StepBatch) -> Tensor:
-        token_R = sample(logits_RV, batch.sampling)
+    def _draw(self, logits: Tensor, batch: StepBatch) -> Tensor:
+        if self.tp.size == 1 or batch.sampling.needs_whole_logits:
+            token_R = sample(logits, batch.sampling)
+        else:
+            token_R = sample_shards(logits, batch.sampling, self.model.lm_head.shard, self.tp)
         rows_R = batch.rows_S if batch.draws_after_every_token else batch.rows_S[batch.sample_S]
         self.last_token_M[rows_R] = token_R
         return token_R

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from engine.parallel.embedding import ParallelLMHead
+
 Kind = Literal["column", "row", "vocabulary", "replicated"]
 TOKEN_IDS, RESIDUAL, ATTENTION, ACTIVATION = "token ids", "residual", "attention", "activation"
 """What feeds a module where that is no module's output."""
@@ -48,6 +50,9 @@ class Module:
 
 class CausalLM(nn.Module):
     """What runs a model's steps asks of it. ``model(batch, caches)`` gives hidden states ``[T, hidden]`` of a step's tokens."""
+
+    lm_head: ParallelLMHead
+    """Logits of hidden states: this rank's, or whole."""
 
     @property
     def tied(self) -> dict[str, str]:

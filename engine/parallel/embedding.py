@@ -79,7 +79,14 @@ class ParallelLMHead(_VocabShardedWeight):
         self.weight = embedding.weight
 
     def forward(self, x_RE: Tensor) -> Tensor:
-        logits_RL = linear(x_RE, self.weight, self.bias)
+        return self.whole(self.shard_logits(x_RE))
+
+    def shard_logits(self, x_RE: Tensor) -> Tensor:
+        """This rank's logits ``[R, L]``, those of padding rows behind the others. No collective."""
+        return linear(x_RE, self.weight, self.bias)
+
+    def whole(self, logits_RL: Tensor) -> Tensor:
+        """Logits ``[R, vocab]`` out of every rank's :meth:`shard_logits`, by one all-gather."""
         if self.tp.size == 1:
             return logits_RL
         # Only the last shards hold padding, so all of it stands at the end of the gathered vocabulary.

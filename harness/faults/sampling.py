@@ -21,12 +21,13 @@ def seed_of_each_rank(patch: Patches, tp: TPGroup) -> None:
     """Every rank adds its number to the request's seed: rank 0's output looks fine, the others feed back other tokens."""
 
     def make(original: Any) -> Any:
-        def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Any:
-            return original(logits_RV, replace(sampling, seed_R=sampling.seed_R + tp.rank))
+        def sample(logits_RV: Tensor, sampling: SamplingBatch, *shard: Any) -> Any:
+            return original(logits_RV, replace(sampling, seed_R=sampling.seed_R + tp.rank), *shard)
 
         return sample
 
     patch.replace(runner_module, "sample", make)
+    patch.replace(runner_module, "sample_shards", make)
 
 
 @fault(rows=(69, 71), layout="qwen2", checks=("generation",))

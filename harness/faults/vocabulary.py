@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,10 +10,10 @@ from torch import Tensor
 
 import engine.execution.runner as runner_module
 import engine.parallel.embedding as embedding_module
-from engine.layers.matmul import linear
 from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import VocabShard
+from engine.scheduling.batch import SamplingBatch
 from harness.faults.base import Patches, fault
 from harness.faults.collectives import EMBEDDING
 
@@ -55,12 +56,21 @@ def foreign_tokens_not_masked(patch: Patches, tp: TPGroup) -> None:
 
 @fault(rows=(59,), checks=("layers", "logits", "generation"), module="lm_head", effect="shape")
 def padding_not_cut(patch: Patches, tp: TPGroup) -> None:
-    """The logits keep the columns that pad the vocabulary to equal shards."""
+    """The logits keep the columns that pad the vocabulary to equal shards, gathered or not."""
 
-    def forward(self: ParallelLMHead, x_RE: Tensor) -> Tensor:
-        return self.tp.all_gather(linear(x_RE, self.weight, self.bias))
+    def whole(self: ParallelLMHead, logits_RL: Tensor) -> Tensor:
+        return self.tp.all_gather(logits_RL)
 
-    patch.replace(ParallelLMHead, "forward", lambda original: forward)
+    patch.replace(ParallelLMHead, "whole", lambda original: whole)
+    patch.replace(runner_module, "sample_shards", _with_padding)
+
+
+def _with_padding(original: Any) -> Any:
+    def sample_shards(logits_RL: Tensor, sampling: SamplingBatch, shard: VocabShard, tp: TPGroup) -> Any:
+        ids = range(shard.ids.start, shard.ids.start + shard.local_size)
+        return original(logits_RL, sampling, replace(shard, ids=ids), tp)
+
+    return sample_shards
 
 
 @fault(rows=(60,), layout="small-vocabulary", tp_sizes=(4,), checks=("generation",))
@@ -74,3 +84,4 @@ def sampler_sees_the_padding(patch: Patches, tp: TPGroup) -> None:
         return sample
 
     patch.replace(runner_module, "sample", make)
+    patch.replace(runner_module, "sample_shards", _with_padding)
