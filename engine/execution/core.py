@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +31,7 @@ class CoreInfo:
 
 
 class TokenOutput(NamedTuple):
-    """A token of a request, and how the request ended if it did with this token.
-
-    A tuple, for there are many: a dataclass takes four times as long to travel.
-    """
+    """A token of a request, and how the request ended if it did with this token."""
 
     request_id: int
     token_id: int
@@ -45,13 +43,24 @@ class TokenOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What some steps brought. Every rank sends the digest, rank 0 the outputs."""
+    """What some steps brought. Every rank sends the digest, rank 0 the outputs.
 
-    outputs: list[TokenOutput]
+    tokens  of each output its request and its token, in turn: most have nothing more to say, and so they travel fast
+    more    the others, by their place
+    """
+
+    tokens: array[int]
+    more: dict[int, TokenOutput]
     digest: bytes
     has_work: bool
     not_finite_weight: str | None = None
     """Where a request ended with "error": a weight of this rank's that is not finite, if there is one."""
+
+    @property
+    def outputs(self) -> Iterator[TokenOutput]:
+        """In order."""
+        for place, (request_id, token_id) in enumerate(zip(self.tokens[::2], self.tokens[1::2], strict=True)):
+            yield self.more.get(place) or TokenOutput(request_id, token_id)
 
 
 class EngineCore:
@@ -116,17 +125,17 @@ def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], nu
         core.scheduler.add(Sequence.from_request(request))
     for request_id in abort_ids:
         core.scheduler.abort(request_id)
-    outputs: list[TokenOutput] = []
+    tokens, more = array("q"), dict[int, TokenOutput]()
     for _ in range(num_steps):
         if not core.has_work:
             break
-        outputs.extend(
-            TokenOutput(sequence.request.request_id, token_id, sequence.finish_reason, sequence.num_cached_prompt_tokens,
-                 sequence.logprobs)
-            for sequence, token_id in core.step()
-        )
-    ids = array("q", [number for item in outputs for number in (item.request_id, item.token_id)])
-    digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-    not_finite = core.runner.not_finite_weight if NO_TOKEN in ids else None
-    return Progress(outputs=outputs if rank.tp.rank == 0 else [], digest=digest, has_work=core.has_work,
-                    not_finite_weight=not_finite)
+        for sequence, token_id in core.step():
+            if sequence.finish_reason is not None or sequence.num_cached_prompt_tokens or sequence.logprobs is not None:
+                more[len(tokens) // 2] = TokenOutput(sequence.request.request_id, token_id, sequence.finish_reason,
+                                              sequence.num_cached_prompt_tokens, sequence.logprobs)
+            tokens.extend((sequence.request.request_id, token_id))
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+    not_finite = core.runner.not_finite_weight if NO_TOKEN in tokens[1::2] else None
+    is_told = rank.tp.rank == 0
+    return Progress(tokens=tokens if is_told else array("q"), more=more if is_told else {}, digest=digest,
+                    has_work=core.has_work, not_finite_weight=not_finite)

@@ -60,6 +60,8 @@ class BlockManager:
 
     def can_hold(self, sequence: Sequence, num_tokens: int, shared: list[int] | None = None) -> bool:
         """Whether there is room for the sequence's first ``num_tokens`` tokens, ``shared`` blocks being taken over."""
+        if not shared and num_tokens <= len(sequence.blocks) * self.block_size:
+            return True  # nearly always, and asked for each sequence and step
         shared = shared or []
         num_new = self.num_blocks_for(num_tokens) - len(sequence.blocks) - len(shared)
         num_revived = sum(not self.ref_counts[block] for block in shared)

@@ -81,9 +81,10 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens to run before the next one can be drawn; 0 when the last token allowed is already in flight."""
-        if self.num_generated >= self.request.max_tokens:
+        num_tokens = self.num_tokens
+        if num_tokens - len(self.request.prompt_token_ids) >= self.request.max_tokens:
             return 0
-        return self.num_tokens - self.num_computed
+        return num_tokens - self.num_computed
 
     def append(self, token_id: int) -> bool:
         """Take a token that was in flight, and finish if it is the last one. Returns whether it was."""

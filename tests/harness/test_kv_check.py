@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def chunks_sample_before_their_end(patch: pytest.MonkeyPatch) -> None:
         chunk = take(self, sequence, num_tokens)
         if not chunk.samples and sequence.num_computed > sequence.num_prompt_tokens:
             sequence.num_in_flight += 1
-            return replace(chunk, samples=True)
+            return chunk._replace(samples=True)
         return chunk
 
     patch.setattr(Scheduler, "_take", sampling)
