@@ -27,7 +27,7 @@ from engine.frontend.prompts import Prompt
 from engine.frontend.requests import Admission
 from engine.frontend.sampling import SamplingParams
 from engine.layers.attention_backends import check_name
-from engine.ranks.ranks import Ranks
+from engine.ranks.ranks import Ranks, make_ready
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +59,13 @@ class LLM:
         folder = find_model(model)
         self.model_config = ModelConfig.from_folder(folder)
         self.config = config.resolve(self.model_config)
+        tp_size, device = self.config.tensor_parallel_size, self.config.device
+        if ranks is None:
+            make_ready(tp_size, self.config.fabric, device)  # beside what follows
         self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
         if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
         check_checkpoint(folder, self.model_config)
-        tp_size, device = self.config.tensor_parallel_size, self.config.device
         if ranks is not None and (ranks.tp_size, ranks.device.type) != (tp_size, device.partition(":")[0]):
             raise ValueError(f"{ranks} do not fit tensor_parallel_size={tp_size}, device={device}: give both alike")
         owns_ranks = ranks is None

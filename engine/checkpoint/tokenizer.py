@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer
 
 from engine.checkpoint.checkpoint_files import CheckpointError, one_line
 
@@ -21,6 +20,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if not any((folder / name).exists() for name in FILES):
         return None
+    # Seconds of import, which a folder without a tokenizer does without, and which run while the ranks' server starts.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _try(tokenizer)

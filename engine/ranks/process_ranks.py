@@ -85,23 +85,11 @@ class ProcessPool(ConnectedPool[ProcessHandle]):
         self._store: TCPStore | None = None
 
     def start(self) -> None:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise RuntimeError(
-                "this script starts ranks while it is imported by a rank that it started: "
-                'put what it runs under `if __name__ == "__main__":`'
-            )
-        if multiprocessing.current_process().daemon:
-            raise RuntimeError(
-                f"{self._tp_size} ranks are processes, and a daemonic process such as a worker of multiprocessing.Pool may not "
-                "start any: start this one with daemon=False (those of concurrent.futures.ProcessPoolExecutor are), or take "
-                "fabric='threads'"
-            )
+        start_fork_server(self._tp_size, self._preload)
         self._store = _make_store()
         # Also for CUDA: the server never touches a GPU, so its forks may, and start in a quarter of spawn's time.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([fork_server.__name__, *_preload(), *self._preload])
         with importable_main():
-            _start_fork_server()
             for rank in range(self._tp_size):
                 self._start_rank(rank, context, self._store.port)
 
@@ -212,17 +200,34 @@ def _may_write(folder: str) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-def _start_fork_server() -> None:
+def start_fork_server(tp_size: int, preload: Sequence[str] = ()) -> None:
     """Start it, if it does not run, with the folder that it is to remove in its environment, and the driver's path.
 
-    Left to itself, Python 3.11 has it look in the current folder first, where ``engine`` may be someone else's.
+    Returns at once: it loads what ranks need, and ``preload``, in a process of its own. Left to itself, Python 3.11 has it look
+    in the current folder first, where ``engine`` may be someone else's.
+
+    Raises:
+        RuntimeError: if this process can't have processes of its own.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this script starts ranks while it is imported by a rank that it started: "
+            'put what it runs under `if __name__ == "__main__":`'
+        )
+    if multiprocessing.current_process().daemon:
+        raise RuntimeError(
+            f"{tp_size} ranks are processes, and a daemonic process such as a worker of multiprocessing.Pool may not "
+            "start any: start this one with daemon=False (those of concurrent.futures.ProcessPoolExecutor are), or take "
+            "fabric='threads'"
+        )
+    multiprocessing.get_context("forkserver").set_forkserver_preload([fork_server.__name__, *_preload(), *preload])
     told = {fork_server.FOLDER: socket_folder(), "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:
-        multiprocessing.forkserver.ensure_running()
+        with importable_main():
+            multiprocessing.forkserver.ensure_running()
     finally:
         for name, value in before.items():
             if value is None:

@@ -8,6 +8,7 @@ death at once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -22,7 +23,7 @@ import torch
 from engine.ranks.failures import RankError, RankFailure
 from engine.ranks.jobs import Job, Kind, OnEvent, PendingJob, RankContext, job_name
 from engine.ranks.pool import Pool
-from engine.ranks.process_ranks import ProcessPool
+from engine.ranks.process_ranks import ProcessPool, start_fork_server
 from engine.ranks.thread_ranks import SoloPool, ThreadPool
 from engine.ranks.torchrun import Launch, TorchrunPool, check_launch
 
@@ -302,6 +303,16 @@ class Ranks:
         failure = job.failure(reports, fabric=self.fabric, reason=reason)
         self._break(str(failure).split("\n\n", 1)[0])
         return failure
+
+
+def make_ready(tp_size: int, fabric: str, device: str, *, preload: Sequence[str] = ()) -> None:
+    """Begin to load what ranks with these arguments will be forked from, where they are; returns at once.
+
+    Whoever has more to do before it makes :class:`Ranks` saves the seconds that loading takes. What is wrong is left to those.
+    """
+    with contextlib.suppress(ValueError, RuntimeError):
+        if choose_fabric(tp_size, fabric, torch.device(device))[0] in ("gloo", "nccl"):
+            start_fork_server(tp_size, preload)
 
 
 def choose_fabric(tp_size: int, fabric: str, device: torch.device) -> tuple[str, torch.device]:

@@ -260,7 +260,7 @@ def test_a_folder_that_is_too_long_for_a_socket_and_cannot_be_helped_is_named(
 ) -> None:
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/x" * 60)
     with pytest.raises(RuntimeError, match=r"too long for a socket of at most 10\d bytes: set TMPDIR to a shorter folder"):
-        process_ranks._start_fork_server()
+        process_ranks.start_fork_server(2)
 
 
 ON_STANDARD_INPUT = """
