@@ -4,12 +4,18 @@ Integers exactly, reals within the bound of rounding; odd sizes, zero rows and v
 several times back to back on one buffer, which gets new values between the calls and is not waited for: some values, others,
 the first again (what is left over from the call before would be right if the values were the same). All results are kept and
 looked at in the end, when no later call may have changed them. A sum of integers is then summed once more as it is.
+
+A *storm* is many sums of many sizes back to back, turn after turn with other integers, and one rank late now and then; where
+collectives can be captured, a turn is a CUDA graph that is replayed. Ranks that read each other's memory owe each of its sums
+to what keeps them apart: a number that is the same in every replay, a buffer that is written again too early, a flag that is
+not waited for.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -23,6 +29,11 @@ from harness.verification.budgets import EXACT_INTEGER_LIMIT, digest, reduction,
 from reference.hf import DTYPES
 
 NUM_CASES = 40
+NUM_STORMS = 2
+NUM_TURNS = 8
+"""Of a storm, and as many times ``_REPLAYED`` where they are replays."""
+_REPLAYED = 25
+_LATE_S, _LATE_CYCLES = 5e-4, 100_000
 ORDER = (0, 1, 0, 1)
 """Which of a case's two draws each call gets."""
 
@@ -32,7 +43,7 @@ class CollectiveCase:
     """One collective on drawn values."""
 
     op: str
-    """``all_reduce``, ``all_gather`` or ``all_reduce_min``"""
+    """``all_reduce``, ``all_gather``, ``all_reduce_min`` or ``storm``"""
     shape: tuple[int, ...]
     dim: int
     dtype: str
@@ -48,7 +59,7 @@ class CollectiveCase:
 
     @property
     def module(self) -> str:
-        return f"TPGroup.{self.op}"
+        return f"TPGroup.{'all_reduce' if self.op == 'storm' else self.op}"
 
     def __str__(self) -> str:
         kind = "integers" if self.integers else "reals"
@@ -58,7 +69,10 @@ class CollectiveCase:
 
 
 def _draw(context: CheckContext) -> list[CollectiveCase]:
-    return draw_cases(random.Random(context.seed), context.dtype)
+    draw = random.Random(context.seed)
+    cases = draw_cases(draw, context.dtype)
+    return cases + [CollectiveCase(op="storm", shape=(draw.randint(2000, 20_000),), dim=0, dtype=context.dtype, integers=True,
+                                   contiguous=True, seed=draw.randrange(2**31)) for _ in range(NUM_STORMS)]
 
 
 def draw_cases(draw: random.Random, dtype: str, num_cases: int = NUM_CASES) -> list[CollectiveCase]:
@@ -76,6 +90,8 @@ def draw_cases(draw: random.Random, dtype: str, num_cases: int = NUM_CASES) -> l
 
 def run_case(rank: Rank, case: CollectiveCase) -> list[Answer]:
     """Every rank draws the inputs of all ranks, so each can say by itself what is right."""
+    if case.op == "storm":
+        return [_storm(rank, case)]
     draws = [[_draw_part(each, other, rank.tp_size) for other in range(rank.tp_size)]
              for each in (case, replace(case, seed=case.seed ^ 1))]
     if case.op == "all_reduce_min":
@@ -115,6 +131,59 @@ def _back_to_back(rank: Rank, case: CollectiveCase, own: Sequence[Tensor]) -> li
     if case.op == "all_reduce" and case.integers:
         found.append(rank.collectives.all_reduce(total))
     return [result.cpu() for result in found]
+
+
+@torch.inference_mode()
+def _storm(rank: Rank, case: CollectiveCase) -> Answer:
+    """Sums of every turn, held against what they must be without waiting for them."""
+    device, dtype, draw = rank.device, DTYPES[case.dtype], random.Random(case.seed)
+    largest = case.size * (64 if device.type == "cuda" else 1)
+    sizes = [max(1, int(largest ** draw.random())) for _ in range(10)] + [1, largest]
+    late = [draw.randrange(rank.tp_size) if draw.random() < 0.3 else None for _ in sizes]
+    modulus = max(2, min(EXACT_INTEGER_LIMIT[case.dtype] // rank.tp_size, 61))
+    index = torch.arange(largest, device=device)
+    turn, num_wrong = torch.zeros((), dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+
+    def given(by: int, call: int) -> Tensor:
+        """No two calls or turns have the same, and none of another rank's."""
+        return (index[: sizes[call]] * 7 + case.seed % 97 + 5 * by + 3 * call + turn * (2 * by + 1)) % modulus
+
+    def one_turn() -> list[Tensor]:
+        buffers = [given(rank.tp_rank, call).to(dtype) for call in range(len(sizes))]
+        found = []
+        for buffer, late_rank in zip(buffers, late, strict=True):
+            if late_rank == rank.tp_rank:
+                _be_late(device)
+            found.append(rank.collectives.all_reduce(buffer))
+        for call, total in enumerate(found):
+            right = torch.stack([given(by, call) for by in range(rank.tp_size)]).sum(0)
+            num_wrong.add_((total.to(torch.int64) != right).any())
+        turn.add_(1)
+        return found
+
+    found, num_turns = one_turn(), NUM_TURNS
+    if device.type == "cuda" and getattr(rank.collectives, "capturable", False):
+        num_turns *= _REPLAYED
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = one_turn()
+        for _ in range(num_turns - 1):
+            graph.replay()
+    else:
+        for _ in range(num_turns - 1):
+            found = one_turn()
+    wrong = int(num_wrong)
+    return Answer(error_over_budget=float("inf") if wrong else 0.0, compared=num_turns * sum(sizes),
+                  digests=(digest([total.cpu() for total in found]),),
+                  problem=f"{wrong} of {num_turns * len(sizes)} sums back to back are wrong" if wrong else None)
+
+
+def _be_late(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda._sleep(_LATE_CYCLES)
+    else:
+        time.sleep(_LATE_S)
 
 
 def _error(case: CollectiveCase, result: Tensor, parts: list[Tensor]) -> float:

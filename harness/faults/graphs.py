@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.execution.decode_graph import DecodeGraphs, DecodeStep, StepInputs
+from engine.kernels.peer_all_reduce import PeerMemory
 from engine.parallel.group import ProcessTPGroup, TPGroup
 from engine.scheduling.batch import StepBatch
 from harness.faults.base import Patches, fault
@@ -78,6 +80,45 @@ def reduce_faked_while_capturing(patch: Patches, tp: TPGroup) -> None:
         return all_reduce
 
     patch.replace(ProcessTPGroup, "_all_reduce", make)
+    patch.replace(ProcessTPGroup, "fuses_norm", lambda original: lambda self, x_TE: False)
+
+
+def _before_each_call(patch: Patches, change: Callable[[PeerMemory], object]) -> None:
+    """``change`` this rank's view of the shared memory ahead of each call, and of each replay of a call, that uses it."""
+
+    def make(original: Any) -> Any:
+        def call(self: ProcessTPGroup, x: Tensor, *rest: Any) -> Any:
+            if self.peers is not None:
+                change(self.peers)
+            return original(self, x, *rest)
+
+        return call
+
+    for name in ("_all_reduce", "_all_reduce_add_norm", "_argmax"):
+        patch.replace(ProcessTPGroup, name, make)
+
+
+@fault(rows=(48, 50), tp_sizes=(2,), checks=("collectives",), device="cuda")
+def flags_not_waited_for(patch: Patches, tp: TPGroup) -> None:
+    """Rank 1 finds all flags set already: it reads what the others have in their memory, whether they have written or not."""
+
+    def set_all(memory: PeerMemory) -> None:
+        if memory.rank == 1:
+            memory.flags(1).fill_(2**62)
+
+    def restore() -> None:
+        if isinstance(tp, ProcessTPGroup) and tp.peers is not None and tp.rank == 1:
+            tp.peers.flags(1).fill_(int(tp.peers.calls[0]))
+            int(tp.peers.calls[0])  # before another rank sets a flag for the next call: this waits for the device
+
+    patch.on_close(restore)
+    _before_each_call(patch, set_all)
+
+
+@fault(rows=(48,), tp_sizes=(2,), checks=("collectives",), device="cuda")
+def next_call_writes_where_the_last_is_read(patch: Patches, tp: TPGroup) -> None:
+    """All calls use the same half of the memory, and nothing makes a rank wait until the others have read it."""
+    _before_each_call(patch, lambda memory: memory.calls.add_(1))
 
 
 @fault(rows=(79,), tp_sizes=(2,), checks=("logits",), device="cuda")

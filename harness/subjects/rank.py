@@ -20,7 +20,10 @@ from reference.shards import Ownership
 
 
 class Collectives(Protocol):
-    """One rank's end of the collectives. Capability ``collectives``."""
+    """One rank's end of the collectives. Capability ``collectives``.
+
+    ``capturable = True`` says that CUDA graphs may hold them; left out, they are called one by one.
+    """
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks; it may be ``x`` itself."""

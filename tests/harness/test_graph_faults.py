@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import engine.kernels.peer_all_reduce as peer_module
+import engine.parallel.group as group
 from engine.execution.decode_graph import NUM_STAGES, DecodeGraphs, DecodeStep
 from engine.frontend.sampling import SamplingParams
+from engine.kernels.peer_all_reduce import PeerMemory, peer_all_reduce_torch
 from engine.parallel.group import ProcessTPGroup, SoloGroup, TPGroup
 from engine.scheduling.batch import StepBatch, build_batch
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import Request, Sequence
 from harness.faults import FAULTS
 from harness.faults.base import Patches
+from tests.engine.kernels.peers import dawdle, integers, on_ranks, shared_memory
 
 BLOCK_SIZE = 4
 
@@ -101,11 +108,46 @@ def test_a_bucket_is_missing_on_one_rank_alone(planted: Patches) -> None:
 def test_a_reduce_is_faked_only_while_a_graph_is_captured(planted: Patches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ProcessTPGroup, "_all_reduce", lambda self, x: x + 1)
     plant(planted, "reduce-faked-while-capturing")
-    group = object.__new__(ProcessTPGroup)
+    one = object.__new__(ProcessTPGroup)
     x = torch.ones(2)
     for is_capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=is_capturing: answer)
-        assert group._all_reduce(x).tolist() == ([1.0, 1.0] if is_capturing else [2.0, 2.0])
+        assert one._all_reduce(x).tolist() == ([1.0, 1.0] if is_capturing else [2.0, 2.0])
+
+
+def sums_of_shared_memory(num_calls: int = 40) -> list[bool]:
+    """Whether two ranks, one of them late now and then, got right sums from the plain twin by way of their groups."""
+    memories = shared_memory(2)
+
+    def run(memory: PeerMemory) -> list[bool]:
+        tp: Any = object.__new__(ProcessTPGroup)
+        tp.rank, tp.size, tp.peers = memory.rank, memory.size, memory
+        draw, right = random.Random(memory.rank), []
+        for number in range(num_calls):
+            dawdle(draw)
+            x = integers(memory.rank, number, 33, torch.float32)
+            wanted = sum(integers(rank, number, 33, torch.float32) for rank in range(2))
+            right.append(torch.equal(tp._all_reduce(x), wanted))
+        return right
+
+    return [all(right) for right in on_ranks(memories, run)]
+
+
+@pytest.mark.parametrize("name", ["flags-not-waited-for", "next-call-writes-where-the-last-is-read"])
+def test_what_keeps_ranks_apart_in_shared_memory_is_missing(planted: Patches, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(group, "peer_all_reduce", peer_all_reduce_torch)
+    summed = peer_module._sum_torch
+
+    def late_sum(parts: list[Tensor]) -> Tensor:
+        time.sleep(1e-3 * (random.random() < 0.5))  # between the meeting and the reading
+        return summed(parts)
+
+    monkeypatch.setattr(peer_module, "_sum_torch", late_sum)
+    assert sums_of_shared_memory() == [True, True]
+    plant(planted, name)
+    assert not all(sums_of_shared_memory())
+    planted.close()
+    assert sums_of_shared_memory() == [True, True]
 
 
 def test_the_twin_of_a_replay_calls_the_step(planted: Patches) -> None:
