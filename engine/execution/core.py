@@ -132,7 +132,7 @@ def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], nu
         for sequence, token_id in core.step():
             if sequence.finish_reason is not None or sequence.num_cached_prompt_tokens or sequence.logprobs is not None:
                 more[len(tokens) // 2] = TokenOutput(sequence.request.request_id, token_id, sequence.finish_reason,
-                                              sequence.num_cached_prompt_tokens, sequence.logprobs)
+                                                      sequence.num_cached_prompt_tokens, sequence.logprobs)
             tokens.extend((sequence.request.request_id, token_id))
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
     not_finite = core.runner.not_finite_weight if NO_TOKEN in tokens[1::2] else None
