@@ -29,6 +29,8 @@ def share_memory(process_group: dist.ProcessGroup, device: torch.device, *,
     """Memory for the ranks of a group, or None on all of them where one can't reach the others'. Every rank must call it.
 
     Args:
+        process_group: rank i of it has ``cuda:i``.
+        device: this rank's.
         agree: gives the smallest of the ranks' numbers.
     """
     rank, size = process_group.rank(), process_group.size()
