@@ -25,7 +25,7 @@ TONES: dict[str, Tone] = {
     "same": "quiet", "only in baseline": "quiet", "only in candidate": "quiet",
 }  # fmt: skip
 
-LAYOUT = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
+LAYOUT = ("workload", "case", "model", "engine", "layout", "subject", "dtype", "fabric", "tp_size", "metric", "rounds")
 """Columns that are told once above a table if all its rows agree."""
 
 
@@ -74,6 +74,8 @@ def _atlas_headline(report: Report) -> Headline:
     counts = Counter[str](row.verdict for row in report.atlas)
     detail = (f"{plural(len({row.architecture for row in report.atlas}), 'architecture')}, {plural(len(report.atlas), 'row')}: "
               + ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(AtlasVerdict) if counts[verdict]))
+    if whole := sum(row.verdict == "right" and row.sharded is not None and row.sharded < 0.5 for row in report.atlas):
+        detail += f"; of those right, {whole} shard less than half of their parameters"
     if counts["wrong"]:
         return Headline(text=f"{plural(counts['wrong'], 'row')} wrong", detail=detail, tone="bad")
     if counts["right"]:

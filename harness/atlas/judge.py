@@ -21,6 +21,7 @@ from reference.checkpoints import CheckpointError
 from reports.records import AtlasVerdict
 
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n    (?P<code>.+)$', re.MULTILINE)
+ONE_RANK = Placement(tp_size=1, fabric="solo")
 LONGEST = 500
 """Characters of a reason."""
 LIBRARIES = ("transformers", "huggingface_hub")
@@ -47,21 +48,25 @@ def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
     Where cached decoding is off on one rank too and a prefill is not, prefills alone are compared; ``results`` keeps to them.
     """
     refused = _loaded(results, subject)
+    if refused is not None and refused.verdict == "crashed":
+        return refused  # one rank is this process: it must not do what ended others
     if refused is not None:
-        return refused
+        with type(subject)(ONE_RANK) as one:
+            alone = _loaded(results, one)
+        return refused if alone is None else _not_compared(refused, alone)
     try:
         results.simulated_logits, results.baseline_logits  # noqa: B018 - computed once, for all rows of this checkpoint
     except Exception as error:  # of any kind: the library raises what it likes
         return Judged(verdict="not compared", message=f"the reference can't compute it: {reason(error)}")
     judged = _compared(results, subject)
-    if judged.verdict != "right":
-        alone = _alone(results, type(subject))
+    if judged.verdict not in ("right", "crashed"):
+        with type(subject)(ONE_RANK) as one:
+            alone = _loaded(results, one) or _compared(results, one)
         if alone.verdict == "wrong" and not _is_prefill(results.schedule):
             results.schedule = prefills(results.schedule)
             return judge(results, subject)
         if alone.verdict != "right":
-            happens = "is off" if alone.verdict == "wrong" else "fails"
-            return replace(judged, verdict="not compared", message=f"it {happens} on one rank too: {alone.message}")
+            return _not_compared(judged, alone)
     if _is_prefill(results.schedule):
         judged = replace(judged, message=f"prefills alone, for cached decoding is off on one rank too. {judged.message}".strip())
     return judged
@@ -81,9 +86,10 @@ def _is_prefill(schedule: Schedule) -> bool:
     return schedule == prefills(schedule)
 
 
-def _alone(results: ReferenceResults, make: type[TransformersSubject]) -> Judged:
-    with make(Placement(tp_size=1, fabric="solo")) as subject:
-        return _loaded(results, subject) or _compared(results, subject)
+def _not_compared(judged: Judged, alone: Judged) -> Judged:
+    happens = "is off" if alone.verdict == "wrong" else "fails"
+    return replace(judged, verdict="not compared", error_over_budget=None, rank=None, module=None,
+                   message=f"it {happens} on one rank too: {alone.message}")
 
 
 def _loaded(results: ReferenceResults, subject: TransformersSubject) -> Judged | None:

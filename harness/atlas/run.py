@@ -53,6 +53,11 @@ class Entry:
         return (self.architecture, self.layout.name, self.subject, self.dtype, self.tp_size)
 
     @property
+    def checkpoint(self) -> str:
+        """The same for rows of one checkpoint, whatever ranks compute it."""
+        return repr((self.architecture, sorted(self.layout.changes.items()), self.dtype))
+
+    @property
     def name(self) -> str:
         """As ``AtlasRow.name``."""
         return self.architecture if self.layout.name == "base" else f"{self.architecture}: {self.layout.name}"
@@ -87,11 +92,17 @@ class AtlasPlan:
     @cached_property
     def entries(self) -> list[Entry]:
         """The rows, those of one checkpoint one after the other."""
-        return [Entry(architecture=architecture, layout=layout, dtype=dtype, tp_size=tp_size,
-                      subject="transformers-ep" if layout.expert_parallel else self.subject)
-                for architecture in self.architectures or causal_lm_types()
-                for layout in layouts_of(architecture) if not self.layouts or layout.name in self.layouts
-                for dtype in self.dtypes for tp_size in self.tp_sizes]
+        return [entry for architecture in self.architectures or causal_lm_types() for dtype in self.dtypes
+                for entry in self._entries_of(architecture, dtype)]
+
+    def _entries_of(self, architecture: str, dtype: str) -> list[Entry]:
+        by_checkpoint: dict[str, list[Entry]] = {}
+        for layout in layouts_of(architecture):
+            if not self.layouts or layout.name in self.layouts:
+                rows = [Entry(architecture=architecture, layout=layout, dtype=dtype, tp_size=tp_size,
+                              subject="transformers-ep" if layout.expert_parallel else self.subject) for tp_size in self.tp_sizes]
+                by_checkpoint.setdefault(rows[0].checkpoint, []).extend(rows)
+        return [entry for entries in by_checkpoint.values() for entry in entries]
 
     def left(self, done: Sequence[AtlasRow]) -> list[Entry]:
         """What is not done yet."""
@@ -150,7 +161,7 @@ class _Atlas(ExitStack):
         super().__init__()
         self._plan = plan
         self._subjects: dict[tuple[str, int], TransformersSubject] = {}
-        self._key: tuple[str, str, str] | None = None
+        self._checkpoint = ""
         self._results: ReferenceResults | str = ""
         self._folder = Path()
 
@@ -171,16 +182,16 @@ class _Atlas(ExitStack):
                 judged = Judged(verdict="not compared", message=f"the comparison itself raised {reason(error)}")
         message = judged.message.replace(f"{self._folder}", "its folder")  # a record is for other machines too
         words = ("shardproof", "atlas", "--arch", entry.architecture, "--layout", entry.layout.name, "--tp", str(entry.tp_size),
-                 "--dtype", entry.dtype, "--seed", str(self._plan.seed))
+                 "--dtype", entry.dtype, "--seed", str(self._plan.seed),
+                 *(() if self._plan.subject == "transformers" else ("--subject", self._plan.subject)))
         return AtlasRow(architecture=entry.architecture, layout=entry.layout.name, changes=dict(entry.layout.changes),
                         subject=entry.subject, tp_size=entry.tp_size, dtype=entry.dtype, replay=shlex.join(words),
                         seconds=round(time.perf_counter() - started, 3), **asdict(replace(judged, message=message)))
 
     def _reference(self, entry: Entry) -> ReferenceResults | str:
         """Of the row's checkpoint; or why there is none."""
-        key = (entry.architecture, entry.layout.name, entry.dtype)
-        if key != self._key:
-            self._key = key
+        if entry.checkpoint != self._checkpoint:
+            self._checkpoint = entry.checkpoint
             folder = self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
             try:
                 shrink(entry.architecture, folder, seed=self._plan.seed, dtype=entry.dtype, **entry.layout.changes)

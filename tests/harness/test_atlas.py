@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -154,6 +156,30 @@ class Scaled(TransformersSubject):
     rank_class: ClassVar[type[TransformersRank]] = ScaledRank
 
 
+class DyingRank(TransformersRank):
+    """Its last process ends over a mistral."""
+
+    def load(self, folder: Path, *, dtype: str, options: Any) -> None:
+        super().load(folder, dtype=dtype, options=options)
+        if self.model.config.model_type == "mistral" and self.tp_rank == self.tp_size - 1:
+            os._exit(7)
+
+
+class Dying(TransformersSubject):
+    rank_class: ClassVar[type[TransformersRank]] = DyingRank
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_a_rank_that_dies_is_a_row_and_the_next_one_runs_on_new_ranks() -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
+    died, right = run_atlas(AtlasPlan(subject="tests.harness.test_atlas:Dying", architectures=("mistral", "llama"),
+                                      layouts=("base",), tp_sizes=(2,))).atlas
+    assert (died.verdict, died.rank) == ("crashed", 1), died.message
+    assert "exited with code 7" in died.message
+    assert right.verdict == "right", right.message
+
+
 @pytest.mark.multirank
 @pytest.mark.slow
 def test_what_is_right_wrong_and_refused_is_called_so(tmp_path: Path) -> None:
@@ -194,3 +220,10 @@ def test_each_layout_is_a_config_of_its_own(architecture: str) -> None:
     configs = [tiny_config(architecture, **layout.changes).to_json_string(use_diff=False)
                for layout in layouts_of(architecture) if not layout.expert_parallel]
     assert len(set(configs)) == len(configs) > 4
+
+
+def test_rows_of_one_checkpoint_follow_each_other() -> None:
+    entries = AtlasPlan(architectures=("llama", "mixtral"), tp_sizes=(2, 3)).entries
+    assert {entry.subject for entry in entries} == {"transformers", "transformers-ep"}
+    runs = [checkpoint for checkpoint, _ in groupby(entry.checkpoint for entry in entries)]
+    assert len(runs) == len(set(runs)) < len(entries) // 2 + 1

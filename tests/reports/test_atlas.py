@@ -67,6 +67,9 @@ def test_tables_count_and_show_every_row() -> None:
 def test_pages_say_what_is_wrong_and_why_the_rest_is_not_right(tmp_path: Path) -> None:
     page, text = report_html(ATLAS), report_markdown(ATLAS)
     assert report_headline(ATLAS).text == "1 row wrong"
+    assert report_headline(ATLAS).detail.endswith("2 right")
+    mostly_whole = Report(run=a_run(), atlas=[row("lfm2", sharded=0.06)])
+    assert report_headline(mostly_whole).detail.endswith("of those right, 1 shard less than half of their parameters")
     for shown in (page, text):
         assert "phi is wrong" in shown
         assert "shardproof atlas --arch phi" in shown
