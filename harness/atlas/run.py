@@ -196,7 +196,7 @@ class _Atlas(ExitStack):
             try:
                 shrink(entry.architecture, folder, seed=self._plan.seed, dtype=entry.dtype, **entry.layout.changes)
                 self._results = ReferenceResults(folder, dtype=entry.dtype, seed=self._plan.seed,
-                                                 schedule_lengths=SCHEDULE_LENGTHS)
+                                                 schedule_lengths=SCHEDULE_LENGTHS, beyond_windows=True)
             except Exception as error:  # a library's, over a config that it does not take
                 self._results = f"no such checkpoint can be made: {reason(error)}"
         return self._results

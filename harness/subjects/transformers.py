@@ -22,7 +22,7 @@ import re
 import weakref
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -45,7 +45,7 @@ from harness.errors import UsageError
 from harness.subjects.base import Placement, Schedule
 from harness.subjects.on_ranks import LiveRank, OnRanks
 from reference.checkpoints import CheckpointError, read_config
-from reference.hf import DTYPES, Activations
+from reference.hf import DTYPES, Activations, recording
 from reference.shards import Ownership
 
 EXPERT = re.compile(r"\.experts(\.|$)")
@@ -189,42 +189,38 @@ class TransformersRank(LiveRank):
 
     @torch.no_grad()
     def activations(self, schedule: Schedule, sequence: int) -> Activations:
-        """Of a module that is not given every token, such as an expert, all that it was given, call by call."""
-        parts: dict[tuple[str, str], list[Tensor]] = {}
-        tokens = 0
+        """This rank's part of what each module took and gave; what has no row a token, such as an expert, is left out."""
+        parts: list[Activations] = []
 
-        def hook(path: str) -> Callable[..., None]:
-            def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                given = args[0] if args else kwargs.get("hidden_states")
-                for side, value in (("inputs", given), ("outputs", output)):
-                    if (tensor := _first_tensor(value)) is not None:
-                        parts.setdefault((side, path), []).append(_by_token(tensor, tokens))
+        @contextmanager
+        def around_chunk(length: int) -> Iterator[None]:
+            with recording(self.model, length) as taken:
+                yield
+            parts.append(taken)
 
-            return record
+        self._play(schedule, sequence, around_chunk)
+        return Activations(inputs=self._joined([part.inputs for part in parts], len(schedule.sequences[sequence])),
+                           outputs=self._joined([part.outputs for part in parts], len(schedule.sequences[sequence])))
 
-        def before_chunk(length: int) -> None:
-            nonlocal tokens
-            tokens = length
-
-        with ExitStack() as hooks:
-            for path, module in self.model.named_modules():
-                if path:
-                    hooks.callback(module.register_forward_hook(hook(path), with_kwargs=True).remove)
-            self._play(schedule, sequence, before_chunk)
-        found = Activations(inputs={}, outputs={})
-        for (side, path), pieces in parts.items():
-            if len({piece.shape[1:] for piece in pieces}) == 1:
-                getattr(found, side)[path] = torch.cat(pieces)
+    @staticmethod
+    def _joined(chunks: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+        """The rows of all chunks by module, of those that have one for each token."""
+        found = {}
+        for name in chunks[0]:
+            pieces = [plain(chunk[name]) for chunk in chunks if name in chunk]
+            if len({piece.shape[1:] for piece in pieces}) == 1 and sum(map(len, pieces)) == tokens:
+                found[name] = torch.cat(pieces)
         return found
 
-    def _play(self, schedule: Schedule, sequence: int, before_chunk: Callable[[int], None] = lambda length: None) -> list[Tensor]:
+    def _play(self, schedule: Schedule, sequence: int,
+              around_chunk: Callable[[int], AbstractContextManager[Any]] = lambda length: nullcontext()) -> list[Tensor]:
         """The sequence's chunks one after the other: logits ``[T, V]`` of each."""
         ids = schedule.sequences[sequence]
         cache, done, logits = None, 0, []
         for length in self._chunks(schedule, sequence):
-            before_chunk(length)
             given = torch.tensor([ids[done : done + length]], device=self.device)
-            step = self.model(input_ids=given, use_cache=True, **{self._cache_name: cache})
+            with around_chunk(length):
+                step = self.model(input_ids=given, use_cache=True, **{self._cache_name: cache})
             cache = step.get(self._cache_name)
             logits.append(plain(step.logits)[0].detach().cpu())
             done += length
@@ -331,22 +327,6 @@ def plain(value: Tensor) -> Tensor:
     if isinstance(value, AsyncCollectiveTensor):
         value = value.wait()
     return value
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    """The tensor that a module takes or gives, among what else it does."""
-    if isinstance(value, Tensor):
-        return value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    return next((part for part in parts if isinstance(part, Tensor)), None)
-
-
-def _by_token(value: Tensor, tokens: int) -> Tensor:
-    """[1, T, ...] -> [T, ...]: a copy on the CPU, for what follows in the model may write over it."""
-    value = plain(value).detach()
-    if value.ndim > 1 and value.shape[0] == 1 and value.shape[1] == tokens:
-        value = value[0]
-    return value.to("cpu", copy=True)
 
 
 def _local_part(whole: Tensor, like: Tensor) -> Tensor:
