@@ -27,7 +27,7 @@ HIDDEN = HEADS * HEAD_DIM
 OWN_HEAD_DIM = 16  # where heads times head_dim is not the hidden size
 INTERMEDIATE = 50  # over 4: 13, 13, 12, 12, or 13, 13, 13, 11; over 3: 17, 17, 16
 EXPERT_INTERMEDIATE = 48  # torch's grouped matmuls take strides of 16 bytes alone: 24, 16 and 12 are such
-EXPERTS = 12
+EXPERTS = 12  # as heads: whole experts go to 2, 3 and 4 ranks
 VOCABULARY = 131  # a prime
 POSITIONS = 256
 WINDOW = 8
@@ -84,6 +84,7 @@ _BESIDE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 3},
     "dots1": {"num_experts_per_tok": 3, "n_routed_experts": 64, "n_shared_experts": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "nemotron": {"num_key_value_heads": 8},
     "qwen4_exp": {"text_config": _QWEN4_INDEXER},
@@ -180,20 +181,31 @@ def tiny_model(config: PretrainedConfig, *, seed: int = 0) -> Any:
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             if name in persistent and tensor.is_floating_point():
                 tensor.copy_(_random_like(name, tensor, seed))
+            elif name in persistent and tensor.dim() == 2 and not tensor.any():
+                tensor.copy_(_random_table(name, tensor.shape, seed))
     return network.eval()
 
 
 def _random_like(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    # crc32, because Python's hash of a str differs from process to process; the seed inside it, because torch's generator
-    # looks at the lowest 32 bits alone.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    draw = torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator)
+    draw = torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=_generator(name, seed))
     if tensor.dim() < 2 or name.endswith("bias"):
         start = tensor.float()
         return torch.where(start.isfinite(), start, 0.0) + draw * 0.2
     if "embed" in name or "lm_head" in name or "wte" in name:
         return draw
     return draw.div_(tensor.shape[-1] ** 0.5)
+
+
+def _random_table(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Of a fixed table of experts by token, ``[vocabulary, experts a token]``: different experts in each row."""
+    order = torch.rand(shape[0], EXPERTS, generator=_generator(name, seed)).argsort(-1)
+    return order[:, : shape[1]]
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    # crc32, because Python's hash of a str differs from process to process; the seed inside it, because torch's generator
+    # looks at the lowest 32 bits alone.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def _config_of(model: str | Path | Mapping[str, Any]) -> Any:
@@ -264,6 +276,9 @@ def _keep_relations(old: dict[str, Any], new: dict[str, Any]) -> None:
             new[head_dim] = new["qk_rope_head_dim"]
     if _first(_EXPERTS, old) and "intermediate_size" in old and not any(re.fullmatch(_EXPERTS_OWN_WIDTH, name) for name in old):
         new["intermediate_size"] = EXPERT_INTERMEDIATE
+    for name in _EXPERTS:
+        if isinstance(old.get(name), int) and old[name] > 1:
+            new[name] = EXPERTS
     for name in ("head_dim", "v_head_dim"):
         if name in old and old[name] is None:
             new[name] = HEAD_DIM

@@ -57,7 +57,7 @@ def test_what_is_said_not_to_be_had_is_not(model_type):
 def test_heads_go_into_the_ranks_and_widths_do_not():
     config = tiny_config("mixtral")
     assert (config.num_attention_heads, config.num_key_value_heads) == (HEADS, HEADS // 2)
-    assert config.num_local_experts == min(EXPERTS, 8)
+    assert config.num_local_experts == tiny_config("flex_olmo").num_experts == EXPERTS
     assert config.vocab_size == VOCABULARY
     assert all(VOCABULARY % tp_size for tp_size in (2, 3, 4))
     assert tiny_config("llama").intermediate_size % 4
@@ -86,6 +86,13 @@ def test_a_folder_with_a_config_alone_is_shrunk(tmp_path):
     values = json.loads((folder / "config.json").read_text())
     assert values["num_hidden_layers"] == 2
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_a_fixed_table_of_experts_is_drawn_too():
+    model = tiny_model(tiny_config("deepseek_v4"))
+    (table,) = (buffer for name, buffer in model.named_buffers() if name.endswith("tid2eid"))
+    assert all(len(set(row)) == len(row) for row in table.tolist())
+    assert len(table.unique()) == EXPERTS
 
 
 def test_values_follow_from_the_seed():
