@@ -1,4 +1,4 @@
-"""One row of an atlas: what a subject makes of a tiny checkpoint, by the budgets of the check ``logits``.
+"""One row of an atlas: what a subject makes of a tiny checkpoint, by the checks ``logits`` and ``weights``.
 
 What is not right is tried on one rank too: what is wrong or fails there alike is no matter of tensor parallelism, and is *not
 compared*.
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.ranks.ranks import RankFailure
-from harness.checks.base import CheckContext
+from harness.checks.base import CheckContext, Outcome
 from harness.checks.logits import compare_logits
+from harness.checks.weights import check_own
 from harness.subjects.base import Placement, Schedule, Subject, SubjectFailure
 from harness.subjects.on_ranks import subject_failure
 from harness.subjects.transformers import TransformersSubject
@@ -69,7 +70,31 @@ def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
             return _not_compared(judged, alone)
     if _is_prefill(results.schedule):
         judged = replace(judged, message=f"prefills alone, for cached decoding is off on one rank too. {judged.message}".strip())
-    return judged
+    return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject)
+
+
+def _with_weights(judged: Judged, results: ReferenceResults, subject: TransformersSubject) -> Judged:
+    """The same, and wrong where a rank's weights are not the file's, though one rank alone has them right.
+
+    Wrong weights are what is wrong first. And logits may be right for all that: of a tensor that is not where it says to be, what
+    is saved is another model.
+    """
+    own = _weights(results, subject)
+    if own.finding is None:
+        return judged
+    with type(subject)(ONE_RANK) as one:
+        alone = _weights(results, one) if _loaded(results, one) is None else own
+    if alone.finding is not None:
+        return replace(judged, message=f"{judged.message} Weights differ from the file on one rank too: {alone.finding}".strip())
+    return replace(judged, verdict="wrong", rank=own.rank, module=own.module,
+                   message=f"{own.finding}{'; ' if judged.message else ''}{judged.message}")
+
+
+def _weights(results: ReferenceResults, subject: TransformersSubject) -> Outcome:
+    try:
+        return check_own(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
+    except Exception as error:  # a layout that is none, or a name that the file does not have
+        return Outcome(cases=0, compared=0, finding=reason(error))
 
 
 def reason(error: Exception) -> str:

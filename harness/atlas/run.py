@@ -167,6 +167,8 @@ class _Atlas(ExitStack):
 
     def __enter__(self) -> _Atlas:
         transformers_logging.disable_progress_bar()
+        self.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        transformers_logging.set_verbosity_error()  # in this process; what ranks are told is in their rows
         self._scratch = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="shardproof-")))
         return self
 

@@ -156,6 +156,36 @@ class Scaled(TransformersSubject):
     rank_class: ClassVar[type[TransformersRank]] = ScaledRank
 
 
+class SwappedRank(TransformersRank):
+    """Two rows of a weight are in each other's place, and so are the columns that they go to: the logits are right."""
+
+    def load(self, folder: Path, *, dtype: str, options: Any) -> None:
+        super().load(folder, dtype=dtype, options=options)
+        if self.tp_size > 1:
+            with torch.no_grad():
+                for name in ("gate_proj", "up_proj"):
+                    plain(self.model.get_submodule(f"model.layers.1.mlp.{name}").weight)[:2] = plain(
+                        self.model.get_submodule(f"model.layers.1.mlp.{name}").weight)[[1, 0]].clone()
+                down = plain(self.model.get_submodule("model.layers.1.mlp.down_proj").weight)
+                down[:, :2] = down[:, [1, 0]].clone()
+
+
+class Swapped(TransformersSubject):
+    rank_class: ClassVar[type[TransformersRank]] = SwappedRank
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_weights_that_are_not_where_they_say_are_wrong_though_the_logits_are_right() -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
+    (row,) = run_atlas(AtlasPlan(subject="tests.harness.test_atlas:Swapped", architectures=("llama",), layouts=("base",),
+                                 tp_sizes=(2,))).atlas
+    assert row.verdict == "wrong"
+    assert "3 wrong shards on rank 0" in row.message, row.message
+    assert row.error_over_budget is not None
+    assert row.error_over_budget < 1
+
+
 class DyingRank(TransformersRank):
     """Its last process ends over a mistral."""
 
