@@ -291,7 +291,10 @@ def _lowest_argmax(logits_TV: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def recording(
-    model: nn.Module, num_tokens: int, modules: Collection[str] | None = None
+    model: nn.Module,
+    num_tokens: int,
+    modules: Collection[str] | None = None,
+    local: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> Iterator[Activations]:
     """Note what goes into and comes out of each module of ``model`` in one forward of one sequence.
 
@@ -301,6 +304,7 @@ def recording(
         model: Any model of transformers, or one whose modules have the same names.
         num_tokens: How many tokens the forward is given: by this number the dimension of tokens is told.
         modules: Names of those to be noted; None: all but those that make RoPE's tables.
+        local: What to keep of a tensor that is spread over ranks.
 
     Raises:
         ValueError: If the model has no module of such a name.
@@ -314,7 +318,7 @@ def recording(
     taken = Activations(inputs={}, outputs={})
     with ExitStack() as hooks:
         for name, module in taps.items():
-            hook = module.register_forward_hook(_recorder(name, num_tokens, calls), with_kwargs=True)
+            hook = module.register_forward_hook(_recorder(name, num_tokens, local, calls), with_kwargs=True)
             hooks.callback(hook.remove)
         yield taken
     _name_calls(calls, taken)
@@ -329,9 +333,27 @@ class _Call:
     output: torch.Tensor | str | None
 
 
-def _recorder(name: str, num_tokens: int, calls: list[_Call]) -> Callable[..., None]:
+def joined(parts: Sequence[Activations]) -> Activations:
+    """The activations of one sequence from those of its chunks, which ran one after the other."""
+    left_out = {name: why for part in parts for name, why in part.left_out.items()}
+
+    def cat(side: str) -> dict[str, torch.Tensor]:
+        chunks = [getattr(part, side) for part in parts]
+        names = [name for name in chunks[0] if name not in left_out and all(name in chunk for chunk in chunks)]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names
+                if len({chunk[name].shape[1:] for chunk in chunks}) == 1}
+
+    found = Activations(inputs=cat("inputs"), outputs=cat("outputs"), left_out=left_out)
+    for name in (name for part in parts for name in part.outputs if name not in found.outputs):
+        found.left_out.setdefault(name, "its output has other dimensions in some chunks, or none")
+    return found
+
+
+def _recorder(
+    name: str, num_tokens: int, local: Callable[[torch.Tensor], torch.Tensor], calls: list[_Call]
+) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(_Call(name, _by_token((args, kwargs), num_tokens), _by_token(output, num_tokens)))
+        calls.append(_Call(name, *(_by_token(value, num_tokens, local) for value in ((args, kwargs), output))))
 
     return record
 
@@ -350,7 +372,9 @@ def _name_calls(calls: list[_Call], taken: Activations) -> None:
             taken.left_out[name] = f"its output is {call.output or 'no tensor'}"
 
 
-def _by_token(value: Any, num_tokens: int) -> torch.Tensor | str | None:
+def _by_token(
+    value: Any, num_tokens: int, local: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor | str | None:
     """The first tensor of ``value`` as [T, ...], a copy on the CPU: what follows in the model may write over it.
 
     Its shape in words if it has no dimension of T, or several and not the first one; None if there is no tensor.
@@ -358,6 +382,7 @@ def _by_token(value: Any, num_tokens: int) -> torch.Tensor | str | None:
     x = _first_tensor(value)
     if x is None:
         return None
+    x = local(x)
     shape = tuple(x.shape)
     while x.ndim >= 2 and x.shape[0] == 1 and (x.shape[0] != num_tokens or x.shape[1] == 1):
         x = x[0]  # of one sequence

@@ -18,7 +18,7 @@ import torch
 from harness.checks.base import Check, CheckContext, Outcome, Whole
 from harness.checks.weights import narrow_config
 from harness.verification.budgets import computation, digest
-from harness.verification.localise import localise
+from harness.verification.localise import search
 from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES
@@ -113,15 +113,20 @@ def compare_logits(context: CheckContext) -> Outcome:
 
 def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) -> Outcome:
     """The same finding with the first module over its budget, in the first of these sequences in which one is."""
-    places = (localise(context.subject, context.results, sequence) for sequence in sequences)
-    place = next((place for place in places if place is not None), None)
+    searches = []
+    for sequence in sequences:
+        searches.append(search(context.subject, context.results, sequence))
+        if searches[-1].place is not None:
+            break
+    place = searches[-1].place
+    left_out = f" ({searches[-1].left_out})" if searches[-1].left_out else ""
     if place is None:
         return replace(outcome, finding=f"{outcome.finding}; no single module is over its budget: the error builds up over the "
-                                        "layers")
+                                        f"layers{left_out}")
     extra: dict[str, Any] = {"token": place.token}
     if place.effect is not None:
         extra |= {"effect": place.effect.kind, "effect_text": place.effect.text}
-    return replace(outcome, finding=f"{outcome.finding}; {place}", rank=place.rank, module=place.module, extra=extra)
+    return replace(outcome, finding=f"{outcome.finding}; {place}{left_out}", rank=place.rank, module=place.module, extra=extra)
 
 
 CHECK = Check(

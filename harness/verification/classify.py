@@ -84,6 +84,11 @@ class Evidence:
         """``[T]``: how far each row is off, as a fraction of its budget."""
         return row_errors(self.candidate, self.baseline, self.exact, self.dtype, self.simulated)
 
+    def first_wrong_row(self) -> int:
+        """The first row over budget, or the worst if none is by itself, but their median."""
+        ratio_T = self.row_errors()
+        return int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0])
+
     def explains(self, prediction_WF: Tensor, wrong_W: Tensor) -> bool:
         """Whether the candidate is within budget of the prediction, on the wrong rows, and of what is right elsewhere."""
         exact = self.exact.double()

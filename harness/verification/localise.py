@@ -12,62 +12,60 @@ import torch
 from torch import Tensor
 
 from harness.subjects.base import ModuleRow, Subject
-from harness.verification.budgets import SEARCH_MARGIN
-from harness.verification.classify import Effect, Evidence, classify
+from harness.verification.by_finish import search_by_finish
+from harness.verification.classify import Evidence, classify
+from harness.verification.places import Excess, Place, Search
 from harness.verification.reference_results import ReferenceResults
 from reference.hf import Activations
 from reference.shards import Ownership
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """The first module whose output is over budget, on which rank, from which token on, by how much, and what it is instead."""
-
-    module: str
-    rank: int
-    token: int
-    error_over_budget: float
-    """Of the worst token."""
-    effect: Effect | None = None
-    """What arithmetic tells; None if nothing."""
-
-    def __str__(self) -> str:
-        well = "well " if self.error_over_budget > SEARCH_MARGIN else ""
-        return (f"first {well}over budget: {self.module} on rank {self.rank}, token {self.token}, "
-                f"{self.error_over_budget:.3g} of its budget" + (f": {self.effect}" if self.effect else ""))
-
-
 def localise(subject: Subject, results: ReferenceResults, sequence: int) -> Place | None:
+    """The place that ``search`` finds."""
+    return search(subject, results, sequence).place
+
+
+def search(subject: Subject, results: ReferenceResults, sequence: int) -> Search:
     """Re-run the schedule on both sides, and walk the activations of one sequence in the order of computation.
 
-    Named is the first one well over budget; if there is none, the first one that is over budget at all. None if none is.
+    Named is the first one well over budget; if there is none, the first one that is over budget at all. A subject without a
+    table of modules (``Subject.modules``) is searched in the order in which modules finish (``by_finish``).
     """
+    rows = tuple(subject.modules(results.config))
+    if not rows:
+        return search_by_finish(subject, results, sequence)
     shown = Shown(by_rank=subject.activations(results.schedule, sequence), layout=partial(subject.layout, results.config),
-                  rows=tuple(subject.modules(results.config)))
+                  rows=rows)
     found: list[tuple[Point, Excess]] = []
+    compared = 0
     for point in points(shown.rows):
         excess = worst_excess(results, point, sequence, shown)
+        compared += 1
         if excess is not None:
             found.append((point, excess))
             if excess.is_clear:
                 break
     if not found:
-        return None
+        return Search(place=None, compared=compared)
     point, excess = found[-1] if found[-1][1].is_clear else found[0]
     evidence = gather_evidence(results, point, sequence, shown, excess.rank)
-    return Place(module=point.label, rank=excess.rank, token=excess.token, error_over_budget=excess.error_over_budget,
-                 effect=classify(evidence))
+    return Search(compared=compared, place=Place(
+        module=point.label, rank=excess.rank, token=excess.token, error_over_budget=excess.error_over_budget,
+        effect=classify(evidence)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What the subject shows of one sequence."""
+    """What the subject shows of one sequence.
+
+    Attributes:
+        layout: Name and shape of a checkpoint tensor -> which of its elements each rank holds.
+        rows: The model's modules, in the order of computation.
+    """
 
     by_rank: Sequence[Activations]
     layout: Callable[[str, tuple[int, ...]], Ownership]
-    """Name and shape of a checkpoint tensor -> which of its elements each rank holds."""
     rows: Sequence[ModuleRow]
-    """The model's modules, in the order of computation."""
 
     @property
     def tp_size(self) -> int:
@@ -76,20 +74,6 @@ class Shown:
     def owned(self, name: str, shape: tuple[int, ...]) -> list[Tensor]:
         """By rank: the indices that it holds along the tensor's sharded dimension."""
         return [torch.from_numpy(np.asarray(indices)) for indices in self.layout(name, shape).indices]
-
-
-@dataclass(frozen=True, slots=True)
-class Excess:
-    """How far over budget a tensor is on the rank where it is worst, and from which token on."""
-
-    error_over_budget: float
-    rank: int
-    token: int
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether a search stops at it."""
-        return self.error_over_budget > SEARCH_MARGIN
 
 
 def worst_excess(results: ReferenceResults, point: Point, sequence: int, shown: Shown) -> Excess | None:
@@ -101,9 +85,7 @@ def worst_excess(results: ReferenceResults, point: Point, sequence: int, shown: 
             return Excess(float("inf"), rank, 0)
         error_over_budget = seen.comparison().error_over_budget
         if error_over_budget > (worst.error_over_budget if worst else 1):
-            ratio_T = seen.row_errors()
-            # The first token over budget, or the worst if none is by itself, but their median.
-            worst = Excess(error_over_budget, rank, int((ratio_T >= ratio_T.max().clamp(max=1)).nonzero()[0]))
+            worst = Excess(error_over_budget, rank, seen.first_wrong_row())
     return worst
 
 
