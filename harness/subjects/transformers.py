@@ -45,7 +45,7 @@ from harness.errors import UsageError
 from harness.subjects.base import Placement, Schedule
 from harness.subjects.on_ranks import LiveRank, OnRanks
 from reference.checkpoints import CheckpointError, read_config
-from reference.hf import DTYPES, Activations, recording
+from reference.hf import DTYPES, Activations, joined, recording
 from reference.shards import Ownership
 
 EXPERT = re.compile(r"\.experts(\.|$)")
@@ -189,28 +189,17 @@ class TransformersRank(LiveRank):
 
     @torch.no_grad()
     def activations(self, schedule: Schedule, sequence: int) -> Activations:
-        """This rank's part of what each module took and gave; what has no row a token, such as an expert, is left out."""
-        parts: list[Activations] = []
+        """This rank's part of what each module took and gave."""
+        chunks: list[Activations] = []
 
         @contextmanager
         def around_chunk(length: int) -> Iterator[None]:
-            with recording(self.model, length) as taken:
+            with recording(self.model, length, local=plain) as taken:
                 yield
-            parts.append(taken)
+            chunks.append(taken)
 
         self._play(schedule, sequence, around_chunk)
-        return Activations(inputs=self._joined([part.inputs for part in parts], len(schedule.sequences[sequence])),
-                           outputs=self._joined([part.outputs for part in parts], len(schedule.sequences[sequence])))
-
-    @staticmethod
-    def _joined(chunks: Sequence[Mapping[str, Tensor]], tokens: int) -> dict[str, Tensor]:
-        """The rows of all chunks by module, of those that have one for each token."""
-        found = {}
-        for name in chunks[0]:
-            pieces = [plain(chunk[name]) for chunk in chunks if name in chunk]
-            if len({piece.shape[1:] for piece in pieces}) == 1 and sum(map(len, pieces)) == tokens:
-                found[name] = torch.cat(pieces)
-        return found
+        return joined(chunks)
 
     def _play(self, schedule: Schedule, sequence: int,
               around_chunk: Callable[[int], AbstractContextManager[Any]] = lambda length: nullcontext()) -> list[Tensor]:
