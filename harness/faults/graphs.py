@@ -115,12 +115,6 @@ def flags_not_waited_for(patch: Patches, tp: TPGroup) -> None:
     _before_each_call(patch, set_all)
 
 
-@fault(rows=(48,), tp_sizes=(2,), checks=("collectives",), device="cuda")
-def next_call_writes_where_the_last_is_read(patch: Patches, tp: TPGroup) -> None:
-    """All calls use the same half of the memory, and nothing makes a rank wait until the others have read it."""
-    _before_each_call(patch, lambda memory: memory.calls.add_(1))
-
-
 @fault(rows=(79,), tp_sizes=(2,), checks=("logits",), device="cuda")
 def bucket_captured_on_one_rank_alone(patch: Patches, tp: TPGroup) -> None:
     """Rank 1 has no graph for three sequences and runs them as they are, while the others replay a padded four."""
