@@ -223,7 +223,8 @@ def test_what_is_right_wrong_and_refused_is_called_so(tmp_path: Path) -> None:
     assert right.sharded > 0.9
     (wrong,) = run_atlas(AtlasPlan(subject="tests.harness.test_atlas:Scaled", architectures=("llama",), layouts=("base",),
                                    tp_sizes=(2,))).atlas
-    assert wrong.verdict == "wrong", wrong.message
+    assert (wrong.verdict, wrong.module, wrong.rank) == ("wrong", "model.layers.0.mlp.up_proj", 1), wrong.message
+    assert "first well over budget: model.layers.0.mlp.up_proj on rank 1" in wrong.message
 
 
 def test_the_base_comes_first_and_a_layout_changes_what_the_config_has() -> None:

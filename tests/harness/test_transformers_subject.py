@@ -17,6 +17,7 @@ from torch.distributed import _functional_collectives as functional
 
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome, together
+from harness.checks.logits import compare_logits
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.subjects.transformers import (
@@ -28,6 +29,7 @@ from harness.subjects.transformers import (
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import CheckpointError
+from reference.shrink import shrink
 from tests.harness.checking import OPTIONS, assert_green
 from tests.harness.conftest import MakeModel
 
@@ -67,7 +69,7 @@ def _scaled(rank: TransformersRank) -> str | None:
         return None
     name = modules[len(modules) // 2]
     if rank.tp_rank == 1:
-        plain(rank.model.get_submodule(name).weight).mul_(1.05)
+        plain(rank.model.get_submodule(name).weight)[::2].mul_(1.05)  # of all its rows, a norm over a head would undo it
     return name
 
 
@@ -166,15 +168,39 @@ def test_llama_is_right_on_ranks_that_get_unequal_parts(tiny_model: MakeModel) -
 
 
 @pytest.mark.parametrize(("config", "fault"), [
-    *((LLAMA, fault) for fault in FAULTS if fault != "one rank's experts scaled")])
+    *((LLAMA, fault) for fault in FAULTS if fault != "one rank's experts scaled"), (MOE, "one rank's experts scaled")])
 def test_a_bug_in_it_is_red_at_its_module(two_ranks: Faulty, tiny_model: MakeModel, config: dict[str, Any], fault: str) -> None:
     found = outcome("logits", two_ranks, tiny_model(config), fault=fault)
     assert found.finding is not None
+    assert found.module == two_ranks.run(_planted)[0], found.finding
+    assert found.rank in FAULTS[fault][1]
     in_weights = outcome("weights", two_ranks, tiny_model(config), fault=fault)
     if fault in ("never reduced", "bias counted twice"):
         assert_green(in_weights)
     else:
         assert in_weights.finding is not None
+
+
+@pytest.mark.endurance
+def test_bugs_in_many_architectures_are_red_at_their_modules(two_ranks: Faulty, tmp_path: Path) -> None:
+    planted, unseen, misnamed = 0, [], []
+    for architecture in ARCHITECTURES:
+        results = ReferenceResults(shrink(architecture, tmp_path / architecture), dtype="float32", beyond_windows=True)
+        for fault, (_, ranks) in FAULTS.items():
+            two_ranks.load(results.folder, dtype="float32", options={"fault": fault})
+            module = two_ranks.run(_planted)[0]
+            if module is None:
+                continue
+            planted += 1
+            found = compare_logits(CheckContext(results=results, subject=two_ranks, options={}, seed=0))
+            if found.finding is None:
+                unseen.append((architecture, fault))
+            elif found.module != module or found.rank not in ranks:
+                misnamed.append((architecture, fault, found.module, found.rank, module))
+    print(f"{planted} planted, {unseen=}, {misnamed=}")  # noqa: T201 - the figures, under -rP
+    assert planted > 2 * len(ARCHITECTURES)
+    assert unseen == []
+    assert len(misnamed) <= planted // 20
 
 
 def test_it_says_what_share_is_sharded(two_ranks: Faulty, tiny_model: MakeModel) -> None:
