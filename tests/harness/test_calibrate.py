@@ -271,6 +271,23 @@ def test_a_large_error_in_one_part_is_seen_and_a_tiny_one_is_not(check: str, poo
     assert pools(4).run(is_spoiled) == [False] * 4, "whoever takes the ranks next has them without the error"
 
 
+def test_the_count_of_collectives_goes_on_when_sums_are_arranged(pools: Pools) -> None:
+    """A count from 0 looked like a rank that never entered what others had: a job that was going well was ended."""
+    ranks = pools(2)
+    before = max(ranks.run(sums))
+    ranks.run(arrange, "ring", Spoiled(tp_rank=1, error=0.5))
+    try:
+        assert min(ranks.run(sums)) > before
+    finally:
+        ranks.run(arrange, "flat")
+
+
+def sums(rank: RankContext) -> int:
+    """Job: one sum, and the number of collectives that the rank has entered until then."""
+    rank.tp.all_reduce(torch.ones(4))
+    return rank.tp.log.entered
+
+
 def is_spoiled(rank: RankContext) -> bool:
     """Job: whether an error is still planted."""
     return isinstance(rank.tp, SpoilingGroup)

@@ -17,6 +17,8 @@ class _Behind(TPGroup):
     def __init__(self, inner: TPGroup) -> None:
         super().__init__(inner.rank, inner.size, inner.fabric)
         self.inner = inner
+        # One count a rank: a new one, from 0, would look like a rank that never entered what others did.
+        self.log = inner.log
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         return self.inner.all_reduce(x)
