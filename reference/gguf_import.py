@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from reference.elements import CheckpointError
 from reference.writing import weight_shapes, write_checkpoint
@@ -68,7 +68,7 @@ def convert_gguf(
         return torch.from_numpy(np.array(weight)).to(torch.bfloat16)
 
     write_checkpoint(folder, config, shapes, values, dtype="bfloat16")
-    GenerationConfig(
+    transformers.GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(folder)
     _tokenizer(fields).save_pretrained(folder)
@@ -81,7 +81,7 @@ def _config(fields: dict[str, Any], *, tied: bool) -> Any:
         raise CheckpointError(f"general.architecture={architecture!r}; only 'llama' is converted")
     of = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
     num_heads = of["attention.head_count"]
-    return LlamaConfig(
+    return transformers.LlamaConfig(
         hidden_size=of["embedding_length"],
         intermediate_size=of["feed_forward_length"],
         num_hidden_layers=of["block_count"],
@@ -121,7 +121,7 @@ def _tokenizer(fields: dict[str, Any]) -> Any:
     types = fields["tokenizer.ggml.token_type"]
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],
         eos_token=tokens[fields["tokenizer.ggml.eos_token_id"]],

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from engine.checkpoint.checkpoint_files import CONFIG_FILE
@@ -120,7 +120,7 @@ class Reference:
             raise CheckpointError(f"folder={folder} holds no {CONFIG_FILE}; pass a Hugging Face model folder")
         # Never a live module cast to another dtype: that would round RoPE's inv_freq along.
         with building(f"transformers cannot load folder={folder}"), _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
                 attn_implementation=None,  # sdpa, or eager where a model has none

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from reference.building import building
 from reference.elements import CheckpointError, Shapes
@@ -37,7 +37,7 @@ def as_config(config: Any) -> Any:
     if model_type is None:
         raise CheckpointError(f"config={dict(config)} has no model_type; add one, such as model_type='llama'")
     try:
-        return AutoConfig.for_model(model_type, **values)
+        return transformers.AutoConfig.for_model(model_type, **values)
     except ValueError as unknown:
         raise CheckpointError(f"model_type={model_type!r} is unknown to transformers") from unknown
 
@@ -52,7 +52,7 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """
     config = as_config(config)
     with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     # remove_duplicate leaves out the second name of a tied tensor.
     named = model.named_parameters(remove_duplicate=True)
     return {name: tuple(weight.shape) for name, weight in sorted(named)}
@@ -92,7 +92,7 @@ def write_checkpoint(
     config = as_config(config)
     config.dtype = DTYPES[dtype]
     with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
-        config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
+        config.architectures = [type(transformers.AutoModelForCausalLM.from_config(config)).__name__]
     config.save_pretrained(folder)
     return folder
 

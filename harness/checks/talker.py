@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from harness.checks.semantics import Model
 from harness.checks.weights import narrow_config
@@ -124,7 +124,7 @@ def write_tokenizer(folder: Path, vocab_size: int, *, special: Sequence[int], le
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in token_of.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
                                    additional_special_tokens=[token_of[number] for number in special])
     fast.save_pretrained(folder)
     return fast
