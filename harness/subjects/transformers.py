@@ -19,23 +19,16 @@ import inspect
 import logging
 import os
 import re
-import weakref
-from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.distributed import DistributedConfig
@@ -43,10 +36,9 @@ from transformers.utils import logging as transformers_logging
 
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Schedule
-from harness.subjects.on_ranks import LiveRank, OnRanks
+from harness.subjects.dtensor import DTensorRank, DTensorSubject, own_groups, plain
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import DTYPES, Activations, joined, recording
-from reference.shards import Ownership
 
 EXPERT = re.compile(r"\.experts(\.|$)")
 
@@ -64,16 +56,7 @@ class Sharded:
     flops: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """What one rank holds of a checkpoint's tensor: the indices along ``dim``; ``dim`` None: all of it."""
-
-    shape: tuple[int, ...]
-    dim: int | None
-    indices: NDArray[np.int64]
-
-
-class TransformersRank(LiveRank):
+class TransformersRank(DTensorRank):
     """One rank of a model that transformers has sharded while it loaded it."""
 
     expert_parallel: ClassVar[bool] = False
@@ -88,21 +71,13 @@ class TransformersRank(LiveRank):
         if self.device.type == "cuda":  # by it transformers finds its device
             os.environ["LOCAL_RANK"] = str(self.device.index or 0)
         gc.collect()  # what was loaded before is full of cycles, and its groups have threads and sockets
-        with self._own_groups(), self._heard(quiet=bool(options.get("quiet"))):
+        with own_groups(self), self._heard(quiet=bool(options.get("quiet"))):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False,
                 distributed_config=DistributedConfig(tp_size=self.tp_size, ep_size=self.tp_size if self.expert_parallel else 1))
         self.model.to(self.device).eval().requires_grad_(False)
         # Renamed by transformers 5.24.
         self._cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-
-    @contextmanager
-    def _own_groups(self) -> Iterator[None]:
-        """Process groups that are made meanwhile end with this object: transformers makes six a model, and ends none."""
-        before = set(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else set()
-        yield
-        if dist.is_initialized():
-            weakref.finalize(self, _end_groups, [group for group in dist.distributed_c10d._world.pg_map if group not in before])
 
     @contextmanager
     def _heard(self, *, quiet: bool) -> Iterator[None]:
@@ -123,6 +98,11 @@ class TransformersRank(LiveRank):
                 transformers_logging.enable_default_handler()
 
     # What it holds.
+
+    def by_checkpoint_name(self, numbers: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """Where transformers renames, merges or splits tensors while it loads them, by its own way back."""
+        found: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
+        return found
 
     def sharded(self) -> Sharded:
         """How much of the model is sharded."""
@@ -149,37 +129,6 @@ class TransformersRank(LiveRank):
         count = parameter.shape[0] if parameter.ndim == 3 else max(1, getattr(config, "num_experts", None) or getattr(
             config, "n_routed_experts", None) or getattr(config, "num_local_experts", None) or 1)
         return parameter.numel() * min(1.0, chosen / count)
-
-    @cached_property
-    def _shards(self) -> dict[str, tuple[Held, Tensor]]:
-        """By checkpoint name: which part of the tensor this rank holds, and the part.
-
-        Where transformers renames, merges or splits tensors while it loads them, its own way back is run on tensors that hold
-        the number of each element, which tells where every element of a checkpoint's tensor is.
-        """
-        tensors: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
-        starts = [0, *accumulate(tensor.numel() for tensor in tensors.values())]
-        numbers = {name: torch.arange(start, start + tensor.numel()).reshape(tensor.shape)
-                   for start, (name, tensor) in zip(starts, tensors.items(), strict=False)}
-        held = torch.cat([_local_part(numbers[name], tensor).flatten() for name, tensor in tensors.items()])
-        values = torch.cat([plain(tensor).detach().cpu().flatten() for tensor in tensors.values()])  # in the widest dtype
-        place = torch.full((starts[-1],), -1).index_copy(0, held, torch.arange(len(held)))
-        dtypes = [tensor.dtype for tensor in tensors.values()]
-        found = {}
-        for name, number in revert_weight_conversion(self.model, numbers).items():
-            part = _held(name, place[number] >= 0)
-            if part.dim is not None:
-                number = number.index_select(part.dim, torch.from_numpy(part.indices))
-            dtype = dtypes[bisect(starts, int(number.min())) - 1] if number.numel() else values.dtype
-            found[name] = part, values[place[number]].to(dtype)
-        return found
-
-    def shards(self) -> dict[str, Tensor]:
-        return {name: shard for name, (_, shard) in self._shards.items()}
-
-    def held(self) -> dict[str, Held]:
-        """By checkpoint name: which part of the tensor this rank holds, as transformers itself says where it is placed."""
-        return {name: held for name, (held, _) in self._shards.items()}
 
     # What it computes.
 
@@ -250,7 +199,7 @@ class ExpertParallelRank(TransformersRank):
     expert_parallel = True
 
 
-class TransformersSubject(OnRanks):
+class TransformersSubject(DTensorSubject):
     """Declares nothing but a model: its layers are parts of transformers that nobody uses alone."""
 
     name: ClassVar[str] = "transformers"
@@ -266,28 +215,10 @@ class TransformersSubject(OnRanks):
         """
         if importlib.util.find_spec("accelerate") is None:
             raise UsageError(f"subject={cls.name!r}: transformers shards no model without accelerate: pip install accelerate")
-        if threads := [placement.tp_size for placement in placements if placement.fabric == "threads"]:
-            raise UsageError(f"tp_sizes={threads} would run as threads, and DTensor needs processes: use --fabric gloo")
+        super().check_fit(folder, placements)
         config = read_config(folder)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise CheckpointError(f"folder={folder}: model_type={config.model_type!r} is no causal LM of transformers")
-
-    def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
-        self._layout: list[dict[str, Held]] | None = None
-        super().load(folder, dtype=dtype, options=options)
-
-    def layout(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Ownership:
-        """Where transformers itself says that the elements are, of what is loaded."""
-        if self._layout is None:
-            self._layout = self._ask(_held_on_rank)
-        held = [of_rank[name] for of_rank in self._layout if name in of_rank]
-        if len(held) < self.tp_size:
-            raise CheckpointError(f"tensor={name}: the loaded model has no parameter that it went to")
-        dims = {part.dim for part in held if part.dim is not None}
-        dim = dims.pop() if len(dims) == 1 else None
-        whole = np.arange(shape[dim] if dim is not None else 0)
-        return Ownership(name=name, shape=held[0].shape, tp_size=self.tp_size, dim=dim,
-                         indices=tuple(whole if part.dim is None else part.indices for part in held))
 
     def sharded(self) -> Sharded:
         """How much of the loaded model is sharded."""
@@ -306,50 +237,8 @@ class ExpertParallelSubject(TransformersSubject):
     rank_class: ClassVar[type[TransformersRank]] = ExpertParallelRank
 
 
-def plain(value: Tensor) -> Tensor:
-    """This rank's own values: of a DTensor its part, and of a collective under way what comes of it.
-
-    An un-waited collective's tensor, pickled, would be the sum of some ranks only.
-    """
-    if isinstance(value, DTensor):
-        value = value.to_local()
-    if isinstance(value, AsyncCollectiveTensor):
-        value = value.wait()
-    return value
-
-
-def _local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of ``whole`` that this rank holds of a tensor that is placed as ``like`` is."""
-    if not isinstance(like, DTensor) or all(isinstance(place, Replicate) for place in like.placements):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-
-
-def _held(name: str, mask: Tensor) -> Held:
-    """From which elements are there to indices along one dimension."""
-    shape = tuple(mask.shape)
-    if bool(mask.all()):
-        return Held(shape=shape, dim=None, indices=np.arange(0))
-    for dim in range(mask.ndim):
-        rest = [other for other in range(mask.ndim) if other != dim]
-        some, every = (mask.amax(rest), mask.amin(rest)) if rest else (mask, mask)
-        if torch.equal(some, every):
-            return Held(shape=shape, dim=dim, indices=some.nonzero().flatten().numpy())
-    raise ValueError(f"tensor={name}: what this rank holds of it is no set of rows of one dimension")
-
-
 def _share(parts: Sequence[tuple[float, bool]]) -> float:
     return sum(size for size, is_sharded in parts if is_sharded) / max(1.0, sum(size for size, _ in parts))
-
-
-def _end_groups(groups: Sequence[dist.ProcessGroup]) -> None:
-    for group in groups:
-        if group in dist.distributed_c10d._world.pg_map:
-            dist.destroy_process_group(group)
-
-
-def _held_on_rank(rank: TransformersRank) -> dict[str, Held]:
-    return rank.held()
 
 
 def _sharded(rank: TransformersRank) -> Sharded:

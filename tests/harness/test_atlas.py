@@ -19,7 +19,8 @@ from harness.commands.progress import RowsShown
 from harness.errors import CouldNotRunError, UsageError
 from harness.interrupted import Interrupted
 from harness.subjects.base import SubjectFailure
-from harness.subjects.transformers import TransformersRank, TransformersSubject, plain
+from harness.subjects.dtensor import plain
+from harness.subjects.transformers import TransformersRank, TransformersSubject
 from reference.shrink import tiny_config
 from reports.records import AtlasRow, read_report, write_report
 from tests.harness.test_exit_codes import run

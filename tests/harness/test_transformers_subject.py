@@ -20,12 +20,8 @@ from harness.checks.base import CheckContext, Outcome, together
 from harness.checks.logits import compare_logits
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Subject, SubjectFailure
-from harness.subjects.transformers import (
-    ExpertParallelSubject,
-    TransformersRank,
-    TransformersSubject,
-    plain,
-)
+from harness.subjects.dtensor import plain
+from harness.subjects.transformers import ExpertParallelSubject, TransformersRank, TransformersSubject
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import CheckpointError
