@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,6 @@ class Reference:
         return self.config.get_text_config(decoder=True)
 
     @property
-    def implementations(self) -> dict[str, str]:
-        """Which of transformers' implementations of the same formula compute: ``{"attention": "sdpa", "experts": "eager"}``."""
-        return {"attention": self.text_config._attn_implementation, "experts": self.text_config._experts_implementation}
-
-    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The model's own end-of-sequence ids, from its generation_config.json or else its config."""
         ids = self.model.generation_config.eos_token_id
@@ -219,18 +215,22 @@ class Reference:
     def _continue(
         self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
     ) -> GreedyResult:
-        # What a cache gives is a guess that one forward without a cache confirms: some models compute otherwise with theirs.
-        ids = self._guess(prompt, max_new_tokens, eos_token_ids)
-        top = self.margins([*prompt, *ids[:-1]])
-        start = len(prompt) - 1
-        if not ids or top.token_ids[start:] != ids:
-            ids = []
-            while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_token_ids):
-                top = self.margins([*prompt, *ids])
-                ids.append(top.token_ids[-1])
+        # What a cache gives is a guess, which one forward without it confirms up to the first token that it would choose
+        # otherwise: some models compute otherwise with theirs, and rounding may turn near-ties round.
+        found = TopTwo(token_ids=[], runners_up=[], margins=[])
+        ids = found.token_ids
+        while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_token_ids):
+            known = [*prompt, *ids]
+            guess = self._guess(known, max_new_tokens - len(ids), eos_token_ids)
+            top = self.margins([*known, *guess[:-1]])
+            chosen = top.token_ids[len(known) - 1 :]
+            agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guess, chosen, strict=False)))
+            new = slice(len(known) - 1, len(known) + min(agreed, len(chosen) - 1))
+            ids.extend(top.token_ids[new])
+            found.runners_up.extend(top.runners_up[new])
+            found.margins.extend(top.margins[new])
         reason = "stop" if ids[-1] in eos_token_ids else "length"
-        return GreedyResult(token_ids=ids, runners_up=top.runners_up[start:], margins=top.margins[start:],
-                            finish_reason=reason)
+        return GreedyResult(token_ids=ids, runners_up=found.runners_up, margins=found.margins, finish_reason=reason)
 
     def _guess(self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]) -> list[int]:
         """The same ids, quickly; none if the model has no KV cache that works."""

@@ -1,8 +1,9 @@
 """Any config, made tiny: a random checkpoint of the same architecture, small enough for a test and odd enough to be cut badly.
 
 What a field of a config means is told by its name: a count of heads, a width, a number of layers, a period of layers. Its tiny
-value follows from the name and from what it was beside other fields (as many KV heads as heads, fewer, or one), never from the
-architecture: a model of the next release needs nothing here.
+value follows from the name and from what it was beside other fields (as many KV heads as heads, fewer, or one). So a model of
+the next release mostly needs nothing here; what names don't tell stands by ``model_type`` in ``_BESIDE_DEFAULTS``, ``_MUST_BE``,
+``_FEWEST_LAYERS`` and ``_OF_EACH_KIND``.
 """
 
 import re

@@ -20,11 +20,6 @@ from reference.hf import Activations
 from reference.shards import Ownership
 
 
-def localise(subject: Subject, results: ReferenceResults, sequence: int) -> Place | None:
-    """The place that ``search`` finds."""
-    return search(subject, results, sequence).place
-
-
 def search(subject: Subject, results: ReferenceResults, sequence: int) -> Search:
     """Re-run the schedule on both sides, and walk the activations of one sequence in the order of computation.
 

@@ -18,7 +18,7 @@ from harness.studies.calibrate.draws import drawn_models
 from harness.subjects.engine import EngineSubject
 from harness.subjects.engine_rank import EngineRank
 from harness.verification.budgets import SEARCH_MARGIN, computation
-from harness.verification.localise import Excess, Point, Shown, localise, points
+from harness.verification.localise import Excess, Point, Shown, points, search
 from harness.verification.reference_results import ReferenceResults
 from tests.harness.checking import on_threads
 from tests.harness.conftest import MakeModel
@@ -65,7 +65,7 @@ def wrong(subject: EngineSubject, path: str, *, rows: tuple[int, int] | None = N
 
 
 def test_nothing_is_named_where_nothing_is_wrong(loaded: EngineSubject, results: ReferenceResults) -> None:
-    assert [localise(loaded, results, sequence) for sequence in range(3)] == [None] * 3
+    assert [search(loaded, results, sequence).place for sequence in range(3)] == [None] * 3
 
 
 @pytest.mark.parametrize(("seed", "number"), [(1, 6), (6, 2)])
@@ -75,7 +75,7 @@ def test_a_row_that_was_lucky_in_the_baseline_is_not_named(seed: int, number: in
     results = next(islice(models, number, None))
     with subject_with(results) as subject:
         for sequence in range(len(results.schedule.sequences)):
-            assert localise(subject, results, sequence) is None
+            assert search(subject, results, sequence).place is None
 
 
 @pytest.mark.endurance
@@ -87,7 +87,7 @@ def test_hardly_a_module_of_a_correct_model_is_well_over_budget(seed: int, dtype
     for results in drawn_models(random.Random(seed), "judge", 100, dtypes):
         for tp_size in (1, TP_SIZE):
             with subject_with(results, tp_size) as subject:
-                places = [localise(subject, results, sequence) for sequence in range(len(results.schedule.sequences))]
+                places = [search(subject, results, sequence).place for sequence in range(len(results.schedule.sequences))]
             num_sequences += len(places)
             over += [place.error_over_budget for place in places if place is not None]
     well_over = [error for error in over if error > SEARCH_MARGIN]
@@ -109,7 +109,7 @@ def test_what_is_over_budget_by_a_little_is_named_only_if_nothing_else_is(
         return Excess(over[point.label], rank=1, token=2) if point.label in over else None
 
     monkeypatch.setattr("harness.verification.localise.worst_excess", excess)
-    place = localise(loaded, results, 0)
+    place = search(loaded, results, 0).place
     assert (None if place is None else place.module) == named
     if place is not None:
         assert (place.rank, place.token, "well over" in str(place)) == (1, 2, place.error_over_budget > 2)
@@ -127,7 +127,7 @@ def test_the_module_that_was_made_wrong_is_named(loaded: EngineSubject, results:
     path = f"{parent}.{fused}"
     rows = loaded.run(rows_of_part, path, where)[only]
     with wrong(loaded, path, rows=rows, only=only):
-        place = localise(loaded, results, sequence)
+        place = search(loaded, results, sequence).place
     assert place is not None
     assert place.module == f"{parent}.{where}"
     if where not in ("o_proj", "down_proj"):  # after the all-reduce all ranks are wrong alike
@@ -149,7 +149,7 @@ def rows_of_part(rank: EngineRank, path: str, part: str) -> tuple[int, int] | No
 @pytest.mark.parametrize("path", ["model.layers.1.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"])
 def test_a_norm_is_named(loaded: EngineSubject, results: ReferenceResults, path: str) -> None:
     with wrong(loaded, path):
-        place = localise(loaded, results, 0)
+        place = search(loaded, results, 0).place
     assert place is not None
     assert (place.module, place.token) == (path, 0)
     assert "2 times" in str(place)
@@ -161,7 +161,7 @@ def test_a_row_of_the_embedding_is_named_with_the_first_token_that_uses_it(loade
     local_rows = -(-results.config["vocab_size"] // TP_SIZE)
     row = last - local_rows * (TP_SIZE - 1)
     with wrong(loaded, "model.embed_tokens", rows=(row, row + 1), only=TP_SIZE - 1):
-        place = localise(loaded, results, 1)
+        place = search(loaded, results, 1).place
     assert place is not None
     assert (place.module, place.token) == ("model.embed_tokens", results.schedule.sequences[1].index(last))
 
