@@ -101,7 +101,7 @@ class Planted:
         Raises:
             RankFailure: the fault could not be planted. Nothing can be said of the checks then.
         """
-        self._plant()
+        self.plant()
         try:
             self._load(context)
         except (SubjectFailure, CheckpointError) as failure:
@@ -111,7 +111,7 @@ class Planted:
 
     def run(self, name: str, context: CheckContext) -> list[Outcome]:
         """One check under the fault. A failing rank is a finding, as in ``verify``; not one that fails while it is planted."""
-        self._plant()
+        self.plant()
         check = all_checks()[name]
         try:
             if check.needs_model:
@@ -123,7 +123,8 @@ class Planted:
             outcomes = [replace(outcome, extra={**outcome.extra, BROKE: True}) for outcome in outcomes]
         return outcomes
 
-    def _plant(self) -> None:
+    def plant(self) -> None:
+        """Plant it, unless it is planted already; new ranks take the place of broken ones."""
         if not self._ranks.healthy:
             self._ranks.restart()
             self._is_planted = False

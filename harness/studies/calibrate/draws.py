@@ -34,12 +34,12 @@ def drawn_models(draw: random.Random, purpose: Purpose, num_models: int, dtypes:
         dtype = dtypes[number % len(dtypes)]
         config = random_config(draw, LARGEST_TP, max_width=draw.choice((32, 128)), max_layers=draw.choice((2, 8)))
         lengths = tuple(draw.randint(3, 24) for _ in range(draw.randint(1, 3)))
-        with _written(draw, config, dtype, value_seed(draw, purpose)) as folder:
+        with written(draw, config, dtype, value_seed(draw, purpose)) as folder:
             yield ReferenceResults(folder, dtype=dtype, seed=value_seed(draw, purpose), schedule_lengths=lengths)
 
 
 @contextmanager
-def _written(draw: random.Random, config: dict[str, Any], dtype: str, seed: int) -> Iterator[Path]:
+def written(draw: random.Random, config: dict[str, Any], dtype: str, seed: int) -> Iterator[Path]:
     """Half of the models are ill-conditioned, as real ones are: attention is sharp, a feature dwarfs the others."""
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = random_checkpoint(Path(scratch) / "model", config, dtype=dtype, seed=seed)
