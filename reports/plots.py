@@ -162,6 +162,15 @@ def as_svg(figure: Figure, *, salt: str, **options: Any) -> str:
     return out.getvalue()
 
 
+def panel(title: str, subtitle: str, draw: Callable[[Axes], None]) -> Plot:
+    """One panel, drawn by ``draw`` in the colours of ``series_colour``, in our style."""
+    with style(ink=_INK, rule=_RULE):
+        figure = Figure(figsize=(4.8, 3.0), layout="constrained")
+        draw(figure.subplots())
+        svg = _for_the_page(as_svg(figure, salt=title, transparent=True))
+    return Plot(title=title, subtitle=subtitle, svg=svg, legend=[], has_bound=False)
+
+
 def _draw(axis: str, metric: str, series: Sequence[Series], *, salt: str) -> str:
     with style(ink=_INK, rule=_RULE):
         figure = Figure(figsize=(4.8, 3.0), layout="constrained")
@@ -173,7 +182,7 @@ def _draw(axis: str, metric: str, series: Sequence[Series], *, salt: str) -> str
 
 def _draw_lines(ax: Axes, series: Sequence[Series]) -> None:
     for i, line in enumerate(series):
-        colour = _colour(i)
+        colour = series_colour(i)
         xs, medians, lows, highs, bounds = zip(*line.points, strict=True)
         ax.vlines(xs, lows, highs, color=colour, linewidth=1.4)
         ax.plot(xs, medians, color=colour, marker=_MARKERS[i % NUM_COLOURS], markersize=5, linewidth=1.8)
@@ -218,12 +227,13 @@ def _for_the_page(svg: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # numbered from 1 in every plot, and nothing refers to them
     svg = svg.replace(_INK, "var(--ink-soft)").replace(_RULE, "var(--rule)")
     for i in range(NUM_COLOURS):
-        svg = svg.replace(_colour(i), f"var(--series-{i})")
+        svg = svg.replace(series_colour(i), f"var(--series-{i})")
     # The figure's caption carries the title; a screen reader needs no list of glyphs.
     return re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg, count=2).replace("<svg", "<svg aria-hidden='true'", 1)
 
 
-def _colour(i: int) -> str:
+def series_colour(i: int) -> str:
+    """Of the i-th series: one that the page replaces by its own."""
     return f"#0a0b{i % NUM_COLOURS:02x}"
 
 
