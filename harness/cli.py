@@ -25,6 +25,7 @@ from harness.commands.calibrate import calibrate_command
 from harness.commands.faults import faults_command
 from harness.commands.generate import fetch_command, generate_command
 from harness.commands.progress import errors
+from harness.commands.verdict import verdict_command
 from harness.commands.verify import verify_command
 from harness.errors import COULD_NOT_RUN, REPORT_IT, UNEXPECTED, told
 from harness.shardproof import __version__
@@ -82,6 +83,7 @@ def shardproof(version: Annotated[bool, typer.Option("--version", callback=_prin
 
 
 app.command("verify")(verify_command)
+app.command("verdict")(verdict_command)
 app.command("faults")(faults_command)
 app.command("atlas")(atlas_command)
 app.command("generate")(generate_command)

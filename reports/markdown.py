@@ -37,6 +37,7 @@ from reports.tables import (
     verdict_cell,
 )
 from reports.text_tables import escape_markdown, printable, to_markdown
+from reports.verdict_tables import faults_table, scores_table, verdict_facts, verdict_tests_table
 
 _SIGNS = {"good": "✅", "bad": "❌", "warn": "⚠️", "quiet": "➖"}
 
@@ -71,6 +72,11 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
         parts += [_told(row, f"tp_size {row.tp_size} · {row.dtype} · {row.subject}") for row in report.atlas
                   if row.verdict == "wrong"]
         parts.append(f"<details><summary>Every row</summary>\n\n{_compact(atlas_pivot(report.atlas))}\n</details>\n")
+    if report.verdict is not None:
+        parts += [_facts(verdict_facts(report.verdict)), to_markdown(verdict_tests_table(report.verdict))]
+        parts += ["## How often this answer is wrong\n", "".join(f"- {escape_markdown(line)}\n" for line in report.verdict.rates)]
+    if report.scores:
+        parts += ["## Rules\n", to_markdown(scores_table(report.scores)), "## Faults\n", to_markdown(faults_table(report.scores))]
     parts.append(_how_it_ran(report.run))
     return "\n".join(parts)
 

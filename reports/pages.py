@@ -45,11 +45,14 @@ from reports.tables import (
     speed_changes_table,
 )
 from reports.text_tables import MISSING, format_cell, format_number, printable
+from reports.verdict_plots import verdict_plots
+from reports.verdict_tables import faults_table, scores_table, verdict_facts, verdict_tests_table
 
 _HEADINGS = {
     "tp_size": "tp", "error_over_budget": "error / budget", "scaling_efficiency": "scaling",
     "percent_of_bound": "% of bound", "percent_sharded": "% sharded", "percent_of_flops_sharded": "% of FLOPs sharded",
-    "times_better": "times better", "seconds": "took", "memory_gib": "memory, GiB",
+    "times_better": "times better", "share_of_allowed": "share of what rounding may do",
+    "seconds": "took", "memory_gib": "memory, GiB",
 }  # fmt: skip
 _FRACTION = re.compile(r"(\.\d+)?( s)?$")
 _SENTENCES = ("reason", "message")
@@ -109,6 +112,9 @@ def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
                "pivot": atlas_pivot(report.atlas, cell=lambda row: row),
                "others": _other_than_right(report.atlas),
                "rows": atlas_table(report.atlas).drop(columns=["message", "changes", "said", "replay"])},
+        verdict={"row": report.verdict, "facts": verdict_facts(report.verdict) if report.verdict else {},
+                 "tests": verdict_tests_table(report.verdict), "plots": verdict_plots(report.verdict)},
+        scores={"rules": scores_table(report.scores), "faults": faults_table(report.scores)},
         glyphs=GLYPHS,
         num_colours=NUM_COLOURS,
     )

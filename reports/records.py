@@ -3,7 +3,8 @@
 A report is one JSON file: what ran (`RunInfo`), one row a check and layout (`CheckRow`; of some checks one
 a kind of case), one row a benchmark case (`BenchRow`), one row for each that was asked for and has no
 figures (`NotMeasured`), of a calibration how far correct code is off and what is seen of planted errors
-(`Calibration`), and of an atlas one row an architecture, layout and tp_size (`AtlasRow`). Rows are written
+(`Calibration`), of an atlas one row an architecture, layout and tp_size (`AtlasRow`), of two streams of
+log-probabilities the verdict (`VerdictRow`), and how often such verdicts are right (`ScoreRow`). Rows are written
 one a line, so that a diff of two reports reads row by row. Everything is checked when it is made, by the
 same rules in Python and from a file.
 """
@@ -36,11 +37,13 @@ from reports.rows import (
     whole_checks,
 )
 from reports.typed_json import RecordError, conform, plain, to_json
+from reports.verdict_rows import Answer, ScoreRow, VerdictPlaces, VerdictRow, VerdictTest
 
 __all__ = [
     "FILE_NAME",
     "FORMAT",
     "FORMAT_VERSION",
+    "Answer",
     "AtlasRow",
     "AtlasVerdict",
     "BenchRow",
@@ -54,8 +57,12 @@ __all__ = [
     "RecordError",
     "Report",
     "RunInfo",
+    "ScoreRow",
     "Tolerance",
     "Verdict",
+    "VerdictPlaces",
+    "VerdictRow",
+    "VerdictTest",
     "read_report",
     "whole_checks",
     "write_report",
@@ -78,23 +85,29 @@ class Report(Record):
     not_measured: list[NotMeasured] = field(default_factory=list)
     calibration: Calibration | None = None
     atlas: list[AtlasRow] = field(default_factory=list)
+    verdict: VerdictRow | None = None
+    scores: list[ScoreRow] = field(default_factory=list)
 
     def _check(self) -> None:
         refuse_duplicates("checks", (row.key for row in self.checks))
         refuse_duplicates("benches", (row.key for row in self.benches))
         refuse_duplicates("atlas", (row.key for row in self.atlas))
+        refuse_duplicates("scores", (row.key for row in self.scores))
 
     @property
     def exit_code(self) -> int:
         """0 fine; 1 a finding; 3 could not run: an error, checks that compared nothing, or no row at all.
 
-        A finding is told even where something else could not run.
+        A finding is told even where something else could not run. Of a verdict: 0 rounding, 1 a bug, 3 can't tell.
         """
+        if self.verdict is not None:
+            return self.verdict.exit_code
         verdicts = {row.verdict for row in self.checks} | {row.verdict for row in self.not_measured}
         places = {row.verdict for row in self.atlas}
         if "finding" in verdicts or "wrong" in places:
             return 1
-        did_something = any(row.compared for row in self.checks) if self.checks else bool(self.benches) or "right" in places
+        did_something = (any(row.compared for row in self.checks) if self.checks else
+                         bool(self.benches or self.scores) or "right" in places)
         return 0 if did_something and "error" not in verdicts else 3
 
 
@@ -105,7 +118,7 @@ def write_report(folder_or_path: str | os.PathLike[str], report: Report) -> Path
     """
     path = _file_of(folder_or_path)
     values = plain(report)
-    for name in ("calibration", "atlas"):
+    for name in ("calibration", "atlas", "verdict", "scores"):
         if not getattr(report, name):
             del values[name]
     write_whole(path, to_json({"format": FORMAT, "format_version": FORMAT_VERSION} | values) + "\n")

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import pandas as pd
 
 from reports.compare import HARDWARE, Comparison
-from reports.records import AtlasVerdict, Report, RunInfo, whole_checks
+from reports.records import AtlasVerdict, Report, RunInfo, VerdictRow, whole_checks
 from reports.text_tables import MISSING, format_cell, format_number
 
 Tone = Literal["good", "bad", "warn", "quiet"]
@@ -22,6 +22,7 @@ TONES: dict[str, Tone] = {
     "other verdict": "warn", "mended": "good",
     "wrong": "bad", "crashed": "warn", "refused unclearly": "warn", "refused clearly": "quiet", "not compared": "quiet",
     "right": "good",
+    "rounding": "good", "bug": "bad", "can't tell": "warn",
     "same": "quiet", "only in baseline": "quiet", "only in candidate": "quiet",
 }  # fmt: skip
 
@@ -40,6 +41,8 @@ class Headline:
 
 def report_headline(report: Report) -> Headline:
     """The verdict on a run, agreeing with its exit code."""
+    if report.verdict is not None:
+        return _verdict_headline(report.verdict)
     checks = whole_checks(report.checks)
     counts = Counter[str](row.verdict for row in checks)
     measured = f"{plural(len(report.benches), 'benchmark case')} measured"
@@ -59,6 +62,10 @@ def report_headline(report: Report) -> Headline:
         detail += f"; {len(report.not_measured)} not measured"
     if report.atlas:
         return _atlas_headline(report)
+    if report.scores:
+        runs = sum(row.runs for row in report.scores if row.rule == report.scores[0].rule)
+        rules = len({row.rule for row in report.scores})
+        return Headline(text=f"{plural(rules, 'rule')} scored", detail=f"{plural(runs, 'pair')} of streams", tone="good")
     if counts["finding"]:
         findings = sum(row.verdict == "finding" for row in report.checks)
         return Headline(text=plural(findings, "finding"), detail=detail, tone="bad")
@@ -68,6 +75,11 @@ def report_headline(report: Report) -> Headline:
         return Headline(text="Nothing was compared", detail=detail or "no check and no benchmark ran", tone="warn")
     text = f"{plural(counts['pass'], 'check')} passed" if report.checks else measured
     return Headline(text=text, detail=detail, tone="good")
+
+
+def _verdict_headline(row: VerdictRow) -> Headline:
+    text = {"rounding": "Rounding", "bug": "A bug", "can't tell": "Can't tell"}[row.answer]
+    return Headline(text=text, detail=row.why, tone=TONES[row.answer])
 
 
 def _atlas_headline(report: Report) -> Headline:

@@ -61,6 +61,22 @@ def precision(dtype: str) -> str:
     return NARROW if dtype in NARROW else WIDE
 
 
+VERDICT_LIMITS: dict[str, dict[str, dict[str, float]]] = {
+    "reference": {WIDE: {"size": 1.5, "peak": 3.0, "shift": 0.25, "where": 0.7},
+                  NARROW: {"size": 1.5, "peak": 3.0, "shift": 0.25, "where": 0.7}},
+    "noise": {WIDE: {"size": 4.0, "peak": 4.0, "shift": 0.25, "where": 0.7},
+              NARROW: {"size": 4.0, "peak": 4.0, "shift": 0.25, "where": 0.7}},
+    "dtype": {WIDE: {"size": 8.0, "peak": 4.0, "shift": 0.25, "where": 0.7},
+              NARROW: {"size": 8.0, "peak": 4.0, "shift": 0.25, "where": 0.7}},
+}
+"""What the tests of ``harness.verdict.statistics`` allow, by yardstick, precision and test."""
+VERDICT_TYPICAL = {"reference": {WIDE: 1.2, NARROW: 1.2}, "noise": {WIDE: 2.0, NARROW: 2.0}, "dtype": {WIDE: 4.0, NARROW: 4.0}}
+"""Up to this size differences are called rounding; from here to the limit nobody can tell."""
+VERDICT_CHANCE = 1e-4
+"""Chance with which a shift, or a part that stands out, is no more than luck, all parts that were looked at together."""
+VERDICT_BEYOND = 6.0
+"""Times the limit of the size: a single token that is so far off is told by its place."""
+
 SEARCH_MARGIN = 2.0
 """How many budgets off a tensor must be for a search through all tensors of a model to stop at it.
 

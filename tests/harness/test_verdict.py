@@ -1,0 +1,217 @@
+"""The answer on two streams: rounding, a bug, or nobody can tell; by each yardstick, with bugs of each shape planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from harness.cli import app
+from harness.subjects.base import Placement
+from harness.subjects.engine import EngineSubject
+from harness.verdict.scoring import Way, logprobs_of, schedule, score
+from harness.verdict.statistics import judge, looks_like, units
+from harness.verdict.streams import Scored, Stream, StreamInfo, read_stream, write_stream
+from harness.verdict.tokens import Tokens, align
+from harness.verification.budgets import UNIT_ROUNDOFF
+from reports.records import read_report
+from tests.harness.conftest import MakeModel
+from tests.reference.tiny import small_config
+
+VOCABULARY = 96
+Bug = Callable[[Tokens], "np.ndarray[tuple[int], np.dtype[np.float64]]"]
+
+
+def drawn(seed: int = 0, *, num_sequences: int = 24, length: int = 65) -> Stream:
+    """Log-probabilities like those of a model."""
+    draw = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(num_sequences):
+        ids = tuple(draw.integers(0, VOCABULARY, length).tolist())
+        sequences.append(Scored(token_ids=ids, logprobs=(None, *(-draw.exponential(3.0, length - 1) - 1e-3).tolist()), batch_size=2,
+                                decoded_from=length - 12))
+    return Stream(info=StreamInfo(source="A", dtype="bfloat16", vocab_size=VOCABULARY, block_size=16), sequences=tuple(sequences))
+
+
+def moved(stream: Stream, by: Callable[[Tokens], object], source: str = "B") -> Stream:
+    """The same with something added to each log-probability."""
+    change = np.asarray(by(align(stream, stream)))
+    at, sequences = 0, []
+    for sequence in stream.sequences:
+        count = len(sequence.token_ids) - 1
+        values = np.minimum(0.0, np.array(sequence.logprobs[1:], dtype=np.float64) + change[at : at + count])
+        sequences.append(replace(sequence, logprobs=(None, *values.tolist())))
+        at += count
+    return Stream(info=replace(stream.info, source=source), sequences=tuple(sequences))
+
+
+def rounded(stream: Stream, seed: int, times: float = 1.0) -> Stream:
+    """With what rounding of bfloat16 does: so many units of it, normally distributed."""
+    draw = np.random.default_rng(seed)
+    return moved(stream, lambda tokens: times * units(tokens, "bfloat16", "dtype") * draw.standard_normal(len(tokens)))
+
+
+def test_rounding_is_called_rounding_by_every_yardstick() -> None:
+    for seed in range(20):
+        a = drawn(seed)
+        b, again = rounded(a, seed + 100), rounded(a, seed + 200)
+        tokens = align(a, b)
+        assert judge(tokens, dtype="bfloat16").answer == "rounding"
+        assert judge(tokens, dtype="bfloat16", noise=align(a, again)).answer == "rounding"
+        measured = replace(tokens, rounding=units(tokens, "bfloat16", "dtype"))
+        assert judge(measured, dtype="bfloat16").answer == "rounding"
+        assert judge(align(a, a), dtype="bfloat16").answer == "rounding"
+
+
+SHAPES: dict[str, tuple[Bug, str, str]] = {
+    "everywhere": (lambda t: 0.7 * np.sin(np.arange(len(t)) * 1.7), "size", "scattered"),
+    "one token": (lambda t: -3.0 * (np.arange(len(t)) == 700), "peak", "a few tokens"),
+    "part 2 of 3 of the vocabulary": (lambda t: -0.3 * (t.token_id // 32 == 1), "where", "one part of the vocabulary"),
+    "token id 17": (lambda t: -0.35 * (t.token_id == 17), "where", "single token ids"),
+    "decode steps": (lambda t: 0.25 * np.where(t.phase == 1, np.sin(np.arange(len(t)) * 1.7), 0.0), "where", "only decode steps"),
+    "the first token of a cache block": (lambda t: 0.3 * np.where(t.block == 0, np.cos(np.arange(len(t)) * 1.1), 0.0), "where",
+                                         "borders of cache blocks"),
+    "positions from 32 on": (lambda t: 0.12 * np.where(t.position >= 32, np.sin(np.arange(len(t)) * 1.7), 0.0), "where",
+                             "only after so many tokens"),
+    "sequence 5": (lambda t: 0.3 * np.where(t.sequence == 5, np.sin(np.arange(len(t)) * 1.7), 0.0), "where", "single sequences"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_bug_of_each_shape_is_seen_and_told_as_what_it_is(shape: str) -> None:
+    bug, test, words = SHAPES[shape]
+    a = drawn(1)
+    judgement = judge(align(a, moved(rounded(a, 2, times=0.8), bug)), dtype="bfloat16", noise=align(a, rounded(a, 3, times=0.8)),
+                      vocab_size=VOCABULARY)
+    assert judgement.answer == "bug"
+    found = {one.name: one for one in judgement.tests}[test]
+    assert found.value > 1
+    if test == "where":
+        assert shape in found.group
+    assert words in looks_like(judgement)
+
+
+def test_a_shift_to_one_side_is_a_bug_even_where_it_is_small() -> None:
+    a = drawn(1)
+    shifted = moved(rounded(a, 2), lambda t: 0.9 * units(t, "bfloat16", "dtype"))
+    judgement = judge(align(a, shifted), dtype="bfloat16", noise=align(a, rounded(a, 3)))
+    assert judgement.answer == "bug"
+    assert judgement.worst.name == "shift"
+
+
+def test_few_tokens_an_unknown_dtype_and_sizes_in_between_tell_nothing() -> None:
+    a = drawn(1)
+    few = Stream(info=a.info, sequences=(replace(a.sequences[0], token_ids=a.sequences[0].token_ids[:20],
+                                                 logprobs=a.sequences[0].logprobs[:20]),))
+    assert judge(align(few, few), dtype="bfloat16").would_tell == ("more tokens",)
+    assert "--dtype" in judge(align(a, a), dtype=None).would_tell[0]
+    between = judge(align(a, rounded(a, 2, times=6.0)), dtype="bfloat16")
+    assert between.answer == "can't tell"
+    assert "--noise" in between.would_tell[0]
+    assert between.would_tell[-1] == "both sides in float32"
+
+
+def test_a_noise_run_without_noise_is_no_yardstick() -> None:
+    a = drawn(1)
+    judgement = judge(align(a, rounded(a, 2)), dtype="bfloat16", noise=align(a, a))
+    assert (judgement.answer, judgement.yardstick) == ("rounding", "dtype")
+    assert "equal to A in every number" in judgement.why
+
+
+def test_numbers_with_few_decimals_are_not_called_a_bug_of_float32() -> None:
+    a = drawn(1)
+    a = replace(a, info=replace(a.info, dtype="float32"))
+    printed = moved(a, lambda t: np.round(t.a, 4) - t.a)
+    assert judge(align(a, printed), dtype="float32").answer == "rounding"
+    assert judge(align(a, moved(a, lambda t: 1e-4 * np.sin(np.arange(len(t))))), dtype="float32").answer == "bug"
+
+
+def test_a_token_that_is_almost_certain_hardly_moves() -> None:
+    a = drawn(1)
+    sure = moved(a, lambda t: -t.a - 1e-4 / 3)
+    unit = units(align(sure, sure), "bfloat16", "dtype")
+    assert unit.max() < 2e-3 * UNIT_ROUNDOFF["bfloat16"] + 1e-6
+
+
+def test_a_schedule_runs_chunks_first_and_then_one_token_a_step() -> None:
+    steps = schedule([tuple(range(10)), tuple(range(4))], Way(batch_size=2, chunk=4, decoded=3)).steps
+    assert steps == (((0, 4), (1, 1)), ((0, 3), (1, 1)), ((0, 1), (1, 1)), ((0, 1), (1, 1)), ((0, 1),))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: MakeModel) -> Path:
+    return tiny_model(small_config("llama", vocab_size=VOCABULARY, max_position_embeddings=64), "bfloat16")
+
+
+def test_the_engine_is_scored_by_the_logits_that_a_check_sees(model: Path) -> None:
+    sequences = [tuple((7 * n + k * k) % VOCABULARY for k in range(20 + n)) for n in range(3)]
+    way = Way(batch_size=2, chunk=8, decoded=2)
+    with EngineSubject(Placement(tp_size=2, fabric="threads")) as subject:
+        found = list(score(subject, model, sequences, way, dtype="bfloat16", vocab_size=VOCABULARY, num_top=2))
+        logits = subject.logits(schedule(sequences[:2], way))[0]
+    assert [one.token_ids for one in found] == sequences
+    for one, of_one in zip(found, logits, strict=False):
+        assert one.logprobs[1:] == tuple(logprobs_of(of_one, one.token_ids, 0).logprob_T.tolist())
+        assert one.decoded_from == len(one.token_ids) - 2
+        assert all(len(top) == 2 for top in one.top[1:])
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["verdict", *map(str, arguments)])
+
+
+def test_ranks_against_one_rank_and_against_the_reference_are_rounding(model: Path, tmp_path: Path) -> None:
+    result = run(model, f"reference:{model}", "--tp", "2", "--fabric", "threads", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    row = read_report(tmp_path).verdict
+    assert row is not None
+    assert (row.answer, row.yardstick, row.dtype) == ("rounding", "reference", "bfloat16")
+    assert row.compared > 500
+    assert "decode steps" in row.comparison
+    assert (tmp_path / "report.html").is_file()
+    result = run(model, model, "--tp", "1,3", "--fabric", "threads", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+
+
+def test_other_weights_are_a_bug_and_a_file_is_scored_by_the_other_side(model: Path, tiny_model: MakeModel, tmp_path: Path) -> None:
+    other = tiny_model(small_config("llama", vocab_size=VOCABULARY, max_position_embeddings=64), "bfloat16", 7)
+    stream = write_stream(tmp_path / "a.jsonl", replace(drawn(3, num_sequences=4, length=40), info=StreamInfo(source="a trainer")))
+    result = run(stream, other, "--out", tmp_path)
+    assert result.exit_code == 1, result.output
+    row = read_report(tmp_path).verdict
+    assert row is not None
+    assert (row.answer, row.a, row.compared) == ("bug", "a trainer", 4 * 39)
+    assert row.first.startswith("sequence 0, position 1,")
+    assert "BUG" in result.stdout
+
+
+def test_files_alone_are_judged_without_a_model(tmp_path: Path) -> None:
+    a = drawn(1)
+    paths = [write_stream(tmp_path / name, stream) for name, stream in (
+        ("a.jsonl", a), ("b.jsonl", rounded(a, 2)), ("noise.jsonl", rounded(a, 3)))]
+    result = run(paths[0], paths[1], "--noise", paths[2], "--out", tmp_path)
+    assert (result.exit_code, result.stdout.splitlines()[0][:9]) == (0, "ROUNDING:")
+    assert read_stream(paths[0]) == a
+    result = run(paths[0], paths[1], "--out", tmp_path, "--json")
+    assert result.stdout == (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), [
+    (("no_such.jsonl", "no_such.jsonl"), 2, "there is no such file"),
+    (("ftp://host/x", "ftp://host/x"), 2, "must be http:// or https://"),
+    (("a.jsonl", "b.jsonl", "--tp", "0"), 2, "tp='0'"),
+    (("a.jsonl", "b.jsonl", "--dtype", "int4"), 2, "dtype='int4' is unknown"),
+    (("STREAM", "STREAM", "--tp", "1,2,4"), 2, "3 numbers for 0 model folders"),
+    (("STREAM", "BROKEN"), 3, "line 1 must be"),
+])
+def test_what_can_not_be_compared_is_told_in_a_line(tmp_path: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+    names = {"STREAM": str(write_stream(tmp_path / "s.jsonl", drawn(1))), "BROKEN": str(tmp_path / "broken.jsonl")}
+    Path(names["BROKEN"]).write_text("{}\n")
+    result = run(*(names.get(word, word) for word in arguments), "--out", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert len(result.stderr.splitlines()) == 1
+    assert says in result.stderr
