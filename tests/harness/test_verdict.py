@@ -32,8 +32,8 @@ def drawn(seed: int = 0, *, num_sequences: int = 24, length: int = 65) -> Stream
     sequences = []
     for _ in range(num_sequences):
         ids = tuple(draw.integers(0, VOCABULARY, length).tolist())
-        sequences.append(Scored(token_ids=ids, logprobs=(None, *(-draw.exponential(3.0, length - 1) - 1e-3).tolist()), batch_size=2,
-                                decoded_from=length - 12))
+        values = -draw.exponential(3.0, length - 1) - 1e-3
+        sequences.append(Scored(token_ids=ids, logprobs=(None, *values.tolist()), batch_size=2, decoded_from=length - 12))
     return Stream(info=StreamInfo(source="A", dtype="bfloat16", vocab_size=VOCABULARY, block_size=16), sequences=tuple(sequences))
 
 
@@ -177,9 +177,10 @@ def test_ranks_against_one_rank_and_against_the_reference_are_rounding(model: Pa
     assert result.exit_code == 0, result.output
 
 
-def test_other_weights_are_a_bug_and_a_file_is_scored_by_the_other_side(model: Path, tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_other_weights_are_a_bug_and_a_file_is_scored_by_the_other_side(tiny_model: MakeModel, tmp_path: Path) -> None:
     other = tiny_model(small_config("llama", vocab_size=VOCABULARY, max_position_embeddings=64), "bfloat16", 7)
-    stream = write_stream(tmp_path / "a.jsonl", replace(drawn(3, num_sequences=4, length=40), info=StreamInfo(source="a trainer")))
+    trainer = replace(drawn(3, num_sequences=4, length=40), info=StreamInfo(source="a trainer"))
+    stream = write_stream(tmp_path / "a.jsonl", trainer)
     result = run(stream, other, "--out", tmp_path)
     assert result.exit_code == 1, result.output
     row = read_report(tmp_path).verdict

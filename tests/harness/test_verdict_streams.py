@@ -87,7 +87,8 @@ def test_what_is_no_sequence_is_refused_with_its_line(tmp_path: Path, line: Any,
 
 
 @pytest.mark.parametrize(("lines", "says"), [
-    ([], "line 1 must be"), ([GOOD], "line 1 must be"), ([HEAD], "no sequence"), ([HEAD | {"format_version": 9}, GOOD], "reads 1"),
+    ([], "line 1 must be"), ([GOOD], "line 1 must be"), ([HEAD], "no sequence"),
+    ([HEAD | {"format_version": 9}, GOOD], "reads 1"),
     ([HEAD | {"tp_size": "two"}, GOOD], "tp_size='two' must be int"),
 ], ids=str)
 def test_what_is_no_stream_is_refused(tmp_path: Path, lines: list[Any], says: str) -> None:
