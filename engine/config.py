@@ -23,6 +23,8 @@ from engine.checkpoint.checkpoint_files import (
     short,
 )
 from engine.checkpoint.config_rules import LARGEST_SIZE, check_values
+from engine.kernels.ieee import LEAF
+from engine.kernels.invariant_matmul import MAX_RANKS
 from engine.layers.rotary import rope_tables
 from engine.models.registry import FAMILIES, family_of
 from engine.models.table import Family
@@ -30,6 +32,9 @@ from engine.models.table import Family
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }
+INVARIANT_DTYPES = ("bfloat16", "float32")
+"""Those of ``tp_invariant``."""
+INVARIANT_LIMITS = {"head_dim": LEAF, "tensor_parallel_size": MAX_RANKS}
 KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 """Fields that have another name in ``config.json``."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -238,6 +243,7 @@ class EngineOptions(TypedDict, total=False):
     kv_cache_gib: float
     gpu_memory_utilization: float
     enable_prefix_caching: bool
+    tp_invariant: bool
     enable_chunked_prefill: bool
     enforce_eager: bool
     seed: int
@@ -270,6 +276,8 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     enforce_eager: bool = False
     """Never capture CUDA graphs."""
+    tp_invariant: bool = False
+    """The same bits at any tensor_parallel_size and in any batch (docs/invariance.md)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -282,7 +290,7 @@ class EngineConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r} must be a whole number")
-        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager", "tp_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for name in ("kv_cache_gib", "gpu_memory_utilization"):
@@ -329,6 +337,25 @@ class EngineConfig:
             max_num_batched_tokens = longest
         own = model.dtype if on_gpu else torch.promote_types(model.dtype, torch.float32)
         dtype = str(own).removeprefix("torch.") if self.dtype == "auto" else self.dtype
+        if self.tp_invariant:
+            self._check_invariant(model, dtype, on_gpu)
         return replace(self, device=device, dtype=dtype,
                        max_num_batched_tokens=max_num_batched_tokens,
                        block_size=block_size)
+
+    def _check_invariant(self, model: ModelConfig, dtype: str, on_gpu: bool) -> None:
+        """Refuse by name what ``tp_invariant`` does not promise."""
+        if on_gpu:
+            raise ValueError(f"tp_invariant=True is promised on device=cpu alone, and device={self.device!r}")
+        if dtype not in INVARIANT_DTYPES:
+            raise ValueError(f"tp_invariant=True is promised in dtype={' and '.join(INVARIANT_DTYPES)} alone, and dtype={dtype}: "
+                             "give dtype one of these")
+        if self.attention_backend != "auto":
+            raise ValueError(f"tp_invariant=True has an attention of its own, and attention_backend={self.attention_backend!r}: "
+                             "leave it out")
+        if model.head_dim > INVARIANT_LIMITS["head_dim"]:
+            raise ValueError(f"head_dim={model.head_dim} is above {INVARIANT_LIMITS['head_dim']}, the most that "
+                             "tp_invariant=True sums exactly")
+        if self.tensor_parallel_size > INVARIANT_LIMITS["tensor_parallel_size"]:
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} is above "
+                             f"{INVARIANT_LIMITS['tensor_parallel_size']}, the most ranks whose sums tp_invariant=True promises")

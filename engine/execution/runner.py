@@ -13,9 +13,9 @@ from engine.checkpoint.weights import load_weights
 from engine.config import DTYPES, EngineConfig, ModelConfig
 from engine.execution.decode_graph import DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
-from engine.layers.attention_backends import select_backend
 from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.layers.sampler import logprobs_of, sample, sample_shards
+from engine.models.parts import ORDINARY, Parts
 from engine.models.registry import family_of
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
@@ -30,6 +30,15 @@ class SamplerOutput:
     token_R: Tensor | TokenReadback
     logprobs: tuple[Tensor | TokenReadback, ...]
     """:class:`LogprobTensors` of the rows that want them; empty if none does"""
+
+
+def parts_of(config: EngineConfig) -> Parts:
+    """What the model is built of."""
+    if not config.tp_invariant:
+        return ORDINARY
+    from engine.layers.invariant import INVARIANT
+
+    return INVARIANT
 
 
 class Runner:
@@ -52,10 +61,11 @@ class Runner:
         assert config.block_size is not None, "config must be resolved"
         layout = AttentionLayout(heads=self._heads, head_dim=model_config.head_dim, block_size=config.block_size,
                                  dtype=self.dtype, device=device)
-        self.attention_backend = select_backend(config.attention_backend, layout)
+        self.parts = parts_of(config)
+        self.attention_backend = self.parts.backend(config.attention_backend, layout)
         self.family = family_of(model_config.model_type)
         self.model = self.family.model(
-            model_config, tp=tp, dtype=self.dtype, device=device, backend=self.attention_backend,
+            model_config, tp=tp, dtype=self.dtype, device=device, backend=self.attention_backend, parts=self.parts,
             max_model_len=config.max_model_len or model_config.max_position_embeddings,
         )
         self.load_report = load_weights(self.model, folder, modules=self.family.modules, tied=self.model.tied)
@@ -165,7 +175,8 @@ class Runner:
         else:
             logits, token_R = self._step(batch.to(self.device))
         row_L = batch.sampling.logprob_row_L
-        logprobs = () if row_L is None else logprobs_of(logits, token_R, row_L.to(self.device), batch.sampling.num_logprobs)
+        logprobs = () if row_L is None else logprobs_of(
+            logits, token_R, row_L.to(self.device), batch.sampling.num_logprobs, **self.parts.drawing)
         return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)))
 
     def collect(self, sampled: SamplerOutput) -> list[int]:
@@ -224,9 +235,9 @@ class Runner:
 
     def _draw(self, logits: Tensor, batch: StepBatch) -> Tensor:
         if self.tp.size == 1 or batch.sampling.needs_whole_logits:
-            token_R = sample(logits, batch.sampling)
+            token_R = sample(logits, batch.sampling, **self.parts.drawing)
         else:
-            token_R = sample_shards(logits, batch.sampling, self.model.lm_head.shard, self.tp)
+            token_R = sample_shards(logits, batch.sampling, self.model.lm_head.shard, self.tp, **self.parts.drawing)
         rows_R = batch.rows_S if batch.draws_after_every_token else batch.rows_S[batch.sample_S]
         self.last_token_M[rows_R] = token_R
         return token_R

@@ -6,6 +6,7 @@ the vocabulary is sharded, and there is no generator state that ranks could disa
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -272,6 +273,8 @@ def gumbel_argmax_torch(
     seed_R: torch.Tensor,
     position_R: torch.Tensor,
     vocab_start: int = 0,
+    *,
+    log: Callable[[torch.Tensor], torch.Tensor] = torch.log,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain-torch twin of :func:`gumbel_argmax`; float64 logits are perturbed and compared in float64."""
     dtype = compute_dtype(logits_RV)
@@ -279,7 +282,7 @@ def gumbel_argmax_torch(
     sampled = (temperature_R > 0).nonzero().squeeze(1)
     if len(sampled):
         uniform = philox_uniform(seed_R[sampled], position_R[sampled], logits_RV.shape[1], start=vocab_start)
-        noise = -torch.log(-torch.log(uniform.to(dtype)))
+        noise = -log(-log(uniform.to(dtype)))
         perturbed = scores_RV[sampled] / temperature_R[sampled, None].to(dtype) + noise
         scores_RV = scores_RV.index_copy(0, sampled, perturbed)
     scores_RV = scores_RV.masked_fill(scores_RV.isnan(), float("inf"))

@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
-def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *,
-                device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *, device: torch.device | str = "cpu",
+                by_position: bool = False) -> tuple[Tensor, Tensor]:
     """Cosines and sines, ``[num_positions, rotary_dim / 2]`` float32, with the attention scaling of yarn multiplied in.
 
     ``rotary_dim`` is ``head_dim``, or the part of it that ``partial_rotary_factor`` says. Longrope's are those of sequences no
     longer than the length that it starts from.
+
+    by_position   each row by itself: torch's functions may give other bits at the end of a table than in another, longer one
 
     Methods: RoFormer (Su et al. 2021); linear scaling (Chen et al. 2023); yarn (Peng et al. 2023); longrope (Ding et al. 2024);
     llama3 (Llama 3.1 model card). All but the first are transformers' own functions.
@@ -27,4 +29,6 @@ def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *,
     else:
         inv_freq_D, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, device=torch.device("cpu"))
     angles_PD = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq_D.float()[None]
-    return (angles_PD.cos() * scaling).to(device), (angles_PD.sin() * scaling).to(device)
+    parts = angles_PD.split(1) if by_position else (angles_PD,)
+    cos_PD, sin_PD = (torch.cat([turn(part) for part in parts]) for turn in (torch.cos, torch.sin))
+    return (cos_PD * scaling).to(device), (sin_PD * scaling).to(device)

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.kernels.silu_mul import silu_mul, silu_mul_torch
-from engine.layers.attention import Attention, RopeTables
+from engine.layers.attention import RopeTables
 from engine.layers.attention_layout import AttentionBackend, LayerCache
-from engine.layers.dispatch import pick
-from engine.layers.norm import RMSNorm
 from engine.layers.rotary import rope_tables
+from engine.models.parts import ORDINARY, Parts
 from engine.models.table import ACTIVATION, ATTENTION, RESIDUAL, TOKEN_IDS, CausalLM, Module
-from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.parallel.embedding import VocabParallelEmbedding
 from engine.parallel.group import PartialSum, TPGroup
-from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from engine.parallel.sharding import scale_range
+from engine.parallel.sharding import leaf_width, scale_range
 from engine.scheduling.batch import StepBatch
 
 LAYER = "model.layers.*"
@@ -58,17 +55,19 @@ MODULES = (*EMBEDDING, *PROJECTIONS, *REST_OF_LAYER, *HEAD)
 class MLP(nn.Module):
     """``down(silu(gate(x)) * up(x))`` (SwiGLU, Shazeer 2020): one all-reduce, in ``down_proj``."""
 
-    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device, parts: Parts) -> None:
         super().__init__()
         width, bias = config.intermediate_size, config.mlp_bias
-        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, (width, width), bias=bias, tp=tp, dtype=dtype,
-                                                       device=device)
-        self.down_proj = RowParallelLinear(width, config.hidden_size, bias=bias, tp=tp, dtype=dtype, device=device,
-                                           norm_follows=True)
+        leaf = leaf_width(width, num_q_heads=config.num_q_heads)
+        mine = parts.features(width, leaf, tp)
+        self.gate_up_proj = parts.merged(config.hidden_size, (width, width), bias=bias, tp=tp, dtype=dtype, device=device,
+                                         output_ranges=None if mine is None else (mine, mine))
+        self.silu_mul = parts.silu_mul
+        self.down_proj = parts.row(width, config.hidden_size, leaf=leaf, bias=bias, tp=tp, dtype=dtype, device=device,
+                                   input_range=mine, norm_follows=True)
 
     def forward(self, x_TE: Tensor) -> Tensor | PartialSum:
-        gate_up = self.gate_up_proj(x_TE)
-        y_TE: Tensor | PartialSum = self.down_proj(pick(gate_up, silu_mul, silu_mul_torch)(gate_up))
+        y_TE: Tensor | PartialSum = self.down_proj(self.silu_mul(self.gate_up_proj(x_TE)))
         return y_TE
 
 
@@ -76,18 +75,18 @@ class SelfAttention(nn.Module):
     """Attention of this rank's heads: one all-reduce, in ``o_proj``."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 backend: AttentionBackend) -> None:
+                 backend: AttentionBackend, parts: Parts) -> None:
         super().__init__()
         head_dim = config.head_dim
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, config.num_q_heads, config.num_kv_heads,
-                                          bias=config.qkv_bias, tp=tp, dtype=dtype, device=device)
+        self.qkv_proj = parts.qkv(config.hidden_size, head_dim, config.num_q_heads, config.num_kv_heads, bias=config.qkv_bias,
+                                  tp=tp, dtype=dtype, device=device)
         heads = self.qkv_proj.heads
-        self.o_proj = RowParallelLinear(config.num_q_heads * head_dim, config.hidden_size, bias=config.o_bias, tp=tp,
-                                        dtype=dtype, device=device, input_range=scale_range(heads.q_heads, head_dim),
-                                        norm_follows=True)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
-        self.attn = Attention(backend)
+        self.o_proj = parts.row(config.num_q_heads * head_dim, config.hidden_size, leaf=head_dim, bias=config.o_bias, tp=tp,
+                                dtype=dtype, device=device, input_range=scale_range(heads.q_heads, head_dim),
+                                norm_follows=True)
+        self.q_norm = parts.norm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
+        self.k_norm = parts.norm(head_dim, config.rms_norm_eps, dtype=dtype, device=device) if config.qk_norm else None
+        self.attn = parts.attention(backend)
 
     def forward(self, x_TE: Tensor, cache: LayerCache, batch: StepBatch, rope: RopeTables) -> Tensor | PartialSum:
         y_TE: Tensor | PartialSum = self.o_proj(self.attn(self.qkv_proj(x_TE), cache, batch, rope, self.q_norm, self.k_norm))
@@ -101,12 +100,12 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 backend: AttentionBackend) -> None:
+                 backend: AttentionBackend, parts: Parts) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = SelfAttention(config, tp=tp, dtype=dtype, device=device, backend=backend)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = MLP(config, tp=tp, dtype=dtype, device=device)
+        self.input_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.self_attn = SelfAttention(config, tp=tp, dtype=dtype, device=device, backend=backend, parts=parts)
+        self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = MLP(config, tp=tp, dtype=dtype, device=device, parts=parts)
 
     def forward(self, x_TE: Tensor | PartialSum, residual_TE: Tensor | None, cache: LayerCache, batch: StepBatch,
                 rope: RopeTables) -> tuple[Tensor | PartialSum, Tensor]:
@@ -120,14 +119,14 @@ class Decoder(nn.Module):
     """Embedding, layers, final norm."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 backend: AttentionBackend) -> None:
+                 backend: AttentionBackend, parts: Parts) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, tp=tp, dtype=dtype, device=device, backend=backend)
+            DecoderLayer(config, tp=tp, dtype=dtype, device=device, backend=backend, parts=parts)
             for _ in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = parts.norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
 
     def forward(self, batch: StepBatch, caches: list[LayerCache], rope: RopeTables) -> Tensor:
         x_TE, residual_TE = self.embed_tokens(batch.token_ids_T), None
@@ -141,14 +140,14 @@ class DecoderForCausalLM(CausalLM):
     """A decoder with its LM head."""
 
     def __init__(self, config: ModelConfig, *, tp: TPGroup, dtype: torch.dtype, device: torch.device,
-                 max_model_len: int, backend: AttentionBackend) -> None:
+                 max_model_len: int, backend: AttentionBackend, parts: Parts = ORDINARY) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config, tp=tp, dtype=dtype, device=device, backend=backend)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
+        self.model = Decoder(config, tp=tp, dtype=dtype, device=device, backend=backend, parts=parts)
+        self.lm_head = parts.head(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device)
         if config.tie_word_embeddings:
             self.lm_head.tie(self.model.embed_tokens)
-        self.rope = rope_tables(config.hf_config, config.head_dim, max_model_len, device=device)
+        self.rope = rope_tables(config.hf_config, config.head_dim, max_model_len, device=device, **parts.rope_options)
 
     @property
     def tied(self) -> dict[str, str]:

@@ -5,7 +5,8 @@ Every rule by which a model is cut over ranks stands here and nowhere else in th
 * *even split*: contiguous, as even as it gets, the first ranks take one more;
 * *attention heads*: query heads are split evenly; a rank holds each KV head that one of its query heads uses, so a KV head
   may live on two ranks at any tp_size, and the local query-to-KV relation is a map, not a ratio;
-* *vocabulary*: padded to equal shards, because its all-gather needs equal shapes.
+* *vocabulary*: padded to equal shards, because its all-gather needs equal shapes;
+* *leaves*, for TP invariance alone: an even split of pieces whose width depends on no rank, the last one shorter if it must.
 """
 
 from __future__ import annotations
@@ -147,3 +148,28 @@ def vocab_shard(vocab_size: int, *, tp_rank: int, tp_size: int) -> VocabShard:
     local_size = -(-vocab_size // tp_size)
     start = min(tp_rank * local_size, vocab_size)
     return VocabShard(ids=range(start, min(start + local_size, vocab_size)), local_size=local_size)
+
+
+MAX_LEAF = 128
+
+
+def leaf_width(total: int, *, num_q_heads: int) -> int:
+    """Width of the pieces, the same at every tp_size: a power of two that leaves each of up to ``num_q_heads`` ranks one.
+
+    >>> leaf_width(1536, num_q_heads=9), leaf_width(100, num_q_heads=8)
+    (128, 8)
+    """
+    width = MAX_LEAF
+    while width > 1 and -(-total // width) < num_q_heads:
+        width //= 2
+    return width
+
+
+def leaf_range(total: int, leaf: int, *, tp_rank: int, tp_size: int, what: str = "size") -> range:
+    """Indices of ``total`` that belong to ``tp_rank``, cut between leaves only.
+
+    >>> [leaf_range(100, 8, tp_rank=r, tp_size=3) for r in range(3)]
+    [range(0, 40), range(40, 72), range(72, 100)]
+    """
+    leaves = even_range(-(-total // leaf), tp_rank=tp_rank, tp_size=tp_size, what=f"leaves of {what}")
+    return range(leaves.start * leaf, min(leaves.stop * leaf, total))
