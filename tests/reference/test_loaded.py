@@ -1,0 +1,73 @@
+"""What the reference loaded is what the files hold; whatever it is instead is named."""
+
+import pytest
+import torch
+
+from harness.verification.reference_results import ReferenceResults
+from reference.checkpoints import random_checkpoint
+from reference.hf import Reference
+from reference.loaded import differences
+from reference.shrink import shrink
+from reference.writing import edited
+from tests.reference.tiny import tiny_config
+
+TYPES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt2", "gemma2", "gpt_oss", "phi3", "mamba2")
+"""Names that are renamed, merged and split while they are loaded; tied embeddings; names with and without a prefix."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: shrink({"model_type": kind}, tmp_path_factory.mktemp("loaded") / kind) for kind in TYPES}
+
+
+@pytest.mark.parametrize("dtype", ["exact", "bfloat16"])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_what_was_loaded_is_what_the_files_hold(folders, model_type, dtype):
+    assert list(differences(Reference.load(folders[model_type], dtype).model, folders[model_type])) == []
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_one_wrong_value_in_every_parameter_is_as_many_wrong_values(folders, model_type):
+    model = Reference.load(folders[model_type], "exact").model
+    parameters = list(model.parameters())  # tied ones once
+    for parameter in parameters:
+        parameter.data.view(-1)[-1] += 1e-9
+    found = list(differences(model, folders[model_type]))
+    assert all(" differs from the file: 1 of " in line for line in found)
+    assert len(found) == len(parameters)
+
+
+def test_merged_tensors_go_by_their_names_in_the_files(folders):
+    model = Reference.load(folders["mixtral"], "exact").model
+    merged = model.model.layers[1].mlp.experts.gate_up_proj.data
+    merged[[0, 1]] = merged[[1, 0]]
+    names = [line.split()[0] for line in differences(model, folders["mixtral"])]
+    experts = "model.layers.1.block_sparse_moe.experts"
+    assert names == [f"{experts}.{expert}.{name}.weight" for expert in (0, 1) for name in ("w1", "w3")]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return random_checkpoint(tmp_path / "llama", tiny_config("llama"))
+
+
+def test_a_tensor_that_went_nowhere_and_one_that_was_made_up_are_named(llama):
+    with edited(llama) as tensors:
+        tensors["model.layers.0.mlp.gate_proj.scale"] = torch.ones(1)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)  # derived: old files have it
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+    assert list(differences(Reference.load(llama, "float32").model, llama)) == [
+        "model.layers.0.mlp.gate_proj.scale is in the files, and went to no parameter",
+        "model.layers.1.mlp.up_proj.weight is not in the files: it was made up"]
+
+
+def test_a_model_of_which_the_files_hold_no_head_may_have_tied_it(tmp_path):
+    folder = random_checkpoint(tmp_path / "tied", tiny_config("llama", tie_word_embeddings=True))
+    assert list(differences(Reference.load(folder, "float32").model, folder)) == []
+
+
+def test_a_report_says_that_the_reference_is_the_wrong_one(llama):
+    results = ReferenceResults(llama, dtype="float32")
+    results.baseline.model.model.norm.weight.data[3] += 1
+    (line,) = results.wrongly_loaded
+    assert line.startswith("model.norm.weight differs from the file: 1 of 48 values, element 3 is ")
