@@ -6,19 +6,21 @@ Shape suffixes: T = tokens of one sequence, V = vocabulary.
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from engine.checkpoint.checkpoint_files import CONFIG_FILE
 from reference.building import building
+from reference.choices import Routes, choosing
 from reference.elements import CheckpointError, Element
 from reference.exact import compute_in_float64, makes_position_tables
 
@@ -42,11 +44,15 @@ class Activations:
     Attributes:
         inputs, outputs: [T, ...] each, a row a token.
         left_out: What was made and can't be compared by token, with the reason.
+        scores: [T, ..., n], what was chosen from, by the names of choices (see ``reference.choices``).
+        choices: [T, ..., k], the indices of the k best, behind them -1 where there were fewer; not what was forced.
     """
 
     inputs: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     left_out: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
+    choices: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,14 +163,22 @@ class Reference:
         return torch.device(self.model.device)
 
     @torch.no_grad()
-    def logits(self, token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Logits after every position of each sequence: [T, V] in the model's dtype, on the CPU."""
-        return [self._forward(ids)[0].cpu() for ids in token_ids]
+    def logits(
+        self, token_ids: Sequence[Sequence[int]], routes: Sequence[Routes] | None = None
+    ) -> list[torch.Tensor]:
+        """Logits after every position of each sequence: [T, V] in the model's dtype, on the CPU.
+
+        Args:
+            token_ids: The sequences.
+            routes: For each what it is to choose (see ``reference.choices``); None: what it chooses by itself.
+        """
+        each = routes or [{}] * len(token_ids)
+        return [self._forward(ids, routes=own)[0].cpu() for ids, own in zip(token_ids, each, strict=True)]
 
     @torch.no_grad()
-    def copies_of_logits(self, token_ids: Sequence[int], copies: int) -> torch.Tensor:
+    def copies_of_logits(self, token_ids: Sequence[int], copies: int, routes: Routes | None = None) -> torch.Tensor:
         """The same of one sequence, computed in that many rows of a batch: [copies, T, V]."""
-        return self._forward(token_ids, copies).cpu()
+        return self._forward(token_ids, copies, routes).cpu()
 
     @torch.no_grad()
     def margins(self, token_ids: Sequence[int]) -> TopTwo:
@@ -183,9 +197,14 @@ class Reference:
 
     @torch.no_grad()
     def activations(
-        self, token_ids: Sequence[int], modules: Collection[str] | None = None
+        self, token_ids: Sequence[int], modules: Collection[str] | None = None, routes: Routes | None = None
     ) -> Activations:
         """Inputs and outputs of ``modules`` for one sequence; by default of all but those that make RoPE's tables.
+
+        Args:
+            token_ids: The sequence.
+            modules: Names of those that are wanted; None: all.
+            routes: What it is to choose (see ``reference.choices``); None: what it chooses by itself.
 
         Names are those of ``named_modules``, such as ``model.layers.0.self_attn.q_proj``. Heads that a model
         handles apart keep their dimension: q_norm's are [T, heads, head_dim].
@@ -193,14 +212,15 @@ class Reference:
         Raises:
             ValueError: If the model has no module of such a name.
         """
-        with recording(self.model, len(token_ids), modules) as taken:
+        with recording(self.model, len(token_ids), modules, routes=routes) as taken:
             self._forward(token_ids)
         return taken
 
-    def _forward(self, token_ids: Sequence[int], copies: int = 1) -> torch.Tensor:
+    def _forward(self, token_ids: Sequence[int], copies: int = 1, routes: Routes | None = None) -> torch.Tensor:
         """[copies, T, V]."""
         ids = self._ids(token_ids).expand(copies, -1)
-        return self._finite(self.model(input_ids=ids, use_cache=False).logits)
+        with choosing(self.model, routes) if routes else nullcontext():
+            return self._finite(self.model(input_ids=ids, use_cache=False).logits)
 
     def _finite(self, logits: torch.Tensor) -> torch.Tensor:
         if logits.isfinite().all():
@@ -295,6 +315,7 @@ def recording(
     num_tokens: int,
     modules: Collection[str] | None = None,
     local: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    routes: Routes | None = None,
 ) -> Iterator[Activations]:
     """Note what goes into and comes out of each module of ``model`` in one forward of one sequence.
 
@@ -305,6 +326,7 @@ def recording(
         num_tokens: How many tokens the forward is given: by this number the dimension of tokens is told.
         modules: Names of those to be noted; None: all but those that make RoPE's tables.
         local: What to keep of a tensor that is spread over ranks.
+        routes: What the model is to choose (see ``reference.choices``).
 
     Raises:
         ValueError: If the model has no module of such a name.
@@ -320,8 +342,19 @@ def recording(
         for name, module in taps.items():
             hook = module.register_forward_hook(_recorder(name, num_tokens, local, calls), with_kwargs=True)
             hooks.callback(hook.remove)
+        made = hooks.enter_context(choosing(model, routes)).made
         yield taken
     _name_calls(calls, taken)
+    for choice in made:
+        scores, indices = _by_token(choice.scores, num_tokens, local), local(choice.indices).cpu()
+        # Neither dimension has changed places with another one: what one is by token the other is too.
+        if isinstance(scores, torch.Tensor) and _lengths(scores) == _lengths(choice.scores):
+            taken.scores[choice.name] = scores = scores if scores.ndim > 1 else scores[None]  # one token, and one to choose from
+            taken.choices[choice.name] = indices.reshape(*scores.shape[:-1], indices.shape[-1])
+
+
+def _lengths(x: torch.Tensor) -> list[int]:
+    return [length for length in x.shape if length > 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +376,12 @@ def joined(parts: Sequence[Activations]) -> Activations:
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in names
                 if len({chunk[name].shape[1:] for chunk in chunks}) == 1}
 
-    found = Activations(inputs=cat("inputs"), outputs=cat("outputs"), left_out=left_out)
+    found = Activations(inputs=cat("inputs"), outputs=cat("outputs"), left_out=left_out, scores=cat("scores"))
+    for name in parts[0].choices:
+        chunks = [part.choices[name] for part in parts if name in part.choices]
+        if len(chunks) == len(parts) and len({(chunk.ndim, chunk.shape[1:-1]) for chunk in chunks}) == 1:
+            most = max(chunk.shape[-1] for chunk in chunks)  # of earlier keys there are fewer
+            found.choices[name] = torch.cat([F.pad(chunk, (0, most - chunk.shape[-1]), value=-1) for chunk in chunks])
     for name in (name for part in parts for name in part.outputs if name not in found.outputs):
         found.left_out.setdefault(name, "its output has other dimensions in some chunks, or none")
     return found

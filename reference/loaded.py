@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
 
 from engine.checkpoint.checkpoint_files import open_file, read_headers, weight_files
 from reference.building import building
@@ -29,6 +28,8 @@ def differences(model: Any, folder: str | Path) -> Iterator[str]:
     Raises:
         CheckpointError: If the files can't be read, or transformers knows no way back from what it loaded to the names on disk.
     """
+    from transformers.core_model_loading import revert_weight_conversion  # only here: most processes load no model
+
     folder = Path(folder)
     in_files = set(read_headers(folder))
     with building(f"transformers can't write what it loaded from folder={folder} under the names on disk"):

@@ -20,6 +20,7 @@ from harness.checks.weights import narrow_config
 from harness.verification.budgets import computation, digest
 from harness.verification.localise import search
 from harness.verification.reference_results import ReferenceResults
+from harness.verification.routes import follow
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES
 from reference.writing import edited
@@ -82,14 +83,19 @@ def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, see
 def compare_logits(context: CheckContext) -> Outcome:
     """What is loaded against ``context.results``."""
     results, schedule = context.results, context.results.schedule
-    by_rank = context.subject.logits(schedule)
     cases = len(schedule.sequences)
+    if wrong := results.wrongly_loaded:
+        more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        return Outcome(cases=cases, compared=0, finding=f"the reference itself: {wrong[0]}{more}")
+    by_rank = context.subject.logits(schedule)
     digests = list(map(digest, by_rank))
     differing = [rank for rank, own in enumerate(digests) if own != digests[0]]
     if differing:
         outcome = Outcome(cases=cases, compared=0, rank=differing[0], module="lm_head", finding=(
             f"ranks {differing} have other logits than rank 0: the ranks of one run must agree to the bit"))
         return _located(outcome, context, range(cases))
+    followed = follow(context.subject, results)
+    results, context = followed.results, replace(context, results=followed.results)
     # All sequences together: rounding errors go together within a sequence, so that one alone has a lucky baseline at times.
     tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(results.baseline_logits),
                "exact": torch.cat(results.exact_logits)}
@@ -100,7 +106,12 @@ def compare_logits(context: CheckContext) -> Outcome:
         return _located(outcome, context, range(cases))
     comparison = computation(found, baseline, exact, context.dtype, list(torch.cat(results.simulated_logits, 1)))
     if comparison.ok:
-        return Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget)
+        chosen = {"choices": followed.choices, "near_ties": followed.flips, "choices_not_shown": followed.unseen}
+        return Outcome(
+            cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget, finding=followed.finding,
+            module=followed.unlikely.module if followed.unlikely else None,
+            excused=followed.excused if followed.choices else None,
+            extra={name: number for name, number in chosen.items() if number})
     row = max(0, comparison.row)
     sequence = next(number for number in range(cases) if row < sum(map(len, schedule.sequences[: number + 1])))
     token = row - sum(map(len, schedule.sequences[:sequence]))

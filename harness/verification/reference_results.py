@@ -6,6 +6,7 @@ simulated rounding of that dtype.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -19,9 +20,12 @@ from torch import Tensor
 from engine.checkpoint.tokenizer import load_tokenizer
 from harness.errors import one_line
 from harness.subjects.base import Schedule
+from harness.verification.budgets import digest
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import CheckpointError, read_config
+from reference.choices import Routes
 from reference.hf import Activations, GreedyResult, Reference
+from reference.loaded import differences
 
 TEXTS = (
     "What is the capital of France?",
@@ -60,6 +64,8 @@ class ReferenceResults:
         self.prompt_lengths = prompt_lengths
         self.schedule_lengths = schedule_lengths
         self.beyond_windows = beyond_windows
+        self._routes: Sequence[Routes] | None = None
+        self._followed: dict[tuple[Schedule, bytes], ReferenceResults] = {}
         self._activations: dict[tuple[str, int], Activations] = {}
         self._simulated_activations: dict[int, list[Activations]] = {}
         # Transformers' own reading of config.json: what the file leaves out is there.
@@ -75,6 +81,12 @@ class ReferenceResults:
     @cached_property
     def baseline(self) -> Reference:
         return Reference.load(self.folder, self.dtype, device=self.device)
+
+    @cached_property
+    def wrongly_loaded(self) -> tuple[str, ...]:
+        """What the reference itself holds otherwise than the files say, a line each."""
+        models = self.exact.model, self.baseline.model
+        return tuple(dict.fromkeys(line for model in models for line in differences(model, self.folder)))
 
     @cached_property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
@@ -120,23 +132,43 @@ class ReferenceResults:
             sequences.append(tuple(ids))
         return tuple(sequences)
 
+    def following(self, routes: Sequence[Routes]) -> ReferenceResults:
+        """The same with these choices forced upon every model, on each sequence of the schedule.
+
+        A choice between near-equals that rounding turned round changes all that follows. Behind it a candidate is to be held
+        against models that chose alike.
+        """
+        key = self.schedule, digest([route for of_sequence in routes for route in of_sequence.values()])
+        if key in self._followed:
+            return self._followed[key]
+        other = self._followed[key] = copy.copy(self)
+        other.exact, other.baseline, other.schedule = self.exact, self.baseline, self.schedule
+        for name in ("exact_logits", "baseline_logits", "simulated_logits"):
+            vars(other).pop(name, None)
+        other._activations, other._simulated_activations, other._routes = {}, {}, routes
+        return other
+
+    def _routes_of(self, sequence: int) -> Routes | None:
+        return None if self._routes is None else self._routes[sequence]
+
     @cached_property
     def exact_logits(self) -> list[Tensor]:
-        return self.exact.logits(self.schedule.sequences)
+        return self.exact.logits(self.schedule.sequences, self._routes)
 
     @cached_property
     def baseline_logits(self) -> list[Tensor]:
-        return self.baseline.logits(self.schedule.sequences)
+        return self.baseline.logits(self.schedule.sequences, self._routes)
 
     @cached_property
     def simulated_logits(self) -> list[Tensor]:
         """The exact model's with simulated rounding, all draws of a sequence: ``[NUM_SIMULATED, T, V]``."""
-        return self._simulated(self.schedule.sequences, NUM_SIMULATED)
+        return self._simulated(self.schedule.sequences, NUM_SIMULATED, self._routes)
 
-    def _simulated(self, sequences: Sequence[Sequence[int]], draws: int) -> list[Tensor]:
+    def _simulated(self, sequences: Sequence[Sequence[int]], draws: int, routes: Sequence[Routes] | None = None) -> list[Tensor]:
         exact = self.exact  # loaded before: only what it computes is to be rounded
+        each: Sequence[Routes] = routes or [{}] * len(sequences)
         with SimulatedRounding(self.dtype, seed=0):  # in one batch: each weight is read and squared once for all draws
-            return [exact.copies_of_logits(sequence, draws) for sequence in sequences]
+            return [exact.copies_of_logits(sequence, draws, own) for sequence, own in zip(sequences, each, strict=True)]
 
     def exact_activations(self, sequence: int) -> Activations:
         """Of one sequence of the schedule; computed once."""
@@ -152,14 +184,14 @@ class ReferenceResults:
             exact, draws = self.exact, []
             for number in range(NUM_SIMULATED):
                 with SimulatedRounding(self.dtype, seed=number):
-                    draws.append(exact.activations(self.schedule.sequences[sequence]))
+                    draws.append(exact.activations(self.schedule.sequences[sequence], routes=self._routes_of(sequence)))
             self._simulated_activations[sequence] = draws
         return self._simulated_activations[sequence]
 
     def _activations_of(self, reference: Reference, sequence: int) -> Activations:
         key = reference.dtype, sequence
         if key not in self._activations:
-            self._activations[key] = reference.activations(self.schedule.sequences[sequence])
+            self._activations[key] = reference.activations(self.schedule.sequences[sequence], routes=self._routes_of(sequence))
         return self._activations[key]
 
     @cached_property

@@ -1,0 +1,163 @@
+"""Near-equal experts may change places; others may not, and not too often; what follows is compared on the same route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.checks.base import CheckContext, Outcome
+from harness.checks.logits import compare_logits
+from harness.subjects.base import Schedule
+from harness.verification.reference_results import ReferenceResults
+from harness.verification.routes import follow
+from reference.choices import Routes
+from reference.hf import Activations, Reference
+from reference.shrink import shrink
+from reference.writing import edited
+
+PAIRS = tuple((expert, expert + 5) for expert in range(2, 7))
+"""Experts of the first layer whose scores are near-equal: the others are 0 and 1."""
+LENGTHS = (41, 23)
+Reroute = Callable[[int, Mapping[str, Tensor]], Routes]
+"""(sequence, what a model chooses) -> what it is to choose."""
+
+
+class Routed:
+    """One rank that computes as transformers does, with other choices."""
+
+    def __init__(self, results: ReferenceResults, reroute: Reroute = lambda sequence, choices: {}) -> None:
+        self.reference = Reference.load(results.folder, results.dtype)
+        self.reroute = reroute
+        self.tp_size = 1
+
+    def routes(self, schedule: Schedule, sequence: int) -> Routes:
+        return self.reroute(sequence, self.reference.activations(schedule.sequences[sequence]).choices)
+
+    def logits(self, schedule: Schedule) -> list[list[Tensor]]:
+        routes = [self.routes(schedule, sequence) for sequence in range(len(schedule.sequences))]
+        return [self.reference.logits(schedule.sequences, routes)]
+
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        routes = self.routes(schedule, sequence)
+        seen = self.reference.activations(schedule.sequences[sequence], routes=routes)
+        seen.choices.update(routes)
+        return [seen]
+
+    def modules(self, config: Any) -> tuple[()]:
+        return ()
+
+    def layout(self, config: Any, name: str, shape: tuple[int, ...]) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> ReferenceResults:
+    """The second of each pair scores as the first one does but for what float32 hardly tells; they compute something else."""
+    folder = shrink({"model_type": "mixtral"}, tmp_path_factory.mktemp("routes") / "mixtral")
+    with edited(folder) as tensors:
+        (gate,) = (tensor for name, tensor in tensors.items() if name.endswith("layers.0.block_sparse_moe.gate.weight"))
+        for first, second in PAIRS:
+            gate[second] = gate[first] * (1 + 2**-20)
+    return ReferenceResults(folder, dtype="float32", schedule_lengths=LENGTHS)
+
+
+def gate_of(choices: Mapping[str, Tensor], layer: int) -> str:
+    return next(name for name in choices if f".layers.{layer}." in name)
+
+
+def pair_of(row: list[int]) -> tuple[int, int] | None:
+    """(chosen, not chosen) of the first pair of which only one is."""
+    return next(((first, second) if first in row else (second, first)
+                 for first, second in PAIRS if (first in row) != (second in row)), None)
+
+
+def swapped_at(tokens: int | None, layer: int = 0, *, near: bool = True) -> Reroute:
+    """An expert gives way to its near-equal, or to any other that was not chosen.
+
+    In the first tokens of the first sequence where it can; None: in every token of both.
+    """
+
+    def reroute(sequence: int, choices: Mapping[str, Tensor]) -> Routes:
+        name = gate_of(choices, layer)
+        route = choices[name].clone()
+        left = len(route) if tokens is None else 0 if sequence else tokens
+        for row in route:
+            members = row.tolist()
+            pair = pair_of(members) if near else (members[-1], next(expert for expert in (0, 1, 2, 3) if expert not in members))
+            if left and pair is not None:
+                row[members.index(pair[0])] = pair[1]
+                left -= 1
+        assert tokens is None or not left
+        return {name: route}
+
+    return reroute
+
+
+def judged(results: ReferenceResults, reroute: Reroute) -> Outcome:
+    subject: Any = Routed(results, reroute)
+    return compare_logits(CheckContext(results=results, subject=subject, options={}, seed=0))
+
+
+def test_a_right_model_is_green_whatever_rounding_turns_round(results: ReferenceResults) -> None:
+    outcome = judged(results, lambda sequence, choices: {})
+    assert outcome.finding is None
+    assert outcome.extra["choices"] == 2 * sum(LENGTHS)
+    assert outcome.excused is not None
+    assert outcome.excused < 0.1
+
+
+def test_a_near_tie_is_excused_and_what_follows_compared_on_its_route(results: ReferenceResults) -> None:
+    subject: Any = Routed(results, swapped_at(1))
+    followed = follow(subject, results)
+    assert (followed.finding, followed.flips >= 1) == (None, True)
+    found = subject.logits(results.schedule)[0]
+
+    followed_error, free_error = ((found[0].double() - on.exact_logits[0]).abs().max() for on in (followed.results, results))
+    assert free_error > 1000 * followed_error  # another route is another computation
+    outcome = judged(results, swapped_at(1))
+    assert outcome.finding is None
+    assert outcome.excused == followed.flips / followed.choices
+
+
+def test_a_choice_that_is_no_near_tie_is_a_finding_at_its_router(results: ReferenceResults) -> None:
+    outcome = judged(results, swapped_at(1, layer=1, near=False))
+    assert outcome.finding is not None
+    assert "chooses otherwise for token 0 of sequence 0" in outcome.finding
+    assert outcome.module is not None
+    assert outcome.module.startswith("model.layers.1.")
+    assert outcome.module.endswith(".gate")
+
+
+def test_near_ties_that_turn_round_too_often_are_a_finding(results: ReferenceResults) -> None:
+    outcome = judged(results, swapped_at(None))
+    assert outcome.finding is not None
+    assert "more than twice as many as rounding explains" in outcome.finding
+
+
+def test_a_wrong_router_is_named_itself(results: ReferenceResults) -> None:
+    subject: Any = Routed(results)
+    with torch.no_grad():
+        subject.reference.model.model.layers[1].mlp.gate.weight[3] *= 1.5
+    outcome = compare_logits(CheckContext(results=results, subject=subject, options={}, seed=0))
+    assert outcome.finding is not None
+    assert outcome.module is not None
+    assert outcome.module.endswith("layers.1.mlp.gate")
+
+
+def test_forced_choices_are_taken_in_every_copy_of_a_batch_and_end_with_the_call(results: ReferenceResults) -> None:
+    reference = results.exact
+    ids = results.schedule.sequences[0]
+    free = reference.logits([ids])[0]
+    own = reference.activations(ids).choices
+    routes = swapped_at(1)(0, own)
+    forced = reference.logits([ids], [routes])[0]
+    assert (forced - free).abs().max() > 1e-3
+    for copy in reference.copies_of_logits(ids, 3, routes):
+        torch.testing.assert_close(copy, forced, rtol=1e-12, atol=1e-12)
+    assert torch.equal(reference.logits([ids])[0], free)
+    seen = reference.activations(ids, routes=routes)
+    assert torch.equal(seen.choices[gate_of(own, 0)], own[gate_of(own, 0)])  # what it would have chosen
