@@ -83,7 +83,7 @@ class Followed:
 def follow(subject: Subject, results: ReferenceResults) -> Followed:
     """Force what the subject chose upon the reference, and judge it. A model that chooses nothing is left as it is."""
     sequences = range(len(results.schedule.sequences))
-    if not any(results.exact_activations(sequence).choices for sequence in sequences):
+    if not results.exact_activations(0).choices:
         return Followed(results=results)
     shown: list[dict[str, Tensor]] = []
     for sequence in sequences:
