@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypedDict
 
 import torch
-from transformers import AutoConfig
 
 from engine.checkpoint.checkpoint_files import (
     CONFIG_FILE,
@@ -67,7 +67,7 @@ class ModelConfig:
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     hf_config: Any
-    """The transformers config: RoPE is computed from it by transformers' own functions."""
+    """The transformers config: RoPE is computed from it, by transformers' own functions where it is more than plain."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -95,6 +95,13 @@ class ModelConfig:
             return (f"original_max_position_embeddings={limit} of the model, beyond which longrope would turn all keys anew: "
                     f"take at most {limit}")
         return f"max_position_embeddings={limit} of the model"
+
+    def for_ranks(self) -> ModelConfig:
+        """The same, to be sent to ranks: where it can, without an object of transformers, which takes seconds to import."""
+        rope = self.hf_config.rope_parameters
+        if rope.get("rope_type", "default") != "default":
+            return self  # those tables are made by functions of transformers, from an object of theirs
+        return replace(self, hf_config=SimpleNamespace(rope_parameters=dict(rope)))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
@@ -129,6 +136,8 @@ class ModelConfig:
             values = read_json(generation)
             check_values({"eos_token_id": values.get("eos_token_id")}, generation)
             eos = values.get("eos_token_id")
+        from transformers import AutoConfig  # seconds, which ranks need not spend: they are handed what was read
+
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = cls.from_hf(config, eos_token_id=eos)
@@ -308,13 +317,18 @@ class EngineConfig:
         if not 0 < self.kv_cache_gib < math.inf:
             raise ValueError(f"kv_cache_gib={self.kv_cache_gib} must be above 0, and finite")
 
+    @property
+    def resolved_device(self) -> str:
+        """``device``, or for ``auto`` what this machine has."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
     def resolve(self, model: ModelConfig) -> EngineConfig:
         """The same configuration with every ``auto`` and ``None`` decided that needs no look at the device's memory.
 
         Raises:
             ValueError: if the model can't run under this configuration.
         """
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        device = self.resolved_device
         on_gpu = device.startswith("cuda")
         if model.num_q_heads < self.tensor_parallel_size:
             raise ValueError(f"num_q_heads={model.num_q_heads} can't be split over tensor_parallel_size="

@@ -57,11 +57,11 @@ class LLM:
                  **options: Unpack[EngineOptions]) -> None:
         config = _engine_config(options)
         folder = find_model(model)
+        if ranks is None:
+            make_ready(config.tensor_parallel_size, config.fabric, config.resolved_device)  # beside what follows
         self.model_config = ModelConfig.from_folder(folder)
         self.config = config.resolve(self.model_config)
         tp_size, device = self.config.tensor_parallel_size, self.config.device
-        if ranks is None:
-            make_ready(tp_size, self.config.fabric, device)  # beside what follows
         self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
         if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
@@ -71,7 +71,7 @@ class LLM:
         owns_ranks = ranks is None
         self._ranks = ranks or Ranks(tp_size, fabric=self.config.fabric, device=device)
         try:
-            infos = self._ranks.run(start_core, folder, self.model_config, self.config)
+            infos = self._ranks.run(start_core, folder, self.model_config.for_ranks(), self.config)
         except BaseException:
             if owns_ranks:
                 self._ranks.close()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *, device: torch.device | str = "cpu",
@@ -27,6 +26,8 @@ def rope_tables(hf_config: Any, head_dim: int, num_positions: int, *, device: to
         exponents_D = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
         inv_freq_D, scaling = 1.0 / (parameters["rope_theta"] ** exponents_D), 1.0
     else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # seconds, for the models that need it
+
         inv_freq_D, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, device=torch.device("cpu"))
     angles_PD = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq_D.float()[None]
     parts = angles_PD.split(1) if by_position else (angles_PD,)

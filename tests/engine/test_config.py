@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,6 +16,7 @@ from transformers import AutoConfig
 
 from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.config import DTYPES, EngineConfig, EngineOptions, ModelConfig, UnsupportedModelError
+from engine.layers.rotary import rope_tables
 from tests.engine.support import FEW, tiny_config
 
 
@@ -279,3 +283,19 @@ def test_the_options_of_llm_that_type_checkers_see_are_the_fields_of_its_configu
     assert EngineOptions.__annotations__.keys() == {field.name for field in fields(EngineConfig)}
     hints = get_type_hints(EngineConfig)
     assert {name: hints[name] for name in get_type_hints(EngineOptions)} == get_type_hints(EngineOptions)
+
+
+def test_what_ranks_import_and_are_sent_brings_no_transformers(tmp_path: Path) -> None:
+    """They would wait seconds for it. A llama3 RoPE is made by functions of transformers: that config travels as it is."""
+    plain = model_config()
+    tables = [rope_tables(config.hf_config, 8, 40) for config in (plain, plain.for_ranks())]
+    assert all(map(torch.equal, *tables))
+    sent = tmp_path / "config.pickle"
+    sent.write_bytes(pickle.dumps(plain.for_ranks()))
+    code = ("import pickle, sys; from pathlib import Path; import engine.execution.core, engine.ranks.rank_loop; "
+            "pickle.loads(Path(sys.argv[1]).read_bytes()); sys.exit('transformers' in sys.modules)")
+    subprocess.run([sys.executable, "-c", code, str(sent)], check=True, timeout=120)
+    scaled = model_config(rope_parameters={
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64})
+    assert scaled.for_ranks() is scaled
