@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from harness.commands.atlas import atlas_command
 from harness.commands.bench import bench_command, compare_command
 from harness.commands.calibrate import calibrate_command
+from harness.commands.collect import collect_command
 from harness.commands.faults import faults_command
 from harness.commands.generate import fetch_command, generate_command
 from harness.commands.progress import errors
@@ -84,6 +85,7 @@ def shardproof(version: Annotated[bool, typer.Option("--version", callback=_prin
 
 app.command("verify")(verify_command)
 app.command("verdict")(verdict_command)
+app.command("collect")(collect_command)
 app.command("faults")(faults_command)
 app.command("atlas")(atlas_command)
 app.command("generate")(generate_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +18,8 @@ from harness.names import DTYPES
 if TYPE_CHECKING:
     from reports.records import Report
 
-SIDE = ("a stream (.jsonl, .parquet), a model folder or name (our engine, --tp), or reference:FOLDER (transformers in float64 on "
-        "one device)")
+SIDE = ("an OpenAI-compatible server (http://host:port), a stream (.jsonl, .parquet), a model folder or name (our engine, --tp), "
+        "or reference:FOLDER (transformers in float64 on one device)")
 
 
 def verdict_command(
@@ -31,6 +32,11 @@ def verdict_command(
         f"In which both sides compute: {', '.join(DTYPES)}; auto is what they say."))] = "auto",
     prompts: Annotated[Path | None, typer.Option(help="Sequences to score, a JSON list of token ids a line; by default those of "
                                                       "a stream among the sides, or drawn ones.")] = None,
+    generate: Annotated[int, typer.Option(help="Tokens that a server generates after some prompts, for the other side to score; "
+                                               "0: prompts alone.")] = 16,
+    model: Annotated[str, typer.Option(help="Of a server; by default the only one that it serves.")] = "",
+    key_env: Annotated[str, typer.Option(help="Environment variable with a server's key, which goes to that origin alone.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer of a server.")] = 120.0,
     device: Annotated[str, typer.Option(help="Of model folders and references: cpu or cuda.")] = "cpu",
     fabric: Fabric = "auto",
     seed: Seed = 0,
@@ -55,8 +61,9 @@ def verdict_command(
     if len(tp_sizes) not in (1, len(engines)):
         raise UsageError(f"tp={tp!r} has {len(tp_sizes)} numbers for {len(engines)} model folders: give one, or one for each")
     sizes = dict(zip(engines, tp_sizes * (1 if len(tp_sizes) > 1 else len(engines)), strict=True))
-    options = {name: SideOptions(tp_size=sizes.get(name, 1), dtype=dtype, device=device, fabric=fabric) for name in written}
-    plan = VerdictPlan(a=a, b=b, noise=noise, options=options, dtype=dtype, prompts=prompts, seed=seed)
+    common = SideOptions(dtype=dtype, device=device, fabric=fabric, model=model, key_env=key_env, timeout_s=timeout)
+    options = {name: replace(common, tp_size=sizes.get(name, 1)) for name in written}
+    plan = VerdictPlan(a=a, b=b, noise=noise, options=options, dtype=dtype, prompts=prompts, generate=generate, seed=seed)
     with errors.status("starting") if errors.is_terminal and not quiet else _silent() as status:
         def on_done(side: str, done: int, total: int) -> None:
             status.update(escape(f"{side}: {done} of {total} sequences"))

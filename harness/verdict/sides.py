@@ -6,18 +6,19 @@ folder.
 
 from __future__ import annotations
 
+import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 from harness.bench.shapes import model_folder
 from harness.errors import UsageError
-from harness.verdict.streams import Scored, Stream, StreamInfo, read_stream
+from harness.verdict.server import Server
+from harness.verdict.streams import Scored, StreamError, StreamInfo, read_stream
 
 REFERENCE = "reference:"
 BATCH_SIZES = (1, 4, 7)
@@ -26,6 +27,8 @@ CHUNK = 48
 """Tokens of a prefill step of our engine, for every other batch."""
 LONGEST = 96
 NUM_PROMPTS = 24
+SMALLEST_VOCABULARY = 30_000
+"""Of a server nobody knows the vocabulary; ids below this are in that of any model that is served."""
 DECODED = 8
 """Tokens at the end of every other sequence that our engine runs one by one."""
 
@@ -37,9 +40,8 @@ class SideOptions:
     tp_size   ranks of a model folder
     dtype     in which folders are computed; ``auto``: the checkpoint's
     num_top   most probable tokens to ask for
-    model     a server's model; empty: the only one that it serves
-    key_env   name of the environment variable with the server's key
-    timeout_s for each answer of a server
+    model, key_env, timeout_s  of a server, as ``server.Server`` takes them
+    batch_sizes  in which sequences run, in turn
     """
 
     tp_size: int = 1
@@ -50,6 +52,13 @@ class SideOptions:
     model: str = ""
     key_env: str = ""
     timeout_s: float = 120.0
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UsageError(f"batch_sizes={self.batch_sizes} must be 1 or more each")
+        if not self.timeout_s > 0:
+            raise UsageError(f"timeout_s={self.timeout_s} must be above 0")
 
 
 class Side(ABC):
@@ -60,16 +69,6 @@ class Side(ABC):
     @abstractmethod
     def score(self, sequences: Sequence[tuple[int, ...]]) -> Iterator[Scored]:
         """Each of the sequences, scored, in the order given; those that it can't score are refused with an error."""
-
-    @property
-    def vocab_size(self) -> int | None:
-        """Of the model, if it is known."""
-        return self.info.vocab_size
-
-    @property
-    def longest(self) -> int:
-        """Most tokens of a sequence."""
-        return LONGEST
 
     def close(self) -> None:  # noqa: B027 - a default
         """End what runs."""
@@ -85,6 +84,8 @@ class FileSide(Side):
     """A stream that was written before."""
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UsageError(f"{path}: there is no such file")
         self.stream = read_stream(path)
         self.info = self.stream.info
 
@@ -105,14 +106,9 @@ class _FolderSide(Side):
         config = read_config(self.folder).get_text_config(decoder=True)
         self.dtype = checkpoint_dtype(config) if options.dtype == "auto" else options.dtype
         self.options = options
-        self._longest = min(LONGEST, int(getattr(config, "max_position_embeddings", None) or LONGEST) - 1)
         tp_size = options.tp_size if self.kind == "engine" else 1
         self.info = StreamInfo(source=f"{self.kind}, {self.folder.name}, tp {tp_size}, {self.dtype}", model=self.folder.name,
                                dtype=self.dtype, tp_size=tp_size, vocab_size=int(config.vocab_size))
-
-    @property
-    def longest(self) -> int:
-        return self._longest
 
 
 class EngineSide(_FolderSide):
@@ -135,7 +131,7 @@ class EngineSide(_FolderSide):
         from harness.verdict.scoring import Way, score
 
         assert self.info.vocab_size is not None, "a folder knows its vocabulary"
-        for number, (batch_size, batch) in enumerate(batches(sequences)):
+        for number, (batch_size, batch) in enumerate(batches(sequences, self.options.batch_sizes)):
             way = Way(batch_size=batch_size, chunk=CHUNK if number % 2 else None, decoded=0 if number % 2 else DECODED)
             yield from score(self._subject, self.folder, batch, way, dtype=self.dtype, vocab_size=self.info.vocab_size,
                              num_top=self.options.num_top)
@@ -157,6 +153,45 @@ class ReferenceSide(_FolderSide):
         yield from score_exactly(exact, sequences, dtype=self.dtype, num_top=self.options.num_top)
 
 
+class ServerSide(Side):
+    """An OpenAI-compatible server; a batch is one request."""
+
+    def __init__(self, url: str, options: SideOptions) -> None:
+        self._server = Server(url, model=options.model, key_env=options.key_env, timeout_s=options.timeout_s)
+        self._options = options
+        self.info = StreamInfo(source=f"{self._server.shown}, {self._server.model}", model=self._server.model,
+                               dtype=None if options.dtype == "auto" else options.dtype)
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> Iterator[Scored]:
+        for _, batch in batches(sequences, self._options.batch_sizes):
+            yield from self._server.score(batch, self._options.num_top)
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> Iterator[Scored]:
+        """Each prompt with so many tokens more, in the order given."""
+        for number, (_, batch) in enumerate(batches(prompts, self._options.batch_sizes)):
+            yield from self._server.generate(batch, num_tokens, self._options.num_top, seed=number)
+
+
+class Limits(NamedTuple):
+    """Of the sequences that a model takes."""
+
+    vocab_size: int
+    longest: int
+
+
+def limits_of(text: str, options: SideOptions) -> Limits:
+    """Of a model folder or reference, by its config alone.
+
+    Raises:
+        CheckpointError: if there is no such model.
+    """
+    from reference.checkpoints import read_config
+
+    config = read_config(model_folder(text.removeprefix(REFERENCE), dtype=options.dtype)).get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None) or LONGEST + 1
+    return Limits(vocab_size=int(config.vocab_size), longest=min(LONGEST, int(positions) - 1))
+
+
 def open_side(text: str, options: SideOptions) -> Side:
     """The side that is written so.
 
@@ -166,32 +201,36 @@ def open_side(text: str, options: SideOptions) -> Side:
     """
     if text.startswith(REFERENCE):
         return ReferenceSide(text.removeprefix(REFERENCE), options)
-    if "://" in text:
-        raise UsageError(f"{text.partition('://')[0]}://… must be http:// or https://")
-    path = Path(text).expanduser()
-    if path.is_file():
-        return FileSide(path)
-    if path.suffix in (".jsonl", ".parquet"):
-        raise UsageError(f"{text}: there is no such file")
+    if is_server(text):
+        return ServerSide(text, options)
+    if not is_live(text):
+        return FileSide(Path(text).expanduser())
     return EngineSide(text, options)
+
+
+def is_server(text: str) -> bool:
+    """Whether it is an address."""
+    return "://" in text
 
 
 def is_live(text: str) -> bool:
     """Whether it computes, and is no file."""
-    return text.startswith(REFERENCE) or "://" in text or not Path(text).expanduser().is_file()
+    if is_server(text) or text.startswith(REFERENCE):
+        return True
+    path = Path(text).expanduser()
+    return not path.is_file() and path.suffix not in (".jsonl", ".parquet")
 
 
 def is_engine(text: str) -> bool:
     """Whether it is a model that our engine runs."""
-    is_other = "://" in text or text.startswith(REFERENCE) or Path(text).suffix in (".jsonl", ".parquet")
-    return is_live(text) and not is_other
+    return is_live(text) and not is_server(text) and not text.startswith(REFERENCE)
 
 
-def batches(sequences: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, Sequence[tuple[int, ...]]]]:
-    """(batch size, sequences) in turn."""
+def batches(sequences: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[tuple[int, ...]]]]:
+    """(batch size, sequences) with these sizes in turn."""
     at, number = 0, 0
     while at < len(sequences):
-        size = BATCH_SIZES[number % len(BATCH_SIZES)]
+        size = sizes[number % len(sizes)]
         yield size, sequences[at : at + size]
         at, number = at + size, number + 1
 
@@ -207,11 +246,27 @@ def drawn_sequences(seed: int, vocab_size: int, *, count: int = NUM_PROMPTS, lon
     return list(dict.fromkeys(sequences))
 
 
-def stream_of(side: Side, sequences: Sequence[tuple[int, ...]], on_done: Any = lambda: None) -> Stream:
-    """All that a side says of the sequences."""
-    found = []
-    with closing(side):
-        for number, scored in enumerate(side.score(sequences)):
-            found.append(scored.check(f"{side.info.source}: sequence {number}"))
-            on_done()
-    return Stream(info=side.info, sequences=tuple(found))
+def read_prompts(path: Path) -> list[tuple[int, ...]]:
+    """Sequences of token ids: a stream, or a line of JSON each, ``[1, 2, 3]``.
+
+    Raises:
+        StreamError: naming the line, for all else.
+    """
+    sequences = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise StreamError(f"{path}: line {number}: no JSON ({error}): a line is a list of token ids") from error
+        if isinstance(values, dict):
+            values = values.get("token_ids")
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) < 2 or any(type(value) is not int or value < 0 for value in values):
+            raise StreamError(f"{path}: line {number}: must be a list of two token ids or more")
+        sequences.append(tuple(values))
+    if len(set(sequences)) != len(sequences):
+        raise StreamError(f"{path}: some prompts are there twice: each must be there once")
+    if not sequences:
+        raise StreamError(f"{path}: no prompt in it")
+    return sequences

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,11 +16,25 @@ import numpy as np
 from harness.errors import UsageError
 from harness.machine import run_info
 from harness.names import DTYPES
-from harness.verdict.sides import FileSide, Side, SideOptions, drawn_sequences, is_live, open_side, stream_of
-from harness.verdict.statistics import Judgement, judge, looks_like
-from harness.verdict.streams import Stream, StreamError
+from harness.verdict.server import origin
+from harness.verdict.sides import (
+    LONGEST,
+    SMALLEST_VOCABULARY,
+    FileSide,
+    ServerSide,
+    Side,
+    SideOptions,
+    drawn_sequences,
+    is_live,
+    is_server,
+    limits_of,
+    open_side,
+    read_prompts,
+)
+from harness.verdict.statistics import Judgement, judge, looks_like, sensitivity
+from harness.verdict.streams import Scored, Stream
 from harness.verdict.tokens import DECODE, Floats, Tokens, align
-from harness.verification.budgets import VERDICT_BEYOND, VERDICT_LIMITS, precision
+from harness.verification.budgets import VERDICT_LIMITS, precision
 from reports.records import Report, VerdictPlaces, VerdictRow, VerdictTest
 
 MOST_PLACES = 2000
@@ -39,6 +53,7 @@ class VerdictPlan:
     options      one for each that is live, in this order
     dtype        in which both compute; ``auto``: what they say
     prompts      file of sequences to score; None: those of a file, or drawn
+    generate     tokens that a server generates after a third of the prompts
     """
 
     a: str
@@ -47,11 +62,14 @@ class VerdictPlan:
     options: dict[str, SideOptions] = field(default_factory=dict)
     dtype: str = "auto"
     prompts: Path | None = None
+    generate: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise UsageError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
+        if self.generate < 0:
+            raise UsageError(f"generate={self.generate} must be 0 or more")
 
 
 def run_verdict(plan: VerdictPlan, *, on_done: OnDone = lambda side, done, total: None) -> Report:
@@ -63,68 +81,59 @@ def run_verdict(plan: VerdictPlan, *, on_done: OnDone = lambda side, done, total
     started_at = datetime.now(UTC)
     streams = _streams(plan, on_done)
     row = verdict_row(streams["A"], streams["B"], streams.get("noise"), dtype=plan.dtype)
-    return Report(run=run_info("verdict", started_at=started_at, seed=plan.seed), verdict=row)
+    return Report(run=run_info("verdict", started_at=started_at, seed=plan.seed, argv=shown_argv()), verdict=row)
+
+
+def shown_argv() -> list[str]:
+    """The command line, without the user and query parts of addresses."""
+    return ["shardproof", *(origin(word) if "://" in word else word for word in sys.argv[1:])]
 
 
 def _streams(plan: VerdictPlan, on_done: OnDone) -> dict[str, Stream]:
-    """Of each side; sides that compute are opened one after the other: two models may not fit beside each other."""
+    """Of each side. Models are opened one after the other: two may not fit beside each other."""
     written = {"A": plan.a, "B": plan.b} | ({"noise": plan.noise} if plan.noise else {})
-    streams: dict[str, Stream] = {}
-    for name, text in written.items():
-        if not is_live(text):
-            side = open_side(text, SideOptions())
-            assert isinstance(side, FileSide), "what is not live is a file"
-            streams[name] = side.stream
-    sequences: Sequence[tuple[int, ...]] | None = read_prompts(plan.prompts) if plan.prompts else None
-    if sequences is None and streams:
+    options = {name: plan.options.get(name, SideOptions()) for name in written}
+    opened = {name: open_side(text, options[name]) for name, text in written.items() if not is_live(text) or is_server(text)}
+    streams = {name: side.stream for name, side in opened.items() if isinstance(side, FileSide)}
+    servers = {name: side for name, side in opened.items() if isinstance(side, ServerSide)}
+    models = {name: text for name, text in written.items() if name not in opened}
+    if plan.prompts is not None:
+        sequences = read_prompts(plan.prompts)
+    elif streams:
         sequences = [sequence.token_ids for sequence in next(iter(streams.values())).sequences]
-    for name, text in written.items():
-        if name in streams:
-            continue
-        with closing(open_side(text, plan.options.get(name, SideOptions()))) as side:
-            if sequences is None:
-                sequences = _drawn(side, plan.seed)
-            done = 0
-
-            def count(name: str = name, total: int = len(sequences)) -> None:
-                nonlocal done
-                done += 1
-                on_done(name, done, total)
-
-            streams[name] = stream_of(side, sequences, count)
+    else:
+        limits = [limits_of(text, options[name]) for name, text in models.items()]
+        sequences = drawn_sequences(plan.seed, min((one.vocab_size for one in limits), default=SMALLEST_VOCABULARY),
+                                    longest=min((one.longest for one in limits), default=LONGEST))
+    generated = {} if {"A", "B"} & set(streams) or not plan.generate else _generated(servers, sequences, plan.generate)
+    everything = [*sequences, *(one.token_ids for own in generated.values() for one in own)]
+    for name in written:
+        if name not in streams:
+            with closing(servers.get(name) or open_side(models[name], options[name])) as side:
+                streams[name] = _scored_by(name, side, everything, generated.get(name, []), on_done)
     return streams
 
 
-def _drawn(side: Side, seed: int) -> list[tuple[int, ...]]:
-    if side.vocab_size is None:
-        raise UsageError("nobody says how large the vocabulary is: give --prompts, a file of token ids")
-    return drawn_sequences(seed, side.vocab_size, longest=side.longest)
+def _generated(servers: Mapping[str, ServerSide], sequences: Sequence[tuple[int, ...]],
+               num_tokens: int) -> dict[str, list[Scored]]:
+    """What A and B generate, each after the first half of another third of the sequences."""
+    found = {}
+    for at, (name, side) in enumerate((name, side) for name, side in servers.items() if name != "noise"):
+        prompts = list(dict.fromkeys(ids[: max(1, len(ids) // 2)] for ids in sequences[at::3]))
+        found[name] = list(side.generate(prompts, num_tokens))
+    return found
 
 
-def read_prompts(path: Path) -> list[tuple[int, ...]]:
-    """Sequences of token ids: a stream, or a line of JSON each, ``[1, 2, 3]``.
-
-    Raises:
-        StreamError: naming the line, for all else.
-    """
-    sequences = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            values = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise StreamError(f"{path}: line {number}: no JSON ({error}): a line is a list of token ids") from error
-        if isinstance(values, dict):
-            values = values.get("token_ids")
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) < 2 or any(type(value) is not int or value < 0 for value in values):
-            raise StreamError(f"{path}: line {number}: must be a list of two token ids or more")
-        sequences.append(tuple(values))
-    if len(set(sequences)) != len(sequences):
-        raise StreamError(f"{path}: some prompts are there twice: each must be there once")
-    if not sequences:
-        raise StreamError(f"{path}: no prompt in it")
-    return sequences
+def _scored_by(name: str, side: Side, sequences: Sequence[tuple[int, ...]], generated: Sequence[Scored],
+               on_done: OnDone) -> Stream:
+    """What it generated itself, and all others as prompts."""
+    own = {one.token_ids: one for one in generated}
+    others = [ids for ids in dict.fromkeys(sequences) if ids not in own]
+    found = list(own.values())
+    for number, scored in enumerate(side.score(others), start=1):
+        found.append(scored.check(f"{side.info.source}: sequence {number}"))
+        on_done(name, number, len(others))
+    return Stream(info=side.info, sequences=tuple(found))
 
 
 def verdict_row(a: Stream, b: Stream, noise: Stream | None, *, dtype: str = "auto") -> VerdictRow:
@@ -167,15 +176,15 @@ def _comparison(tokens: Tokens) -> str:
 
 
 def _beyond(judgement: Judgement) -> float:
-    """How many units one token may be off."""
+    """How many units one token of so many may be off."""
     limits = VERDICT_LIMITS[judgement.yardstick][precision(judgement.dtype)]
-    return VERDICT_BEYOND * limits["size"]
+    return limits["size"] * math.sqrt(2 * math.log(2 * len(judgement.ratio)))
 
 
 def _unit(judgement: Judgement, tokens: Tokens) -> float:
-    """What rounding does to a typical token, in nats."""
+    """What rounding does to a typical logit, in nats."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        units = np.abs(tokens.difference / judgement.ratio)
+        units = np.abs(tokens.difference / judgement.ratio / sensitivity(tokens))
     return float(np.nanmedian(units)) if np.isfinite(units).any() else 0.0
 
 

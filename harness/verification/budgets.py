@@ -74,8 +74,6 @@ VERDICT_TYPICAL = {"reference": {WIDE: 1.2, NARROW: 1.2}, "noise": {WIDE: 2.0, N
 """Up to this size differences are called rounding; from here to the limit nobody can tell."""
 VERDICT_CHANCE = 1e-4
 """Chance with which a shift, or a part that stands out, is no more than luck, all parts that were looked at together."""
-VERDICT_BEYOND = 6.0
-"""Times the limit of the size: a single token that is so far off is told by its place."""
 
 SEARCH_MARGIN = 2.0
 """How many budgets off a tensor must be for a search through all tensors of a model to stop at it.
