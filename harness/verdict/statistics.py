@@ -21,9 +21,9 @@ Shape suffixes: N = tokens compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ Yardstick = Literal["reference", "noise", "dtype"]
 FEWEST_TOKENS = 64
 """Of fewer nobody can tell how large the others' errors are."""
 FEWEST_IN_GROUP = 8
+FEWEST_NOISY = 16
+"""Tokens that must differ in a noise run for it to show what rounding does."""
 FLOAT32_LAST = 2.0**-23
 """What the log-softmax of float32 rounds, relatively, whatever the model computed in."""
 DECIMALS = range(2, 7)
@@ -108,18 +110,19 @@ def judge(tokens: Tokens, *, dtype: str | None, noise: Tokens | None = None, voc
                          would_tell=("--dtype, in which both sides compute",),
                          why="nobody says in which dtype the sides compute, so nobody knows how large rounding is")
     dtype = dtype or "float32"
-    if yardstick == "noise" and (noise is None or len(noise) < FEWEST_TOKENS or not noise.difference.any()):
+    if noise is not None and yardstick == "noise" and (
+            len(noise) < FEWEST_TOKENS or np.count_nonzero(noise.difference) < FEWEST_NOISY):
         return _untold(judge(tokens, dtype=dtype, vocab_size=vocab_size), noise)
     unit_N = units(tokens, dtype, yardstick, noise)
     ratio_N = tokens.difference / unit_N
-    limits = VERDICT_LIMITS[yardstick][precision(dtype)]
+    limits = VERDICT_LIMITS[yardstick]
     tests = (_size(ratio_N, limits["size"]), _peak(ratio_N, limits["peak"], tokens), _shift(ratio_N, tokens, limits["shift"]),
-             _where(ratio_N, tokens, limits["where"], vocab_size or int(tokens.token_id.max()) + 1))
+             _where(ratio_N, tokens, limits, vocab_size or int(tokens.token_id.max()) + 1, dtype, yardstick, noise))
     worst = max(tests, key=lambda test: test.value)
     if worst.value > 1:
         return Judgement(answer="bug", yardstick=yardstick, dtype=dtype, tests=tests, ratio=ratio_N,
                          why=f"{worst.says}: {worst.value:.3g} times what rounding may do")
-    typical = VERDICT_TYPICAL[yardstick][precision(dtype)]
+    typical = VERDICT_TYPICAL[yardstick]
     if tests[0].statistic > typical:
         return Judgement(answer="can't tell", yardstick=yardstick, dtype=dtype, tests=tests, ratio=ratio_N,
                          would_tell=_would_tell(yardstick, dtype),
@@ -136,10 +139,10 @@ def _would_tell(yardstick: Yardstick, dtype: str) -> tuple[str, ...]:
     return better if precision(dtype) == precision("float32") else (*better, "both sides in float32")
 
 
-def _untold(without: Judgement, noise: Tokens | None) -> Judgement:
+def _untold(without: Judgement, noise: Tokens) -> Judgement:
     """The answer by the dtype alone, where the noise run shows no noise."""
-    what = "has too few tokens in common with A" if noise is None or len(noise) < FEWEST_TOKENS else (
-        "is equal to A in every number, so it does not show what rounding does")
+    what = "has too few tokens in common with A" if len(noise) < FEWEST_TOKENS else (
+        f"differs from A in {np.count_nonzero(noise.difference)} tokens alone, which does not show what rounding does")
     return Judgement(answer=without.answer, yardstick="dtype", dtype=without.dtype, tests=without.tests, ratio=without.ratio,
                      why=f"the noise run {what}; by the dtype alone: {without.why}", would_tell=without.would_tell)
 
@@ -197,8 +200,8 @@ def _peak(ratio_N: Floats, limit: float, tokens: Tokens) -> Test:
     largest = float(abs(ratio_N[at]))
     rest = math.sqrt(float((np.sum(ratio_N**2) - largest**2) / (len(ratio_N) - 1)))
     reach = math.sqrt(2 * math.log(2 * len(ratio_N)))
-    # Where the others are below one unit they are no measure: a difference of less than one is rounding whatever they are.
-    statistic = largest / max(rest, 1.0 if tokens.rounding.any() else rest, 1e-30)
+    # Where the others are below one unit they are no measure: one unit is rounding, whatever they are.
+    statistic = largest / max(rest, 1.0)
     where = f"sequence {tokens.sequence[at]}, position {tokens.position[at]}"
     return Test(name="peak", value=statistic / (limit * reach), statistic=statistic, group=where,
                 says=f"{where} is {statistic:.3g} times as far off as the others")
@@ -206,7 +209,7 @@ def _peak(ratio_N: Floats, limit: float, tokens: Tokens) -> Test:
 
 def _shift(ratio_N: Floats, tokens: Tokens, limit: float) -> Test:
     """The mean over the root mean square: what chance does of so many sequences, and so much beside."""
-    size = math.sqrt(float(np.mean(ratio_N**2))) or 1.0
+    size = _size_of(ratio_N)
     mean = float(np.mean(ratio_N)) / size
     # Tokens of one sequence share a part of their error.
     independent = max(len(np.unique(tokens.sequence)), len(ratio_N) / SHARING)
@@ -216,27 +219,48 @@ def _shift(ratio_N: Floats, tokens: Tokens, limit: float) -> Test:
                 says=f"{side} finds the tokens likelier on the whole: the mean is {abs(mean):.2g} of the root mean square")
 
 
-def _where(ratio_N: Floats, tokens: Tokens, limit: float, vocab_size: int) -> Test:
-    """Of all parts the one whose differences are most unlike the others': larger, or to one side."""
-    size = math.sqrt(float(np.mean(ratio_N**2))) or 1.0
-    # In logarithms a part is not called large for one token, and a difference of 0 is no more than a small one.
-    kinds = {"larger": np.log(np.abs(ratio_N) + SMALLEST * size), "to one side": ratio_N / size}
-    groups = [(name, inside) for name, inside in parts(tokens, vocab_size)
-              if FEWEST_IN_GROUP <= inside.sum() <= len(inside) - FEWEST_IN_GROUP]
-    tried = len(groups) * len(kinds)
+def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_size: int, dtype: str, yardstick: Yardstick,
+           noise: Tokens | None) -> Test:
+    """Of all parts the one whose differences are most unlike the others': larger, or to one side.
+
+    Models magnify rounding more after some tokens than after others. So a part is only called larger where a reference or a noise
+    run says what rounding does to each of its tokens; by the dtype alone, where the part is none of the model's but of the run.
+    """
+    found = [part for part in parts(tokens, vocab_size) if FEWEST_IN_GROUP <= part.inside.sum() <= len(tokens) - FEWEST_IN_GROUP]
+    size_N = _logarithms(ratio_N)
+    if yardstick == "noise" and noise is not None:
+        # What the noise run does at the same token; NaN where it has none.
+        known = dict(zip(noise.key.tolist(), _logarithms(noise.difference / _by_dtype(noise, dtype)).tolist(), strict=True))
+        size_N = size_N - np.array([known.get(key, np.nan) for key in tokens.key.tolist()])
+    kinds = {"where": size_N, "side": ratio_N / _size_of(ratio_N)}
+    tried = len(found) * len(kinds)
     best = Test(name="where", value=0.0, statistic=0.0, says="no part stands out", tried=tried)
-    for name, inside in groups:
+    for part in found:
         for kind, values in kinds.items():
-            within, outside = values[inside], values[~inside]
+            if kind == "where" and yardstick == "dtype" and not part.is_of_run:
+                continue
+            within, outside = (one[~np.isnan(one)] for one in (values[part.inside], values[~part.inside]))
+            if min(len(within), len(outside)) < FEWEST_IN_GROUP:
+                continue
             difference = float(within.mean() - outside.mean())
             error = math.sqrt(float(within.var() / len(within) + outside.var() / len(outside)))
-            value = (difference if kind == "larger" else abs(difference)) / (limit + _reach_of_chance(tried) * error)
+            value = (difference if kind == "where" else abs(difference)) / (limits[kind] + _reach_of_chance(tried) * error)
             if value > best.value:
-                words = (f"{math.exp(difference):.3g} times as large in {name} as elsewhere" if kind == "larger" else
-                         f"shifted by {difference:+.3g} of their root mean square in {name}")
-                best = Test(name="where", value=value, statistic=difference, says=f"differences are {words}", group=name,
+                words = (f"{math.exp(difference):.3g} times as large in {part.name} as elsewhere" if kind == "where" else
+                         f"shifted by {difference:+.3g} of their root mean square in {part.name}")
+                best = Test(name="where", value=value, statistic=difference, says=f"differences are {words}", group=part.name,
                             tried=tried)
     return best
+
+
+def _size_of(ratio_N: Floats) -> float:
+    """Root mean square; 1 where all are 0."""
+    return math.sqrt(float(np.mean(ratio_N**2))) or 1.0
+
+
+def _logarithms(ratio_N: Floats) -> Floats:
+    """Sizes in which a part is not called large for one token; 0 is no more than a small one."""
+    return np.log(np.abs(ratio_N) + SMALLEST * _size_of(ratio_N))
 
 
 def _reach_of_chance(tried: int) -> float:
@@ -244,35 +268,42 @@ def _reach_of_chance(tried: int) -> float:
     return math.sqrt(2 * math.log(2 * tried / VERDICT_CHANCE))
 
 
-def parts(tokens: Tokens, vocab_size: int) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """The parts of the tokens that a bug may be confined to, in words."""
-    longest = int(tokens.position.max())
-    for start in _doublings(8, longest):
-        yield f"positions from {start} on", tokens.position >= start
-    yield "positions 1 to 3", tokens.position <= 3
-    for length in _doublings(16, int(tokens.length.max())):
-        yield f"sequences of {length} tokens or more", tokens.length >= length
-    yield "decode steps", tokens.phase == DECODE
+class Part(NamedTuple):
+    """Some of the tokens, to which a bug may be confined. ``is_of_run``: by how they were run, not by what they are."""
+
+    name: str
+    inside: NDArray[np.bool_]
+    is_of_run: bool
+
+
+def parts(tokens: Tokens, vocab_size: int) -> Iterator[Part]:
+    """All parts that are looked at."""
+    yield Part("decode steps", tokens.phase == DECODE, True)
     for batch_size in sorted(set(tokens.batch_size.tolist()) - {UNKNOWN, 1}):
-        yield f"batches of {batch_size} or more", tokens.batch_size >= batch_size
+        yield Part(f"batches of {batch_size} or more", tokens.batch_size >= batch_size, True)
     if (tokens.block != UNKNOWN).any():
-        yield "the first token of a cache block", tokens.block == 0
-        yield "the last token of a cache block", tokens.block == int(tokens.block.max())
+        yield Part("the first token of a cache block", tokens.block == 0, True)
+        yield Part("the last token of a cache block", tokens.block == int(tokens.block.max()), True)
     if (tokens.chunk != UNKNOWN).any():
-        yield "the first token of a prefill chunk", tokens.chunk == 0
-        yield "tokens after the first prefill chunk", (tokens.chunk != UNKNOWN) & (tokens.position - 1 > tokens.chunk)
-    yield "prefixes that were there before", tokens.repeated == 1
+        yield Part("the first token of a prefill chunk", tokens.chunk == 0, True)
+        yield Part("tokens after the first prefill chunk", (tokens.chunk != UNKNOWN) & (tokens.position - 1 > tokens.chunk), True)
+    yield Part("prefixes that were there before", tokens.repeated == 1, True)
+    for start in _doublings(8, int(tokens.position.max())):
+        yield Part(f"positions from {start} on", tokens.position >= start, False)
+    yield Part("positions 1 to 3", tokens.position <= 3, False)
+    for length in _doublings(16, int(tokens.length.max())):
+        yield Part(f"sequences of {length} tokens or more", tokens.length >= length, False)
     for ranks in SHARDS:
         width = -(-vocab_size // ranks)
         for rank in range(ranks):
             last = min(vocab_size, (rank + 1) * width) - 1
-            yield (f"token ids {rank * width} to {last} (part {rank + 1} of {ranks} of the vocabulary)",
-                   tokens.token_id // width == rank)
+            yield Part(f"token ids {rank * width} to {last} (part {rank + 1} of {ranks} of the vocabulary)",
+                       tokens.token_id // width == rank, False)
     ids, counts = np.unique(tokens.token_id, return_counts=True)
     for token_id in ids[np.argsort(-counts, kind="stable")][:MOST_TOKEN_IDS]:
-        yield f"token id {token_id}", tokens.token_id == token_id
+        yield Part(f"token id {token_id}", tokens.token_id == token_id, False)
     for sequence in np.unique(tokens.sequence):
-        yield f"sequence {sequence}", tokens.sequence == sequence
+        yield Part(f"sequence {sequence}", tokens.sequence == sequence, False)
 
 
 def _doublings(first: int, last: int) -> Iterator[int]:

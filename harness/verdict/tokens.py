@@ -26,7 +26,7 @@ class Tokens:
     """The N tokens that were compared, an array each.
 
     a, b         log-probabilities
-    sequence     number of the sequence among those compared
+    sequence     number of the sequence in A
     position     place in it
     length       of the sequence
     token_id     the token itself
@@ -61,6 +61,11 @@ class Tokens:
         return len(self.a)
 
     @property
+    def key(self) -> Integers:
+        """``[N]``: which of A's tokens it is."""
+        return self.sequence << 32 | self.position
+
+    @property
     def difference(self) -> Floats:
         return self.a - self.b
 
@@ -76,22 +81,22 @@ def align(a: Stream, b: Stream) -> Tokens:
     """
     by_tokens = {sequence.token_ids: sequence for sequence in b.sequences}
     by_prompt = {sequence.prompt: sequence for sequence in b.sequences if sequence.decoded_from is not None}
-    pairs: list[tuple[Scored, Scored, int]] = []
+    pairs: list[tuple[int, Scored, Scored, int]] = []
     only_a = cut = 0
-    for sequence in a.sequences:
+    for number, sequence in enumerate(a.sequences):
         if (other := by_tokens.pop(sequence.token_ids, None)) is not None:
-            pairs.append((sequence, other, len(sequence.token_ids)))
+            pairs.append((number, sequence, other, len(sequence.token_ids)))
         elif sequence.decoded_from is not None and (other := by_prompt.get(sequence.prompt)) is not None:
             by_tokens.pop(other.token_ids, None)
             # The first token in which they differ is a choice, not a number that both gave.
-            pairs.append((sequence, other, _common(sequence.token_ids, other.token_ids)))
+            pairs.append((number, sequence, other, _common(sequence.token_ids, other.token_ids)))
             cut += 1
         else:
             only_a += 1
     columns: list[dict[str, Any]] = []
     prefixes: set[tuple[int, ...]] = set()
     block_size = a.info.block_size or b.info.block_size
-    for number, (one, other, length) in enumerate(pairs):
+    for number, one, other, length in pairs:
         columns.append(_columns(number, one, other, length, block_size, prefixes))
     names = list(columns[0]) if columns else []
     joined = {name: np.concatenate([column[name] for column in columns]) for name in names}
@@ -101,7 +106,7 @@ def align(a: Stream, b: Stream) -> Tokens:
     left_out = [f"{count} sequences are in {who} alone" for count, who in ((only_a, "A"), (len(by_tokens), "B")) if count]
     if cut:
         left_out.append(f"{cut} sequences were generated on both sides, and are compared up to their first different token")
-    return Tokens(**joined, has_top=any(one.top and other.top for one, other, _ in pairs), left_out=tuple(left_out))
+    return Tokens(**joined, has_top=any(one.top and other.top for _, one, other, _ in pairs), left_out=tuple(left_out))
 
 
 def select(tokens: Tokens, keep: NDArray[np.bool_]) -> Tokens:

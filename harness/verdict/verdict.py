@@ -34,7 +34,7 @@ from harness.verdict.sides import (
 from harness.verdict.statistics import Judgement, judge, looks_like, sensitivity
 from harness.verdict.streams import Scored, Stream
 from harness.verdict.tokens import DECODE, Floats, Tokens, align
-from harness.verification.budgets import VERDICT_LIMITS, precision
+from harness.verification.budgets import VERDICT_LIMITS
 from reports.records import Report, VerdictPlaces, VerdictRow, VerdictTest
 
 MOST_PLACES = 2000
@@ -177,8 +177,7 @@ def _comparison(tokens: Tokens) -> str:
 
 def _beyond(judgement: Judgement) -> float:
     """How many units one token of so many may be off."""
-    limits = VERDICT_LIMITS[judgement.yardstick][precision(judgement.dtype)]
-    return limits["size"] * math.sqrt(2 * math.log(2 * len(judgement.ratio)))
+    return VERDICT_LIMITS[judgement.yardstick]["size"] * math.sqrt(2 * math.log(2 * len(judgement.ratio)))
 
 
 def _unit(judgement: Judgement, tokens: Tokens) -> float:

@@ -61,17 +61,15 @@ def precision(dtype: str) -> str:
     return NARROW if dtype in NARROW else WIDE
 
 
-VERDICT_LIMITS: dict[str, dict[str, dict[str, float]]] = {
-    "reference": {WIDE: {"size": 1.5, "peak": 3.0, "shift": 0.25, "where": 0.7},
-                  NARROW: {"size": 1.5, "peak": 3.0, "shift": 0.25, "where": 0.7}},
-    "noise": {WIDE: {"size": 4.0, "peak": 4.0, "shift": 0.25, "where": 0.7},
-              NARROW: {"size": 4.0, "peak": 4.0, "shift": 0.25, "where": 0.7}},
-    "dtype": {WIDE: {"size": 8.0, "peak": 4.0, "shift": 0.25, "where": 0.7},
-              NARROW: {"size": 8.0, "peak": 4.0, "shift": 0.25, "where": 0.7}},
+VERDICT_LIMITS: dict[str, dict[str, float]] = {
+    "reference": {"size": 1.6, "peak": 3.0, "shift": 0.25, "where": 1.2, "side": 0.4},
+    "noise": {"size": 4.0, "peak": 8.0, "shift": 0.25, "where": 1.2, "side": 0.4},
+    "dtype": {"size": 26.0, "peak": 9.0, "shift": 0.25, "where": 2.0, "side": 0.4},
 }
-"""What the tests of ``harness.verdict.statistics`` allow, by yardstick, precision and test."""
-VERDICT_TYPICAL = {"reference": {WIDE: 1.2, NARROW: 1.2}, "noise": {WIDE: 2.0, NARROW: 2.0}, "dtype": {WIDE: 4.0, NARROW: 4.0}}
-"""Up to this size differences are called rounding; from here to the limit nobody can tell."""
+"""What the tests of ``harness.verdict.statistics`` allow, by yardstick and test: about twice what correct code was seen to take,
+on the first hundred models of ``python -m harness.studies.scoreboard``; the others judge them."""
+VERDICT_TYPICAL = {"reference": 1.2, "noise": 2.0, "dtype": 6.0}
+"""By yardstick: up to this size differences are called rounding; from here to the limit nobody can tell."""
 VERDICT_CHANCE = 1e-4
 """Chance with which a shift, or a part that stands out, is no more than luck, all parts that were looked at together."""
 
