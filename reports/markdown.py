@@ -73,10 +73,16 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
                   if row.verdict == "wrong"]
         parts.append(f"<details><summary>Every row</summary>\n\n{_compact(atlas_pivot(report.atlas))}\n</details>\n")
     if report.verdict is not None:
-        parts += [_facts(verdict_facts(report.verdict)), to_markdown(verdict_tests_table(report.verdict))]
-        parts += ["## How often this answer is wrong\n", "".join(f"- {escape_markdown(line)}\n" for line in report.verdict.rates)]
+        parts.append(_facts(verdict_facts(report.verdict)))
+        if report.verdict.tests:
+            parts.append(to_markdown(verdict_tests_table(report.verdict)))
+        if report.verdict.rates:
+            rates = "".join(f"- {escape_markdown(line)}\n" for line in report.verdict.rates)
+            parts += ["## How often this answer is wrong\n", rates]
     if report.scores:
-        parts += ["## Rules\n", to_markdown(scores_table(report.scores)), "## Faults\n", to_markdown(faults_table(report.scores))]
+        parts += ["## Rules\n", to_markdown(scores_table(report.scores))]
+        if len(faults := faults_table(report.scores)):
+            parts += ["## Faults\n", to_markdown(faults)]
     parts.append(_how_it_ran(report.run))
     return "\n".join(parts)
 

@@ -30,8 +30,8 @@ NUM_TOKENS = 300
 """Of a pair with a fault, at least."""
 
 Line = dict[str, Any]
-"""``pair``, ``planted``, ``dtype``, ``model``, ``tokens``; ``said``: rule -> [[tokens, answer], …]; ``values``: what people look at.
-The last two are empty for a fault that changes nothing."""
+"""``pair``, ``planted``, ``dtype``, ``model``, ``tokens``; ``said``: rule -> [[tokens, answer], …]; ``values``: what people look
+at. The last two are empty for a fault that changes nothing."""
 SAME_ALARMS = "with no false alarm here"
 
 

@@ -116,20 +116,22 @@ def judge(tokens: Tokens, *, dtype: str | None, noise: Tokens | None = None, voc
     unit_N = units(tokens, dtype, yardstick, noise)
     ratio_N = tokens.difference / unit_N
     limits = VERDICT_LIMITS[yardstick]
-    tests = (_size(ratio_N, limits["size"]), _peak(ratio_N, limits["peak"], tokens), _shift(ratio_N, tokens, limits["shift"]),
-             _where(ratio_N, tokens, limits, vocab_size or int(tokens.token_id.max()) + 1, dtype, yardstick, noise))
+    size = _size(ratio_N, limits["size"])
+    tests = (size, _peak(ratio_N, limits["peak"], tokens), _shift(ratio_N, tokens, limits["shift"]),
+             _where(ratio_N, tokens, limits, vocab_size or int(tokens.token_id.max()) + 1,
+                    _expected(tokens, dtype, yardstick, noise, is_bug=size.value > 1)))
     worst = max(tests, key=lambda test: test.value)
     if worst.value > 1:
         return Judgement(answer="bug", yardstick=yardstick, dtype=dtype, tests=tests, ratio=ratio_N,
                          why=f"{worst.says}: {worst.value:.3g} times what rounding may do")
     typical = VERDICT_TYPICAL[yardstick]
-    if tests[0].statistic > typical:
+    if size.statistic > typical:
         return Judgement(answer="can't tell", yardstick=yardstick, dtype=dtype, tests=tests, ratio=ratio_N,
                          would_tell=_would_tell(yardstick, dtype),
-                         why=f"{tests[0].says}: more than rounding does in most models ({typical:.3g}), and less than it may do "
+                         why=f"{size.says}: more than rounding does in most models ({typical:.3g}), and less than it may do "
                              f"({limits['size']:.3g})")
     return Judgement(answer="rounding", yardstick=yardstick, dtype=dtype, tests=tests, ratio=ratio_N,
-                     why=f"{tests[0].says}, and no part, no side and no single token stands out")
+                     why=f"{size.says}, and no part, no side and no single token stands out")
 
 
 def _would_tell(yardstick: Yardstick, dtype: str) -> tuple[str, ...]:
@@ -219,26 +221,31 @@ def _shift(ratio_N: Floats, tokens: Tokens, limit: float) -> Test:
                 says=f"{side} finds the tokens likelier on the whole: the mean is {abs(mean):.2g} of the root mean square")
 
 
-def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_size: int, dtype: str, yardstick: Yardstick,
-           noise: Tokens | None) -> Test:
-    """Of all parts the one whose differences are most unlike the others': larger, or to one side.
+def _expected(tokens: Tokens, dtype: str, yardstick: Yardstick, noise: Tokens | None, *, is_bug: bool) -> Floats | None:
+    """``[N]``: logarithm of how large rounding is at each token, beside its unit; NaN where nobody knows; None: nowhere.
 
-    Models magnify rounding more after some tokens than after others. So a part is only called larger where a reference or a noise
-    run says what rounding does to each of its tokens; by the dtype alone, where the part is none of the model's but of the run.
+    Models magnify rounding more after some tokens than after others. A reference's units know it, and a noise run shows it. By
+    the dtype alone no part is held against the others, but to say where a bug is.
     """
-    found = [part for part in parts(tokens, vocab_size) if FEWEST_IN_GROUP <= part.inside.sum() <= len(tokens) - FEWEST_IN_GROUP]
-    size_N = _logarithms(ratio_N)
-    if yardstick == "noise" and noise is not None:
-        # What the noise run does at the same token; NaN where it has none.
-        known = dict(zip(noise.key.tolist(), _logarithms(noise.difference / _by_dtype(noise, dtype)).tolist(), strict=True))
-        size_N = size_N - np.array([known.get(key, np.nan) for key in tokens.key.tolist()])
-    kinds = {"where": size_N, "side": ratio_N / _size_of(ratio_N)}
+    if yardstick == "reference" or (is_bug and noise is None):
+        return np.zeros(len(tokens))
+    if noise is None:
+        return None
+    known = dict(zip(noise.key.tolist(), _logarithms(noise.difference / _by_dtype(noise, dtype)).tolist(), strict=True))
+    return np.array([known.get(key, np.nan) for key in tokens.key.tolist()])
+
+
+def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_size: int, expected_N: Floats | None) -> Test:
+    """Of all parts the one whose differences are most unlike the others': larger, or to one side."""
+    found = [part for part in parts(tokens, vocab_size)
+             if FEWEST_IN_GROUP <= part.inside.sum() <= len(tokens) - FEWEST_IN_GROUP]
+    kinds = {"side": ratio_N / _size_of(ratio_N)}
+    if expected_N is not None:
+        kinds["where"] = _logarithms(ratio_N) - expected_N
     tried = len(found) * len(kinds)
     best = Test(name="where", value=0.0, statistic=0.0, says="no part stands out", tried=tried)
     for part in found:
         for kind, values in kinds.items():
-            if kind == "where" and yardstick == "dtype" and not part.is_of_run:
-                continue
             within, outside = (one[~np.isnan(one)] for one in (values[part.inside], values[~part.inside]))
             if min(len(within), len(outside)) < FEWEST_IN_GROUP:
                 continue
@@ -269,41 +276,40 @@ def _reach_of_chance(tried: int) -> float:
 
 
 class Part(NamedTuple):
-    """Some of the tokens, to which a bug may be confined. ``is_of_run``: by how they were run, not by what they are."""
+    """Some of the tokens, to which a bug may be confined."""
 
     name: str
     inside: NDArray[np.bool_]
-    is_of_run: bool
 
 
 def parts(tokens: Tokens, vocab_size: int) -> Iterator[Part]:
     """All parts that are looked at."""
-    yield Part("decode steps", tokens.phase == DECODE, True)
+    yield Part("decode steps", tokens.phase == DECODE)
     for batch_size in sorted(set(tokens.batch_size.tolist()) - {UNKNOWN, 1}):
-        yield Part(f"batches of {batch_size} or more", tokens.batch_size >= batch_size, True)
+        yield Part(f"batches of {batch_size} or more", tokens.batch_size >= batch_size)
     if (tokens.block != UNKNOWN).any():
-        yield Part("the first token of a cache block", tokens.block == 0, True)
-        yield Part("the last token of a cache block", tokens.block == int(tokens.block.max()), True)
+        yield Part("the first token of a cache block", tokens.block == 0)
+        yield Part("the last token of a cache block", tokens.block == int(tokens.block.max()))
     if (tokens.chunk != UNKNOWN).any():
-        yield Part("the first token of a prefill chunk", tokens.chunk == 0, True)
-        yield Part("tokens after the first prefill chunk", (tokens.chunk != UNKNOWN) & (tokens.position - 1 > tokens.chunk), True)
-    yield Part("prefixes that were there before", tokens.repeated == 1, True)
+        yield Part("the first token of a prefill chunk", tokens.chunk == 0)
+        yield Part("tokens after the first prefill chunk", (tokens.chunk != UNKNOWN) & (tokens.position - 1 > tokens.chunk))
+    yield Part("prefixes that were there before", tokens.repeated == 1)
     for start in _doublings(8, int(tokens.position.max())):
-        yield Part(f"positions from {start} on", tokens.position >= start, False)
-    yield Part("positions 1 to 3", tokens.position <= 3, False)
+        yield Part(f"positions from {start} on", tokens.position >= start)
+    yield Part("positions 1 to 3", tokens.position <= 3)
     for length in _doublings(16, int(tokens.length.max())):
-        yield Part(f"sequences of {length} tokens or more", tokens.length >= length, False)
+        yield Part(f"sequences of {length} tokens or more", tokens.length >= length)
     for ranks in SHARDS:
         width = -(-vocab_size // ranks)
         for rank in range(ranks):
             last = min(vocab_size, (rank + 1) * width) - 1
             yield Part(f"token ids {rank * width} to {last} (part {rank + 1} of {ranks} of the vocabulary)",
-                       tokens.token_id // width == rank, False)
+                       tokens.token_id // width == rank)
     ids, counts = np.unique(tokens.token_id, return_counts=True)
     for token_id in ids[np.argsort(-counts, kind="stable")][:MOST_TOKEN_IDS]:
-        yield Part(f"token id {token_id}", tokens.token_id == token_id, False)
+        yield Part(f"token id {token_id}", tokens.token_id == token_id)
     for sequence in np.unique(tokens.sequence):
-        yield Part(f"sequence {sequence}", tokens.sequence == sequence, False)
+        yield Part(f"sequence {sequence}", tokens.sequence == sequence)
 
 
 def _doublings(first: int, last: int) -> Iterator[int]:

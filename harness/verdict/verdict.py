@@ -16,6 +16,7 @@ import numpy as np
 from harness.errors import UsageError
 from harness.machine import run_info
 from harness.names import DTYPES
+from harness.verdict.rates import rates
 from harness.verdict.server import origin
 from harness.verdict.sides import (
     LONGEST,
@@ -151,7 +152,8 @@ def verdict_row(a: Stream, b: Stream, noise: Stream | None, *, dtype: str = "aut
         a=a.info.source, b=b.info.source, noise=None if noise is None else noise.info.source, answer=judgement.answer,
         yardstick=judgement.yardstick, dtype=judgement.dtype, comparison=_comparison(tokens), compared=len(tokens),
         sequences=len(np.unique(tokens.sequence)), why=judgement.why, would_tell=list(judgement.would_tell),
-        looks_like=looks_like(judgement), left_out=list(tokens.left_out),
+        looks_like=looks_like(judgement), rates=rates(judgement.yardstick, judgement.dtype, len(tokens)),
+        left_out=list(tokens.left_out),
         tests=[VerdictTest(name=test.name, value=test.value, statistic=test.statistic, says=test.says, group=test.group,
                            tried=test.tried) for test in judgement.tests])
     if not len(judgement.ratio):
