@@ -53,7 +53,7 @@ def test_a_verdict_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> No
 def test_nothing_that_a_stream_says_breaks_out_of_the_page() -> None:
     row = a_verdict(a=EVIL, b=EVIL, why=EVIL, first=EVIL, left_out=[EVIL], rates=[EVIL], looks_like=EVIL,
                     tests=[VerdictTest(name="size", value=2.0, statistic=1.0, says=EVIL, group=EVIL)])
-    report = Report(run=a_run(command="verdict", argv=["shardproof", EVIL]), verdict=row)
+    report = Report(run=a_run(command="verdict"), verdict=row)
     source = report_html(report)
     Page(source)
     assert "<script>alert" not in source
