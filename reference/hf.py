@@ -152,6 +152,14 @@ class Reference:
         return self.config.get_text_config(decoder=True)
 
     @property
+    def implementations(self) -> dict[str, str]:
+        """Which of transformers' implementations compute, as ``{"attention": "sdpa", "experts": "eager"}``."""
+        found = {"attention": self.text_config._attn_implementation}
+        if any(name.endswith(".experts") for name, _ in self.model.named_modules()):
+            found["experts"] = self.text_config._experts_implementation
+        return found
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The model's own end-of-sequence ids, from its generation_config.json or else its config."""
         ids = self.model.generation_config.eos_token_id

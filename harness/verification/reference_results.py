@@ -82,6 +82,12 @@ class ReferenceResults:
     def baseline(self) -> Reference:
         return Reference.load(self.folder, self.dtype, device=self.device)
 
+    @property
+    def switches(self) -> dict[str, str]:
+        """How the exact model computes, as far as it was needed: for ``RunInfo.switches``."""
+        how = self.exact.implementations if "exact" in vars(self) else {}
+        return {f"reference {part}": implementation for part, implementation in how.items()}
+
     @cached_property
     def wrongly_loaded(self) -> tuple[str, ...]:
         """What the reference itself holds otherwise than the files say, a line each."""

@@ -6,7 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,11 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     dtype = checkpoint_dtype(config) if plan.dtype == "auto" else plan.dtype
     results = ReferenceResults(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device, beyond_windows=subject.has_windows)
     rows: list[CheckRow] = []
+
+    def report() -> Report:
+        run = run_info("verify", started_at=started_at, seed=plan.seed)
+        return Report(run=replace(run, switches=run.switches | results.switches), checks=rows)
+
     try:
         for tp_size in plan.tp_sizes:
             for of_check in _verify_one(plan, results, subject, plan.placement(tp_size, ranks), on_start, on_outcome):
@@ -139,13 +144,13 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
                     on_row(row)
     except KeyboardInterrupt as stop:
         rows += _rows_not_done(plan, results, subject, ranks, rows, Outcome(cases=0, compared=0, error=WHY))
-        raise Interrupted(Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)) from stop
+        raise Interrupted(report()) from stop
     except Exception as error:
         if not rows:
             raise
         why = Outcome(cases=0, compared=0, error=str(error)) if isinstance(error, CheckpointError) else raised(error)
         rows += _rows_not_done(plan, results, subject, ranks, rows, why)
-    return Report(run=run_info("verify", started_at=started_at, seed=plan.seed), checks=rows)
+    return report()
 
 
 def refuse_repeats(name: str, values: Sequence[object]) -> None:

@@ -58,6 +58,7 @@ def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, famil
     green(folder, tp_sizes[:1], "threads", checks=("generation",))
     assert {row.fabric for row in report.checks} == {"threads"}
     assert {row.dtype for row in report.checks} == {dtype}
+    assert report.run.switches["reference attention"] == "sdpa"
 
 
 def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel) -> None:
