@@ -177,12 +177,17 @@ class Step(dict):
 
 def older_forward(input_ids, past_key_values=None, **rest):
     seen = [*(past_key_values or []), *input_ids[0].tolist()]
-    return Step(logits=F.one_hot(torch.tensor([[len(seen)]]), 101), past_key_values=seen)
+    return Step(logits=counts(seen, input_ids), past_key_values=seen)
 
 
 def newer_forward(input_ids, cache=None, **rest):
     seen = [*(cache or []), *input_ids[0].tolist()]
-    return Step(logits=F.one_hot(torch.tensor([[len(seen)]]), 101), cache=seen)
+    return Step(logits=counts(seen, input_ids), cache=seen)
+
+
+def counts(seen, input_ids):
+    """After each token the next one is how many there have been."""
+    return F.one_hot(torch.arange(len(seen) + 1)[-input_ids.shape[1] :][None], 101)
 
 
 @pytest.mark.parametrize("forward", [older_forward, newer_forward])
