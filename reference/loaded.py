@@ -5,7 +5,7 @@ disk, and compared with the files bit for bit.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,36 @@ def differences(model: Any, folder: str | Path) -> Iterator[str]:
     Raises:
         CheckpointError: If the files can't be read, or transformers knows no way back from what it loaded to the names on disk.
     """
-    from transformers.core_model_loading import revert_weight_conversion  # only here: most processes load no model
-
     folder = Path(folder)
-    in_files = set(read_headers(folder))
+    in_files = read_headers(folder).keys()
     with building(f"transformers can't write what it loaded from folder={folder} under the names on disk"):
-        written: dict[str, torch.Tensor] = revert_weight_conversion(model, model.state_dict())
+        written = as_in_files(model, model.state_dict(), in_files)
     held = {_in_files(name, in_files, f"{model.base_model_prefix}."): tensor for name, tensor in written.items()}
     ignored = re.compile("|".join((*_DERIVED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()))))
-    for name in sorted(in_files - set(held)):
+    for name in sorted(in_files - held.keys()):
         if not ignored.search(name):
             yield f"{name} is in the files, and went to no parameter"
-    filled = {held[name].data_ptr() for name in in_files & set(held)}
-    for name in sorted(set(held) - in_files):
+    filled = {held[name].data_ptr() for name in in_files & held.keys()}
+    for name in sorted(held.keys() - in_files):
         if held[name].data_ptr() not in filled:  # of tied ones, files have one
             yield f"{name} is not in the files: it was made up"
     for path in weight_files(folder):
         with open_file(path) as file:
-            for name in sorted(in_files & set(held) & set(file.keys())):
+            for name in sorted(in_files & held.keys() & set(file.keys())):
                 if (why := _difference(held[name], file.get_tensor(name))) is not None:
                     yield f"{name} differs from the file: {why}"
+
+
+def as_in_files(model: Any, tensors: dict[str, torch.Tensor], in_files: Set[str]) -> dict[str, torch.Tensor]:
+    """What is held under a loaded model's own names, by the names of the files that it was loaded from.
+
+    Files are in the format of the hub, which is converted while it is loaded, or in the model's own, as
+    ``save_pretrained(save_original_format=False)`` writes it: there the way back leads to names that they don't have.
+    """
+    from transformers.core_model_loading import revert_weight_conversion  # only here: most processes load no model
+
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return max(converted, tensors, key=lambda named: len(in_files & named.keys()))
 
 
 def _in_files(name: str, in_files: Collection[str], prefix: str) -> str:

@@ -30,15 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from engine.checkpoint.checkpoint_files import read_headers
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Schedule
 from harness.subjects.dtensor import DTensorRank, DTensorSubject, own_groups, plain
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import DTYPES, Activations, joined, recording
+from reference.loaded import as_in_files
 
 EXPERT = re.compile(r"\.experts(\.|$)")
 
@@ -76,6 +77,7 @@ class TransformersRank(DTensorRank):
                 folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False,
                 distributed_config=DistributedConfig(tp_size=self.tp_size, ep_size=self.tp_size if self.expert_parallel else 1))
         self.model.to(self.device).eval().requires_grad_(False)
+        self._in_files = read_headers(folder).keys()
         # Renamed by transformers 5.24.
         self._cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
@@ -101,8 +103,7 @@ class TransformersRank(DTensorRank):
 
     def by_checkpoint_name(self, numbers: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Where transformers renames, merges or splits tensors while it loads them, by its own way back."""
-        found: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
-        return found
+        return as_in_files(self.model, numbers, self._in_files)
 
     def sharded(self) -> Sharded:
         """How much of the model is sharded."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
+from engine.checkpoint.checkpoint_files import read_headers
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome, together
 from harness.checks.logits import compare_logits
@@ -25,6 +26,7 @@ from harness.subjects.transformers import ExpertParallelSubject, TransformersRan
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import CheckpointError
+from reference.hf import Reference
 from reference.shrink import shrink
 from tests.harness.checking import OPTIONS, assert_green
 from tests.harness.conftest import MakeModel
@@ -219,6 +221,14 @@ def test_experts_that_were_merged_while_loading_are_found_again(make: type[Trans
     folder = tiny_model(MOE)
     with make(Placement(tp_size=2, fabric="gloo", job_timeout_s=120)) as subject:
         assert_green(outcome("weights", subject, folder))
+
+
+def test_tensors_that_were_saved_under_the_models_own_names_are_found_too(two_ranks: Faulty, tiny_model: MakeModel,
+                                                                          tmp_path: Path) -> None:
+    model = Reference.load(tiny_model(MOE), "float32").model
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in read_headers(tmp_path))
+    assert_green(outcome("weights", two_ranks, tmp_path))
 
 
 def test_process_groups_end_with_their_model(two_ranks: Faulty, tiny_model: MakeModel) -> None:
