@@ -131,9 +131,9 @@ def tiny_config(model: str | Path | Mapping[str, Any], **changes: Any) -> Pretra
         DownloadError: if it is a hub id that can't be downloaded.
     """
     config = _config_of(model)
-    tiny = _shrunk(config)
-    _set(tiny, config, changes)
     with building(f"transformers takes no tiny {config.model_type}"):
+        tiny = _shrunk(config)
+        _set(tiny, config, changes)
         return type(config)(**tiny)
 
 

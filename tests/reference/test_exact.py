@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reference.checkpoints import random_checkpoint
 from reference.exact import compute_in_float64, makes_position_tables
 from reference.hf import Reference
+from reference.shrink import causal_lm_types, shrink
+from tests.reference.test_shrink import NOT_TO_BE_HAD
 from tests.reference.tiny import DEVICES, FAMILIES, tiny_config
 
 PROMPT = [5, 17, 100, 3, 64, 5, 88]
@@ -70,6 +72,37 @@ def test_the_exact_reference_computes_nothing_in_float32(folders, family, device
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_count_does_see_the_float32_in_transformers_float64(folders, family, device):
     assert len(below_float64(Reference.load(folders[family], "float64", device))) >= 5
+
+
+_CONSTANTS = {"aten.lift_fresh.default": "0 and 1 of a normal distribution, made tensors of"}
+_NOTHING = {"aten.lift_fresh.default": "an empty tensor"}
+STAY = {
+    "gemma3n": _CONSTANTS, "gemma3n_text": _CONSTANTS, "qwen4_exp": _NOTHING, "qwen4_exp_text": _NOTHING,
+    "ministral3": {"aten.div.Tensor": "positions over a length: a quotient of integers, which is made again"},
+}
+"""By architecture: operations that give float32 all the same, and why no digit is lost by it."""
+EVERY_MECHANISM = ("gpt_oss", "deepseek_v3", "qwen3_next", "mamba2", "bloom", "gemma3n_text")
+"""Sinks and experts; latent attention and groups of experts; linear attention; a state-space model; ALiBi; thresholds by erfinv."""
+
+
+LOADED_ALONE = {"emu3": "AutoModelForCausalLM makes its text part, and loads it no more", "mllama": "the same"}
+"""Can't be loaded as they were saved."""
+
+
+def assert_computed_in_float64(model_type, folder):
+    reference = Reference.load(shrink(model_type, folder), "exact")
+    assert set(below_float64(reference)) == set(STAY.get(model_type, ()))
+
+
+@pytest.mark.parametrize("model_type", EVERY_MECHANISM)
+def test_mechanisms_of_all_kinds_are_computed_in_float64(tmp_path, model_type):
+    assert_computed_in_float64(model_type, tmp_path / model_type)
+
+
+@pytest.mark.endurance
+@pytest.mark.parametrize("model_type", [name for name in causal_lm_types() if name not in NOT_TO_BE_HAD | LOADED_ALONE])
+def test_every_architecture_is_computed_in_float64(tmp_path, model_type):
+    assert_computed_in_float64(model_type, tmp_path / model_type)
 
 
 def decoder_in_numpy(reference, token_ids):

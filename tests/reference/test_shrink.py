@@ -10,6 +10,7 @@ from reference.shrink import EXPERTS, HEADS, VOCABULARY, causal_lm_types, shrink
 # What transformers itself can't build of its own defaults, or builds into a part of another model.
 NOT_TO_BE_HAD = {
     "blt": "BltConfig has no num_hidden_layers", "dbrx": "DbrxAttentionConfig has no rope_theta",
+    "dots3_note": "its vision part's adapter_in_dim is of the whole size",
     "gemma3n": "needs timm for its vision part",
     "gemma4_assistant": "its defaults are refused by its own class", "gemma4_unified_assistant": "reads another model's cache",
     "musicgen": "MusicgenConfig has no dropout", "musicgen_melody": "MusicgenMelodyConfig has no dropout",
