@@ -51,7 +51,7 @@ def near_eps_model(context: CheckContext) -> Iterator[CheckContext]:
     """The same for the small model, which takes the model's place as long as this lasts."""
     config = narrow_config(context.results.config, context.tp_size)
     config["vocab_size"] += 60  # of few logits the median row tells nothing
-    config["intermediate_size"] = 8 * context.tp_size  # experts' grouped matrix products take no rows but of a multiple of 16 bytes
+    config["intermediate_size"] = 8 * context.tp_size  # experts' grouped products want rows of multiples of 16 bytes
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = near_eps_checkpoint(Path(scratch), config, dtype=context.dtype, seed=context.seed)
         results = ReferenceResults(folder, dtype=context.dtype, seed=context.seed, device=context.results.device,

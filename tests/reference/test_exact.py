@@ -82,7 +82,7 @@ STAY = {
 }
 """By architecture: operations that give float32 all the same, and why no digit is lost by it."""
 EVERY_MECHANISM = ("gpt_oss", "deepseek_v3", "qwen3_next", "mamba2", "bloom", "gemma3n_text")
-"""Sinks and experts; latent attention and groups of experts; linear attention; a state-space model; ALiBi; thresholds by erfinv."""
+"""Sinks and experts; latent attention; linear attention; a state-space model; ALiBi; thresholds of a normal distribution."""
 
 
 LOADED_ALONE = {"emu3": "AutoModelForCausalLM makes its text part, and loads it no more", "mllama": "the same"}
