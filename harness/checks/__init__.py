@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 CHECK_NAMES = ("collectives", "weights", "layers", "attention", "kv", "logits", "generation", "lifecycle")
 """The modules here that are checks. To name them loads none of them."""
 
+ON_REQUEST = ("invariance",)
+"""Those that run only where they are asked for by name: of a mode that is not the one that the others verify."""
+
 
 @cache
 def all_checks() -> dict[str, Check]:
     """The checks by name."""
-    return {name: import_module(f"harness.checks.{name}").CHECK for name in CHECK_NAMES}
+    return {name: import_module(f"harness.checks.{name}").CHECK for name in (*CHECK_NAMES, *ON_REQUEST)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from harness.bench.shapes import model_folder
-from harness.checks import CHECK_NAMES
+from harness.checks import CHECK_NAMES, ON_REQUEST
 from harness.commands.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -49,8 +49,8 @@ def verify_command(
     dtype: Annotated[str, typer.Option(autocompletion=lambda: ["auto", *DTYPES], help=(
         f"{', '.join(DTYPES)}; auto is the checkpoint's, on every device."))] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    check: Annotated[list[str] | None, typer.Option(autocompletion=lambda: list(CHECK_NAMES), help=(
-        f"Only this check (again for more): {', '.join(CHECK_NAMES)}."))] = None,
+    check: Annotated[list[str] | None, typer.Option(autocompletion=lambda: [*CHECK_NAMES, *ON_REQUEST], help=(
+        f"Only this check (again for more): {', '.join(CHECK_NAMES)}; and, only if named, {', '.join(ON_REQUEST)}."))] = None,
     subject: Annotated[str, typer.Option(autocompletion=lambda: list(SUBJECTS), help=(
         f"What to verify: {', '.join(SUBJECTS)}, or your own as package.module:Class, which is run."))] = "engine",
     shrink: Annotated[bool, typer.Option("--shrink", help="Verify a tiny random model of MODEL's architecture; MODEL is a "

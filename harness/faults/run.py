@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from harness.checks import all_checks
+from harness.checks import CHECK_NAMES, all_checks
 from harness.checks.base import TRACEBACK, CheckContext, Outcome, raised, together
 from harness.errors import UsageError
 from harness.faults import FAULTS, Fault
@@ -170,7 +170,7 @@ def checks_of(fault: Fault) -> list[str]:
     if not fault.is_control:
         return [name for name in all_checks() if name in fault.checks]
     # One that starts ranks of its own, again and again, tells nothing of what is planted in others.
-    return [name for name, check in all_checks().items() if not check.owns_ranks or fault.where != "ranks"]
+    return [name for name in CHECK_NAMES if not all_checks()[name].owns_ranks or fault.where != "ranks"]
 
 
 def _row(fault: Fault, context: CheckContext, examination: Examination) -> CheckRow:

@@ -31,6 +31,7 @@ CAPABILITIES: dict[str, str] = {
     "sampler": "drawing tokens from given logits",
     "scheduler": "its scheduler and block manager over a device that is made up",
     "requests": "streams and sampling parameters by vLLM's names",
+    "invariance": "the same bits at any tp_size and in any batch, where it is loaded with tp_invariant=True",
     "processes": "ranks that can fail, be reported and be replaced",
 }
 """What a subject may declare, and what it means."""
@@ -252,6 +253,10 @@ class Subject(ABC):
         come, with ``request_ids``), ``abort(request_id)``, ``params(values)`` and ``block_size``.
         """
         raise missing("requests", "requests")
+
+    def alone(self) -> Subject:
+        """Another subject of this kind, of one rank, for the caller to close. Capability ``invariance``."""
+        raise missing("invariance", "alone")
 
     def restart(self) -> None:
         """New ranks, nothing loaded. Capability ``processes``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +84,9 @@ class EngineSubject(OnRanks):
 
     def requests(self, folder: Path, options: Mapping[str, Any]) -> EngineRequests:
         return EngineRequests(self, folder, options)
+
+    def alone(self) -> EngineSubject:
+        return type(self)(replace(self.placement, tp_size=1, fabric="auto", ranks=None))
 
     def restart(self) -> None:
         self._close_llm()

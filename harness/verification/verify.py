@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from harness.checks import CHECK_NAMES, all_checks
+from harness.checks import CHECK_NAMES, ON_REQUEST, all_checks
 from harness.checks.base import Check, CheckContext, Outcome, raised
 from harness.errors import UsageError
 from harness.interrupted import WHY, Interrupted
@@ -67,8 +67,8 @@ class VerifyPlan:
     cases_folder: Path | None = None
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.checks if name not in CHECK_NAMES]:
-            raise UsageError(f"checks={unknown} are unknown; there are: {', '.join(CHECK_NAMES)}")
+        if unknown := [name for name in self.checks if name not in (*CHECK_NAMES, *ON_REQUEST)]:
+            raise UsageError(f"checks={unknown} are unknown; there are: {', '.join((*CHECK_NAMES, *ON_REQUEST))}")
         if not self.tp_sizes or min(self.tp_sizes) < 1:
             raise UsageError(f"tp_sizes={self.tp_sizes} must be one or several numbers of at least 1")
         refuse_repeats("tp_sizes", self.tp_sizes)

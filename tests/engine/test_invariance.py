@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import LLM, RequestOutput, SamplingParams
-from engine.kernels import ieee
+from engine.kernels import ieee, invariant_attention
 from engine.kernels.invariant_attention import paged_attention_in_order_torch
 from engine.kernels.invariant_matmul import (
     leaf_sums_torch,
@@ -102,6 +102,30 @@ def test_leaves_summed_over_any_split_give_the_same_bits(tp_size: int) -> None:
     whole = leaf_sums_torch(x, w, leaf=leaf, num_leaves=-(-900 // leaf), quantum=quantum)
     assert torch.equal(total, whole)
     assert same(*(value_of_sums_torch(sums, quantum, bias, torch.float32) for sums in (total, whole)))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_leaves_of_another_width_give_other_sums(seed: int) -> None:
+    x, w = drawn((6, 96), seed), drawn((40, 96), seed + 100)
+    narrow, wide = (leaf_sums_torch(x, w, leaf=leaf, num_leaves=12, quantum=quantum_exponent(w)) for leaf in (8, 48))
+    assert not torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_values_scaled_by_those_of_later_keys_tell_a_prompt_from_a_decode_step(seed: int,
+                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (drawn((2, 40, 8), seed + part).double() for part in (0, 100, 200))
+    v *= 2.0 ** torch.arange(40, dtype=torch.float64)[:, None]
+
+    def same_both_ways() -> bool:
+        prompt = invariant_attention._attend(q, k, v, 0, 0.3)
+        decoded = [invariant_attention._attend(q[:, t : t + 1], k[:, : t + 1], v[:, : t + 1], t, 0.3) for t in range(40)]
+        return same(prompt, torch.cat(decoded, dim=1))
+
+    assert same_both_ways()
+    monkeypatch.setattr(invariant_attention, "exponent_of",
+                        lambda peak: ieee.exponent_of(peak).amax(1, keepdim=True).expand_as(peak))
+    assert not same_both_ways()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])

@@ -36,7 +36,7 @@ from tests.test_architecture import SHARED
 
 OPTIONS = {"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 PAGE = ROOT / "docs" / "verify.md"
-UNDECLARED = {"requests", "processes"}
+UNDECLARED = {"requests", "invariance", "processes"}
 
 
 @pytest.fixture
