@@ -104,7 +104,7 @@ class EngineCore:
 def start_core(rank: RankContext, folder: str | Path, model_config: ModelConfig, config: EngineConfig) -> CoreInfo:
     """Job: load this rank's shards, make its cache, keep its engine in the rank's state."""
     rank.phase = "load"
-    runner = Runner(folder, model_config, config, rank.tp, rank.device)
+    runner = Runner(folder, model_config, config, rank.tp, rank.device, at_most=rank.at_most)
     num_blocks = runner.make_cache()
     core = EngineCore(runner, num_blocks)
     rank.state["core"] = core

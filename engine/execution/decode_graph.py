@@ -179,6 +179,11 @@ class DecodeGraphs:
         return batch.draws_after_every_token
 
 
+REPLAY_TIMEOUT_S = 5.0
+"""How long a replay may take in which ranks meet, once it is waited for: a decode step takes milliseconds. Nothing else watches
+what hangs inside a graph; the driver ends the others soon after, so that the call ends within 10 s."""
+
+
 class TokenReadback:
     """Brings drawn tokens home without stopping the device: a copy to pinned memory, and an event to wait for."""
 

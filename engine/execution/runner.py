@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from engine.checkpoint.weights import load_weights
 from engine.config import DTYPES, EngineConfig, ModelConfig
-from engine.execution.decode_graph import DecodeGraphs, TokenReadback
+from engine.execution.decode_graph import REPLAY_TIMEOUT_S, DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
 from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.layers.sampler import logprobs_of, sample, sample_shards
@@ -22,6 +24,8 @@ from engine.parallel.sharding import HeadShard, head_shard
 from engine.scheduling.batch import IN_FLIGHT, StepBatch, profiling_batch
 from engine.scheduling.sequence import TokenLogprobs
 
+_HANGS = "waits for a captured decode step that its device does not finish: a rank that takes part in it did not come"
+
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
@@ -30,6 +34,8 @@ class SamplerOutput:
     token_R: Tensor | TokenReadback
     logprobs: tuple[Tensor | TokenReadback, ...]
     """:class:`LogprobTensors` of the rows that want them; empty if none does"""
+    meets_in_replay: bool = False
+    """Whether it is a replay in which ranks meet: the host that waits for it waits for all of them."""
 
 
 def parts_of(config: EngineConfig) -> Parts:
@@ -49,10 +55,12 @@ class Runner:
 
     Args:
         config: a resolved one (``EngineConfig.resolve``).
+        at_most: bounds a wait for the device (``RankContext.at_most``); None: nothing does.
     """
 
     def __init__(self, folder: str | Path, model_config: ModelConfig, config: EngineConfig, tp: TPGroup,
-                 device: torch.device) -> None:
+                 device: torch.device, *, at_most: Callable[[float, str], AbstractContextManager[None]] | None = None) -> None:
+        self.at_most = at_most or (lambda seconds, what: nullcontext())
         self.model_config = model_config
         self.config = config
         self.tp = tp
@@ -166,7 +174,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> SamplerOutput:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
-        if self.graphs is not None and self.graphs.can_run(batch):
+        replays = self.graphs is not None and self.graphs.can_run(batch)
+        if replays:
             logits, token_R = self._replay(batch)
             if batch.sampling.needs_whole_logits:
                 # The graph draws from all there is; these rows are drawn again from what they may take.
@@ -177,11 +186,12 @@ class Runner:
         row_L = batch.sampling.logprob_row_L
         logprobs = () if row_L is None else logprobs_of(
             logits, token_R, row_L.to(self.device), batch.sampling.num_logprobs, **self.parts.drawing)
-        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)))
+        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)), replays and self.tp.size > 1)
 
     def collect(self, sampled: SamplerOutput) -> list[int]:
         """Wait for a step and bring its tokens home."""
-        tokens: list[int] = sampled.token_R.tolist()
+        with self.at_most(REPLAY_TIMEOUT_S, _HANGS) if sampled.meets_in_replay else nullcontext():
+            tokens: list[int] = sampled.token_R.tolist()
         return tokens
 
     def collect_logprobs(self, sampled: SamplerOutput) -> list[TokenLogprobs]:

@@ -15,6 +15,13 @@ No meeting ends a call. Calls take the two halves of the memory in turn instead:
 others in the call between, so they have left the call before it. The call's number is counted on the device: one that the host
 counts would be the same in every replay of a graph.
 
+No meeting is missed. A flag has one writer, whose numbers grow: who looks late finds its number or a larger one. So each
+program arrives once its peers' programs have. Those run at once on every GPU (``MAX_PROGRAMS``), and a kernel that is launched
+early takes the place of none: it starts when all programs of the one ahead have. A flag that could *fall* would break this:
+with a number baked into a graph, a fast rank writes, in its next replay, that old number over the larger one of an eager call,
+for which a slow rank still looks, and which it then waits for for ever. So that fault shows as wrong sums, and now and then as
+a hang.
+
 After CustomAllreduce of vLLM and the two-shot of TensorRT-LLM, whose published races (a barrier that orders nothing, a counter
 baked into a graph, a buffer reused too early) are what the rules above are for.
 """

@@ -170,3 +170,11 @@ def stuck_error(rank: int, job: str, report: RankReport | None) -> RankError:
     else:
         summary = f"stuck outside any collective; the last it finished was {log.last}"
     return RankError(rank=rank, kind="stuck", phase=report.phase or job, summary=summary, stacks=report.stacks, log=log)
+
+
+def overdue_error(rank: int, what: str, report: RankReport) -> RankError:
+    """A rank that waits for its device, and said for how long at most: another one holds it up."""
+    assert report.log is not None, "it is the rank that tells"
+    # The host has gone on from the collectives that the device is still in.
+    log = replace(report.log, finished=report.log.finished - 1)
+    return RankError(rank=rank, kind="stuck", phase=report.phase, summary=what, stacks=report.stacks, log=log, consequence=True)

@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal
@@ -58,6 +59,7 @@ class RankContext:
         self.send_event: Callable[[Any], None] = _drop
         self.send_phase: Callable[[str], None] = _drop
         self._phase = "idle"
+        self._deadline: tuple[float, str] | None = None
 
     def __repr__(self) -> str:
         return f"RankContext(tp={self.tp}, device={str(self.device)!r}, phase={self._phase!r})"
@@ -75,6 +77,25 @@ class RankContext:
     def phase(self, phase: str) -> None:
         self._phase = phase
         self.send_phase(phase)  # at once: a rank that is killed says nothing any more
+
+    @contextmanager
+    def at_most(self, seconds: float, what: str) -> Iterator[None]:
+        """Fail the job if what runs inside, ``what`` in its report, takes longer, even where nothing interrupts it.
+
+        For waits for a device, which may wait for other ranks itself. A thread beside this one tells the driver, which ends the
+        ranks: those that are processes. For others nobody looks.
+        """
+        self._deadline = (time.monotonic() + seconds, what)
+        try:
+            yield
+        finally:
+            self._deadline = None
+
+    @property
+    def overdue(self) -> str | None:
+        """What takes longer than it may, if anything does."""
+        deadline = self._deadline
+        return deadline[1] if deadline is not None and time.monotonic() > deadline[0] else None
 
     def enter_phase(self, phase: str) -> None:
         """Set the phase without telling the driver, who knows it."""

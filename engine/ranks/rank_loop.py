@@ -23,10 +23,11 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # t
 
 from engine.parallel.collective_log import LogSnapshot
 from engine.parallel.group import ProcessTPGroup
-from engine.ranks.failures import error_from_exception
+from engine.ranks.failures import error_from_exception, overdue_error
 from engine.ranks.jobs import Kind, RankContext, dumps, loads, report, run_job
 
 _LEAVE_S = 30  # how long a rank that was told to stop may take, if nobody is left to end it
+_TICK_S = 0.25  # how often the listener looks whether the job is overdue
 
 
 class RankServer:
@@ -51,6 +52,7 @@ class RankServer:
         self._rank = rank
         self._connection = connection
         self._context: RankContext | None = None
+        self._job_number = 0
         self._send_lock = threading.Lock()  # a job may emit from threads of its own
         self._inbox: queue.SimpleQueue[tuple[Kind, int, Any] | None] = queue.SimpleQueue()
         self._thread_ids = [threading.get_ident()] if shares_process else None
@@ -96,7 +98,11 @@ class RankServer:
             poller.register(fd, select.POLLIN)
         try:
             while True:
-                if self._connection.fileno() not in {fd for fd, _ in poller.poll()}:
+                ready = {fd for fd, _ in poller.poll(1000 * _TICK_S)}
+                self._tell_if_overdue()
+                if not ready:
+                    continue
+                if self._connection.fileno() not in ready:
                     raise EOFError("the driver is gone")
                 kind, number, payload = self._connection.recv()
                 if kind == "inspect":
@@ -110,12 +116,20 @@ class RankServer:
             on_gone()
             self._inbox.put(None)
 
+    def _tell_if_overdue(self) -> None:
+        """The driver counts the first answer of a rank: from now on it has failed, whatever the job still does."""
+        context = self._context
+        if context is not None and (what := context.overdue) is not None:
+            error = overdue_error(self._rank, what, report(context, self._thread_ids))
+            self._send("raised", self._job_number, error)
+
     def _run_jobs(self, context: RankContext) -> int:
         while (message := self._inbox.get()) is not None:
             kind, number, payload = message
             if kind == "stop":
                 context.state.clear()
                 return int(payload)
+            self._job_number = number
             context.send_event = functools.partial(self._emit, number)
             context.send_phase = functools.partial(self._send, "phase", number)
             answer, raised = run_job(context, functools.partial(loads, payload), dumps)

@@ -58,8 +58,8 @@ class Ranks:
     device                ``cpu`` or ``cuda``; with nccl, rank i gets ``cuda:i``
     start_timeout_s       how long all ranks together may take to start
     collective_timeout_s  how long one collective may wait for a rank before it fails
-    job_timeout_s         how long a job may take where ``run`` is not told; None: for ever. A hang in a CUDA graph, which nothing
-                          else watches, ends with it
+    job_timeout_s         how long a job may take where ``run`` is not told; None: for ever. A hang in a CUDA graph ends with it,
+                          unless the job bounds its wait for the device (``RankContext.at_most``), as the engine's do
     auto_restart          whether ``run`` on ranks that broke starts new ones instead of raising
     launch                what torchrun told rank 0's process, where this is (``torchrun.launched``): the ranks are torchrun's,
                           ``solo`` and ``threads`` are refused, nothing can be restarted

@@ -78,7 +78,7 @@ class EngineRank(LiveRank):
         self.model_config = ModelConfig.from_folder(folder)
         config = EngineConfig(tensor_parallel_size=self.tp_size, device=self.device.type, dtype=dtype, **options)
         self.config = config.resolve(self.model_config)
-        self.runner = Runner(folder, self.model_config, self.config, self.tp, self.device)
+        self.runner = Runner(folder, self.model_config, self.config, self.tp, self.device, at_most=self.context.at_most)
         self.num_blocks = self.runner.make_cache()
         assert self.config.block_size is not None, "config must be resolved"
         self.block_size = self.config.block_size

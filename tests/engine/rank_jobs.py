@@ -151,6 +151,19 @@ def hang_on(context: RankContext, rank: int, seconds: float) -> None:
     context.tp.all_reduce(torch.ones(4, 178, dtype=torch.bfloat16))
 
 
+def wait_at_most(context: RankContext, rank: int, bound_s: float, seconds: float) -> str:
+    """``rank`` stays away; the others wait, as for a device in a replay: their log says that they have gone on."""
+    context.phase = "generate"
+    if context.tp.rank == rank:
+        sleep_long()
+    context.tp.log.enter("replay")
+    context.tp.log.finish()
+    with context.at_most(bound_s, "waits for its device"):
+        wait_for_godot(seconds)
+    wait_for_godot(2 * bound_s)  # no bound holds any more
+    return "in time"
+
+
 def wait_for_godot(seconds: float) -> None:
     time.sleep(seconds)
 

@@ -42,6 +42,7 @@ from tests.engine.rank_jobs import (
     sleep_long,
     total,
     unpicklable,
+    wait_at_most,
     who,
 )
 
@@ -199,6 +200,23 @@ def differ_unnoticed(context: RankContext, rank: int) -> float:
 
 
 @multirank
+def test_a_wait_that_takes_longer_than_it_may_ends_the_job_and_the_rank_that_stayed_away_is_the_cause() -> None:
+    with Ranks(2, fabric="gloo") as ranks:
+        with failing_within(6) as caught:
+            ranks.run(wait_at_most, 1, 0.3, 60.0)
+        cause, other = caught.value.failures.values()
+        assert (cause.rank, cause.kind, cause.consequence) == (1, "stuck", False)
+        assert (other.rank, other.kind, other.consequence) == (0, "stuck", True)
+        assert (other.phase, other.summary) == ("generate", "waits for its device")
+        assert "wait_for_godot" in other.stacks
+        assert not ranks.healthy
+
+
+def test_a_wait_that_ends_in_time_is_no_failure() -> None:
+    with Ranks(2, fabric="gloo") as ranks:
+        assert ranks.run(wait_at_most, -1, 1.0, 0.1) == ["in time"] * 2
+
+
 def test_ranks_that_mix_up_their_collectives_fail_even_if_nobody_hangs() -> None:
     with Ranks(2, fabric="gloo", auto_restart=True) as ranks:
         assert ranks.run(differ_unnoticed, 5) == [64.0, 64.0], "the control: no rank differs"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import time
 
 import torch
+from torch import Tensor
 
 from engine.kernels.peer_all_reduce import DTYPES, Way, peer_all_reduce
 from engine.kernels.rms_norm import add_rms_norm
 from engine.parallel.group import ProcessTPGroup
 from engine.ranks.ranks import RankContext
+from engine.scheduling.batch import StepBatch
 from tests.engine.kernels.peers import integers
 from tests.engine.kernels.problems import over_budget, rounding_budget
+from tests.gpu.support import runner_of
 
 
 def sum_of_ranks(rank: RankContext) -> float:
@@ -73,3 +77,18 @@ def die_in_a_replay(rank: RankContext, victim: int) -> None:
             torch.cuda.synchronize(rank.device)
             os.kill(os.getpid(), signal.SIGKILL)
     torch.cuda.synchronize(rank.device)
+
+
+def hang_after_replays(rank: RankContext, victim: int, count: int) -> None:
+    """From now on the victim's host stands still ahead of a replay, while the others' GPUs wait for it in theirs."""
+    graphs = runner_of(rank).graphs
+    assert graphs is not None, "the runner captured no graphs"
+    run, left = graphs.run, itertools.count(count, -1)
+
+    def hanging(batch: StepBatch) -> tuple[Tensor, Tensor]:
+        if next(left) == 0:
+            time.sleep(120)
+        return run(batch)
+
+    if rank.tp.rank == victim:
+        graphs.run = hanging  # type: ignore[method-assign]

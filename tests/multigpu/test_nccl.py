@@ -30,7 +30,14 @@ from tests.gpu.support import (
     shift_slots,
     skip_all_reduce,
 )
-from tests.multigpu.jobs import die_before_the_all_reduce, die_in_a_replay, norms_of_sums, sum_of_ranks, wrong_sums
+from tests.multigpu.jobs import (
+    die_before_the_all_reduce,
+    die_in_a_replay,
+    hang_after_replays,
+    norms_of_sums,
+    sum_of_ranks,
+    wrong_sums,
+)
 from tests.reference.tiny import small_config
 
 pytestmark = pytest.mark.multigpu
@@ -140,6 +147,21 @@ def test_a_rank_that_dies_in_a_replay_ends_the_call() -> None:
         assert time.monotonic() - started < 10
         first = next(iter(caught.value.failures.values()))
         assert (first.rank, first.kind, first.phase) == (1, "died", "replaying")
+
+
+def test_a_rank_that_hangs_ahead_of_a_replay_ends_the_call(small_model: MakeModel) -> None:
+    """The other waits for it on its GPU, and a host that waits for that GPU does so for a bounded time."""
+    with Ranks(2, fabric=FABRIC, device=DEVICE) as ranks:
+        ranks.run(load, small_model(small_config(), "float32"), "float32", OPTIONS, timeout_s=120.0)
+        ranks.run(generate, drawn_prompts(1, 3), GREEDY, timeout_s=60.0)
+        ranks.run(hang_after_replays, 1, 5)
+        started = time.monotonic()
+        with pytest.raises(RankFailure) as caught:
+            ranks.run(generate, drawn_prompts(2, 3), GREEDY, timeout_s=60.0)
+        assert time.monotonic() - started < 10
+        cause, other = caught.value.failures.values()
+        assert (cause.rank, cause.kind, cause.consequence) == (1, "stuck", False)
+        assert "waits for a captured decode step" in other.summary
 
 
 def test_a_killed_rank_is_named_and_new_ones_work() -> None:
