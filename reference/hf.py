@@ -324,6 +324,7 @@ def recording(
     modules: Collection[str] | None = None,
     local: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     routes: Routes | None = None,
+    own_tokens: int | None = None,
 ) -> Iterator[Activations]:
     """Note what goes into and comes out of each module of ``model`` in one forward of one sequence.
 
@@ -335,6 +336,7 @@ def recording(
         modules: Names of those to be noted; None: all but those that make RoPE's tables.
         local: What to keep of a tensor that is spread over ranks.
         routes: What the model is to choose (see ``reference.choices``).
+        own_tokens: How many of the tokens a rank has where modules get a part of them; None: they all get all.
 
     Raises:
         ValueError: If the model has no module of such a name.
@@ -345,16 +347,17 @@ def recording(
             raise ValueError(f"modules={sorted(unknown)} are not in the model; {list(taps)[1:4]} are")
         taps = {name: taps[name] for name in taps if name in set(modules)}
     calls: list[_Call] = []
+    counts = (num_tokens,) if own_tokens is None else (num_tokens, own_tokens)
     taken = Activations(inputs={}, outputs={})
     with ExitStack() as hooks:
         for name, module in taps.items():
-            hook = module.register_forward_hook(_recorder(name, num_tokens, local, calls), with_kwargs=True)
+            hook = module.register_forward_hook(_recorder(name, counts, local, calls), with_kwargs=True)
             hooks.callback(hook.remove)
         made = hooks.enter_context(choosing(model, routes)).made
         yield taken
     _name_calls(calls, taken)
     for choice in made:
-        scores, indices = _by_token(choice.scores, num_tokens, local), local(choice.indices).cpu()
+        scores, indices = _by_token(choice.scores, counts, local), local(choice.indices).cpu()
         # Neither dimension has changed places with another one: what one is by token the other is too.
         if isinstance(scores, torch.Tensor) and _lengths(scores) == _lengths(choice.scores):
             taken.scores[choice.name] = scores = scores if scores.ndim > 1 else scores[None]  # one token, and one to choose from
@@ -396,10 +399,10 @@ def joined(parts: Sequence[Activations]) -> Activations:
 
 
 def _recorder(
-    name: str, num_tokens: int, local: Callable[[torch.Tensor], torch.Tensor], calls: list[_Call]
+    name: str, counts: Sequence[int], local: Callable[[torch.Tensor], torch.Tensor], calls: list[_Call]
 ) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(_Call(name, *(_by_token(value, num_tokens, local) for value in ((args, kwargs), output))))
+        calls.append(_Call(name, *(_by_token(value, counts, local) for value in ((args, kwargs), output))))
 
     return record
 
@@ -419,17 +422,19 @@ def _name_calls(calls: list[_Call], taken: Activations) -> None:
 
 
 def _by_token(
-    value: Any, num_tokens: int, local: Callable[[torch.Tensor], torch.Tensor]
+    value: Any, counts: Sequence[int], local: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor | str | None:
     """The first tensor of ``value`` as [T, ...], a copy on the CPU: what follows in the model may write over it.
 
-    Its shape in words if it has no dimension of T, or several and not the first one; None if there is no tensor.
+    T is the first of ``counts`` that it has a dimension of. Its shape in words if it has no dimension of T, or several
+    and not the first one; None if there is no tensor.
     """
     x = _first_tensor(value)
     if x is None:
         return None
     x = local(x)
     shape = tuple(x.shape)
+    num_tokens = next((count for count in counts if count in shape), counts[0])
     while x.ndim >= 2 and x.shape[0] == 1 and (x.shape[0] != num_tokens or x.shape[1] == 1):
         x = x[0]  # of one sequence
     if x.ndim == 0 or x.shape[0] != num_tokens:

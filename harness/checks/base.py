@@ -131,7 +131,8 @@ def _outcomes(part: Part, context: CheckContext, name: str) -> Iterator[Outcome]
         for outcome in part.outcomes(context):
             yield _judged(outcome)
     except SubjectFailure as failure:
-        yield Outcome(kind=kind, cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))
+        yield Outcome(kind=kind, cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None),
+                      module=failure.module)
     except CheckpointError as error:
         yield Outcome(kind=kind, cases=0, compared=0, error=str(error))
     except Exception as error:

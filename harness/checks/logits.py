@@ -17,6 +17,7 @@ import torch
 
 from harness.checks.base import Check, CheckContext, Outcome, Whole
 from harness.checks.weights import narrow_config
+from harness.subjects.base import SubjectFailure
 from harness.verification.budgets import computation, digest
 from harness.verification.localise import search
 from harness.verification.reference_results import ReferenceResults
@@ -88,7 +89,10 @@ def compare_logits(context: CheckContext) -> Outcome:
     if wrong := results.wrongly_loaded:
         more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return Outcome(cases=cases, compared=0, finding=f"the reference itself: {wrong[0]}{more}")
-    by_rank = context.subject.logits(schedule)
+    try:
+        by_rank = context.subject.logits(schedule)
+    except SubjectFailure as failure:
+        return _raised(failure, context, cases)
     digests = list(map(digest, by_rank))
     differing = [rank for rank, own in enumerate(digests) if own != digests[0]]
     if differing:
@@ -121,6 +125,18 @@ def compare_logits(context: CheckContext) -> Outcome:
                       tensors={name: tensor[row : row + 1] for name, tensor in tensors.items()},
                       finding=f"logits of {where}: {comparison.error_over_budget:.3g} of the budget")
     return _located(outcome, context, sorted(range(cases), key=lambda number: number != sequence))
+
+
+def _raised(failure: SubjectFailure, context: CheckContext, cases: int) -> Outcome:
+    """The model raised: a module before that one may be wrong, of subjects that show how far they came."""
+    outcome = Outcome(cases=cases, compared=0, finding=str(failure), rank=min(failure.failures, default=None),
+                      module=failure.module)
+    if failure.module is None or not context.subject.is_healthy:
+        return outcome
+    place = search(context.subject, context.results, 0).place
+    if place is None:
+        return outcome
+    return replace(outcome, finding=f"{place}; behind it {failure}", rank=place.rank, module=place.module)
 
 
 def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) -> Outcome:

@@ -8,7 +8,9 @@ of a checkpoint that holds an LM head all the same.
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ from reference.hf import DTYPES
 from reference.shards import Ownership
 from reference.writing import edited
 
+SHARDED = "sharded_parameters"
+"""In a row's ``extra``: the share of the parameters that no rank holds whole."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 LONG_VOCABULARY = 1009
 
@@ -125,6 +129,10 @@ def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[
         if (problem := _uncovered(layouts[name], tensor.shape, context.tp_size)) is not None:
             return Outcome(cases=len(stored), compared=0, module=name.rpartition(".")[0],
                            finding=f"{what}: {name} of shape {list(tensor.shape)}: {problem}")
+    share = _sharded_share(layouts.values())
+    if context.tp_size > 1 and not share:
+        return Outcome(cases=len(stored), compared=0, finding=f"{what}: no rank lacks anything of it: nothing is sharded, and a "
+                                                              "model that is whole on every rank proves nothing")
     wrong: dict[int, list[Wrong]] = {rank: [] for rank in range(context.tp_size)}
     with ExitStack() as stack:
         files = {file: stack.enter_context(open_file(file)) for file in sorted({tensor.file for tensor in stored.values()})}
@@ -153,7 +161,14 @@ def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[
         if found:
             return Outcome(cases=len(stored), compared=compared, rank=rank, module=found[0].name.rpartition(".")[0],
                            finding=f"{what}: {len(found)} wrong shards on rank {rank}, first {found[0]}")
-    return Outcome(cases=len(stored), compared=compared)
+    return Outcome(cases=len(stored), compared=compared, extra={SHARDED: round(share, 4)})
+
+
+def _sharded_share(layouts: Iterable[Ownership]) -> float:
+    """Share of the parameters that no rank holds whole."""
+    sizes = [(math.prod(owned.shape), owned.dim is not None and max(map(len, owned.indices)) < owned.shape[owned.dim])
+             for owned in layouts]
+    return sum(size for size, is_sharded in sizes if is_sharded) / max(1, sum(size for size, _ in sizes))
 
 
 def stored_tensors(folder: Path, config: dict[str, Any]) -> dict[str, StoredTensor]:

@@ -170,6 +170,10 @@ def _print(plan: VerifyPlan, report: Report, *, quiet: bool) -> None:
         layouts = ", ".join(f"tp {row.tp_size} {row.fabric}" for row in checks if row.check == plan.checks[0])
         sys.stdout.write(f"{to_text(checks_pivot(checks))}\n{plan.model}, {report.checks[0].dtype}; {layouts}; numbers "
                          f"are the worst error as a fraction of its budget; {report.run.seconds:.0f} s\n")
+        if shares := {row.tp_size: row.extra["sharded_parameters"] for row in report.checks if row.tp_size > 1 and (
+                row.kind == "model" and "sharded_parameters" in row.extra)}:
+            sys.stdout.write("sharded: " + ", ".join(f"{share:.1%} of the parameters at tp {tp}" for tp, share in shares.items())
+                             + "\n")
         if any(map(bound_mark, checks)):
             sys.stdout.write(f"{BOUND_NOTE}\n")
     _print_rows([row for row in report.checks if row.verdict != "pass" and not (quiet and row.verdict == "skipped")])

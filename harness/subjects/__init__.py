@@ -1,4 +1,4 @@
-"""What can be checked: the subjects of this project by name, and anybody's as ``package.module:Class``."""
+"""What can be checked: the subjects of this project by name, ``torch:package.module:function``, ``package.module:Class``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ def subject_class(name: str) -> type[Subject]:
     path = SUBJECTS.get(name, name)
     module, colon, attribute = path.partition(":")
     if not colon:
-        raise UsageError(f"subject={name!r} is unknown; there are: {', '.join(SUBJECTS)}, or your own as package.module:Class")
+        raise UsageError(f"subject={name!r} is unknown; there are: {', '.join(SUBJECTS)}, torch:package.module:function, or "
+                         "your own as package.module:Class")
     from harness.subjects.base import Subject
 
     if name not in SUBJECTS and os.getcwd() not in sys.path:  # as `python -m` has it
         sys.path.insert(0, os.getcwd())
+    if module == "torch":
+        from harness.subjects.torch_plan import torch_subject
+
+        return torch_subject(attribute)
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -37,6 +37,10 @@ CAPABILITIES: dict[str, str] = {
 """What a subject may declare, and what it means."""
 
 
+IN_MODULE = "module "
+"""How a rank's phase begins while it computes one of the modules: its name follows."""
+
+
 def missing(capability: str, method: str) -> NotImplementedError:
     """What the default of a capability's method raises."""
     return NotImplementedError(f"capability={capability} is declared, but there is no method {method}: write it, or do not "
@@ -58,6 +62,12 @@ class SubjectFailure(Exception):  # noqa: N818
         self.failures = dict(failures or {})
         self.divergence = tuple(divergence)
         self.job = job
+
+    @property
+    def module(self) -> str | None:
+        """The module in which the first rank raised that did not follow another one; None if its phase names none."""
+        phases = [getattr(failure, "phase", "") for _, failure in sorted(self.failures.items()) if not failure.consequence]
+        return next((phase.removeprefix(IN_MODULE) for phase in phases if phase.startswith(IN_MODULE)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,13 +114,14 @@ class DTensorSubject(OnRanks):
         if self._layout is None:
             self._layout = self._ask(_held_on_rank)
         held = [of_rank[name] for of_rank in self._layout if name in of_rank]
-        if len(held) < self.tp_size:
+        if not held:
             raise CheckpointError(f"tensor={name}: the loaded model has no parameter that it went to")
         dims = {part.dim for part in held if part.dim is not None}
         dim = dims.pop() if len(dims) == 1 else None
-        whole = np.arange(shape[dim] if dim is not None else 0)
-        return Ownership(name=name, shape=held[0].shape, tp_size=self.tp_size, dim=dim,
-                         indices=tuple(whole if part.dim is None else part.indices for part in held))
+        whole = Held(shape=shape, dim=None, indices=np.arange(0))  # asked of a rank that has nothing from there
+        every = np.arange(shape[dim] if dim is not None else 0)
+        return Ownership(name=name, shape=held[0].shape, tp_size=self.tp_size, dim=dim, indices=tuple(
+            every if part.dim is None else part.indices for part in (of_rank.get(name, whole) for of_rank in self._layout)))
 
 
 def plain(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ them. It is to blame if something behind it is wrong before one of the modules t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ def search_by_finish(subject: Subject, results: ReferenceResults, sequence: int)
         if seen.exact.outputs[name].is_floating_point() and walk.is_over(name, seen):
             break
     if walk.found is None:
-        place = None
+        place = seen.other_rows()
     else:
         name, excess = walk.found
         effect = PARTIAL if name in walk.partial else classify(seen.evidence(name, excess.rank))
@@ -119,10 +120,12 @@ class _Seen:
         if isinstance(by_rank, str):
             return by_rank
         worst: Excess | None = None
-        for rank, (_, evidence) in enumerate(by_rank):
+        for rank, (part, evidence) in enumerate(by_rank):
+            if not evidence.candidate.numel():  # more ranks than there are parts
+                continue
             error = evidence.comparison().error_over_budget
             if error > (worst.error_over_budget if worst else 1):
-                worst = Excess(error, rank, evidence.first_wrong_row())
+                worst = Excess(error, rank, part.token(evidence.first_wrong_row()))
         return worst
 
     def is_partial(self, side: str, name: str) -> bool:
@@ -159,6 +162,15 @@ class _Seen:
         shape = checkpoint_shapes(self.results.folder).get(weight)
         return None if shape is None else self.layout(weight, shape)
 
+    def other_rows(self) -> Place | None:
+        """The first module whose output is of other tokens than the reference's, on all ranks; None if there is none."""
+        for name in self.exact.outputs:
+            said = [activations.left_out.get(name) for activations in self.by_rank]
+            if all(why is not None and "of shape" in why for why in said):
+                return Place(module=_label(name, ""), rank=0, token=0, error_over_budget=math.inf, effect=Effect(
+                    kind="shape", text=f"{said[0]}; the reference's is {tuple(self.exact.outputs[name].shape)}"))
+        return None
+
     def evidence(self, name: str, rank: int) -> Evidence:
         """One rank's output with all that is known of how it comes about."""
         by_rank = self.by_part("outputs", name)
@@ -168,9 +180,10 @@ class _Seen:
         evidence = replace(evidence, parts=self._parts(name, part), rows={name: evidence.exact})
         if whole.ndim != 2:
             return evidence
-        shards = [indices for other, _ in by_rank if (indices := other.indices) is not None]
-        own = torch.arange(whole.shape[1]) if part.indices is None else part.indices
-        return replace(evidence, columns={last: whole}, own=(last, own), shards=shards)
+        shards = [indices for other, _ in by_rank if (indices := other.features) is not None]
+        own = torch.arange(whole.shape[1]) if part.features is None else part.features
+        columns = whole if part.dim else part.of(whole)
+        return replace(evidence, columns={last: columns}, own=(last, own), shards=shards)
 
     def _parts(self, name: str, part: Part) -> Mapping[str, Tensor]:
         """The addends of an exact output: each rank's product where the input is cut, and the bias."""
@@ -181,7 +194,7 @@ class _Seen:
         if isinstance(bias, Tensor) and bias.shape == whole.shape[-1:]:
             addends["bias"] = bias.detach().cpu().expand_as(whole)
         given = self.by_part("inputs", name)
-        cut = [] if isinstance(given, str) else [indices for one, _ in given if (indices := one.indices) is not None]
+        cut = [] if isinstance(given, str) else [indices for one, _ in given if (indices := one.features) is not None]
         if isinstance(module, nn.Linear) and cut:
             x, weight = self.exact.inputs[name], module.weight.detach().cpu()
             products = {f"rank {rank}": x[..., own] @ weight[:, own].T for rank, own in enumerate(cut)}

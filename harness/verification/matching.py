@@ -27,12 +27,21 @@ class Part:
         """This part of a tensor of the same kind: of the baseline's, or of one of simulated rounding."""
         return whole if self.dim is None or self.indices is None else whole.index_select(self.dim, self.indices)
 
+    @property
+    def features(self) -> Tensor | None:
+        """The indices along a dimension behind the first; None if it has all features, of whichever rows."""
+        return self.indices if self.dim else None
+
+    def token(self, row: int) -> int:
+        """The token of one of its rows."""
+        return int(self.indices[row]) if self.dim == 0 and self.indices is not None else row
+
 
 def match(whole: Sequence[int], by_rank: Sequence[Sequence[int]], owned: Ownership | None = None) -> list[Part] | str:
-    """Each rank's part of a tensor [T, ...] of which every rank has whole rows or a cut of them.
+    """Each rank's part of a tensor [T, ...] of which every rank has whole rows, a cut of them, or some of the rows.
 
-    It is whole; or its features are those whose weights the rank holds; or along one dimension behind the first the ranks have
-    consecutive parts, which may differ in size; or several ranks in a row have the same one.
+    It is whole; or its features are those whose weights the rank holds; or along one dimension the ranks have consecutive parts,
+    which may differ in size; or, behind the first dimension, several ranks in a row have the same one.
 
     Args:
         whole: The shape of the whole tensor.
@@ -51,7 +60,7 @@ def match(whole: Sequence[int], by_rank: Sequence[Sequence[int]], owned: Ownersh
     if any(len(shape) != len(whole) for shape in by_rank):
         return said
     cut = sorted({dim for shape in by_rank for dim in range(len(whole)) if shape[dim] != whole[dim]})
-    if len(cut) != 1 or cut == [0]:
+    if len(cut) != 1:
         return said
     (dim,) = cut
     size, sizes = whole[dim], [shape[dim] for shape in by_rank]
@@ -60,7 +69,7 @@ def match(whole: Sequence[int], by_rank: Sequence[Sequence[int]], owned: Ownersh
         return [Part(dim, torch.as_tensor(indices, dtype=torch.int64)) for indices in owned.indices]
     if sum(sizes) == size:
         return [Part(dim, indices) for indices in torch.arange(size).split(sizes)]
-    if len(set(sizes)) == 1 and size % sizes[0] == 0 and sum(sizes) % size == 0:
+    if dim and len(set(sizes)) == 1 and size % sizes[0] == 0 and sum(sizes) % size == 0:
         chunks, share = torch.arange(size).split(sizes[0]), sum(sizes) // size
         return [Part(dim, chunks[rank // share]) for rank in range(len(sizes))]
     return said

@@ -136,9 +136,10 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
         run = run_info("verify", started_at=started_at, seed=plan.seed)
         return Report(run=replace(run, switches=run.switches | results.switches), checks=rows)
 
+    alone = _Alone(plan, results, subject)
     try:
         for tp_size in plan.tp_sizes:
-            for of_check in _verify_one(plan, results, subject, plan.placement(tp_size, ranks), on_start, on_outcome):
+            for of_check in _verify_one(plan, results, subject, plan.placement(tp_size, ranks), on_start, on_outcome, alone):
                 rows += of_check
                 for row in whole_checks(of_check):
                     on_row(row)
@@ -163,8 +164,41 @@ def refuse_repeats(name: str, values: Sequence[object]) -> None:
         raise UsageError(f"{name}={', '.join(twice)} is named more than once: name it once")
 
 
+class _Alone:
+    """What the subject's logits are on one rank: a subject that is wrong there is, for all that is known, no matter of TP."""
+
+    def __init__(self, plan: VerifyPlan, results: ReferenceResults, make: type[Subject]) -> None:
+        self._plan, self._results, self._make = plan, results, make
+        self._seen: dict[str, Outcome | None] = {}
+
+    def told(self, check: str, outcome: Outcome, placement: Placement) -> Outcome:
+        """The same outcome; a finding that is there on one rank too says so, and where that one is wrong first."""
+        if check != "logits":
+            return outcome
+        if placement.tp_size == 1:
+            self._seen[outcome.kind] = outcome
+        if outcome.finding is None or placement.ranks is not None:  # torchrun's ranks are as many as they are
+            return outcome
+        own = self._on_one_rank(outcome.kind)
+        if own is None or own.finding is None:
+            return outcome
+        where = f", first at {own.module}" if own.module else ""
+        return replace(outcome, finding=f"not TP: differs at tp_size=1 too{where}; {outcome.finding}",
+                       extra={**outcome.extra, "not_tp": True})
+
+    def _on_one_rank(self, kind: str) -> Outcome | None:
+        if kind not in self._seen:
+            alone = replace(self._plan, tp_sizes=(1,), kind=kind, case=None)
+            with self._make(alone.placement(1)) as subject:
+                context = CheckContext(results=self._results, subject=subject, options=_options(self._results),
+                                       seed=alone.seed, kind=kind)
+                outcomes = _run(all_checks()["logits"], context, needs_model=True)
+            self._seen[kind] = next((outcome for outcome in outcomes if outcome.kind == kind), None)
+        return self._seen[kind]
+
+
 def _verify_one(plan: VerifyPlan, results: ReferenceResults, make: type[Subject], placement: Placement, on_start: OnStart,
-                on_outcome: OnOutcomes) -> Iterable[list[CheckRow]]:
+                on_outcome: OnOutcomes, alone: _Alone) -> Iterable[list[CheckRow]]:
     """The rows of each check."""
     with make(placement) as subject:
         if placement.ranks is not None:
@@ -180,7 +214,7 @@ def _verify_one(plan: VerifyPlan, results: ReferenceResults, make: type[Subject]
                 continue
             on_start(check.name, subject.tp_size)
             started = time.perf_counter()
-            outcomes = _run(check, context, needs_model=needs_model)
+            outcomes = [alone.told(check.name, outcome, placement) for outcome in _run(check, context, needs_model=needs_model)]
             on_outcome(outcomes)
             seconds = time.perf_counter() - started
             yield [_row(check.name, plan, results, subject.fabric, subject.tp_size, outcome, seconds) for outcome in outcomes]
