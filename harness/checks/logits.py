@@ -82,6 +82,9 @@ def near_eps_checkpoint(folder: Path, config: dict[str, Any], *, dtype: str, see
     return folder
 
 
+BUILT_UP = "; no single module is over its budget: the error builds up over the layers"
+
+
 def compare_logits(context: CheckContext) -> Outcome:
     """What is loaded against ``context.results``."""
     results, schedule = context.results, context.results.schedule
@@ -93,6 +96,13 @@ def compare_logits(context: CheckContext) -> Outcome:
         by_rank = context.subject.logits(schedule)
     except SubjectFailure as failure:
         return _raised(failure, context, cases)
+    shapes = [tuple(torch.cat(own).shape) for own in by_rank]
+    expected = tuple(torch.cat(results.exact_logits).shape)
+    if wrong := [rank for rank, shape in enumerate(shapes) if shape != expected]:
+        outcome = Outcome(cases=cases, compared=0, rank=wrong[0], module="lm_head",
+                          tensors={"found": torch.cat(by_rank[wrong[0]])},
+                          finding=f"the logits are {shapes[wrong[0]]} on rank {wrong[0]}, they should be {expected}")
+        return _located(outcome, context, range(cases), otherwise="")
     digests = list(map(digest, by_rank))
     differing = [rank for rank, own in enumerate(digests) if own != digests[0]]
     if differing:
@@ -105,10 +115,6 @@ def compare_logits(context: CheckContext) -> Outcome:
     tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(results.baseline_logits),
                "exact": torch.cat(results.exact_logits)}
     found, baseline, exact = tensors.values()
-    if found.shape != exact.shape:
-        outcome = Outcome(cases=cases, compared=0, module="lm_head", tensors=tensors,
-                          finding=f"the logits are {tuple(found.shape)}, they should be {tuple(exact.shape)}")
-        return _located(outcome, context, range(cases))
     comparison = computation(found, baseline, exact, context.dtype, list(torch.cat(results.simulated_logits, 1)))
     if comparison.ok:
         chosen = {"choices": followed.choices, "near_ties": followed.flips, "choices_not_shown": followed.unseen}
@@ -139,7 +145,7 @@ def _raised(failure: SubjectFailure, context: CheckContext, cases: int) -> Outco
     return replace(outcome, finding=f"{place}; behind it {failure}", rank=place.rank, module=place.module)
 
 
-def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) -> Outcome:
+def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int], otherwise: str = BUILT_UP) -> Outcome:
     """The same finding with the first module over its budget, in the first of these sequences in which one is."""
     searches = []
     for sequence in sequences:
@@ -149,8 +155,7 @@ def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int]) 
     place = searches[-1].place
     left_out = f" ({searches[-1].left_out})" if searches[-1].left_out else ""
     if place is None:
-        return replace(outcome, finding=f"{outcome.finding}; no single module is over its budget: the error builds up over the "
-                                        f"layers{left_out}")
+        return replace(outcome, finding=f"{outcome.finding}{otherwise}{left_out}")
     extra: dict[str, Any] = {"token": place.token}
     if place.effect is not None:
         extra |= {"effect": place.effect.kind, "effect_text": place.effect.text}

@@ -6,6 +6,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,7 +190,8 @@ class _Alone:
     def _on_one_rank(self, kind: str) -> Outcome | None:
         if kind not in self._seen:
             alone = replace(self._plan, tp_sizes=(1,), kind=kind, case=None)
-            with self._make(alone.placement(1)) as subject:
+            outcomes: list[Outcome] = []
+            with suppress(SubjectFailure, CheckpointError), self._make(alone.placement(1)) as subject:  # then it is not known
                 context = CheckContext(results=self._results, subject=subject, options=_options(self._results),
                                        seed=alone.seed, kind=kind)
                 outcomes = _run(all_checks()["logits"], context, needs_model=True)

@@ -28,7 +28,8 @@ def install(site: Path) -> Path:
                                            "                    if not finder.__module__.startswith('__editable__')]\n")
     module, _, function = PROJECT["scripts"]["shardproof"].partition(":")
     (site / "bin").mkdir()
-    (site / "bin" / "shardproof").write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    (site / "bin" / "shardproof").write_text(f"import sys\nfrom {module} import {function}\n"
+                                              f"if __name__ == '__main__':\n    sys.exit({function}())\n")
     return site
 
 

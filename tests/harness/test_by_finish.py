@@ -171,6 +171,7 @@ def test_what_a_rank_does_not_show_is_not_within_budget_but_not_comparable(mixtr
     ((4, 6), [(4, 6), (4, 6)], None, None),
     ((4, 7), [(4, 4), (4, 3)], 1, [[0, 1, 2, 3], [4, 5, 6]]),
     ((4, 3, 8), [(4, 2, 8), (4, 1, 8)], 1, [[0, 1], [2]]),
+    ((5, 6), [(3, 6), (2, 6)], 0, [[0, 1, 2], [3, 4]]),
     ((4, 6), [(4, 3)] * 4, 1, [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]),
 ])
 def test_parts_are_told_by_their_shapes(whole: tuple[int, ...], by_rank: list[tuple[int, ...]], dim: int | None,
@@ -184,6 +185,7 @@ def test_parts_are_told_by_their_shapes(whole: tuple[int, ...], by_rank: list[tu
     assert [part.of(x).shape for part in parts] == [torch.Size(shape) for shape in by_rank]
 
 
-@pytest.mark.parametrize("by_rank", [[(4, 5), (4, 2)], [(2, 6), (2, 6)], [(4, 6), (4, 6, 1)], [(2, 3), (2, 3)], [(4, 4), (4, 4)]])
+@pytest.mark.parametrize("by_rank", [[(4, 5), (4, 2)], [(2, 6), (3, 6)], [(2, 3), (2, 3), (2, 6)], [(4, 6), (4, 6, 1)],
+                                     [(2, 3), (2, 3)], [(4, 4), (4, 4)]])
 def test_what_fits_no_rule_is_not_guessed(by_rank: list[tuple[int, ...]]) -> None:
     assert isinstance(match((4, 6), by_rank), str)

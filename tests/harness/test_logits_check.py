@@ -121,7 +121,9 @@ def test_a_wrong_eps_is_a_finding_of_its_kind_names_the_first_norm_and_runs_agai
         assert (model.kind, model.verdict) == (MODEL, "pass")
         assert (near_eps.kind, near_eps.verdict) == (NEAR_EPS, "finding")
         assert near_eps.module == "model.layers.0.input_layernorm"
-        assert near_eps.message.startswith("a small model of 2 layers with mean squares near eps=1e-05: logits of ")
+        assert near_eps.message.startswith(
+            "not TP: differs at tp_size=1 too, first at model.layers.0.input_layernorm; "
+            "a small model of 2 layers with mean squares near eps=1e-05: logits of ")
         saved = load_case(tmp_path / "logits-near-eps-tp2-threads.safetensors")
         assert replay(saved, folder)[1] == "it fails again, to the bit"
     assert replay(saved, folder)[1] == "it passes now"

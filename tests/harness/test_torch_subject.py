@@ -119,6 +119,19 @@ def test_what_is_not_of_the_file_on_one_rank_is_told_element_by_element(two_rank
     assert "it holds 1.0 where" in (found.finding or "")
 
 
+def parts_where_only_rank_0_loads(config: dict[str, Any], tp_rank: int, tp_size: int) -> Any:
+    from decoder import sequence_parallel_plan  # type: ignore[import-not-found]
+    from mistakes import only_rank_0_loads  # type: ignore[import-not-found]
+
+    return only_rank_0_loads(config, tp_rank, tp_size)[0], sequence_parallel_plan(config, tp_size)
+
+
+def test_of_a_sequence_that_is_cut_the_rank_with_the_wrong_tokens_is_named(two_ranks: AnyFunction, results_of: Load) -> None:
+    found = outcome("logits", two_ranks, f"{__name__}:parts_where_only_rank_0_loads", results_of("llama", "float32"))
+    assert (found.module, found.rank) == ("model.layers.0.input_layernorm", 1), found.finding
+    assert found.extra["token"] == 21  # rank 0 has the first 21 of 41
+
+
 def test_an_embedding_that_takes_its_ids_for_parts_has_too_many_rows(two_ranks: AnyFunction, results_of: Load) -> None:
     found = outcome("logits", two_ranks, "mistakes:embedding_without_input_layouts", results_of("llama", "float32"))
     assert "its output is of shape (1, 82, 48)" in (found.finding or "")
@@ -170,7 +183,7 @@ def test_the_command_tells_what_is_sharded(results_of: Load, tmp_path: Path) -> 
 
 
 def nothing_is_sharded(config: dict[str, Any], tp_rank: int, tp_size: int) -> Any:
-    from decoder import decoder  # type: ignore[import-not-found]
+    from decoder import decoder
 
     return decoder(config, tp_rank, tp_size)[0], {}
 
