@@ -100,13 +100,14 @@ def _loaded_beside(context: CheckContext, what: str, folder: Path, config: dict[
         return compare_shards(context, what, folder, config, index.dtype, index)
 
 
-def narrow_config(config: dict[str, Any], tp_size: int) -> dict[str, Any]:
-    """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly."""
+def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True) -> dict[str, Any]:
+    """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly, if ``uneven``."""
+    rest = 1 if uneven and tp_size > 1 else 0
     rope = dict(config.get("rope_parameters") or {})
     head_dim = 4 if rope.get("partial_rotary_factor", 1.0) == 1.0 else 8
-    intermediate_size = 5 * tp_size + (1 if tp_size > 1 else 0)
+    intermediate_size = 5 * tp_size + rest
     narrow = {**config, "hidden_size": head_dim * config["num_attention_heads"], "intermediate_size": intermediate_size,
-            "num_hidden_layers": 2, "vocab_size": 7 * tp_size + (1 if tp_size > 1 else 0), "max_position_embeddings": 64}
+            "num_hidden_layers": 2, "vocab_size": 7 * tp_size + rest, "max_position_embeddings": 64}
     if "head_dim" in config:
         narrow["head_dim"] = head_dim
     if config.get("sliding_window"):

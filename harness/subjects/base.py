@@ -141,6 +141,7 @@ class Subject(ABC):
     capabilities   those of ``CAPABILITIES`` that it has
     takes_ranks    whether it runs on ranks that live elsewhere (``Placement.ranks``)
     has_windows    whether sequences may be longer than a sliding window of the model
+    has_uneven     whether it computes with sizes that do not split evenly over its ranks, whatever the model
     tp_size        number of its ranks
     fabric         what joins them, for the report
     loaded         what is loaded; ranks that replace failed ones load it by themselves
@@ -150,6 +151,7 @@ class Subject(ABC):
     capabilities: ClassVar[frozenset[str]] = frozenset()
     takes_ranks: ClassVar[bool] = False
     has_windows: ClassVar[bool] = True
+    has_uneven: ClassVar[bool] = True
     tp_size: int
     fabric: str = ""
     loaded: Loaded | None = None

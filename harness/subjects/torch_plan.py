@@ -166,6 +166,7 @@ class TorchSubject(DTensorSubject):
     """Declares nothing but a model: its layers are torch's."""
 
     name: ClassVar[str] = "torch"
+    has_uneven: ClassVar[bool] = False  # a plan of plain tensors has DTensor guess that all ranks' parts are as long
     function: ClassVar[str]
     rank_class: ClassVar[type[TorchRank]] = TorchRank
 
