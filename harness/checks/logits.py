@@ -98,10 +98,9 @@ def compare_logits(context: CheckContext) -> Outcome:
         return _raised(failure, context, cases)
     shapes = [tuple(torch.cat(own).shape) for own in by_rank]
     expected = tuple(torch.cat(results.exact_logits).shape)
-    if wrong := [rank for rank, shape in enumerate(shapes) if shape != expected]:
-        outcome = Outcome(cases=cases, compared=0, rank=wrong[0], module="lm_head",
-                          tensors={"found": torch.cat(by_rank[wrong[0]])},
-                          finding=f"the logits are {shapes[wrong[0]]} on rank {wrong[0]}, they should be {expected}")
+    if (rank := next((rank for rank, shape in enumerate(shapes) if shape != expected), None)) is not None:
+        outcome = Outcome(cases=cases, compared=0, rank=rank, module="lm_head", tensors={"found": torch.cat(by_rank[rank])},
+                          finding=f"the logits are {shapes[rank]} on rank {rank}, they should be {expected}")
         return _located(outcome, context, range(cases), otherwise="")
     digests = list(map(digest, by_rank))
     differing = [rank for rank, own in enumerate(digests) if own != digests[0]]

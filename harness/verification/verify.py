@@ -178,7 +178,9 @@ class _Alone:
             return outcome
         if placement.tp_size == 1:
             self._seen[outcome.kind] = outcome
-        if outcome.finding is None or placement.ranks is not None:  # torchrun's ranks are as many as they are
+        if outcome.finding is None or self._results.wrongly_loaded:
+            return outcome
+        if placement.ranks is not None:  # torchrun's: they are as many as they are
             return outcome
         own = self._on_one_rank(outcome.kind)
         if own is None or own.finding is None:
