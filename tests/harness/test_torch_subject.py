@@ -81,7 +81,7 @@ def results_of(tiny_model: MakeModel) -> Callable[[str, str], ReferenceResults]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> Iterator[AnyFunction]:
-    with AnyFunction(Placement(tp_size=2, fabric="gloo", job_timeout_s=60)) as subject:
+    with AnyFunction(Placement(tp_size=2, fabric="gloo", job_timeout_s=300)) as subject:
         yield subject
 
 
