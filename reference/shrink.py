@@ -138,7 +138,7 @@ def tiny_config(model: str | Path | Mapping[str, Any], **changes: Any) -> Pretra
 
 
 def shrink(model: str | Path | Mapping[str, Any], folder: str | Path, *, seed: int = 0, dtype: str = "float32",
-           **changes: Any) -> Path:
+           own_names: bool = False, **changes: Any) -> Path:
     """Write a tiny random checkpoint of ``model``'s architecture into ``folder``, in the format in which its hub files are.
 
     Args:
@@ -146,6 +146,7 @@ def shrink(model: str | Path | Mapping[str, Any], folder: str | Path, *, seed: i
         folder: made if need be; must hold no checkpoint.
         seed: of the weights. A tensor's values follow from this and its name alone.
         dtype: of the tensors: one of `reference.writing.DTYPES`.
+        own_names: whether tensors are to be as the model itself has them, as training saves them at times.
         **changes: as for `tiny_config`.
 
     Returns:
@@ -163,7 +164,7 @@ def shrink(model: str | Path | Mapping[str, Any], folder: str | Path, *, seed: i
     config = tiny_config(model, **changes)
     with building(f"transformers can't build or save a tiny {config.model_type}"):
         network = tiny_model(config, seed=seed).to(DTYPES[dtype])
-        network.save_pretrained(folder)
+        network.save_pretrained(folder, save_original_format=not own_names)
     return folder
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from reference.shrink import HEADS, INTERMEDIATE, OWN_HEAD_DIM, VOCABULARY, WINDOW, tiny_config
 
@@ -44,11 +45,13 @@ class Layout:
     name             ``base``, or what is changed
     changes          fields of the tiny config, as ``reference.shrink.tiny_config`` takes them
     expert_parallel  whether whole experts are dealt to ranks
+    own_names        whether the checkpoint has the model's own tensors in place of those of the hub's files
     """
 
     name: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     expert_parallel: bool = False
+    own_names: bool = False
 
 
 BASE = Layout(name="base")
@@ -66,6 +69,8 @@ def layouts_of(architecture: str) -> list[Layout]:
     layouts = [BASE, *changes.values()]
     if getattr(type(config), "base_model_ep_plan", None):
         layouts.append(Layout(name="expert parallel", expert_parallel=True))
+    if get_checkpoint_conversion_mapping(config.model_type):
+        layouts.append(Layout(name="own names", own_names=True))
     return layouts
 
 

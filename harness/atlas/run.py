@@ -55,7 +55,7 @@ class Entry:
     @property
     def checkpoint(self) -> str:
         """The same for rows of one checkpoint, whatever ranks compute it."""
-        return repr((self.architecture, sorted(self.layout.changes.items()), self.dtype))
+        return repr((self.architecture, sorted(self.layout.changes.items()), self.layout.own_names, self.dtype))
 
     @property
     def name(self) -> str:
@@ -196,7 +196,8 @@ class _Atlas(ExitStack):
             self._checkpoint = entry.checkpoint
             folder = self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
             try:
-                shrink(entry.architecture, folder, seed=self._plan.seed, dtype=entry.dtype, **entry.layout.changes)
+                shrink(entry.architecture, folder, seed=self._plan.seed, dtype=entry.dtype, own_names=entry.layout.own_names,
+                       **entry.layout.changes)
                 self._results = ReferenceResults(folder, dtype=entry.dtype, seed=self._plan.seed,
                                                  schedule_lengths=SCHEDULE_LENGTHS, beyond_windows=True)
             except Exception as error:  # a library's, over a config that it does not take

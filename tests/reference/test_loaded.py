@@ -7,8 +7,7 @@ from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import random_checkpoint
 from reference.hf import Reference
 from reference.loaded import differences
-from reference.shrink import shrink, tiny_model
-from reference.shrink import tiny_config as tiny_config_of
+from reference.shrink import shrink
 from reference.writing import edited
 from tests.reference.tiny import tiny_config
 
@@ -40,8 +39,7 @@ def test_one_wrong_value_in_every_parameter_is_as_many_wrong_values(folders, mod
 
 @pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v4", "inkling2_text"])
 def test_files_under_the_models_own_names_are_compared_by_these(tmp_path, model_type):
-    model = tiny_model(tiny_config_of(model_type))
-    model.save_pretrained(tmp_path, save_original_format=False)
+    shrink(model_type, tmp_path, own_names=True)
     loaded = Reference.load(tmp_path, "float32").model
     assert list(differences(loaded, tmp_path)) == []
     name, parameter = next((name, x) for name, x in loaded.named_parameters() if "experts" in name)
