@@ -117,7 +117,7 @@ def _not_compared(judged: Judged, alone: Judged) -> Judged:
                    message=f"it {happens} on one rank too: {alone.message}")
 
 
-def _loaded(results: ReferenceResults, subject: TransformersSubject) -> Judged | None:
+def _loaded(results: ReferenceResults, subject: TransformersSubject, *, attempts: int = 2) -> Judged | None:
     """None; or what came of it instead."""
     try:
         subject.load(results.folder, dtype=results.dtype, options={"quiet": True})
@@ -126,6 +126,8 @@ def _loaded(results: ReferenceResults, subject: TransformersSubject) -> Judged |
             return _failed(subject_failure(error.__cause__), subject)
         return Judged(verdict="not compared", message=str(error))
     except SubjectFailure as failure:
+        if attempts > 1 and any(error.kind == "stuck" and error.consequence for error in failure.failures.values()):
+            return _loaded(results, subject, attempts=attempts - 1)  # it may have been slower to refuse, on a busy machine
         return _failed(failure, subject)
     return None
 
