@@ -75,8 +75,10 @@ class AtlasPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not issubclass(subject_class(self.subject), TransformersSubject):
+        subject = subject_class(self.subject)
+        if not issubclass(subject, TransformersSubject):
             raise UsageError(f"subject={self.subject!r}: the atlas knows the architectures of transformers alone; use verify")
+        subject.check_installed()
         known = causal_lm_types()
         if unknown := [name for name in self.architectures if name not in known]:
             raise UsageError(f"architectures={unknown} are unknown; the installed transformers has: {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Transformers' own tensor parallelism as a subject: its ``DistributedConfig`` in this project's rank processes.
 
 Two names: ``transformers`` shards by the model's own ``tp_plan``, ``transformers-ep`` by that and its ``ep_plan``, which deals
-whole experts to ranks. Both want transformers 5.17 or later, ``accelerate``, and ranks that are processes: its tensors are
+whole experts to ranks. Both want transformers 5.21 or later, ``accelerate``, and ranks that are processes: its tensors are
 DTensors, which need process groups.
 
 Steps that mix sequences are taken apart: each sequence runs by itself with a cache of its own, its first chunk as a prefill and
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -41,6 +43,8 @@ from reference.checkpoints import CheckpointError, read_config
 from reference.hf import DTYPES, Activations, joined, recording
 from reference.loaded import as_in_files
 
+OLDEST = "5.21"
+"""The first release that gives ranks uneven parts of a vocabulary."""
 EXPERT = re.compile(r"\.experts(\.|$)")
 
 
@@ -211,15 +215,27 @@ class TransformersSubject(DTensorSubject):
         """Refuse what transformers can't shard, before anything starts.
 
         Raises:
-            UsageError: if ranks would be threads, or ``accelerate`` is missing.
+            UsageError: if ranks would be threads; or as ``check_installed``.
             CheckpointError: if it is no causal language model of transformers.
         """
-        if importlib.util.find_spec("accelerate") is None:
-            raise UsageError(f"subject={cls.name!r}: transformers shards no model without accelerate: pip install accelerate")
+        cls.check_installed()
         super().check_fit(folder, placements)
         config = read_config(folder)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise CheckpointError(f"folder={folder}: model_type={config.model_type!r} is no causal LM of transformers")
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Refuse libraries that can't do what the checks ask for.
+
+        Raises:
+            UsageError: if ``accelerate`` is missing, or transformers is of before ``OLDEST``.
+        """
+        if importlib.util.find_spec("accelerate") is None:
+            raise UsageError(f"subject={cls.name!r}: transformers shards no model without accelerate: pip install accelerate")
+        if Version(transformers.__version__) < Version(OLDEST):
+            raise UsageError(f"subject={cls.name!r}: transformers={transformers.__version__} gives ranks no uneven parts, which "
+                             f"checks ask for: pip install 'transformers>={OLDEST}'")
 
     def sharded(self) -> Sharded:
         """How much of the loaded model is sharded."""

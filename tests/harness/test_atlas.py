@@ -20,10 +20,13 @@ from harness.errors import CouldNotRunError, UsageError
 from harness.interrupted import Interrupted
 from harness.subjects.base import SubjectFailure
 from harness.subjects.dtensor import plain
-from harness.subjects.transformers import TransformersRank, TransformersSubject
+from harness.subjects.transformers import OLDEST, TransformersRank, TransformersSubject
 from reference.shrink import tiny_config
 from reports.records import AtlasRow, read_report, write_report
 from tests.harness.test_exit_codes import run
+
+pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
+pytest.importorskip("transformers", minversion=OLDEST, reason=f"before {OLDEST} transformers gives ranks no uneven parts")
 
 TWO = SimpleNamespace(tp_size=2)
 ON_PURPOSE = '''Traceback (most recent call last):
@@ -178,7 +181,6 @@ class Swapped(TransformersSubject):
 @pytest.mark.multirank
 @pytest.mark.slow
 def test_weights_that_are_not_where_they_say_are_wrong_though_the_logits_are_right() -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
     (row,) = run_atlas(AtlasPlan(subject="tests.harness.test_atlas:Swapped", architectures=("llama",), layouts=("base",),
                                  tp_sizes=(2,))).atlas
     assert row.verdict == "wrong"
@@ -203,7 +205,6 @@ class Dying(TransformersSubject):
 @pytest.mark.multirank
 @pytest.mark.slow
 def test_a_rank_that_dies_is_a_row_and_the_next_one_runs_on_new_ranks() -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
     died, right = run_atlas(AtlasPlan(subject="tests.harness.test_atlas:Dying", architectures=("mistral", "llama"),
                                       layouts=("base",), tp_sizes=(2,))).atlas
     assert (died.verdict, died.rank) == ("crashed", 1), died.message
@@ -214,7 +215,6 @@ def test_a_rank_that_dies_is_a_row_and_the_next_one_runs_on_new_ranks() -> None:
 @pytest.mark.multirank
 @pytest.mark.slow
 def test_what_is_right_wrong_and_refused_is_called_so(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
     plan = AtlasPlan(architectures=("gpt2", "llama"), layouts=("base",), tp_sizes=(2,))
     refused, right = run_atlas(plan).atlas
     assert (refused.verdict, refused.message.partition(" Pass")[0]) == (

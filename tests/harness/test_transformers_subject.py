@@ -22,7 +22,7 @@ from harness.checks.logits import compare_logits
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.subjects.dtensor import plain
-from harness.subjects.transformers import ExpertParallelSubject, TransformersRank, TransformersSubject
+from harness.subjects.transformers import OLDEST, ExpertParallelSubject, TransformersRank, TransformersSubject
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.checkpoints import CheckpointError
@@ -31,6 +31,8 @@ from tests.harness.checking import OPTIONS, assert_green
 from tests.harness.conftest import MakeModel
 
 pytest.importorskip("accelerate", reason="accelerate is not installed here, and transformers shards no model without it")
+pytest.importorskip("transformers", minversion=OLDEST, reason=f"before {OLDEST} transformers gives ranks no uneven parts")
+
 pytestmark = pytest.mark.multirank
 
 LLAMA: dict[str, Any] = {
@@ -248,6 +250,12 @@ def test_what_can_not_be_sharded_is_refused(two_ranks: Faulty, tiny_model: MakeM
     two_ranks.load(five_heads, dtype="float32", options=OPTIONS)
     with pytest.raises(SubjectFailure, match="is invalid for input of size"):
         two_ranks.logits(ReferenceResults(five_heads, dtype="float32").schedule)
+
+
+def test_a_release_that_cuts_nothing_unevenly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.subjects.transformers.transformers.__version__", "5.20.0")
+    with pytest.raises(UsageError, match=r"transformers=5\.20\.0 gives ranks no uneven parts, which checks ask for: pip install"):
+        TransformersSubject.check_installed()
 
 
 def test_what_is_still_under_way_is_waited_for(two_ranks: Faulty) -> None:
