@@ -8,6 +8,8 @@ from typing import Literal
 
 from reports.rows import Record
 
+ALL_FAULTS = "all faults"
+"""In place of a fault's name: all of them together."""
 Answer = Literal["rounding", "bug", "can't tell"]
 
 

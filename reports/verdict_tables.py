@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from reports.text_tables import format_number
-from reports.verdict_rows import ScoreRow, VerdictRow, at_most
+from reports.verdict_rows import ALL_FAULTS, ScoreRow, VerdictRow, at_most
 
 YARDSTICKS = {"reference": "a float64 reference with simulated rounding, token by token", "noise": "another run that is right",
               "dtype": "the dtype alone"}
@@ -58,7 +58,7 @@ def scores_table(rows: Sequence[ScoreRow]) -> pd.DataFrame:
 
 def faults_table(rows: Sequence[ScoreRow]) -> pd.DataFrame:
     """One row a fault: the share of pairs in which each rule saw it, over all dtypes."""
-    faulty = [row for row in rows if row.planted]
+    faulty = [row for row in rows if row.planted not in ("", ALL_FAULTS)]
     rules = list(dict.fromkeys(row.rule for row in faulty))
     lines = []
     for planted in dict.fromkeys(row.planted for row in faulty):

@@ -46,8 +46,6 @@ SHARDS = (2, 3, 4, 8)
 """Numbers of ranks by which a vocabulary may be cut."""
 SHARING = 4
 """Tokens of one sequence that count as one value of their mean."""
-SMALLEST = 1e-3
-"""Of the root mean square: what is smaller counts as so large, where sizes are compared in logarithms."""
 MOST_TOKEN_IDS = 64
 """The most frequent token ids that are looked at by themselves."""
 
@@ -231,7 +229,8 @@ def _expected(tokens: Tokens, dtype: str, yardstick: Yardstick, noise: Tokens | 
         return np.zeros(len(tokens))
     if noise is None:
         return None
-    known = dict(zip(noise.key.tolist(), _logarithms(noise.difference / _by_dtype(noise, dtype)).tolist(), strict=True))
+    own = _logarithms(noise.difference / units(noise, dtype, "noise", noise))
+    known = dict(zip(noise.key.tolist(), own.tolist(), strict=True))
     return np.array([known.get(key, np.nan) for key in tokens.key.tolist()])
 
 
@@ -261,13 +260,13 @@ def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_s
 
 
 def _size_of(ratio_N: Floats) -> float:
-    """Root mean square; 1 where all are 0."""
-    return math.sqrt(float(np.mean(ratio_N**2))) or 1.0
+    """Root mean square, at least 1: less than one unit is rounding, whatever the others are."""
+    return max(1.0, math.sqrt(float(np.mean(ratio_N**2))))
 
 
 def _logarithms(ratio_N: Floats) -> Floats:
-    """Sizes in which a part is not called large for one token; 0 is no more than a small one."""
-    return np.log(np.abs(ratio_N) + SMALLEST * _size_of(ratio_N))
+    """Sizes in which a part is not called large for one token, nor for being above others that are all below one unit."""
+    return np.log(np.abs(ratio_N) + 1.0)
 
 
 def _reach_of_chance(tried: int) -> float:

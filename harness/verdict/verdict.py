@@ -33,9 +33,9 @@ from harness.verdict.sides import (
     read_prompts,
 )
 from harness.verdict.statistics import Judgement, judge, looks_like, sensitivity
-from harness.verdict.streams import Scored, Stream
+from harness.verdict.streams import Scored, Stream, StreamError
 from harness.verdict.tokens import DECODE, Floats, Tokens, align
-from harness.verification.budgets import VERDICT_LIMITS
+from harness.verification.budgets import UNIT_ROUNDOFF, VERDICT_LIMITS
 from reports.records import Report, VerdictPlaces, VerdictRow, VerdictTest
 
 MOST_PLACES = 2000
@@ -145,7 +145,7 @@ def verdict_row(a: Stream, b: Stream, noise: Stream | None, *, dtype: str = "aut
     """
     tokens = align(a, b)
     against_noise = align(a, noise) if noise is not None else None
-    known = dtype if dtype != "auto" else (b if a.is_reference else a).info.dtype or a.info.dtype or b.info.dtype
+    known = _dtype_of(a, b, dtype)
     vocab_size = a.info.vocab_size or b.info.vocab_size
     judgement = judge(tokens, dtype=known, noise=against_noise, vocab_size=vocab_size)
     row = VerdictRow(
@@ -168,6 +168,26 @@ def verdict_row(a: Stream, b: Stream, noise: Stream | None, *, dtype: str = "aut
         near, far = int(is_near.sum()), int((turned & ~is_near).sum())
     return replace(row, first=_first(judgement, tokens, beyond), flips_near_ties=near, flips=far,
                    places=_places(judgement, tokens), quantiles=_quantiles(judgement))
+
+
+def _dtype_of(a: Stream, b: Stream, dtype: str) -> str | None:
+    """In which both sides compute; of two the coarser, which rounds more; None if nobody says.
+
+    Raises:
+        StreamError: for a dtype that nobody knows, or a reference that simulates the rounding of another one.
+    """
+    said = {} if dtype != "auto" else {
+        name: side.info.dtype for name, side in (("A", a), ("B", b)) if side.info.dtype and not side.is_reference}
+    if unknown := {name: own for name, own in said.items() if own not in UNIT_ROUNDOFF}:
+        raise StreamError(f"dtype={unknown}: nobody knows how that rounds; give --dtype, one of {', '.join(UNIT_ROUNDOFF)}")
+    known = dtype if dtype != "auto" else max(said.values(), key=UNIT_ROUNDOFF.__getitem__, default=None)
+    for side in (a, b):
+        if side.is_reference and side.info.dtype:
+            if known not in (None, side.info.dtype):
+                raise StreamError(f"the reference shows what rounding of {side.info.dtype} does, and the other side computes in "
+                                  f"{known}: give --dtype {known}")
+            known = side.info.dtype
+    return known
 
 
 def _comparison(tokens: Tokens) -> str:

@@ -33,9 +33,10 @@ WORKS: dict[str, tuple[str, ...]] = {
     "bench": ("bench", "MODEL", "--device", "cpu"),
     "calibrate": ("calibrate", "--models", "1"),
     "compare": ("compare", "RECORD", "RECORD"),
+    "verdict": ("verdict", "MODEL", "MODEL", "--fabric", "threads"),
 }
 """A right command line of each command, but for the folder it writes to."""
-WRITES = ("verify", "faults", "bench", "calibrate", "compare")
+WRITES = ("verify", "faults", "bench", "calibrate", "compare", "verdict")
 
 
 def run(*arguments: str | Path) -> Result:
@@ -69,6 +70,7 @@ INSIDE = {
     "generate": "engine.llm.Stream.__next__",
     "fetch": "reference.checkpoints.resolve", "bench": "harness.bench.bench.Workers.get",
     "calibrate": "harness.studies.calibrate.run.CalibratePlan.tasks", "compare": "harness.bench.cli.write_comparison",
+    "verdict": "harness.verdict.verdict.align",
 }
 """What each command calls in the middle of its work."""
 

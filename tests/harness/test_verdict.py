@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from typer.testing import CliRunner, Result
 
 from harness.cli import app
@@ -15,8 +17,9 @@ from harness.subjects.base import Placement
 from harness.subjects.engine import EngineSubject
 from harness.verdict.scoring import Way, logprobs_of, schedule, score
 from harness.verdict.statistics import judge, looks_like, units
-from harness.verdict.streams import Scored, Stream, StreamInfo, read_stream, write_stream
+from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream, write_stream
 from harness.verdict.tokens import Tokens, align
+from harness.verdict.verdict import verdict_row
 from harness.verification.budgets import UNIT_ROUNDOFF
 from reports.records import read_report
 from tests.harness.conftest import MakeModel
@@ -160,6 +163,23 @@ def test_the_engine_is_scored_by_the_logits_that_a_check_sees(model: Path) -> No
         assert all(len(top) == 2 for top in one.top[1:])
 
 
+def test_of_two_dtypes_the_coarser_rounds_and_an_unknown_one_or_another_ones_reference_is_refused() -> None:
+    a = drawn(1)
+
+    def of(stream: Stream, dtype: str | None) -> Stream:
+        return replace(stream, info=replace(stream.info, dtype=dtype))
+
+    assert verdict_row(of(a, "float32"), of(rounded(a, 2), "bfloat16"), None).dtype == "bfloat16"
+    assert verdict_row(of(a, None), of(rounded(a, 2), None), None).answer == "can't tell"
+    with pytest.raises(StreamError, match=r"'A': 'fp8'.*give --dtype"):
+        verdict_row(of(a, "fp8"), a, None)
+    exact = tuple(replace(one, rounding=(0.01,) * len(one.token_ids)) for one in a.sequences)
+    reference = of(replace(a, sequences=exact), "float16")
+    with pytest.raises(StreamError, match="rounding of float16 does, and the other side computes in bfloat16"):
+        verdict_row(a, reference, None)
+    assert verdict_row(of(a, None), reference, None).yardstick == "reference"
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["verdict", *map(str, arguments)])
 
@@ -216,3 +236,28 @@ def test_what_can_not_be_compared_is_told_in_a_line(tmp_path: Path, arguments: t
     assert (result.exit_code, result.stdout) == (code, ""), result.output
     assert len(result.stderr.splitlines()) == 1
     assert says in result.stderr
+
+
+def test_a_trainer_is_rounding_with_equal_weights_and_a_bug_one_step_later(model: Path, tmp_path: Path) -> None:
+    """As docs/verdict.md has it: a forward in training mode writes its side, the engine's rollout scores the same tokens."""
+    trainer = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(trainer.parameters(), lr=1e-3)
+    draw = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, VOCABULARY, (12, 48), generator=draw)
+
+    def write(path: Path) -> Path:
+        logits = trainer(batch).logits.float()
+        logprobs = logits[:, :-1].log_softmax(-1).gather(-1, batch[:, 1:, None]).squeeze(-1)
+        with StreamWriter(path, source="a trainer", dtype="bfloat16") as stream:
+            for token_ids, values in zip(batch.tolist(), logprobs.tolist(), strict=True):
+                stream.write(token_ids, [None, *values])
+        loss = -logprobs.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return path
+
+    equal, later = write(tmp_path / "equal.jsonl"), write(tmp_path / "later.jsonl")
+    for stream, code in ((equal, 0), (later, 1)):
+        result = run(stream, model, "--tp", "2", "--fabric", "threads", "--out", tmp_path)
+        assert result.exit_code == code, result.output
