@@ -37,7 +37,7 @@ SOURCES = [path for folder in ("engine", "reference", "harness", "reports", "tes
            for path in sorted((ROOT / folder).rglob("*.py"))]
 SHELL = {"git", "cat"}
 """Programs of a workflow's shell that are not held against anything."""
-MODULES = {"harness.studies.aa", "harness.studies.scoreboard", "reports.by_seed", "reports.same_power",
+MODULES = {"harness.studies.aa", "harness.studies.oracle", "harness.studies.scoreboard", "reports.by_seed", "reports.same_power",
            "tests.benchmarks.kernels_gpu", "tests.benchmarks.live_ranks"}
 """Run by ``python -m``; their ``main`` parses with argparse before all else."""
 
