@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypedDict
 
 import torch
@@ -25,7 +24,7 @@ from engine.checkpoint.checkpoint_files import (
 from engine.checkpoint.config_rules import LARGEST_SIZE, check_values
 from engine.kernels.ieee import LEAF
 from engine.kernels.invariant_matmul import MAX_RANKS
-from engine.layers.rotary import rope_tables
+from engine.layers.rotary import FrequenciesAlone, rope_frequencies, rope_tables
 from engine.models.registry import FAMILIES, family_of
 from engine.models.table import Family
 
@@ -67,7 +66,7 @@ class ModelConfig:
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
     hf_config: Any
-    """The transformers config: RoPE is computed from it, by transformers' own functions where it is more than plain."""
+    """The transformers config, whose own functions compute RoPE where it is more than plain; on ranks, what came of that."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -97,11 +96,8 @@ class ModelConfig:
         return f"max_position_embeddings={limit} of the model"
 
     def for_ranks(self) -> ModelConfig:
-        """The same, to be sent to ranks: where it can, without an object of transformers, which takes seconds to import."""
-        rope = self.hf_config.rope_parameters
-        if rope.get("rope_type", "default") != "default":
-            return self  # those tables are made by functions of transformers, from an object of theirs
-        return replace(self, hf_config=SimpleNamespace(rope_parameters=dict(rope)))
+        """The same, to be sent to ranks: without the object of transformers, whose module each rank would import for seconds."""
+        return replace(self, hf_config=FrequenciesAlone(rope_frequencies(self.hf_config, self.head_dim)))
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:

@@ -286,16 +286,16 @@ def test_the_options_of_llm_that_type_checkers_see_are_the_fields_of_its_configu
 
 
 def test_what_ranks_import_and_are_sent_brings_no_transformers(tmp_path: Path) -> None:
-    """They would wait seconds for it. A llama3 RoPE is made by functions of transformers: that config travels as it is."""
-    plain = model_config()
-    tables = [rope_tables(config.hf_config, 8, 40) for config in (plain, plain.for_ranks())]
-    assert all(map(torch.equal, *tables))
-    sent = tmp_path / "config.pickle"
-    sent.write_bytes(pickle.dumps(plain.for_ranks()))
+    """They would wait seconds for it."""
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64}
+    sent = tmp_path / "configs.pickle"
+    configs = [model_config(), model_config(rope_parameters=llama3)]
+    sent.write_bytes(pickle.dumps([config.for_ranks() for config in configs]))
     code = ("import pickle, sys; from pathlib import Path; import engine.execution.core, engine.ranks.rank_loop; "
-            "pickle.loads(Path(sys.argv[1]).read_bytes()); sys.exit('transformers' in sys.modules)")
+            "from engine.layers.rotary import rope_tables; configs = pickle.loads(Path(sys.argv[1]).read_bytes()); "
+            "Path(sys.argv[1]).write_bytes(pickle.dumps([rope_tables(config.hf_config, 8, 40) for config in configs])); "
+            "sys.exit('transformers' in sys.modules)")
     subprocess.run([sys.executable, "-c", code, str(sent)], check=True, timeout=120)
-    scaled = model_config(rope_parameters={
-        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64})
-    assert scaled.for_ranks() is scaled
+    for config, found in zip(configs, pickle.loads(sent.read_bytes()), strict=True):
+        assert all(map(torch.equal, rope_tables(config.hf_config, 8, 40), found))
