@@ -244,7 +244,7 @@ def _preload() -> list[str]:
     names = ["torch", "torch.distributed", rank_loop.__name__]
     # Seconds of import for each rank that will run the engine, and no use to ranks that will not.
     names += [name for name in ("engine.execution.core",) if name in sys.modules]
-    # A model's config comes to every rank as an object of transformers, whose module brings hundreds along.
+    # Jobs may be given a config that is an object of transformers, whose module brings hundreds along.
     names += [name for name in sys.modules if name.startswith("transformers.models.") and ".configuration_" in name]
     main_spec = getattr(sys.modules["__main__"], "__spec__", None)
     if main_spec is not None and main_spec.parent:
