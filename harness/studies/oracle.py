@@ -13,13 +13,14 @@ from dataclasses import replace
 from functools import partial
 
 from engine.ranks.ranks import RankFailure
-from harness.checks.base import together
-from harness.checks.invariance import CHECK
+from harness.checks.base import CheckContext, together
+from harness.checks.invariance import CHECK, OPTIONS
 from harness.faults import FAULTS, Fault
 from harness.faults.base import plant, remove
 from harness.faults.models import FaultModels, Planted
-from harness.subjects.base import Placement, SubjectFailure
+from harness.subjects.base import Placement, Schedule, SubjectFailure
 from harness.subjects.engine import EngineSubject
+from harness.verification.budgets import digest
 from reference.checkpoints import CheckpointError
 
 
@@ -57,8 +58,18 @@ def examine(models: FaultModels, fault: Fault) -> str:
     if outcome.error is not None:
         return f"refused: {outcome.error[:80]}"
     if outcome.finding is None:
-        return "not seen"
+        with planted_alone(fault) as planted_one, EngineSubject(Placement(tp_size=1)) as one:
+            changed = len({_logits(subject, context) for subject in (planted_one, one)}) > 1
+        return "not seen: one rank does the same" if changed else "not seen: it changes nothing in this mode"
     return f"seen: {outcome.module}" if outcome.tensors else f"seen: {outcome.finding.splitlines()[0][:60]}"
+
+
+def _logits(subject: EngineSubject, context: CheckContext) -> bytes:
+    """Digest of the logits of the context's sequences."""
+    sequences = context.results.schedule.sequences
+    subject.load(context.results.folder, dtype=context.dtype, options=OPTIONS)
+    return digest(subject.logits(Schedule(sequences=sequences, steps=tuple(
+        ((number, len(sequence)),) for number, sequence in enumerate(sequences))))[0])
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from harness.studies.oracle import asked_of, examine
 def test_a_lost_sum_is_seen_and_an_eps_that_all_ranks_have_is_not() -> None:
     with FaultModels() as models:
         assert examine(models, FAULTS["never-reduced"]) == "seen: model.layers.0.self_attn.o_proj"
-        assert examine(models, FAULTS["eps-by-default"]) == "not seen"
+        assert examine(models, FAULTS["eps-by-default"]) == "not seen: one rank does the same"
+        assert examine(models, FAULTS["fused-qkv-cut-naively"]) == "not seen: it changes nothing in this mode"
 
 
 def test_what_is_no_matter_of_ranks_logits_is_not_asked() -> None:
