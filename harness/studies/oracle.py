@@ -58,10 +58,16 @@ def examine(models: FaultModels, fault: Fault) -> str:
     if outcome.error is not None:
         return f"refused: {outcome.error[:80]}"
     if outcome.finding is None:
-        with planted_alone(fault) as planted_one, EngineSubject(Placement(tp_size=1)) as one:
-            changed = len({_logits(subject, context) for subject in (planted_one, one)}) > 1
-        return "not seen: one rank does the same" if changed else "not seen: it changes nothing in this mode"
+        return f"not seen: {why_not(fault, context)}"
     return f"seen: {outcome.module}" if outcome.tensors else f"seen: {outcome.finding.splitlines()[0][:60]}"
+
+
+def why_not(fault: Fault, context: CheckContext) -> str:
+    """Why ranks and rank agree: the fault is in both, or what it patches does not run in this mode."""
+    with EngineSubject(Placement(tp_size=1)) as one:  # before the fault is planted: both live in this process
+        clean = _logits(one, context)
+    with planted_alone(fault) as one:
+        return "one rank does the same" if _logits(one, context) != clean else "it changes nothing in this mode"
 
 
 def _logits(subject: EngineSubject, context: CheckContext) -> bytes:
