@@ -26,8 +26,8 @@ NO_ARITHMETIC = re.compile(
 # Of what is off (None or 0), the value that turns it on.
 TURNED_ON: Mapping[str, Any] = {
     "attention_chunk_size": WINDOW, "attn_logit_softcapping": 5.0, "clip_qkv": 0.5, "final_logit_softcapping": 5.0,
-    "first_k_dense_replace": 1, "n_shared_experts": 1, "num_kv_shared_layers": 1, "num_shared_experts": 1, "q_lora_rank": 24,
-    "shared_intermediate_size": INTERMEDIATE, "sliding_window": WINDOW, "swiglu_limit": 1.0,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "num_kv_shared_layers": 1, "num_shared_experts": 1, "pad_token_id": 7,
+    "q_lora_rank": 24, "shared_intermediate_size": INTERMEDIATE, "sliding_window": WINDOW, "swiglu_limit": 1.0,
 }
 # Sizes to cut: by the name that all architectures share, or by any name of this form.
 SIZES: tuple[tuple[str, tuple[int, ...]], ...] = (
