@@ -174,9 +174,9 @@ _declare(
     "scaling-of-attention-lost",
     "The factor by which YaRN scales attention is left out where the config does not spell it out.",
     ("attention",),
-    (rotary_module, "rope_tables",
+    (rotary_module, "rope_frequencies",
      "inv_freq_D, scaling = ROPE_INIT_FUNCTIONS",
-     'scaling = parameters.get("attention_factor") or 1.0\n        inv_freq_D, _ = ROPE_INIT_FUNCTIONS'),
+     'scaling = parameters.get("attention_factor") or 1.0\n    inv_freq_D, _ = ROPE_INIT_FUNCTIONS'),
     layout="llama-yarn", field="ModelConfig.hf_config",
 )
 _declare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,16 @@ MANY_SIZES = (2, 3, 4, 5, 6, 8)
 
 QUICK = tuple(name for name in CHECK_NAMES if name != "lifecycle")
 """Without the one that takes ten seconds and does not depend on the model."""
-WITHOUT_REQUESTS = tuple(name for name in QUICK if name != "generation")
-"""Most of that one's requests are to a model of its own, and take minutes on many threads."""
+WITHOUT_GENERATION = tuple(name for name in QUICK if name != "generation")
+
+
+@pytest.fixture
+def without_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go to a model of the check's own, whatever the layout: ``test_processes_are_green_too`` runs them."""
+    check = all_checks()["generation"]
+    parts = tuple(part for part in check.parts if part.kinds != ("requests",))
+    assert len(parts) == len(check.parts) - 1
+    monkeypatch.setitem(all_checks(), "generation", replace(check, parts=parts))
 
 
 def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) -> Report:
@@ -43,6 +52,7 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
     return report
 
 
+@pytest.mark.usefixtures("without_requests")
 @pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype", "tp_sizes"), [
     ("llama", 9, 3, "bfloat16", (2, 3, 5)),  # KV heads shared by two ranks, one each, fewer than ranks
     ("qwen2", 10, 5, "float32", (4,)),
@@ -54,13 +64,13 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
                                                     dtype: str, tp_sizes: tuple[int, ...]) -> None:
     folder = tiny_model(small_config(family, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads), dtype)
-    report = green(folder, tp_sizes, "threads", checks=WITHOUT_REQUESTS)
-    green(folder, tp_sizes[:1], "threads", checks=("generation",))
+    report = green(folder, tp_sizes, "threads")
     assert {row.fabric for row in report.checks} == {"threads"}
     assert {row.dtype for row in report.checks} == {dtype}
     assert report.run.switches["reference attention"] == "sdpa"
 
 
+@pytest.mark.usefixtures("without_requests")
 def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel) -> None:
     """The layout of Phi-4-mini: three query heads a KV head, tied, fused on disk; a sequence ends at the original length."""
     factors = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]}
@@ -68,12 +78,11 @@ def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel
                           partial_rotary_factor=0.75, original_max_position_embeddings=96,
                           rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors})
     folder = tiny_model(config, "bfloat16")
-    green(folder, (2, 3, 4), "threads", checks=WITHOUT_REQUESTS)
-    green(folder, (2,), "threads", checks=("generation",))
+    green(folder, (2, 3, 4), "threads")
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("family", "checks"), [("llama", QUICK), ("qwen3", WITHOUT_REQUESTS)])
+@pytest.mark.parametrize(("family", "checks"), [("llama", QUICK), ("qwen3", WITHOUT_GENERATION)])
 def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tuple[str, ...]) -> None:
     folder = tiny_model(small_config(family, num_q_heads=9, num_kv_heads=3), "bfloat16")
     report = green(folder, (1, 3), "auto", checks=checks)
@@ -85,7 +94,7 @@ def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tup
 def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -> None:
     config = data.draw(model_configs(tp_size))
     with tempfile.TemporaryDirectory() as folder:
-        green(random_checkpoint(folder, config, dtype=dtype), (tp_size,), "threads", checks=WITHOUT_REQUESTS)
+        green(random_checkpoint(folder, config, dtype=dtype), (tp_size,), "threads", checks=WITHOUT_GENERATION)
 
 
 class Given(NamedTuple):
