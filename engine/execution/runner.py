@@ -21,8 +21,8 @@ from engine.models.parts import ORDINARY, Parts
 from engine.models.registry import family_of
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
-from engine.scheduling.batch import IN_FLIGHT, StepBatch, profiling_batch
-from engine.scheduling.sequence import TokenLogprobs
+from engine.scheduling.batch import StepBatch, profiling_batch
+from engine.scheduling.sequence import IN_FLIGHT, TokenLogprobs
 
 _HANGS = "waits for a captured decode step that its device does not finish: a rank that takes part in it did not come"
 
@@ -176,11 +176,12 @@ class Runner:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
         replays = self.graphs is not None and self.graphs.can_run(batch)
         if replays:
+            newest_M = self.last_token_M.clone() if batch.sampling.processing is not None else self.last_token_M
             logits, token_R = self._replay(batch)
             if batch.sampling.needs_whole_logits:
                 # The graph draws from all there is; these rows are drawn again from what they may take.
                 logits = self.model.lm_head.whole(logits)
-                token_R = self._draw(logits, batch.to(self.device))
+                token_R = self._draw(logits, batch.to(self.device), newest_M)
         else:
             logits, token_R = self._step(batch.to(self.device))
         row_L = batch.sampling.logprob_row_L
@@ -241,14 +242,16 @@ class Runner:
         logits = head.shard_logits(hidden_RE)
         if batch.sampling.needs_whole_logits:
             logits = head.whole(logits)
-        return logits, self._draw(logits, batch)
+        return logits, self._draw(logits, batch, self.last_token_M)
 
-    def _draw(self, logits: Tensor, batch: StepBatch) -> Tensor:
+    def _draw(self, logits: Tensor, batch: StepBatch, newest_M: Tensor) -> Tensor:
+        """Draw, and keep what was drawn. ``newest_M``: what was drawn in each row before."""
+        rows_R = batch.rows_S if batch.draws_after_every_token else batch.rows_S[batch.sample_S]
         if self.tp.size == 1 or batch.sampling.needs_whole_logits:
-            token_R = sample(logits, batch.sampling, **self.parts.drawing)
+            newest_R = None if batch.sampling.processing is None else newest_M[rows_R]
+            token_R = sample(logits, batch.sampling, newest_R, **self.parts.drawing)
         else:
             token_R = sample_shards(logits, batch.sampling, self.model.lm_head.shard, self.tp, **self.parts.drawing)
-        rows_R = batch.rows_S if batch.draws_after_every_token else batch.rows_S[batch.sample_S]
         self.last_token_M[rows_R] = token_R
         return token_R
 

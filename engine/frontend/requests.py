@@ -63,6 +63,7 @@ class Admission:
         eos = () if params.ignore_eos else self.model_config.eos_token_ids
         seed = derive_seed("request", self.seed, output.request_id) if params.seed is None else params.seed
         prompt_token_ids = tuple(output.prompt_token_ids)
+        bad_words = tuple(ids for word in params.bad_words or () for ids in _as_written(self.tokenizer, word))
         completions = {}
         for index in range(params.n):
             request = Request(
@@ -72,6 +73,7 @@ class Admission:
                 seed=derive_seed("completion", seed, index) if index else seed,
                 max_tokens=min(room, params.max_tokens or room),
                 stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
+                bad_words=bad_words,
             )
             completions[request.request_id] = OngoingCompletion(request, index, self._pieces[params.skip_special_tokens], eos,
                                                                 streams=streams)
@@ -84,8 +86,10 @@ class Admission:
         if len(token_ids) >= self.max_model_len:
             raise ValueError(f"len(token_ids)={len(token_ids)} leaves no room to generate in max_model_len={self.max_model_len}")
         vocab_size = self.model_config.vocab_size
-        stop_ids: Sequence[Any] = params.stop_token_ids
-        for name, ids in (("token_id", token_ids), ("stop_token_id", stop_ids)):
+        named: dict[str, Sequence[Any]] = {
+            "token_id": token_ids, "stop_token_id": params.stop_token_ids, "allowed_token_id": params.allowed_token_ids or (),
+            "logit_bias token_id": tuple(params.logit_bias or ())}
+        for name, ids in named.items():
             if _are_ints_below(vocab_size, ids):
                 continue
             for token_id in ids:
@@ -93,10 +97,20 @@ class Admission:
                     raise ValueError(f"{name}={reprlib.repr(token_id)} must be an integer")
                 if not 0 <= int(token_id) < vocab_size:
                     raise ValueError(f"{name}={token_id!r} is outside the vocabulary of vocab_size={vocab_size}")
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop_strings!r} needs a tokenizer, and the model folder holds none: "
-                             "give stop_token_ids")
+        for name, strings, instead in (("stop", params.stop_strings, "stop_token_ids"),
+                                       ("bad_words", params.bad_words, "logit_bias")):
+            if strings and self.tokenizer is None:
+                raise ValueError(f"{name}={strings!r} needs a tokenizer, and the model folder holds none: give {instead}")
         return [int(token_id) for token_id in token_ids]
+
+
+def _as_written(tokenizer: Any, word: str) -> list[tuple[int, ...]]:
+    """Token ids of a word at the beginning of a text, and after a space where that changes its first token alone.
+
+    As in vLLM: after a space counts if it has as many tokens and another first one.
+    """
+    bare, spaced = (tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " "))
+    return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]
 
 
 def _are_ints_below(limit: int, values: Sequence[Any]) -> bool:

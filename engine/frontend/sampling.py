@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -12,6 +13,8 @@ GREEDY_BELOW = 1e-5
 MAX_TEMPERATURE = 1e6
 MAX_LOGPROBS = 20
 MAX_N = 16_384
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,16 @@ class SamplingParams:
         temperature: below 1e-5 is greedy; otherwise logits are divided by it.
         top_k: keep the k best tokens; -1 or 0 keeps all.
         top_p: keep the smallest set of best tokens whose probability reaches top_p (nucleus sampling, Holtzman et al. 2020).
+        min_p: keep the tokens whose probability is at least min_p times the best one's (Nguyen et al. 2024); before top_k and
+            top_p.
+        presence_penalty: taken from the logit of each token that was generated before, from -2 to 2.
+        frequency_penalty: taken from it once for each time that it was generated, from -2 to 2.
+        repetition_penalty: divides the positive and multiplies the negative logit of each token of the prompt or the text
+            (Keskar et al. 2019); above 0, and 1 changes nothing.
+        logit_bias: added to the logits of some token ids, cut off at -100 and 100.
+        allowed_token_ids: no other token is drawn; ``None`` allows all.
+        bad_words: strings that are not generated: the last token of one is not drawn where those before it stand. Each is
+            looked for as the tokenizer writes it, at the beginning of a text and after a space.
         seed: the same seed and prompt give the same text at any tp_size and in any batch, up to rounding of the logits;
             without one, the engine's seed and the request's number are used. Completions of one prompt differ by their index.
         max_tokens: most tokens to generate; ``None``: up to the model's length.
@@ -43,6 +56,13 @@ class SamplingParams:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -61,6 +81,23 @@ class SamplingParams:
                f"must be 1 with temperature={self.temperature}: greedy completions are all the same")
         _check("top_k", self.top_k, is_integer(self.top_k) and self.top_k >= -1, "must be -1 or 0 (all), or above")
         _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1, "must lie in (0, 1]")
+        _check("min_p", self.min_p, _is_number(self.min_p) and 0 <= self.min_p <= 1, "must lie in [0, 1]; 0 keeps all")
+        for name in ("presence_penalty", "frequency_penalty"):
+            penalty = getattr(self, name)
+            _check(name, penalty, _is_number(penalty) and abs(penalty) <= MAX_PENALTY, "must lie in [-2, 2]; 0 changes nothing")
+        _check("repetition_penalty", self.repetition_penalty,
+               _is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+               "must be a number above 0; 1 changes nothing")
+        bias: Any = {} if self.logit_bias is None else self.logit_bias
+        _check("logit_bias", self.logit_bias, isinstance(bias, Mapping) and all(map(is_integer, bias)) and
+               all(_is_number(value) and not math.isnan(value) for value in bias.values()), "must map token ids to numbers")
+        _check("allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids is None
+               or (_is_list(self.allowed_token_ids) and bool(self.allowed_token_ids)
+                   and all(is_integer(each) for each in self.allowed_token_ids)),
+               "must be a list of token ids with at least one, or None")
+        words: Any = () if self.bad_words is None else self.bad_words
+        _check("bad_words", self.bad_words, _is_list(words) and all(isinstance(each, str) and each.strip() for each in words),
+               "must be a list of strings, none of them empty or of spaces alone")
         _check("seed", self.seed, self.seed is None or (is_integer(self.seed) and 0 <= self.seed < 2**63),
                "must lie in [0, 2**63), or be None")
         _check("max_tokens", self.max_tokens, self.max_tokens is None or (is_integer(self.max_tokens) and self.max_tokens >= 1),
@@ -84,14 +121,23 @@ class SamplingParams:
         for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(map(int, stop_ids)))
+        object.__setattr__(self, "logit_bias", {int(token_id): min(max(float(value), -MAX_BIAS), MAX_BIAS)
+                                                for token_id, value in bias.items()})
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(map(int, self.allowed_token_ids)))
+        object.__setattr__(self, "bad_words", tuple(words))
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

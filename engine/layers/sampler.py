@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch
 from engine.layers.dispatch import pick
+from engine.layers.logits_processors import process_logits
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import VocabShard
 from engine.scheduling.batch import SamplingBatch
@@ -64,10 +65,17 @@ class LogprobTensors(NamedTuple):
     top_rank_LK: Tensor
 
 
-def sample(logits_RV: Tensor, sampling: SamplingBatch, drawing: Drawing = ORDINARY_DRAWING) -> Tensor:
-    """Token ids ``[R]`` int64 from whole, unpadded logits; -1 (``NO_TOKEN``) where a logit is NaN or +inf, or all are -inf."""
+def sample(logits_RV: Tensor, sampling: SamplingBatch, newest_R: Tensor | None = None,
+           drawing: Drawing = ORDINARY_DRAWING) -> Tensor:
+    """Token ids ``[R]`` int64 from whole, unpadded logits; -1 (``NO_TOKEN``) where a logit is NaN or +inf, or all are -inf.
+
+    newest_R  the newest token of each row's sequence, for ``sampling.processing``
+    """
     if sampling.banned_row_X.numel():
         logits_RV = logits_RV.index_put((sampling.banned_row_X, sampling.banned_token_X), logits_RV.new_tensor(-torch.inf))
+    if sampling.processing is not None:
+        assert newest_R is not None, "processing goes by the newest token"
+        logits_RV = process_logits(logits_RV, sampling.processing, newest_R)
     if sampling.filters:
         logits_RV = drawing.filter(logits_RV, sampling.temperature_R, sampling.top_k_R, sampling.top_p_R)
     _, token_R = drawing.argmax(logits_RV, sampling.temperature_R, sampling.seed_R, sampling.position_R)

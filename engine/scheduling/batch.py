@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.scheduling.processing import Processing, bad_words_that_end, build_processing
 from engine.scheduling.scheduler import Chunk
+from engine.scheduling.sequence import IN_FLIGHT
 
 PAD_SLOT = -1
-IN_FLIGHT = -1
 MAX_TOP_K = 2**31 - 1
 
 
@@ -35,11 +36,13 @@ class SamplingBatch:
     position_R: Tensor
     """int64, of the token to draw in its sequence; (seed, position) keys the random numbers"""
     banned_row_X: Tensor
-    """int64: stop tokens of sequences below their ``min_tokens``"""
+    """int64: stop tokens of sequences below their ``min_tokens``, and the last tokens of bad words"""
     banned_token_X: Tensor
     """int64"""
     filters: bool
     """Some row has a top_k or top_p."""
+    processing: Processing | None = None
+    """What changes the logits of some rows; None if nothing does"""
     logprob_row_L: Tensor | None = None
     """int64: rows that want log-probabilities; None if none does"""
     num_logprobs: int = 0
@@ -47,8 +50,9 @@ class SamplingBatch:
 
     @property
     def needs_whole_logits(self) -> bool:
-        """Whether some row is filtered, has banned tokens, or wants log-probabilities."""
-        return self.filters or self.banned_row_X.numel() > 0 or self.logprob_row_L is not None
+        """Whether some row is filtered, changed, has banned tokens, or wants log-probabilities."""
+        return (self.filters or self.processing is not None or self.banned_row_X.numel() > 0
+                or self.logprob_row_L is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +103,8 @@ class StepBatch:
         """The same batch with its tensors on ``device``."""
         if device.type == "cpu":
             return self
-        sampling = replace(self.sampling, **_tensors(self.sampling, device))
+        processing = None if self.sampling.processing is None else self.sampling.processing.to(device)
+        sampling = replace(self.sampling, processing=processing, **_tensors(self.sampling, device))
         return replace(self, sampling=sampling, **_tensors(self, device))
 
 
@@ -165,7 +170,7 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         # So many tokens were generated before the one at `position`.
         if position - chunk.sequence.num_prompt_tokens < chunk.sequence.request.params.min_tokens
         for token_id in sorted(chunk.sequence.request.stop_token_ids)
-    ]
+    ] + [(row, token_id) for row, chunk in enumerate(chunks) for token_id in bad_words_that_end(chunk)]
     logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
     return SamplingBatch(
         temperature_R=_tensor([0.0 if p.is_greedy else p.temperature for p in params], np.float32),
@@ -176,6 +181,7 @@ def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
         banned_row_X=_tensor([row for row, _ in banned], np.int64),
         banned_token_X=_tensor([token_id for _, token_id in banned], np.int64),
         filters=any(p.top_k > 0 or p.top_p < 1 for p in params),
+        processing=build_processing(chunks),
         logprob_row_L=_tensor(logprob_rows, np.int64) if logprob_rows else None,
         num_logprobs=max((p.logprobs or 0 for p in params), default=0),
     )

@@ -9,6 +9,8 @@ from engine.frontend.sampling import SamplingParams
 
 NO_TOKEN = -1
 """What is drawn from logits that are not finite. All ranks see the same logits, and hence the same of this."""
+IN_FLIGHT = -1
+"""In a step's inputs, a token that the host does not know yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class Request:
     max_tokens: int
     """Most tokens to generate: the parameters' limit and the model's length, whichever is smaller."""
     stop_token_ids: frozenset[int]
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token ids of each, as the tokenizer writes them."""
 
 
 class TokenLogprobs(NamedTuple):

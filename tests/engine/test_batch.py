@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.frontend.sampling import SamplingParams
-from engine.scheduling.batch import IN_FLIGHT, StepBatch, build_batch
+from engine.scheduling.batch import StepBatch, build_batch
 from engine.scheduling.scheduler import Chunk
-from engine.scheduling.sequence import Request, Sequence
+from engine.scheduling.sequence import IN_FLIGHT, Request, Sequence
 from tests.engine.support import FEW, MANY
 
 
