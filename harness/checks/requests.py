@@ -30,6 +30,8 @@ NUM_DRAWS = 64
 """Completions of one token, of which the frequencies are looked at."""
 FREE = {"seed", "temperature", "ignore_eos", "max_tokens"}
 """Parameters of a request that nothing but its length ends."""
+CHANGING = {"min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
+"""Parameters that may leave few tokens to draw."""
 CROWD, CROWD_PROMPT = 3, 45
 """Requests that fit with their prompts and not with their answers, and the tokens of each prompt."""
 NUM_ALONE = 3
@@ -227,7 +229,7 @@ def _never_ends_early(asked: Asked) -> bool:
     """Whether its completions are so long and so random that no two are alike by chance."""
     ends_early = asked.stop or asked.stop_token_ids or not asked.ignore_eos or len(asked.prompt) > MAX_MODEL_LEN - NUM_TOKENS
     return (asked.temperature > 1 and asked.max_tokens == NUM_TOKENS and asked.abort_after is None
-            and not (ends_early or asked.top_k > 0 or asked.top_p < 1))
+            and not (ends_early or asked.top_k > 0 or asked.top_p < 1 or asked.params.keys() & CHANGING))
 
 
 def _prompts(asked: Sequence[Asked]) -> list[Any]:
@@ -339,6 +341,24 @@ def draw_requests(draw: random.Random, talker: Talker) -> list[Asked]:
         (of_length(draw.randint(36, 40)), {"temperature": 0.5, "max_tokens": None, "ignore_eos": True, "seed": seed()}),
         (of_length(MAX_MODEL_LEN - 1), {**free, "seed": seed(), "logprobs": 1}),
         (some(), {"temperature": 8.0, "ignore_eos": True, "seed": seed()}),
+        # What changes the logits.
+        *((some(), {**free, **changed, "seed": seed(), "logprobs": 1}) for changed in (
+            {"presence_penalty": 2.0, "temperature": 1.0},
+            {"frequency_penalty": -1.5, "temperature": 2.0}, {"repetition_penalty": draw.uniform(1.2, 1.5), "temperature": 2.0},
+            {"logit_bias": dict.fromkeys(draw.sample(plain, 3), 30.0)},
+            {"allowed_token_ids": draw.sample(plain, 5), "frequency_penalty": 2.0, "temperature": 2.0},
+            {"min_p": 0.3, "top_k": 6, "top_p": 0.7, "temperature": 4.0})),
+        # Below 1, a temperature that is forgotten leaves more tokens than min_p does: one of so many draws is among them.
+        *((some(), {**free, "n": 8, "seed": seed(), "min_p": 0.25, "temperature": 0.5}) for _ in range(2)),
+        *((some(), {**greedy, **changed}) for changed in (
+            {"repetition_penalty": draw.uniform(1.2, 1.5)}, {"repetition_penalty": 0.8, "presence_penalty": 2.0},
+            {"frequency_penalty": 2.0}, {"logit_bias": {draw.choice(plain): 200.0, draw.choice(plain): -5.0}},
+            # Only what is counted makes these take turns.
+            {"allowed_token_ids": draw.sample(plain, 3), "frequency_penalty": 1.0},
+            {"allowed_token_ids": draw.sample(plain, 2), "presence_penalty": 2.0})),
+        # Letters alone, so that words come up.
+        *((some(), {**free, "n": 3, "seed": seed(), "logit_bias": dict.fromkeys(talker.letters, 50.0), "bad_words": words})
+          for words in (letters[:2], [one + other for one in letters[:3] for other in letters[:5]], ["abc", "cab", "bb", "e"])),
         # What ends a completion, and what must not end it yet.
         (some(), {**hot, "n": 6, "seed": seed()}),
         (some(), {**hot, "n": 6, "seed": seed(), "min_tokens": 6, "logprobs": 1}),

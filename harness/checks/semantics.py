@@ -8,6 +8,8 @@ Shape suffixes: T = tokens of a completion, V = vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from harness.verification.budgets import improbability, improbable_counts
 DEFAULTS: dict[str, Any] = {
     "n": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": None, "max_tokens": 16, "min_tokens": 0, "stop": (),
     "stop_token_ids": (), "include_stop_str_in_output": False, "ignore_eos": False, "logprobs": None,
-    "skip_special_tokens": True,
+    "skip_special_tokens": True, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+    "logit_bias": None, "allowed_token_ids": None, "bad_words": (),
 }
 """vLLM's names and defaults, but for ``top_k``: 0 and -1 both keep all."""
 FAR_BELOW = 1e6
@@ -46,9 +49,10 @@ class Asked:
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Asked:
         """From JSON values."""
-        prompt = values["prompt"]
-        return cls(prompt=prompt if isinstance(prompt, str) else tuple(prompt), params=dict(values["params"]),
-                   abort_after=values["abort_after"])
+        prompt, params = values["prompt"], dict(values["params"])
+        if "logit_bias" in params:  # JSON has no numbers as keys
+            params["logit_bias"] = {int(token_id): bias for token_id, bias in params["logit_bias"].items()}
+        return cls(prompt=prompt if isinstance(prompt, str) else tuple(prompt), params=params, abort_after=values["abort_after"])
 
     def __getattr__(self, name: str) -> Any:
         if name not in DEFAULTS:
@@ -115,7 +119,7 @@ class Model:
     def judge_frequencies(self, asked: Asked, answer: Any) -> int:
         """Hold how often each token came first, of many completions, against its probability. Returns how many there were."""
         prompt = self.encode(asked.prompt)
-        row_V = self._open(asked, self.logits(prompt)[-1:])[0]
+        row_V = self._open(asked, prompt, [], self.logits(prompt)[-1:])[0]
         first = torch.tensor([completion.token_ids[0] for completion in answer.outputs])
         order_V = row_V.sort(descending=True, stable=True)
         kept_V = order_V.indices[: asked.top_k] if asked.top_k > 0 else order_V.indices
@@ -136,7 +140,7 @@ class Model:
         endings = [self._ending(asked, len(prompt), ids[:count]) for count in range(1, len(ids) + 1)]
         early = next((count for count, ending in enumerate(endings, 1) if ending is not None), None)
         exact_TV = self.logits([*prompt, *ids[:-1]])[len(prompt) - 1 :]
-        self._judge_tokens(asked, ids[:early], exact_TV)
+        self._judge_tokens(asked, prompt, ids[:early], exact_TV)
         require(early in (None, len(ids)), f"it goes on for {len(ids)} tokens, and must end after {early}: {ids}")
         self._judge_logprobs(asked, completion, exact_TV)
         ending = endings[-1] if endings else None
@@ -151,13 +155,13 @@ class Model:
         for name, was, must in zip(("finish_reason", "stop_reason", "text"), found, expected, strict=True):
             require(was == must, f"{name}={was!r}, must be {must!r}, after {ids}")
 
-    def _judge_tokens(self, asked: Asked, ids: list[int], exact_TV: Tensor) -> None:
+    def _judge_tokens(self, asked: Asked, prompt: list[int], ids: list[int], exact_TV: Tensor) -> None:
         """Each token is among those that could be drawn, and together they can be believed."""
-        open_TV = self._open(asked, exact_TV[: len(ids)])
+        open_TV, tie = self._open(asked, prompt, ids, exact_TV[: len(ids)]), self._tie(asked)
         for step, token_id in enumerate(ids):
-            row_V, tie = open_TV[step], self.tie
-            require(bool(row_V[token_id] > -torch.inf),
-                    f"step {step}: token {token_id} ends it, before min_tokens={asked.min_tokens}")
+            row_V = open_TV[step]
+            require(bool(row_V[token_id] > -torch.inf), f"step {step}: token {token_id} may not be drawn: "
+                    f"{self._forbidden(asked, ids[:step]).get(token_id, 'min_p')} forbids it")
             above_V = row_V > row_V[token_id] + tie
             if asked.temperature == 0:
                 require(not above_V.any(), f"step {step}: token {token_id}, greedy is {int(row_V.argmax())}")
@@ -174,18 +178,45 @@ class Model:
             drawn_from_TV = open_TV.masked_fill(open_TV == -torch.inf, float(lowest))
             # A filter makes what is left more probable; the nucleus by 1 / top_p at most.
             if asked.top_k > 0:
-                border_T1 = open_TV.topk(asked.top_k).values[:, -1:] - self.tie
+                border_T1 = open_TV.topk(asked.top_k).values[:, -1:] - tie
                 drawn_from_TV = drawn_from_TV.where(open_TV >= border_T1, lowest)
             unlikely = improbability(drawn_from_TV, drawn_from_TV, ids, temperature=asked.temperature, top_p=asked.top_p)
             require(unlikely <= 1, f"{ids} are not what would be drawn: {unlikely:.3g} of what can be believed")
 
-    def _open(self, asked: Asked, exact_TV: Tensor) -> Tensor:
-        """Logits with -inf for what may not be drawn yet."""
-        banned = sorted(self._stop_ids(asked))
+    def _open(self, asked: Asked, prompt: list[int], ids: list[int], exact_TV: Tensor) -> Tensor:
+        """Logits as bias and penalties change them, with -inf for what may not be drawn."""
         open_TV = exact_TV.clone()
-        if banned:
-            open_TV[: asked.min_tokens, banned] = -torch.inf
+        for step, row_V in enumerate(open_TV):
+            drawn = Counter(ids[:step])
+            for token_id, bias in (asked.logit_bias or {}).items():
+                row_V[token_id] += min(max(bias, -100.0), 100.0)
+            for token_id in {*prompt, *drawn}:
+                row_V[token_id] *= asked.repetition_penalty if row_V[token_id] < 0 else 1 / asked.repetition_penalty
+            for token_id, count in drawn.items():
+                row_V[token_id] -= asked.frequency_penalty * count + asked.presence_penalty
+            row_V[list(self._forbidden(asked, ids[:step]))] = -torch.inf
+            if asked.min_p and asked.temperature:
+                lowest = row_V.max() + asked.temperature * math.log(asked.min_p) - self._tie(asked)
+                row_V[row_V < lowest] = -torch.inf
         return open_TV
+
+    def _tie(self, asked: Asked) -> float:
+        """The repetition penalty scales a logit's rounding error as it scales the logit."""
+        penalty: float = asked.repetition_penalty
+        return self.tie * max(penalty, 1 / penalty)
+
+    def _forbidden(self, asked: Asked, before: list[int]) -> dict[int, str]:
+        """Tokens that may not be drawn after these, whatever their logits, and the parameter that forbids each."""
+        forbidden: dict[int, str] = {}
+        if asked.allowed_token_ids is not None:
+            forbidden |= dict.fromkeys(set(range(self.vocab_size)) - set(asked.allowed_token_ids), "allowed_token_ids")
+        for word in asked.bad_words:
+            *beginning, last = self.tokenizer(word, add_special_tokens=False).input_ids
+            if before[len(before) - len(beginning) :] == beginning:
+                forbidden[last] = "bad_words"
+        if len(before) < asked.min_tokens:
+            forbidden |= dict.fromkeys(self._stop_ids(asked), "min_tokens")
+        return forbidden
 
     def _stop_ids(self, asked: Asked) -> frozenset[int]:
         return frozenset(asked.stop_token_ids) | (frozenset() if asked.ignore_eos else self.eos_token_ids)

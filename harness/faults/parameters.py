@@ -14,8 +14,10 @@ from torch import Tensor
 
 import engine.execution.runner as runner_module
 import engine.frontend.requests as requests_module
+import engine.layers.logits_processors as processors_module
 import engine.layers.sampler as sampler_module
 import engine.scheduling.batch as batch_module
+import engine.scheduling.processing as processing_module
 from engine.execution.core import TokenOutput
 from engine.execution.driver import Driver
 from engine.frontend.detokenizer import Detokenizer
@@ -28,6 +30,7 @@ from engine.scheduling.batch import SamplingBatch
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import Request, Sequence, TokenLogprobs
 from harness.faults.base import Patches, Plant, Where, fault
+from harness.faults.edits import edit
 
 Change = dict[str, Any]
 """New values by field."""
@@ -76,6 +79,17 @@ READ_AS: dict[str, tuple[str, str, Callable[[SamplingParams], Change]]] = {
     "top-p-forgotten-beside-top-k": (
         "top_p", "Where both are given, top_k is applied and top_p is not.",
         lambda given: {"top_p": 1.0} if given.top_k > 0 else {}),
+    "min-p-forgotten": ("min_p", "Nothing is filtered by min_p.", lambda given: {"min_p": 0.0}),
+    "presence-counts-as-frequency": (
+        "presence_penalty", "A presence penalty is taken once for each time that a token came, as a frequency penalty is.",
+        lambda given: {"presence_penalty": 0.0, "frequency_penalty": given.frequency_penalty + given.presence_penalty}),
+    "bias-cut-off-at-one": (
+        "logit_bias", "Biases are cut off at -1 and 1, not at -100 and 100.",
+        lambda given: {"logit_bias": {key: min(max(bias, -1.0), 1.0) for key, bias in (given.logit_bias or {}).items()}}),
+    "first-allowed-token-missing": (
+        "allowed_token_ids", "Of several allowed tokens the first is not allowed.",
+        lambda given: {"allowed_token_ids": given.allowed_token_ids[1:] or given.allowed_token_ids}
+        if given.allowed_token_ids else {}),
     "seed-zero-taken-for-none": (
         "seed", "A seed of 0 counts as none: such a request draws as the engine's seed and its number have it.",
         lambda given: {"seed": given.seed or None}),
@@ -144,6 +158,43 @@ SENT_AS: dict[str, tuple[str, str, Callable[[Request], Change]]] = {
 }
 for _name, (_field, _what, _send) in SENT_AS.items():
     _declare(_field, _what, _name, _sent_as(_send), "driver")
+
+
+@fault(checks=CHECKS, field="SamplingParams.frequency_penalty")
+def prompt_counts_as_generated(patch: Patches, tp: TPGroup) -> None:
+    """Frequency and presence penalties count the tokens of the prompt too."""
+    edit(patch, (processing_module, "_seen", ">= chunk.sequence.num_prompt_tokens", ">= 0"))
+
+
+@fault(checks=CHECKS, field="SamplingBatch.processing")
+def penalties_one_token_late(patch: Patches, tp: TPGroup) -> None:
+    """The token in flight is not penalised before the host knows it."""
+    edit(patch, (processing_module, "_seen", " + [IN_FLIGHT] * chunk.in_flight", ""))
+
+
+@fault(checks=CHECKS, field="SamplingParams.repetition_penalty")
+def negative_logits_divided(patch: Patches, tp: TPGroup) -> None:
+    """The repetition penalty divides negative logits too, which makes them larger."""
+    edit(patch, (processors_module, "_penalised", "logits_PV * repetition_P1", "logits_PV / repetition_P1"))
+
+
+@fault(checks=CHECKS)
+def penalties_of_another_row(patch: Patches, tp: TPGroup) -> None:
+    """Each row's penalties go by the tokens of the row before."""
+    edit(patch, (processors_module, "_penalised", "place = processing.seen_row_X, token_X",
+                 "place = (processing.seen_row_X + 1) % len(logits_PV), token_X"))
+
+
+@fault(checks=CHECKS)
+def min_p_before_the_temperature(patch: Patches, tp: TPGroup) -> None:
+    """The probabilities that min_p is held against are those at temperature 1."""
+    edit(patch, (processing_module, "_floor", "params.temperature * math.log", "math.log"))
+
+
+@fault(checks=CHECKS, field="SamplingParams.bad_words")
+def bad_words_by_known_tokens_alone(patch: Patches, tp: TPGroup) -> None:
+    """A bad word of several tokens is not seen where the last but one of them is in flight."""
+    edit(patch, (processing_module, "build_processing", "if chunk.in_flight\n", "if False\n"))
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
@@ -302,9 +353,9 @@ def _logprobs_of(change: Callable[[Tensor, SamplingBatch], Tensor]) -> Plant:
         seen: list[SamplingBatch] = []
 
         def make_sample(original: Any) -> Any:
-            def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Tensor:
+            def sample(logits_RV: Tensor, sampling: SamplingBatch, *rest: Any, **options: Any) -> Tensor:
                 seen[:] = [sampling]
-                token_R: Tensor = original(logits_RV, sampling)
+                token_R: Tensor = original(logits_RV, sampling, *rest, **options)
                 return token_R
 
             return sample
