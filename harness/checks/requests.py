@@ -353,9 +353,11 @@ def draw_requests(draw: random.Random, talker: Talker) -> list[Asked]:
         *((some(), {**greedy, **changed}) for changed in (
             {"repetition_penalty": draw.uniform(1.2, 1.5)}, {"repetition_penalty": 0.8, "presence_penalty": 2.0},
             {"frequency_penalty": 2.0}, {"logit_bias": {draw.choice(plain): 200.0, draw.choice(plain): -5.0}},
-            # Only what is counted makes these take turns.
             {"allowed_token_ids": draw.sample(plain, 3), "frequency_penalty": 1.0},
             {"allowed_token_ids": draw.sample(plain, 2), "presence_penalty": 2.0})),
+        # Two tokens that take turns as each is counted, one of them often in the prompt, which does not count.
+        *(((one,) * NUM_TOKENS, {**greedy, "allowed_token_ids": [one, other], "frequency_penalty": 2.0})
+          for one, other in (draw.sample(plain, 2) for _ in range(2))),
         # Letters alone, so that words come up.
         *((some(), {**free, "n": 3, "seed": seed(), "logit_bias": dict.fromkeys(talker.letters, 50.0), "bad_words": words})
           for words in (letters[:2], [one + other for one in letters[:3] for other in letters[:5]], ["abc", "cab", "bb", "e"])),
