@@ -190,11 +190,14 @@ class Model:
             drawn = Counter(ids[:step])
             for token_id, bias in (asked.logit_bias or {}).items():
                 row_V[token_id] += min(max(bias, -100.0), 100.0)
-            for token_id in {*prompt, *drawn}:
-                row_V[token_id] *= asked.repetition_penalty if row_V[token_id] < 0 else 1 / asked.repetition_penalty
-            for token_id, count in drawn.items():
-                row_V[token_id] -= asked.frequency_penalty * count + asked.presence_penalty
-            row_V[list(self._forbidden(asked, ids[:step]))] = -torch.inf
+            if asked.repetition_penalty != 1:
+                for token_id in {*prompt, *drawn}:
+                    row_V[token_id] *= asked.repetition_penalty if row_V[token_id] < 0 else 1 / asked.repetition_penalty
+            if asked.frequency_penalty or asked.presence_penalty:
+                for token_id, count in drawn.items():
+                    row_V[token_id] -= asked.frequency_penalty * count + asked.presence_penalty
+            if forbidden := self._forbidden(asked, ids[:step]):
+                row_V[list(forbidden)] = -torch.inf
             if asked.min_p and asked.temperature:
                 lowest = row_V.max() + asked.temperature * math.log(asked.min_p) - self._tie(asked)
                 row_V[row_V < lowest] = -torch.inf
