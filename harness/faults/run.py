@@ -170,7 +170,8 @@ def checks_of(fault: Fault) -> list[str]:
     if not fault.is_control:
         return [name for name in all_checks() if name in fault.checks]
     # One that starts ranks of its own, again and again, tells nothing of what is planted in others.
-    return [name for name in CHECK_NAMES if not all_checks()[name].owns_ranks or fault.where != "ranks"]
+    return [name for name, check in all_checks().items()
+            if name in CHECK_NAMES and not (check.owns_ranks and fault.where == "ranks")]
 
 
 def _row(fault: Fault, context: CheckContext, examination: Examination) -> CheckRow:

@@ -56,6 +56,7 @@ def test_the_command_is_green_as_it_is_printed(project: Path) -> None:
         for name in ("weights: model", "weights: indexed", "logits: model", "logits: near eps", "generation: model")}
 
 
+@pytest.mark.endurance
 def test_the_test_is_green_as_it_is_printed_and_red_with_the_pages_mistake(project: Path) -> None:
     done = run(project, blocks("console")[1])
     assert done.returncode == 0, done.stdout + done.stderr
