@@ -136,6 +136,8 @@ TAKEN: dict[str, list[Any]] = {
     "temperature": [1.5], "top_k": [-1, 10**30], "top_p": [], "seed": [None], "n": [], "max_tokens": [None, 10**30],
     "min_tokens": [], "stop": [None, "a", [], ["a"]], "stop_token_ids": [None, []], "logprobs": [None],
     "include_stop_str_in_output": [True], "ignore_eos": [True], "skip_special_tokens": [True],
+    "min_p": [], "presence_penalty": [1.5, -1], "frequency_penalty": [1.5, -1], "repetition_penalty": [1.5, 10**30],
+    "logit_bias": [None], "allowed_token_ids": [None], "bad_words": [None, [], ["a"]],
 }
 
 
@@ -159,7 +161,7 @@ def test_numbers_of_other_libraries_are_numbers(llm: LLM, params: dict[str, Any]
     checked = SamplingParams(**params)
     for field in fields(SamplingParams):
         value = getattr(checked, field.name)
-        assert type(value) in (int, float, bool, tuple, type(None)), f"{field.name} is a {type(value)}"
+        assert type(value) in (int, float, bool, tuple, dict, type(None)), f"{field.name} is a {type(value)}"
     assert llm.generate([[8, 9]], checked)[0].error is None
 
 
@@ -168,7 +170,7 @@ OPTIONS: dict[str, list[Any]] = {
     "max_model_len": [None, 10**30], "max_num_seqs": [10**30], "max_num_batched_tokens": [None, 10**30],
     "block_size": [None, 10**30], "num_kv_blocks": [None, 10**30],
     "kv_cache_gib": [1.5, 10**30], "gpu_memory_utilization": [], "enable_prefix_caching": [True],
-    "enable_chunked_prefill": [True], "enforce_eager": [True], "seed": [-1, 10**30],
+    "enable_chunked_prefill": [True], "enforce_eager": [True], "seed": [-1, 10**30], "tp_invariant": [True],
 }
 
 

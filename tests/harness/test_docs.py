@@ -10,14 +10,15 @@ import pytest
 import yaml
 
 from reports.records import read_report
+from tests.harness import test_your_own_layer, test_your_own_tp
 from tests.harness.commands import PAGES, Printed, collect, in_page, in_text, look_at, printed
 from tests.harness.installed import ROOT, environment, install, pytest_command
-from tests.harness.test_your_own_layer import blocks
 
 CI = ROOT / "docs" / "ci.md"
 BASELINES = "reports/baselines/"
-USERS_FILE = "test_row_parallel.py"
-"""What docs/your_own_layer.md has its reader write."""
+USERS_FILES = {"test_row_parallel.py": test_your_own_layer.blocks("python")[0],
+               "test_my_tp.py": test_your_own_tp.blocks("python")[1]}
+"""What docs/your_own_layer.md and docs/your_own_tp.md have their readers write; two tests each."""
 
 
 def test_every_command_that_is_printed_is_taken_by_its_command_line() -> None:
@@ -32,12 +33,15 @@ def test_every_command_that_is_printed_is_taken_by_its_command_line() -> None:
 def test_every_selection_of_tests_that_is_printed_collects_some(tmp_path: Path) -> None:
     _, selections = look_at(printed())
     assert ("-m", "multirank", "-k", "row_parallel") in selections
-    assert collect([selection for selection in selections if USERS_FILE not in selection]) == []
-    (users,) = (selection for selection in selections if USERS_FILE in selection)
-    (tmp_path / USERS_FILE).write_text(blocks("python")[0])
-    result = subprocess.run(pytest_command("--collect-only", "-q", *users), cwd=tmp_path, capture_output=True, text=True,
-                            env=environment(install(tmp_path / "site")), timeout=120)
-    assert "2 tests collected" in result.stdout, result.stdout + result.stderr
+    users = [selection for selection in selections if USERS_FILES.keys() & set(selection)]
+    assert collect([selection for selection in selections if selection not in users]) == []
+    site = install(tmp_path / "site")
+    for name, source in USERS_FILES.items():
+        (tmp_path / name).write_text(source)
+        (selection,) = (selection for selection in users if name in selection)
+        result = subprocess.run(pytest_command("--collect-only", "-q", *selection), cwd=tmp_path, capture_output=True, text=True,
+                                env=environment(site), timeout=120)
+        assert "2 tests collected" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(("line", "problem"), [
