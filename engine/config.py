@@ -33,7 +33,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 INVARIANT_DTYPES = ("bfloat16", "float32")
 """Those of ``tp_invariant``."""
-INVARIANT_LIMITS = {"head_dim": LEAF, "tensor_parallel_size": MAX_RANKS}
 KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 """Fields that have another name in ``config.json``."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -363,9 +362,8 @@ class EngineConfig:
         if self.attention_backend != "auto":
             raise ValueError(f"tp_invariant=True has an attention of its own, and attention_backend={self.attention_backend!r}: "
                              "leave it out")
-        if model.head_dim > INVARIANT_LIMITS["head_dim"]:
-            raise ValueError(f"head_dim={model.head_dim} is above {INVARIANT_LIMITS['head_dim']}, the most that "
-                             "tp_invariant=True sums exactly")
-        if self.tensor_parallel_size > INVARIANT_LIMITS["tensor_parallel_size"]:
-            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} is above "
-                             f"{INVARIANT_LIMITS['tensor_parallel_size']}, the most ranks whose sums tp_invariant=True promises")
+        if model.head_dim > LEAF:
+            raise ValueError(f"head_dim={model.head_dim} is above {LEAF}, the most that tp_invariant=True sums exactly")
+        if self.tensor_parallel_size > MAX_RANKS:
+            raise ValueError(f"tensor_parallel_size={self.tensor_parallel_size} is above {MAX_RANKS}, the most ranks whose sums "
+                             "tp_invariant=True promises")

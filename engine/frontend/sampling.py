@@ -140,6 +140,11 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether some logits become others before they are divided by the temperature; bad words apart."""
+        return bool(self.has_penalties or self.logit_bias or self.allowed_token_ids or self.min_p)
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         return self.stop  # type: ignore[return-value]  # __post_init__ made it a tuple
 

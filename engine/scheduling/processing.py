@@ -10,7 +10,7 @@ Shape suffixes: R = tokens to draw, P = rows with penalties, A = rows with allow
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.frontend.sampling import SamplingParams
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import IN_FLIGHT
+from engine.scheduling.tensors import tensor_of, tensors_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +66,17 @@ class Processing:
         """The same with its tensors on ``device``."""
         if device.type == "cpu":
             return self
-        return Processing(**{field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True)
-                             for field in fields(self)})
+        return Processing(**tensors_on(device, self))
 
 
 def build_processing(chunks: list[Chunk]) -> Processing | None:
     """Of the chunks after which a token is drawn, in their order; None if none changes its logits."""
+    if not any(chunk.sequence.request.changes_logits for chunk in chunks):
+        return None
     params = [chunk.sequence.request.params for chunk in chunks]
     bans = [(row, word[-1], word[-2]) for row, chunk in enumerate(chunks) if chunk.in_flight
             for word in chunk.sequence.request.bad_words if len(word) > 1 and _ends_with(_output(chunk), word[:-2])]
-    if not bans and not any(p.has_penalties or p.logit_bias or p.allowed_token_ids or p.min_p for p in params):
+    if not bans and not any(p.changes_logits for p in params):
         return None
     bias = [(row, token_id, value) for row, p in enumerate(params) for token_id, value in (p.logit_bias or {}).items()]
     penalised = [row for row, p in enumerate(params) if p.has_penalties]
@@ -125,8 +127,7 @@ def _floor(params: SamplingParams) -> float:
 
 def _columns(rows: list[tuple[Any, ...]], **dtypes: Any) -> dict[str, Tensor]:
     columns = zip(*rows, strict=True) if rows else ((),) * len(dtypes)
-    return {name: torch.from_numpy(np.array(column, dtype=dtype))
-            for (name, dtype), column in zip(dtypes.items(), columns, strict=True)}
+    return {name: tensor_of(column, dtype) for (name, dtype), column in zip(dtypes.items(), columns, strict=True)}
 
 
 def _repeated(counts: list[int]) -> Tensor:

@@ -27,6 +27,11 @@ class Request:
     stop_token_ids: frozenset[int]
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token ids of each, as the tokenizer writes them."""
+    changes_logits: bool = field(init=False)
+    """Whether its parameters change logits before the temperature. Asked of every row in every step, so found out once."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "changes_logits", bool(self.bad_words) or self.params.changes_logits)
 
 
 class TokenLogprobs(NamedTuple):

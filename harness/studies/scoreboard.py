@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.cli import exit_with
+from harness.faults.models import FaultModels
 from harness.machine import run_info
 from harness.names import BASELINES
-from harness.studies.score.pairs import DTYPES, TP_SIZES, Pair, Subjects, clean_pairs, fault_models, faulty_pair, plantable
+from harness.studies.score.pairs import DTYPES, TP_SIZES, Pair, Subjects, clean_pairs, faulty_pair, plantable
 from harness.studies.score.rules import PEOPLES, VALUES, VERDICTS, called, values_of
 from harness.verdict.rates import ON_FITTED
 from reports.records import Report, ScoreRow, write_report
@@ -89,7 +90,7 @@ def _clean(models: int, done: set[str]) -> Iterator[Line]:
 
 def _faulty(seeds: int, done: set[str]) -> Iterator[Line]:
     for seed in range(seeds):
-        with fault_models(seed) as models:
+        with FaultModels(seed=seed) as models:
             for fault in plantable():
                 for dtype in DTYPES:
                     name = f"{fault.name}-{dtype}-{seed}"

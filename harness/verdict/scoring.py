@@ -126,12 +126,6 @@ def _score(rank: Rank, schedules: Sequence[Schedule], num_top: int) -> list[list
     return found
 
 
-def score_by_reference(reference: Reference, sequences: Sequence[Sequence[int]], *, num_top: int = 0) -> Iterator[Scored]:
-    """Each sequence as a single device scores it, alone and in one step."""
-    for token_ids in sequences:
-        yield scored(token_ids, logprobs_of(reference.logits([token_ids])[0], token_ids, num_top), batch_size=1)
-
-
 def score_exactly(exact: Reference, sequences: Sequence[Sequence[int]], *, dtype: str, seed: int = 0,
                   num_top: int = 0) -> Iterator[Scored]:
     """Each sequence in float64, with how far off the rounding of ``dtype`` puts each token, by simulation."""

@@ -240,14 +240,6 @@ def read_stream(path: str | os.PathLike[str], *, may_be_empty: bool = False) -> 
     return Stream(info=info, sequences=tuple(sequences))
 
 
-def write_stream(path: str | os.PathLike[str], stream: Stream) -> Path:
-    """Write a whole stream."""
-    with StreamWriter(path, **{item.name: getattr(stream.info, item.name) for item in fields(StreamInfo)}) as writer:
-        for sequence in stream.sequences:
-            writer.put(sequence)
-    return Path(path)
-
-
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         number = 0

@@ -11,8 +11,9 @@ import pytest
 
 import harness.verdict.rates
 from harness.faults import FAULTS
+from harness.faults.models import FaultModels
 from harness.studies import scoreboard
-from harness.studies.score.pairs import TP_SIZES, Pair, Subjects, clean_pairs, fault_models, faulty_pair
+from harness.studies.score.pairs import TP_SIZES, Pair, Subjects, clean_pairs, faulty_pair
 from harness.studies.score.rules import PEOPLES, VALUES, VERDICTS, splits
 from harness.studies.scoreboard import SAME_ALARMS, line_of, main, scores
 from harness.verdict.rates import ON_FITTED, rates
@@ -43,7 +44,7 @@ def test_clean_pairs_are_called_rounding_whole_and_in_parts(clean: list[Pair]) -
 @pytest.mark.slow
 @pytest.mark.multirank
 def test_a_fault_is_called_a_bug_and_one_that_changes_no_bit_is_left_out() -> None:
-    with fault_models(0) as models:
+    with FaultModels(seed=0) as models:
         seen = faulty_pair(models, FAULTS["row-bias-on-every-rank"], "float32", 0, num_tokens=150)
         assert seen is not None
         said = line_of(seen)["said"]

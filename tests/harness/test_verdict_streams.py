@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream, write_stream
+from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream
 from harness.verdict.tokens import DECODE, PREFILL, align
+from tests.harness.streams import write_stream
 
 HEAD = {"format": "shardproof-logprobs", "format_version": 1, "source": "test"}
 GOOD = {"token_ids": [5, 9, 2], "logprobs": [None, -1.25, -0.5]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,13 +204,6 @@ def _sharpen(folder: Path, times: float) -> None:
 def plantable() -> list[Fault]:
     """The faults that are planted in the ranks of a CPU. Which of them reach the logits is seen when they run."""
     return [fault for fault in FAULTS.values() if fault.device == "cpu" and fault.where != "driver" and not fault.is_control]
-
-
-@contextmanager
-def fault_models(seed: int) -> Iterator[FaultModels]:
-    """Process ranks for faults."""
-    with FaultModels(seed=seed) as models:
-        yield models
 
 
 def faulty_pair(models: FaultModels, fault: Fault, dtype: str, seed: int, *, num_tokens: int,
