@@ -89,8 +89,9 @@ class Admission:
         named: dict[str, Sequence[Any]] = {
             "token_id": token_ids, "stop_token_id": params.stop_token_ids, "allowed_token_id": params.allowed_token_ids or (),
             "logit_bias token_id": tuple(params.logit_bias or ())}
+        are_plain = {name: _are_ints_below(vocab_size, ids) for name, ids in named.items()}
         for name, ids in named.items():
-            if _are_ints_below(vocab_size, ids):
+            if are_plain[name]:
                 continue
             for token_id in ids:
                 if not is_integer(token_id):
@@ -101,7 +102,7 @@ class Admission:
                                        ("bad_words", params.bad_words, "logit_bias")):
             if strings and self.tokenizer is None:
                 raise ValueError(f"{name}={strings!r} needs a tokenizer, and the model folder holds none: give {instead}")
-        return [int(token_id) for token_id in token_ids]
+        return list(token_ids) if are_plain["token_id"] else [int(token_id) for token_id in token_ids]
 
 
 def _as_written(tokenizer: Any, word: str) -> list[tuple[int, ...]]:

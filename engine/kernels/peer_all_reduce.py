@@ -225,26 +225,35 @@ def _add_rms_norm_kernel(
     RANK: tl.constexpr, SIZE: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
     OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One-shot, ROWS rows a program; what follows is what ``rms_norm.py`` does with the rounded sum."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    """One-shot: program after program takes ROWS rows; what follows is what ``rms_norm.py`` does with the rounded sum."""
+    first, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     dims = tl.arange(0, D_PAD)[None, :]
-    keep = (rows < num_rows) & (dims < D)
-    at = rows * D + dims
     if not SETTLED:
         wait_for_inputs(OVERLAP)
     weights = tl.load(weight + dims, mask=dims < D, other=0.0).to(tl.float32)
     if SETTLED:
         wait_for_inputs(OVERLAP)
     call = _enter(calls)
-    tl.store(_data(bases[RANK], call, half_bytes, FLAGS, x) + at, tl.load(x + at, mask=keep), mask=keep)
-    added = tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+    own = _data(bases[RANK], call, half_bytes, FLAGS, x)
+    for start in range(first, num_rows, step):
+        rows = (start + tl.arange(0, ROWS))[:, None]
+        keep = (rows < num_rows) & (dims < D)
+        tl.store(own + rows * D + dims, tl.load(x + rows * D + dims, mask=keep), mask=keep)
+    rows = (first + tl.arange(0, ROWS))[:, None]
+    # A tile's residual comes in while the ranks meet, or while the tile before is summed.
+    added = tl.load(residual + rows * D + dims, mask=(rows < num_rows) & (dims < D), other=0.0)
     _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
-    total = _sum_of_ranks(bases, call, half_bytes, at, keep, x, SIZE, FLAGS).to(x.dtype.element_ty)
-    rounded = (total.to(tl.float32) + added).to(x.dtype.element_ty)
-    tl.store(new_residual + at, rounded, mask=keep)
-    values = rounded.to(tl.float32)
-    inverse_rms = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)
-    tl.store(out + at, (values * inverse_rms[:, None] * weights).to(out.dtype.element_ty), mask=keep)
+    for start in range(first, num_rows, step):
+        rows = (start + tl.arange(0, ROWS))[:, None]
+        keep = (rows < num_rows) & (dims < D)
+        at = rows * D + dims
+        total = _sum_of_ranks(bases, call, half_bytes, at, keep, x, SIZE, FLAGS).to(x.dtype.element_ty)
+        rounded = (total.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
+        added = tl.load(residual + at + step * D, mask=(rows + step < num_rows) & (dims < D), other=0.0)
+        tl.store(new_residual + at, rounded, mask=keep)
+        values = rounded.to(tl.float32)
+        inverse_rms = tl.rsqrt(tl.sum(values * values, axis=1) / D + eps)
+        tl.store(out + at, (values * inverse_rms[:, None] * weights).to(out.dtype.element_ty), mask=keep)
     _leave(calls, call, MAX)
 
 
@@ -297,23 +306,29 @@ def way_of(x: torch.Tensor, memory: PeerMemory) -> Way | None:
     num_bytes, size = x.numel() * x.element_size(), memory.size
     if x.dtype not in DTYPES or not 0 < num_bytes <= _LARGEST_BYTES:
         return None
-    # What a second meeting saves in bytes to read, against what it takes.
-    two_shot = num_bytes * (size - 1) * (size - 2) / size > _MEETING_BYTES
+    two_shot = _wants_two_shots(num_bytes, size)
     if num_bytes <= _SMALL_BYTES and not two_shot:
         return Way(two_shot=False)
     return Way(two_shot=two_shot, num_warps=16, per_thread=2 if num_bytes < _LARGE_BYTES else 4)
 
 
+def _wants_two_shots(num_bytes: int, size: int) -> bool:
+    """Whether a second meeting saves more in bytes to read than it takes."""
+    return num_bytes * (size - 1) * (size - 2) / size > _MEETING_BYTES
+
+
 def fuses_norm(x: torch.Tensor, memory: PeerMemory) -> bool:
     """Whether :func:`peer_add_rms_norm` is faster than a sum and a norm on ``x`` ``[T, D]``. The same on every rank."""
-    way = way_of(x, memory)
-    return way is not None and not way.two_shot and x.numel() * x.element_size() <= _LARGEST_FUSED_BYTES
+    num_bytes = x.numel() * x.element_size()
+    return x.dtype in DTYPES and 0 < num_bytes <= _LARGEST_FUSED_BYTES and not _wants_two_shots(num_bytes, memory.size)
 
 
 _SMALL_BYTES = 2**16
 _LARGE_BYTES = 2**23
 _LARGEST_BYTES = 2**26
-_LARGEST_FUSED_BYTES = 2**22
+_LARGEST_FUSED_BYTES = 2**28
+_MAX_NORM_TILE = 2**14
+"""Elements of a program's tile: 32 a thread."""
 _MEETING_BYTES = 1.2e6
 """3 us at 395 GB/s."""
 
@@ -342,22 +357,26 @@ def peer_all_reduce(x: torch.Tensor, memory: PeerMemory, way: Way, *, overlap: b
 
 def peer_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, memory: PeerMemory, *, settled: bool = False,
-    overlap: bool | None = None,
+    num_programs: int = MAX_PROGRAMS, overlap: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``add_rms_norm(all_reduce(x), residual, weight, eps)`` of ``rms_norm.py`` in one launch; ``x`` is not changed.
 
-    x, residual   ``[T, D]`` contiguous, of one dtype; at most ``half_bytes`` each
+    x, residual   ``[T, D]`` contiguous, of one dtype
     settled, overlap   as in ``rms_norm.py``
+    num_programs   at most, ``MAX_PROGRAMS`` or fewer
+
+    An ``x`` that is larger than half of the memory goes in pieces of equally many rows.
     """
     _check_dtype(x)
     out, new_residual = torch.empty_like(x), torch.empty_like(x)
     num_rows, dim = x.shape
-    if num_rows:
-        overlap = may_overlap(x, overlap)
-        rows, dim_padded = next_power_of_2(cdiv(num_rows, MAX_PROGRAMS)), next_power_of_2(dim)
-        _add_rms_norm_kernel[(cdiv(num_rows, rows),)](
-            x, residual, weight, out, new_residual, memory.addresses, memory.calls, num_rows, memory.half_bytes, eps,
-            dim, dim_padded, rows, settled, num_warps=min(16, max(4, rows * dim_padded // 512)), **_constants(memory, overlap),
+    overlap, dim_padded = may_overlap(x, overlap), next_power_of_2(dim)
+    for piece in _row_pieces(num_rows, memory.half_bytes // (dim * x.element_size())):
+        rows = min(next_power_of_2(cdiv(len(x[piece]), num_programs)), max(1, _MAX_NORM_TILE // dim_padded))
+        _add_rms_norm_kernel[(min(cdiv(len(x[piece]), rows), num_programs),)](
+            x[piece], residual[piece], weight, out[piece], new_residual[piece], memory.addresses, memory.calls, len(x[piece]),
+            memory.half_bytes, eps, dim, dim_padded, rows, settled, num_warps=min(16, max(4, rows * dim_padded // 512)),
+            **_constants(memory, overlap),
         )  # fmt: skip
     return out, new_residual
 
@@ -370,6 +389,12 @@ def _check_dtype(x: torch.Tensor) -> None:
 def _pieces(x: torch.Tensor, memory: PeerMemory) -> Iterator[torch.Tensor]:
     """``x``, flat, in pieces that fit into half of the memory."""
     return (piece for piece in x.view(-1).split(memory.half_bytes // x.element_size()) if piece.numel())
+
+
+def _row_pieces(num_rows: int, most: int) -> list[slice]:
+    """Rows in pieces of at most ``most``, all about as large."""
+    size = cdiv(num_rows, max(1, cdiv(num_rows, most)))
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size or 1)]
 
 
 def peer_argmax(value_R: torch.Tensor, index_R: torch.Tensor, memory: PeerMemory, *, overlap: bool | None = None) -> torch.Tensor:

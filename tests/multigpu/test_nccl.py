@@ -130,7 +130,7 @@ def test_sums_on_shared_memory_are_exact(two_ranks: Ranks) -> None:
     assert two_ranks.run(wrong_sums, timeout_s=120.0) == [[], []]
 
 
-@pytest.mark.parametrize(("num_rows", "dim"), [(1, 4096), (3, 576), (256, 1024), (300, 4096)])
+@pytest.mark.parametrize(("num_rows", "dim"), [(1, 4096), (3, 576), (256, 1024), (300, 4096), (16_387, 1024), (20_000, 4096)])
 def test_a_sum_with_its_norm_is_the_norm_of_the_sum(two_ranks: Ranks, num_rows: int, dim: int) -> None:
     for same_residual, error in two_ranks.run(norms_of_sums, num_rows, dim, timeout_s=60.0):
         assert same_residual

@@ -159,13 +159,16 @@ def _launch_all(overlap: bool) -> int:
 
 def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
     """The kernels on memory that ranks share, as one of two. Returns how many there are."""
-    memory, ids = shared_memory(2, half_bytes=x.numel() * x.element_size())[1], torch.zeros(4).long()
+    rows, ids = x.repeat(8, 1), torch.zeros(4).long()
+    memory = shared_memory(2, half_bytes=rows.numel() * rows.element_size())[1]
     for two_shot in (False, True):
         peer_all_reduce.peer_all_reduce(x, memory, peer_all_reduce.Way(two_shot=two_shot), overlap=overlap)
     for settled in (False, True):
         peer_all_reduce.peer_add_rms_norm(x, x, x[0], 1e-6, memory, settled=settled, overlap=overlap)
+    # One program for all of it takes tile after tile.
+    peer_all_reduce.peer_add_rms_norm(rows, rows, x[0], 1e-6, memory, num_programs=1, settled=True, overlap=overlap)
     peer_all_reduce.peer_argmax(ids.float(), ids, memory, overlap=overlap)
-    return 5
+    return 6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

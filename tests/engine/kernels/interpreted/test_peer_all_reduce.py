@@ -76,8 +76,11 @@ def test_two_shot_adds_up_its_share_and_takes_the_others_from_them(count: int) -
             assert memories[rank].flags(peer)[:, 0, rank].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("num_rows", "dim"), [(1, 64), (3, 40), (130, 8)])
-def test_the_sum_with_residual_and_norm_is_the_norm_of_the_sum(num_rows: int, dim: int) -> None:
+@pytest.mark.parametrize(("num_rows", "dim", "tile"), [(0, 8, 64), (1, 64, 64), (3, 40, 64), (9, 8, 2**14), (9, 8, 16)])
+def test_the_sum_with_residual_and_norm_is_the_norm_of_the_sum(monkeypatch: pytest.MonkeyPatch, num_rows: int, dim: int,
+                                                               tile: int) -> None:
+    """Also where a program takes tile after tile."""
+    monkeypatch.setattr("engine.kernels.peer_all_reduce._MAX_NORM_TILE", tile)
     parts = torch.randn(SIZE, num_rows, dim, generator=torch.Generator().manual_seed(dim)).half()
     residual, weight = torch.randn(num_rows, dim).half(), torch.randn(dim).half()
     wanted, new_residual = add_rms_norm_torch(parts.float().sum(0).half(), residual, weight, 1e-6)
@@ -86,9 +89,26 @@ def test_the_sum_with_residual_and_norm_is_the_norm_of_the_sum(num_rows: int, di
         for peer in set(range(SIZE)) - {rank}:
             memories[peer].data(peer, 1, parts[peer]).copy_(parts[peer].flatten())
             memories[rank].flags(rank)[:, :, peer] = 1
+        found, sum_ = peer_add_rms_norm(parts[rank].clone(), residual, weight, 1e-6, memories[rank], num_programs=2)
+        assert torch.equal(sum_, new_residual)
+        assert over_budget(found, wanted, rounding_budget(wanted, wanted, torch.float16)) <= 1
+
+
+def test_a_sum_with_norm_that_is_larger_than_the_memory_goes_in_pieces_of_rows() -> None:
+    num_rows, dim, most = 9, 64, 7  # in two pieces, of five and four rows
+    parts = torch.randn(SIZE, num_rows, dim, generator=torch.Generator().manual_seed(1)).half()
+    residual, weight = torch.randn(num_rows, dim).half(), torch.randn(dim).half()
+    wanted, new_residual = add_rms_norm_torch(parts.float().sum(0).half(), residual, weight, 1e-6)
+    for rank in range(SIZE):
+        memories = shared_memory(SIZE, half_bytes=most * dim * 2)
+        for peer in set(range(SIZE)) - {rank}:
+            for call, rows in enumerate(parts[peer].split(5), start=1):
+                memories[peer].data(peer, call, rows).copy_(rows.flatten())
+            memories[rank].flags(rank)[:, :, peer] = 2
         found, sum_ = peer_add_rms_norm(parts[rank].clone(), residual, weight, 1e-6, memories[rank])
         assert torch.equal(sum_, new_residual)
         assert over_budget(found, wanted, rounding_budget(wanted, wanted, torch.float16)) <= 1
+        assert (memories[rank].calls == 2).all()
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 300])
