@@ -93,6 +93,18 @@ def parallel_without_ranks(path: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{path}:{line} imports {name}"
 
 
+FOREIGN = ("engine/ranks/foreign_program.py", "harness/subjects/vllm_worker.py")
+"""Run by interpreters that have other versions of everything, or lack it."""
+
+
+def foreign_alone(path: str, tree: ast.Module) -> Iterator[str]:
+    """What runs in an interpreter that is not ours imports nothing of the project."""
+    if path in FOREIGN:
+        for line, name in modules_imported(path, tree):
+            if name.split(".")[0] in PACKAGES:
+                yield f"{path}:{line} imports {name}"
+
+
 def reports_without_torch(path: str, tree: ast.Module) -> Iterator[str]:
     """Tables and verdicts are computed from records alone, on machines without torch."""
     if path.startswith("reports/"):
@@ -168,6 +180,7 @@ def nothing_global(path: str, tree: ast.Module) -> Iterator[str]:
 RULES: dict[str, Rule] = {
     "import walls": import_walls,
     "parallel without ranks": parallel_without_ranks,
+    "foreign alone": foreign_alone,
     "reports without torch": reports_without_torch,
     "processes": processes,
     "ranks are arguments": ranks_are_arguments,
@@ -210,6 +223,8 @@ VIOLATIONS = [
     ("import walls", "reports/tables.py", "from harness.verification.budgets import Comparison"),
     ("import walls", "harness/cli.py", "from tests.engine import support"),
     ("parallel without ranks", "engine/parallel/linear.py", "from engine.ranks.ranks import Ranks"),
+    ("foreign alone", "engine/ranks/foreign_program.py", "from engine.ranks.failures import describe_exit"),
+    ("foreign alone", "harness/subjects/vllm_worker.py", "def late():\n    import reference.hf"),
     ("reports without torch", "reports/tables.py", "import torch"),
     ("reports without torch", "reports/tables.py", "def late():\n    from torch import Tensor"),
     ("processes", "engine/llm.py", "import multiprocessing"),
@@ -243,6 +258,8 @@ ALLOWED = [
     ("import walls", "reference/hf.py", "from engine.checkpoint.checkpoint_files import CONFIG_FILE"),
     ("import walls", "reports/tables.py", "import pandas\nfrom enginelike import x"),
     ("parallel without ranks", "engine/ranks/jobs.py", "from engine.parallel.group import TPGroup"),
+    ("foreign alone", "harness/subjects/vllm_worker.py", "import torch\nfrom vllm import LLM"),
+    ("foreign alone", "engine/ranks/foreign_ranks.py", "from engine.ranks.failures import describe_exit"),
     ("reports without torch", "harness/cli.py", "import torch"),
     ("processes", "engine/ranks/ranks.py", "import multiprocessing"),
     ("processes", "engine/llm.py", "import os\nos.environ['X']\nos.cpu_count()"),

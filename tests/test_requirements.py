@@ -19,7 +19,7 @@ CONSTRAINTS = ("requirements/constraints.txt", "requirements/constraints-oldest.
 PYTHONS = ("3.11", "3.12")
 DEPENDENCIES = {"newest": ["-c requirements/torch.txt", "-e .[dev]"], "pins": ["uv==0.13.9"],
                 "oldest": ["-c requirements/constraints-oldest.txt", "-e .[dev]"],
-                "lint": ["-c requirements/constraints.txt", "ruff"]}
+                "lint": ["-c requirements/constraints.txt", "ruff"], "vllm": ["-r requirements/vllm.txt"]}
 """Of the tox environments that do not just take all that is pinned."""
 
 

@@ -107,7 +107,7 @@ def error_from_exception(rank: int, phase: str, failure: BaseException, log: Log
     text = "".join(traceback.format_exception(type(failure), failure, trace))
     first_line = str(failure).strip().split("\n", 1)[0]
     saw_another = isinstance(failure, CollectiveAborted) or (
-        isinstance(failure, (RuntimeError, ConnectionError)) and _SAW_ANOTHER_FAIL.search(str(failure)) is not None
+        isinstance(failure, (RuntimeError, ConnectionError)) and saw_another_fail(str(failure))
     )
     return RankError(
         rank=rank,
@@ -118,6 +118,11 @@ def error_from_exception(rank: int, phase: str, failure: BaseException, log: Log
         log=log,
         consequence=saw_another,
     )
+
+
+def saw_another_fail(said: str) -> bool:
+    """Whether a rank says no more than that another one is gone."""
+    return _SAW_ANOTHER_FAIL.search(said) is not None
 
 
 def describe_exit(exit_code: int | None) -> str:

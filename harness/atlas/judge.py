@@ -7,26 +7,28 @@ compared*.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.ranks.ranks import RankFailure
 from harness.checks.base import CheckContext, Outcome
 from harness.checks.logits import compare_logits
-from harness.checks.weights import check_own
-from harness.subjects.base import Placement, Schedule, Subject, SubjectFailure
+from harness.checks.weights import SHARDED, check_own
+from harness.subjects.base import NotShownError, Schedule, Subject, SubjectFailure
 from harness.subjects.on_ranks import subject_failure
-from harness.subjects.transformers import TransformersSubject
 from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import CheckpointError
 from reports.records import AtlasVerdict
 
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n    (?P<code>.+)$', re.MULTILINE)
-ONE_RANK = Placement(tp_size=1, fabric="solo")
 LONGEST = 500
 """Characters of a reason."""
-LIBRARIES = ("transformers", "huggingface_hub")
+LIBRARIES = ("transformers", "huggingface_hub", "vllm")
 """Whose ``raise`` is a refusal on purpose; the second one checks the first one's configs."""
+
+OneRank = Callable[[], AbstractContextManager[Subject]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +45,21 @@ class Judged:
     said: list[str] = field(default_factory=list)
 
 
-def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
+def judge(results: ReferenceResults, subject: Subject, one_rank: OneRank) -> Judged:
     """Load the checkpoint of ``results`` into the subject's ranks and hold its logits against the reference's.
+
+    Args:
+        results: of the row's checkpoint.
+        subject: on the row's ranks.
+        one_rank: gives one of this kind on one rank, for the length of a block.
 
     Where cached decoding is off on one rank too and a prefill is not, prefills alone are compared; ``results`` keeps to them.
     """
     refused = _loaded(results, subject)
-    if refused is not None and refused.verdict == "crashed":
+    if refused is not None and (refused.verdict == "crashed" or subject.tp_size == 1):
         return refused  # one rank is this process: it must not do what ended others
     if refused is not None:
-        with type(subject)(ONE_RANK) as one:
+        with one_rank() as one:
             alone = _loaded(results, one)
         return refused if alone is None else _not_compared(refused, alone)
     try:
@@ -60,29 +67,38 @@ def judge(results: ReferenceResults, subject: TransformersSubject) -> Judged:
     except Exception as error:  # of any kind: the library raises what it likes
         return Judged(verdict="not compared", message=f"the reference can't compute it: {reason(error)}")
     judged = _compared(results, subject)
+    if subject.tp_size == 1:  # there is nothing else to hold it against
+        return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject, one_rank)
     if judged.verdict not in ("right", "crashed"):
-        with type(subject)(ONE_RANK) as one:
+        with one_rank() as one:
             alone = _loaded(results, one) or _compared(results, one)
         if alone.verdict == "wrong" and not _is_prefill(results.schedule):
             results.schedule = prefills(results.schedule)
-            return judge(results, subject)
+            return judge(results, subject, one_rank)
         if alone.verdict != "right":
             return _not_compared(judged, alone)
     if _is_prefill(results.schedule):
         judged = replace(judged, message=f"prefills alone, for cached decoding is off on one rank too. {judged.message}".strip())
-    return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject)
+    return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject, one_rank)
 
 
-def _with_weights(judged: Judged, results: ReferenceResults, subject: TransformersSubject) -> Judged:
+def _with_weights(judged: Judged, results: ReferenceResults, subject: Subject, one_rank: OneRank) -> Judged:
     """The same, and wrong where a rank's weights are not the file's, though one rank alone has them right.
 
     Wrong weights are what is wrong first. And logits may be right for all that: of a tensor that is not where it says to be, what
     is saved is another model.
     """
     own = _weights(results, subject)
+    if judged.sharded is None:
+        judged = replace(judged, sharded=own.extra.get(SHARDED))
+    if own.skipped is not None:
+        return replace(judged, message=f"{judged.message} Weights are not compared: {own.skipped}".strip())
     if own.finding is None:
         return judged
-    with type(subject)(ONE_RANK) as one:
+    if subject.tp_size == 1:
+        return replace(judged, verdict="wrong", rank=0, module=own.module,
+                       message=f"{own.finding}{'; ' if judged.message else ''}{judged.message}")
+    with one_rank() as one:
         alone = _weights(results, one) if _loaded(results, one) is None else own
     if alone.finding is not None:
         return replace(judged, message=f"{judged.message} Weights differ from the file on one rank too: {alone.finding}".strip())
@@ -90,9 +106,11 @@ def _with_weights(judged: Judged, results: ReferenceResults, subject: Transforme
                    message=f"{own.finding}{'; ' if judged.message else ''}{judged.message}")
 
 
-def _weights(results: ReferenceResults, subject: TransformersSubject) -> Outcome:
+def _weights(results: ReferenceResults, subject: Subject) -> Outcome:
     try:
         return check_own(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
+    except NotShownError as error:
+        return Outcome(cases=0, compared=0, skipped=str(error))
     except Exception as error:  # a layout that is none, or a name that the file does not have
         return Outcome(cases=0, compared=0, finding=reason(error))
 
@@ -117,7 +135,7 @@ def _not_compared(judged: Judged, alone: Judged) -> Judged:
                    message=f"it {happens} on one rank too: {alone.message}")
 
 
-def _loaded(results: ReferenceResults, subject: TransformersSubject, *, attempts: int = 2) -> Judged | None:
+def _loaded(results: ReferenceResults, subject: Subject, *, attempts: int = 2) -> Judged | None:
     """None; or what came of it instead."""
     try:
         subject.load(results.folder, dtype=results.dtype, options={"quiet": True})
@@ -132,14 +150,14 @@ def _loaded(results: ReferenceResults, subject: TransformersSubject, *, attempts
     return None
 
 
-def _compared(results: ReferenceResults, subject: TransformersSubject) -> Judged:
+def _compared(results: ReferenceResults, subject: Subject) -> Judged:
     try:
         outcome = compare_logits(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
         sharded, said = subject.sharded(), subject.said()
     except SubjectFailure as failure:
         return _failed(failure, subject)
-    seen = Judged(verdict="right", error_over_budget=outcome.error_over_budget, sharded=sharded.parameters,
-                  sharded_flops=sharded.flops, said=said)
+    seen = Judged(verdict="right", error_over_budget=outcome.error_over_budget, said=said,
+                  sharded=sharded.parameters if sharded else None, sharded_flops=sharded.flops if sharded else None)
     return seen if outcome.finding is None else replace(seen, verdict="wrong", message=outcome.finding, rank=outcome.rank,
                                                         module=outcome.module)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -57,10 +57,17 @@ class Layout:
 BASE = Layout(name="base")
 
 
-def layouts_of(architecture: str) -> list[Layout]:
-    """The base first; of the rest those whose field the config has, with another value."""
+def layouts_of(architecture: str, sizes: Callable[[Any], dict[str, Any]] = lambda config: {}) -> list[Layout]:
+    """The base first; of the rest those whose field the config has, with another value.
+
+    Args:
+        architecture: a ``model_type``.
+        sizes: of a tiny config what must be otherwise in all of them (``Subject.tiny_sizes``).
+    """
     try:
-        config = tiny_config(architecture).get_text_config(decoder=True)
+        tiny = tiny_config(architecture)
+        own = sizes(tiny)
+        config = tiny_config(architecture, **own).get_text_config(decoder=True)
     except Exception:  # a library's, of any kind: the base row tells of it
         return [BASE]
     values = _values(config)
@@ -71,7 +78,7 @@ def layouts_of(architecture: str) -> list[Layout]:
         layouts.append(Layout(name="expert parallel", expert_parallel=True))
     if get_checkpoint_conversion_mapping(config.model_type):
         layouts.append(Layout(name="own names", own_names=True))
-    return layouts
+    return [replace(layout, changes={**own, **layout.changes}) for layout in layouts]
 
 
 def _values(config: PretrainedConfig) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -21,7 +21,7 @@ from harness.interrupted import Interrupted
 from harness.machine import run_info
 from harness.names import DTYPES
 from harness.subjects import subject_class
-from harness.subjects.base import Placement
+from harness.subjects.base import Placement, Subject
 from harness.subjects.transformers import TransformersSubject
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import refuse_repeats
@@ -73,23 +73,47 @@ class AtlasPlan:
     tp_sizes: tuple[int, ...] = (2, 3, 4)
     dtypes: tuple[str, ...] = ("float32",)
     seed: int = 0
+    python: Path | None = None
 
     def __post_init__(self) -> None:
-        subject = subject_class(self.subject)
-        if not issubclass(subject, TransformersSubject):
-            raise UsageError(f"subject={self.subject!r}: the atlas knows the architectures of transformers alone; use verify")
-        subject.check_installed()
+        least = self.make.atlas_from
+        if least is None:
+            raise UsageError(f"subject={self.subject!r}: the atlas knows the architectures of transformers and vllm alone; use "
+                             "verify")
+        self.versions  # noqa: B018 - refuses what is not installed
         known = causal_lm_types()
         if unknown := [name for name in self.architectures if name not in known]:
             raise UsageError(f"architectures={unknown} are unknown; the installed transformers has: {', '.join(known)}")
-        if not self.tp_sizes or min(self.tp_sizes) < 2:
-            raise UsageError(f"tp_sizes={self.tp_sizes} must be 2 or more: one rank is what the others are held against")
+        if not self.tp_sizes or min(self.tp_sizes) < least:
+            raise UsageError(f"tp_sizes={self.tp_sizes} must be {least} or more" + (
+                ": one rank is what the others are held against" if least > 1 else ""))
         if unknown := [name for name in self.dtypes if name not in DTYPES]:
             raise UsageError(f"dtypes={unknown} are unknown; supported: {', '.join(DTYPES)}")
         for name in ("architectures", "layouts", "tp_sizes", "dtypes"):
             refuse_repeats(name, getattr(self, name))
         if not self.entries:
             raise UsageError(f"layouts={self.layouts} are none of these architectures'")
+
+    @property
+    def make(self) -> type[Subject]:
+        """The subject."""
+        return subject_class(self.subject)
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries of another interpreter.
+
+        Raises:
+            UsageError: if what it takes is not installed.
+        """
+        if issubclass(self.make, TransformersSubject):
+            self.make.check_installed()
+        return self.make.versions(self.placement(self.tp_sizes[0] if self.tp_sizes else 1))
+
+    def placement(self, tp_size: int) -> Placement:
+        """Where the ranks of a row live."""
+        return Placement(tp_size=tp_size, fabric="gloo" if tp_size > 1 else "solo", job_timeout_s=JOB_TIMEOUT_S,
+                         python=self.python)
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -99,7 +123,9 @@ class AtlasPlan:
 
     def _entries_of(self, architecture: str, dtype: str) -> list[Entry]:
         by_checkpoint: dict[str, list[Entry]] = {}
-        for layout in layouts_of(architecture):
+        for layout in layouts_of(architecture, self.make.tiny_sizes):
+            if layout.expert_parallel and not issubclass(self.make, TransformersSubject):
+                continue
             if not self.layouts or layout.name in self.layouts:
                 rows = [Entry(architecture=architecture, layout=layout, dtype=dtype, tp_size=tp_size,
                               subject="transformers-ep" if layout.expert_parallel else self.subject) for tp_size in self.tp_sizes]
@@ -133,7 +159,7 @@ def run_atlas(plan: AtlasPlan, *, done: Report | None = None, on_row: OnRow = la
 
     def report() -> Report:
         info = run_info("atlas", started_at=started_at, seed=plan.seed)
-        return Report(run=replace(info, seconds=info.seconds + before_s), atlas=rows)
+        return Report(run=replace(info, seconds=info.seconds + before_s, versions=info.versions | plan.versions), atlas=rows)
 
     if done is not None:
         _check_same(done, report())
@@ -150,7 +176,7 @@ def run_atlas(plan: AtlasPlan, *, done: Report | None = None, on_row: OnRow = la
 
 
 def _check_same(before: Report, now: Report) -> None:
-    old, new = ({"seed": report.run.seed, **{name: report.run.versions.get(name) for name in ("torch", "transformers")}}
+    old, new = ({"seed": report.run.seed, **{name: report.run.versions.get(name) for name in ("torch", "transformers", "vllm")}}
                 for report in (before, now))
     if old != new:
         raise CouldNotRunError(f"the rows that are there are of {old}, this is {new}: start anew, without --resume")
@@ -162,7 +188,7 @@ class _Atlas(ExitStack):
     def __init__(self, plan: AtlasPlan) -> None:
         super().__init__()
         self._plan = plan
-        self._subjects: dict[tuple[str, int], TransformersSubject] = {}
+        self._subjects: dict[tuple[str, int], Subject] = {}
         self._checkpoint = ""
         self._results: ReferenceResults | str = ""
         self._folder = Path()
@@ -181,13 +207,14 @@ class _Atlas(ExitStack):
             judged = Judged(verdict="not compared", message=results)
         else:
             try:
-                judged = judge(results, self._subject(entry))
+                judged = judge(results, self._subject(entry.subject, entry.tp_size), partial(self._one_rank, entry.subject))
             except Exception as error:  # ours, or a library's: a row of many must not end them all
                 judged = Judged(verdict="not compared", message=f"the comparison itself raised {reason(error)}")
         message = judged.message.replace(f"{self._folder}", "its folder")  # a record is for other machines too
         words = ("shardproof", "atlas", "--arch", entry.architecture, "--layout", entry.layout.name, "--tp", str(entry.tp_size),
                  "--dtype", entry.dtype, "--seed", str(self._plan.seed),
-                 *(() if self._plan.subject == "transformers" else ("--subject", self._plan.subject)))
+                 *(() if self._plan.subject == "transformers" else ("--subject", self._plan.subject)),
+                 *(() if self._plan.python is None else ("--python", str(self._plan.python))))
         return AtlasRow(architecture=entry.architecture, layout=entry.layout.name, changes=dict(entry.layout.changes),
                         subject=entry.subject, tp_size=entry.tp_size, dtype=entry.dtype, replay=shlex.join(words),
                         seconds=round(time.perf_counter() - started, 3), **asdict(replace(judged, message=message)))
@@ -206,14 +233,22 @@ class _Atlas(ExitStack):
                 self._results = f"no such checkpoint can be made: {reason(error)}"
         return self._results
 
-    def _subject(self, entry: Entry) -> TransformersSubject:
-        """On the ranks for this tp_size, which subjects share."""
-        key = entry.subject, entry.tp_size
+    def _subject(self, name: str, tp_size: int) -> Subject:
+        """On the ranks for this tp_size, which subjects share that can."""
+        key = name, tp_size
         if key not in self._subjects:
-            others = (subject for (_, tp_size), subject in self._subjects.items() if tp_size == entry.tp_size)
-            placement = Placement(tp_size=entry.tp_size, fabric="gloo", job_timeout_s=JOB_TIMEOUT_S,
-                                  ranks=next((subject.ranks for subject in others), None))
-            make = subject_class(entry.subject)
-            assert issubclass(make, TransformersSubject), "the plan has checked it"
-            self._subjects[key] = self.enter_context(make(placement))
+            others = (subject for (_, size), subject in self._subjects.items() if size == tp_size and subject.takes_ranks)
+            shared = next((getattr(subject, "ranks", None) for subject in others), None)
+            placement = replace(self._plan.placement(tp_size), ranks=shared)
+            self._subjects[key] = self.enter_context(subject_class(name)(placement))
         return self._subjects[key]
+
+    @contextmanager
+    def _one_rank(self, name: str) -> Iterator[Subject]:
+        """This process, or the one that is there for rows of one rank: starting another library takes long."""
+        make = subject_class(name)
+        if not make.takes_ranks:
+            yield self._subject(name, 1)
+            return
+        with make(replace(self._plan.placement(1), job_timeout_s=None)) as subject:
+            yield subject

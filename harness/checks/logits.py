@@ -50,7 +50,8 @@ def check_near_eps(context: CheckContext) -> Outcome:
 @contextmanager
 def near_eps_model(context: CheckContext) -> Iterator[CheckContext]:
     """The same for the small model, which takes the model's place as long as this lasts."""
-    config = narrow_config(context.results.config, context.tp_size, uneven=context.subject.has_uneven)
+    config = narrow_config(context.results.config, context.tp_size, uneven=context.subject.has_uneven,
+                           head_dim=context.subject.head_dim)
     config["vocab_size"] += 60  # of few logits the median row tells nothing
     config["intermediate_size"] = 8 * context.tp_size  # experts' grouped products want rows of multiples of 16 bytes
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:

@@ -76,7 +76,7 @@ def _uncovered(owned: Ownership, shape: tuple[int, ...], tp_size: int) -> str | 
 def check_indexed(context: CheckContext) -> Outcome:
     """A small one of the same layout whose every value is the number of its element."""
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = narrow_config(context.results.config, context.tp_size)
+        config = _narrow(context)
         return _loaded_beside(context, "an index-valued checkpoint", index_checkpoint(Path(scratch) / "indexed", config), config)
 
 
@@ -85,7 +85,7 @@ def check_own_head(context: CheckContext) -> Outcome | None:
     if not context.results.config.get("tie_word_embeddings"):
         return None
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
-        config = {**narrow_config(context.results.config, context.tp_size), "vocab_size": LONG_VOCABULARY}
+        config = {**_narrow(context), "vocab_size": LONG_VOCABULARY}
         folder = index_checkpoint(Path(scratch) / "headed", {**config, "tie_word_embeddings": False})
         as_config(config).save_pretrained(folder)
         with edited(folder) as tensors:
@@ -100,11 +100,15 @@ def _loaded_beside(context: CheckContext, what: str, folder: Path, config: dict[
         return compare_shards(context, what, folder, config, index.dtype, index)
 
 
-def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True) -> dict[str, Any]:
+def _narrow(context: CheckContext) -> dict[str, Any]:
+    return narrow_config(context.results.config, context.tp_size, head_dim=context.subject.head_dim)
+
+
+def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True, head_dim: int = 4) -> dict[str, Any]:
     """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly, if ``uneven``."""
     rest = 1 if uneven and tp_size > 1 else 0
     rope = dict(config.get("rope_parameters") or {})
-    head_dim = 4 if rope.get("partial_rotary_factor", 1.0) == 1.0 else 8
+    head_dim = head_dim if rope.get("partial_rotary_factor", 1.0) == 1.0 else max(8, head_dim)
     intermediate_size = 5 * tp_size + rest
     narrow = {**config, "hidden_size": head_dim * config["num_attention_heads"], "intermediate_size": intermediate_size,
             "num_hidden_layers": 2, "vocab_size": 7 * tp_size + rest, "max_position_embeddings": 64}

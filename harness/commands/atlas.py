@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.commands.options import AsJson, Quiet, Seed, end_of_run, numbers, prepare_out
+from harness.commands.options import AsJson, Python, Quiet, Seed, end_of_run, numbers, prepare_out
 from harness.commands.progress import RowsShown
 from harness.errors import UsageError
 from harness.names import DTYPES
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def atlas_command(
-    subject: Annotated[str, typer.Option(help="Whose tensor parallelism: transformers.")] = "transformers",
+    subject: Annotated[str, typer.Option(help="Whose tensor parallelism: transformers or vllm.")] = "transformers",
+    python: Python = None,
     arch: Annotated[list[str] | None, typer.Option(help="Only this model_type (again for more); by default every causal language "
                                                         "model that the installed transformers knows.")] = None,
     layout: Annotated[list[str] | None, typer.Option(help="Only this layout (again for more), as base; by default all.")] = None,
@@ -44,7 +45,7 @@ def atlas_command(
     from reports.records import write_report as write_record
 
     plan = AtlasPlan(subject=subject, architectures=tuple(arch or ()), layouts=tuple(layout or ()), tp_sizes=numbers("tp", tp),
-                     dtypes=tuple(dtype.split(",")), seed=seed)
+                     dtypes=tuple(dtype.split(",")), seed=seed, python=python)
     if resume and not (out / FILE_NAME).is_file():
         raise UsageError(f"out={str(out)!r} holds no {FILE_NAME} to go on from: leave --resume out")
     prepare_out(out, set_aside=not resume)

@@ -26,6 +26,7 @@ Model = Annotated[str, typer.Argument(autocompletion=lambda: [DEFAULT_MODEL, *SH
     f"smollm2, a Hugging Face folder, or a hub id; or a shape with random weights: {', '.join(SHAPES)}."))]
 Fabric = Annotated[str, typer.Option(autocompletion=lambda: list(FABRICS), help=f"{', '.join(FABRICS[:-1])} or {FABRICS[-1]}.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+Python = Annotated[Path | None, typer.Option(help="The interpreter of a subject that runs in one of its own, as vllm does.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report's JSON on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is wrong.")]
 

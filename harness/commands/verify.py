@@ -20,6 +20,7 @@ from harness.commands.options import (
     AsJson,
     Fabric,
     Model,
+    Python,
     Quiet,
     Seed,
     check_device,
@@ -53,6 +54,7 @@ def verify_command(
         f"Only this check (again for more): {', '.join(CHECK_NAMES)}; and, only if named, {', '.join(ON_REQUEST)}."))] = None,
     subject: Annotated[str, typer.Option(autocompletion=lambda: list(SUBJECTS), help=(
         f"What to verify: {', '.join(SUBJECTS)}, or your own as package.module:Class, which is run."))] = "engine",
+    python: Python = None,
     shrink: Annotated[bool, typer.Option("--shrink", help="Verify a tiny random model of MODEL's architecture; MODEL is a "
                                                          "model_type, a folder with config.json, or a hub id.")] = False,
     seed: Seed = 0,
@@ -75,31 +77,33 @@ def verify_command(
     if case is not None:
         if launched() is not None:
             raise UsageError("a saved finding runs again on ranks of its own: start --case without torchrun")
-        _replay(case, out, subject, as_json=as_json)
+        _replay(case, out, subject, python, as_json=as_json)
     plan = VerifyPlan(model=model, folder=Path(), tp_sizes=DEFAULT_TP_SIZES if tp is None else numbers("tp", tp), fabric=fabric,
-                      device=device, dtype=dtype, checks=tuple(check or CHECK_NAMES), subject=subject, seed=seed,
+                      device=device, dtype=dtype, checks=tuple(check or CHECK_NAMES), subject=subject, python=python, seed=seed,
                       cases_folder=out / "cases")
     with _torchrun_ranks(fabric, device) as ranks:
         tp_sizes = _tp_sizes(tp, ranks)
         prepare_out(out)
         check_device(device)
         if shrink:
-            plan = replace(plan, model=(folder := _shrunk(model, seed, dtype)), folder=Path(folder), tp_sizes=tp_sizes)
+            plan = replace(plan, model=(folder := _shrunk(model, seed, dtype, subject)), folder=Path(folder), tp_sizes=tp_sizes)
         else:
             plan = replace(plan, folder=model_folder(model, dtype=dtype), tp_sizes=tp_sizes)
         _verify(plan, out, ranks, as_json=as_json, quiet=quiet)
 
 
-def _shrunk(model: str, seed: int, dtype: str) -> str:
+def _shrunk(model: str, seed: int, dtype: str, subject: str) -> str:
     """The folder of ``model`` made tiny, in the cache: a finding's command has to find it again."""
     from engine.checkpoint.hub import cache_folder
-    from reference.shrink import shrink
+    from harness.subjects import subject_class
+    from reference.shrink import shrink, tiny_config
 
     dtype = "float32" if dtype == "auto" else dtype
+    sizes = subject_class(subject).tiny_sizes(tiny_config(model))
     name = re.sub(r"[^\w.-]+", "-", model).strip("-.")
-    folder = (cache_folder() / "tiny" / f"{name}-{dtype}-{seed}").absolute()
+    folder = (cache_folder() / "tiny" / "-".join((name, dtype, str(seed), *map(str, sizes.values())))).absolute()
     shutil.rmtree(folder, ignore_errors=True)  # what MODEL is may have changed
-    return str(shrink(model, folder, seed=seed, dtype=dtype))
+    return str(shrink(model, folder, seed=seed, dtype=dtype, **sizes))
 
 
 def _tp_sizes(tp: str | None, ranks: Ranks | None) -> tuple[int, ...]:
@@ -193,7 +197,7 @@ def _print_rows(rows: Sequence[CheckRow]) -> None:
             sys.stdout.write(f"  run it again: {first.replay}\n")
 
 
-def _replay(case: Path, out: Path, subject: str, *, as_json: bool) -> NoReturn:
+def _replay(case: Path, out: Path, subject: str, python: Path | None, *, as_json: bool) -> NoReturn:
     """Run a saved finding again, and say how it compares."""
     from harness.verification.cases import load_case
     from harness.verification.verify import replay
@@ -208,7 +212,7 @@ def _replay(case: Path, out: Path, subject: str, *, as_json: bool) -> NoReturn:
     check_device(saved.device)
     folder = model_folder(saved.model, dtype=saved.dtype)
     try:
-        report, comparison = replay(saved, folder)
+        report, comparison = replay(saved, folder, python)
     except UsageError as error:  # what can't be in a file of ours
         raise CouldNotRunError(f"case={case}: {error}") from error
     if not as_json:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SUBJECTS = {"engine": "harness.subjects.engine:EngineSubject",
             "transformers": "harness.subjects.transformers:TransformersSubject",
-            "transformers-ep": "harness.subjects.transformers:ExpertParallelSubject"}
+            "transformers-ep": "harness.subjects.transformers:ExpertParallelSubject",
+            "vllm": "harness.subjects.vllm:VllmSubject"}
 
 
 def subject_class(name: str) -> type[Subject]:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from reference.checkpoints import CheckpointError
 from reference.hf import Activations
 from reference.shards import Ownership
 
@@ -70,6 +71,10 @@ class SubjectFailure(Exception):  # noqa: N818
         return next((phase.removeprefix(IN_MODULE) for phase in phases if phase.startswith(IN_MODULE)), None)
 
 
+class NotShownError(CheckpointError):
+    """What a subject has and can't show, such as a tensor under a name that leads nowhere: that is no finding."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where a subject's ranks are to live.
@@ -77,6 +82,7 @@ class Placement:
     fabric        ``auto``, or one of ``harness.names.FABRICS``; a subject that brings its own processes may ignore it
     auto_restart  whether ranks that broke are replaced by the next call that needs them
     ranks         ranks that live elsewhere already, as torchrun's; None: the subject starts its own
+    python        the interpreter of the ranks, of a subject that runs in one of its own
     """
 
     tp_size: int
@@ -86,6 +92,7 @@ class Placement:
     collective_timeout_s: float = 600.0
     auto_restart: bool = True
     ranks: Any = None
+    python: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +133,19 @@ class ModuleRow(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sharded:
+    """How much of a model is sharded at all: a right answer of a model that is whole on every rank proves nothing.
+
+    parameters   share of the parameters that no rank holds whole
+    flops        the same of the multiplications a token that their weights take part in: none for embeddings, an expert's by
+                 the chance that a token is routed to it; attention scores are left out
+    """
+
+    parameters: float
+    flops: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """What a subject was asked to load last."""
 
@@ -142,6 +162,8 @@ class Subject(ABC):
     takes_ranks    whether it runs on ranks that live elsewhere (``Placement.ranks``)
     has_windows    whether sequences may be longer than a sliding window of the model
     has_uneven     whether it computes with sizes that do not split evenly over its ranks, whatever the model
+    head_dim       the smallest head that it computes with
+    atlas_from     an atlas of it says something from so many ranks on; None: there is none
     tp_size        number of its ranks
     fabric         what joins them, for the report
     loaded         what is loaded; ranks that replace failed ones load it by themselves
@@ -152,6 +174,8 @@ class Subject(ABC):
     takes_ranks: ClassVar[bool] = False
     has_windows: ClassVar[bool] = True
     has_uneven: ClassVar[bool] = True
+    head_dim: ClassVar[int] = 4
+    atlas_from: ClassVar[int | None] = None
     tp_size: int
     fabric: str = ""
     loaded: Loaded | None = None
@@ -222,9 +246,27 @@ class Subject(ABC):
     # What follows has defaults.
 
     @classmethod
+    def versions(cls, placement: Placement) -> dict[str, str]:
+        """Of libraries that are not this interpreter's, for the record of a run."""
+        return {}
+
+    @classmethod
+    def tiny_sizes(cls, config: Any) -> dict[str, Any]:
+        """What must be otherwise in a tiny config (``reference.shrink``) for this subject to compute with it."""
+        return {}
+
+    @classmethod
     def fabric_of(cls, placement: Placement) -> str:
         """What will join the ranks, for rows of layouts that never started."""
         return placement.fabric
+
+    def sharded(self) -> Sharded | None:
+        """How much of the loaded model is sharded; None of a subject that can't tell."""
+        return None
+
+    def said(self) -> list[str]:
+        """What its library warned of while it loaded, on any rank."""
+        return []
 
     @property
     def is_healthy(self) -> bool:

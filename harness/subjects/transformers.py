@@ -21,7 +21,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine.checkpoint.checkpoint_files import read_headers
 from harness.errors import UsageError
-from harness.subjects.base import Placement, Schedule
+from harness.subjects.base import Placement, Schedule, Sharded
 from harness.subjects.dtensor import DTensorRank, DTensorSubject, own_groups, plain
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import DTYPES, Activations, joined, recording
@@ -46,19 +45,6 @@ from reference.loaded import as_in_files
 OLDEST = "5.21"
 """The first release that gives ranks uneven parts of a vocabulary."""
 EXPERT = re.compile(r"\.experts(\.|$)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sharded:
-    """How much of a model is sharded at all: a right answer of a model that is whole on every rank proves nothing.
-
-    parameters   share of the parameters that no rank holds whole
-    flops        the same of the multiplications a token that their weights take part in: none for embeddings, an expert's by
-                 the chance that a token is routed to it; attention scores are left out
-    """
-
-    parameters: float
-    flops: float
 
 
 class TransformersRank(DTensorRank):
@@ -208,6 +194,7 @@ class TransformersSubject(DTensorSubject):
     """Declares nothing but a model: its layers are parts of transformers that nobody uses alone."""
 
     name: ClassVar[str] = "transformers"
+    atlas_from: ClassVar[int | None] = 2  # one rank is the reference
     rank_class: ClassVar[type[TransformersRank]] = TransformersRank
 
     @classmethod

@@ -51,6 +51,7 @@ class VerifyPlan:
         fabric: ``auto`` picks by tp_size and device.
         dtype: ``auto`` is the checkpoint's.
         case: only this drawn case, of the one check in ``checks`` (``Outcome.case``).
+        python: the interpreter of a subject that runs in one of its own.
         cases_folder: where findings are saved so that they can be run again; None: nowhere.
     """
 
@@ -62,6 +63,7 @@ class VerifyPlan:
     dtype: str = "auto"
     checks: tuple[str, ...] = CHECK_NAMES
     subject: str = "engine"
+    python: Path | None = None
     seed: int = 0
     kind: str | None = None
     case: Mapping[str, Any] | None = None
@@ -96,7 +98,7 @@ class VerifyPlan:
     def placement(self, tp_size: int, ranks: Any = None) -> Placement:
         """Where the subject's ranks are to live."""
         return Placement(tp_size=tp_size, fabric=self.fabric_of(tp_size), device=self.device, job_timeout_s=JOB_TIMEOUT_S,
-                         ranks=ranks)
+                         ranks=ranks, python=self.python)
 
 
 def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: None,
@@ -132,10 +134,11 @@ def verify(plan: VerifyPlan, *, ranks: Any = None, on_row: OnRow = lambda row: N
     dtype = checkpoint_dtype(config) if plan.dtype == "auto" else plan.dtype
     results = ReferenceResults(plan.folder, dtype=dtype, seed=plan.seed, device=plan.device, beyond_windows=subject.has_windows)
     rows: list[CheckRow] = []
+    versions = subject.versions(plan.placement(plan.tp_sizes[0], ranks))
 
     def report() -> Report:
         run = run_info("verify", started_at=started_at, seed=plan.seed)
-        return Report(run=replace(run, switches=run.switches | results.switches), checks=rows)
+        return Report(run=replace(run, switches=run.switches | results.switches, versions=run.versions | versions), checks=rows)
 
     alone = _Alone(plan, results, subject)
     try:
@@ -273,6 +276,8 @@ def _row(name: str, plan: VerifyPlan, results: ReferenceResults, fabric: str, tp
 def _replay(name: str, plan: VerifyPlan, results: ReferenceResults, fabric: str, tp_size: int, outcome: Outcome) -> str:
     """The one command that runs the finding again."""
     subject = () if plan.subject == "engine" else ("--subject", plan.subject)
+    if plan.python is not None:
+        subject = (*subject, "--python", str(plan.python))
     words = ("shardproof", "verify", plan.model, "--tp", str(tp_size), "--check", name, "--dtype", plan.dtype, "--device",
              plan.device, "--seed", str(plan.seed), "--fabric", "auto" if fabric in ("solo", "") else fabric, *subject)
     if plan.cases_folder is None:
@@ -290,16 +295,21 @@ def _replay(name: str, plan: VerifyPlan, results: ReferenceResults, fabric: str,
     return shlex.join(("shardproof", "verify", "--case", str(path), *subject))
 
 
-def replay(saved: SavedCase, folder: Path) -> tuple[Report, str]:
+def replay(saved: SavedCase, folder: Path, python: Path | None = None) -> tuple[Report, str]:
     """Run a saved finding again, alone. The report, and in words how it compares with what was saved.
+
+    Args:
+        saved: the finding.
+        folder: of its model.
+        python: as in ``VerifyPlan``: no file names what is run.
 
     Raises:
         as ``verify``.
     """
     outcomes: list[Outcome] = []
     plan = VerifyPlan(model=saved.model, folder=folder, tp_sizes=(saved.tp_size,), fabric=saved.fabric, device=saved.device,
-                      dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, seed=saved.seed,
-                      kind=saved.kind or None, case=saved.case or None)
+                      dtype=saved.dtype, checks=(saved.check,), subject=saved.subject, python=python,
+                      seed=saved.seed, kind=saved.kind or None, case=saved.case or None)
     report = verify(plan, on_outcome=outcomes.extend)
     outcome = next((part for part in outcomes if part.kind == saved.kind), outcomes[0])
     if outcome.error is not None or outcome.skipped is not None:

@@ -82,7 +82,7 @@ def test_ranks_that_do_not_fail_alike_crashed(by_rank: dict[str, Any], message: 
     ({"dtypes": ("float8",)}, r"dtypes=\['float8'\] are unknown"),
     ({"dtypes": ("float32", "float32")}, "dtypes=float32 is named more than once"),
     ({"architectures": ("llama",), "layouts": ("nothing",)}, r"layouts=\('nothing',\) are none of these architectures'"),
-    ({"subject": "engine"}, "subject='engine': the atlas knows the architectures of transformers alone; use verify"),
+    ({"subject": "engine"}, "subject='engine': the atlas knows the architectures of transformers and vllm alone; use verify"),
 ])
 def test_a_plan_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):

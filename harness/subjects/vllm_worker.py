@@ -1,0 +1,462 @@
+"""vLLM inside one rank of an interpreter of its own: what ``engine/ranks/foreign_program.py`` serves there.
+
+It imports vLLM and torch as that interpreter has them, and nothing of this project: see docs/vllm_subject.md for what it uses of
+vLLM. One engine a rank, which runs by itself what all others run too (``external_launcher``), model after model.
+
+Plain data in and out. Names are those of the checkpoint and of transformers' modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXPERT = re.compile(r"(?P<parent>.*\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight$")
+CACHE_BYTES = 64 << 20
+UNSEEN = ("rotary_emb", "attn", "routed_experts", "quant_method", "act_fn", "logits_processor", "lm_head")
+"""Last names of modules that the reference has no counterpart of, or that are called past their hooks."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint's tensor is in a rank: a part of a parameter, and which part of the tensor that is.
+
+    tensor   this rank's part, as it was before vLLM packed it
+    dim      the dimension of the checkpoint's tensor that is cut; None: all of it is here
+    ranges   the rows or columns that are here, from and to
+    """
+
+    tensor: Tensor
+    dim: int | None
+    ranges: list[list[int]]
+
+
+class Served:
+    """One rank of vLLM. A model is loaded by ``load``, in place of the one before."""
+
+    def __init__(self, tp_rank: int, tp_size: int) -> None:
+        self.tp_rank, self.tp_size = tp_rank, tp_size
+        os.environ.update(RANK=str(tp_rank), LOCAL_RANK=str(tp_rank), WORLD_SIZE=str(tp_size), MASTER_ADDR="127.0.0.1")
+        from vllm.distributed.device_communicators import cpu_communicator
+        from vllm.model_executor.model_loader import register_model_loader
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        served = self
+
+        @register_model_loader("shardproof")
+        class Loader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
+            """Notes the parameters as they were loaded: on CPUs those of linear layers are packed behind this."""
+
+            def __init__(self, load_config: Any) -> None:
+                own = copy.copy(load_config)
+                own.load_format = "safetensors"
+                super().__init__(own)
+
+            def load_weights(self, model: nn.Module, model_config: Any) -> None:
+                super().load_weights(model, model_config)
+                served.loaded(model)
+
+        shared = cpu_communicator._CPUSHMDistributed
+        named = shared.make_group_name
+        # Under `external_launcher` all models of all jobs of a machine would have memory of the same name.
+        shared.make_group_name = staticmethod(lambda own: f"{named(own)}-{os.environ['MASTER_PORT']}")
+        self.llm: Any = None
+        self.parameters: dict[str, Tensor] = {}
+
+    def loaded(self, model: nn.Module) -> None:
+        """Called with the model when its weights are loaded and not yet packed."""
+        self.parameters = {name: parameter.detach().clone() for name, parameter in (
+            *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+
+    def load(self, folder: str, dtype: str, port: int, max_model_len: int, max_num_batched_tokens: int) -> None:
+        """Load a checkpoint.
+
+        Args:
+            folder: with config.json and safetensors.
+            dtype: as torch names it.
+            port: free, for the ranks to find each other; another one for each model.
+            max_model_len: tokens of the longest sequence.
+            max_num_batched_tokens: of a step.
+        """
+        self.unload()
+        os.environ["MASTER_PORT"] = str(port)
+        import vllm
+
+        _seen_in_this_process(folder)
+        try:
+            self.llm = vllm.LLM(
+                folder, tokenizer=None, skip_tokenizer_init=True, dtype=dtype, tensor_parallel_size=self.tp_size,
+                seed=0, model_impl="vllm",
+                distributed_executor_backend="external_launcher", load_format="shardproof", enforce_eager=True,
+                trust_remote_code=False, enable_prefix_caching=False, max_model_len=max_model_len, max_num_seqs=8,
+                max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory_bytes=CACHE_BYTES, gpu_memory_utilization=0.02,
+                max_logprobs=-1, logprobs_mode="raw_logits", logits_processors=[_forced_class()], generation_config="vllm",
+                disable_log_stats=True, async_scheduling=False)
+        except BaseException:
+            self.unload()
+            raise
+
+    def unload(self) -> None:
+        """Let go of the model, its process groups and what they share."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self.llm, self.parameters = None, {}
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+    @property
+    def runner(self) -> Any:
+        """The model runner, which lives in this process."""
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model."""
+        model: nn.Module = self.runner.model
+        return model
+
+    # What it holds.
+
+    def held(self, names: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Of each tensor of the checkpoint this rank's part, and which part it is; or why it can't be told.
+
+        Args:
+            names: by the model's name of it the files' own.
+            shapes: by the model's name the whole shape.
+        """
+        found: dict[str, Any] = {}
+        for name, in_files in names.items():
+            place = next((place for own in (in_files, name) if isinstance(place := self._place(own, list(shapes[name])), Place)),
+                         None)
+            found[name] = "vLLM's parameters have none that its name leads to" if place is None else {
+                "tensor": place.tensor, "dim": place.dim, "ranges": place.ranges}
+        return found
+
+    def _place(self, name: str, shape: list[int]) -> Place | None:
+        """Where a tensor of the files is."""
+        module, index, parameter = self._parameter_of(name)
+        if parameter is None:
+            return self._place_of_expert(name, shape)
+        dim, parts, starts = _cut(module, index, name.endswith(".bias"), parameter)
+        if dim is None:
+            whole = parameter
+            if list(whole.shape) != shape and list(whole.T.shape) == shape and whole.ndim == 2:
+                whole = whole.T
+            return Place(whole, None, []) if list(whole.shape) == shape else None
+        size = sum(stop - start for start, stop in parts)
+        tensor = torch.cat([parameter.narrow(dim, at, stop - start)
+                            for at, (start, stop) in zip(starts, parts, strict=True)], dim)
+        if tensor.ndim == 2 and shape[1 - dim] != tensor.shape[1 - dim]:  # as Conv1D of GPT-2 has it
+            tensor, dim = tensor.T, 1 - dim
+        if len(shape) != tensor.ndim or tensor.shape[dim] != size or any(
+                shape[other] != tensor.shape[other] for other in range(tensor.ndim) if other != dim):
+            return None
+        return Place(tensor, dim, parts)
+
+    def _parameter_of(self, name: str) -> tuple[nn.Module, int | None, Tensor | None]:
+        """The module, the number of its part that the tensor is (None: all of it), and the parameter."""
+        own = self.own_name(name)
+        if own == "lm_head.weight" and own not in self.parameters:
+            own = next((other for other in self.parameters if other.endswith("embed_tokens.weight")), own)
+        path, _, kind = own.rpartition(".")
+        if own in self.parameters:
+            return self._module(path), None, self.parameters[own]
+        parent, _, last = path.rpartition(".")
+        for fused, parts in self.packed().items():
+            packed = f"{parent}.{fused}.{kind}"
+            if last in parts and packed in self.parameters:
+                return self._module(f"{parent}.{fused}"), parts.index(last), self.parameters[packed]
+        return self.model, None, None
+
+    def _module(self, path: str) -> Any:
+        return self.model.get_submodule(path)
+
+    def own_name(self, name: str) -> str:
+        """A tensor's name in the files -> in vLLM, fused ones apart still."""
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        return name if mapper is None else mapper.get_rename_mapper().map_name(name) or name
+
+    def packed(self) -> dict[str, list[str]]:
+        """Which modules are fused into which, by the model's own ``packed_modules_mapping``."""
+        found: dict[str, list[str]] = {}
+        for module in self.model.modules():
+            mapping = getattr(module, "packed_modules_mapping", None)
+            if isinstance(mapping, dict):
+                found |= {fused: list(parts) for fused, parts in mapping.items() if len(parts) > 1}
+        return found
+
+    def _place_of_expert(self, name: str, shape: list[int]) -> Place | None:
+        """One expert's projection among the fused ones."""
+        match = EXPERT.fullmatch(self.own_name(name))
+        if match is None:
+            return None
+        try:
+            experts = self._module(f"{match['parent']}.routed_experts")
+        except AttributeError:
+            return None
+        is_fused = {experts.ckpt_gate_proj_name: 0, experts.ckpt_up_proj_name: 1}
+        projection, expert = match["projection"], int(match["expert"])
+        tp_rank = experts.moe_config.moe_parallel_config.tp_rank
+        tp_size = experts.moe_config.moe_parallel_config.tp_size
+        path = f"{match['parent']}.routed_experts."
+        if projection == experts.ckpt_down_proj_name:
+            own, dim, start = self.parameters[f"{path}w2_weight"][expert], 1, 0
+        elif projection in is_fused:
+            own, dim = self.parameters[f"{path}w13_weight"][expert], 0
+            start = is_fused[projection] * (own.shape[0] // 2)
+        else:
+            return None
+        size = shape[dim] // tp_size
+        tensor = own.narrow(dim, start, size).narrow(1 - dim, 0, shape[1 - dim])  # padded behind, for its kernels
+        if tp_size == 1:
+            return Place(tensor, None, [])
+        return Place(tensor, dim, [[tp_rank * size, (tp_rank + 1) * size]])
+
+    # What it computes.
+
+    def logits(self, prompts: list[list[int]], forced: list[list[int]]) -> list[Tensor]:
+        """Logits ``[T, V]`` after every token of each sequence: its prompt, and behind it the tokens that are forced upon it."""
+        vocabulary = int(self.llm.model_config.get_vocab_size())
+        return [_logits(output, prompt, own, vocabulary)
+                for output, prompt, own in zip(self._run(prompts, forced), prompts, forced, strict=True)]
+
+    def _run(self, prompts: list[list[int]], forced: list[list[int]], logits: bool = True) -> list[Any]:
+        from vllm import SamplingParams
+
+        params = [SamplingParams(
+            temperature=0.0, max_tokens=len(own) + 1, ignore_eos=True, detokenize=False, prompt_logprobs=-1 if logits else None,
+            logprobs=-1 if logits else None, flat_logprobs=True, extra_args={"forced": own, "sequence": sequence})
+            for sequence, own in enumerate(forced)]
+        outputs: list[Any] = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        for output, own in zip(outputs, forced, strict=True):
+            if list(output.outputs[0].token_ids[: len(own)]) != own:
+                raise ValueError("vLLM did not take the tokens that were forced upon it")
+        return outputs
+
+    def generate(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> list[list[int]]:
+        """The token ids after each prompt, all in one batch."""
+        from vllm import SamplingParams
+
+        own = [SamplingParams(**values, detokenize=False) for values in params]
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in prompts], own, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def activations(self, prompts: list[list[int]], forced: list[list[int]], sequence: int,
+                    names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """Of one of these sequences what went into and came out of each module, rows in token order.
+
+        Args:
+            prompts: as in ``logits``.
+            forced: as in ``logits``.
+            sequence: its number among them.
+            names: the checkpoint's tensors, by which modules are found (see ``held``).
+        """
+        modules = self._modules_of(names)
+        taken: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "outputs": {}}
+        with self._recording(modules, sequence, len(prompts[sequence]) + len(forced[sequence]), taken):
+            self._run(prompts, forced, logits=False)
+        return {side: {name: torch.cat(parts) for name, parts in of.items()} for side, of in taken.items()}
+
+    def _modules_of(self, names: Mapping[str, str]) -> dict[str, list[tuple[str, int | None]]]:
+        """By vLLM's module the reference's modules that it computes: itself, or those that are fused in it, part by part.
+
+        Modules of one tensor have its name; those around them go by the same names as long as both sides have the same.
+        """
+        found: dict[str, list[tuple[str, int | None]]] = {}
+        for name in names:
+            own = self.own_name(names[name])
+            theirs, ours = name.rpartition(".")[0], own.rpartition(".")[0]
+            parent, _, last = ours.rpartition(".")
+            packed = next((f"{parent}.{fused}" for fused, parts in self.packed().items() if last in parts and (
+                f"{parent}.{fused}.weight" in self.parameters)), None)
+            if packed is not None:
+                parts = self.packed()[packed.rpartition(".")[2]]
+                entry = (theirs, parts.index(last))
+                if entry not in found.setdefault(packed, []):
+                    found[packed].append(entry)
+            elif any(f"{ours}.{kind}" in self.parameters for kind in ("weight", "bias")):
+                found.setdefault(ours, [(theirs, None)])
+            while "." in ours and "." in theirs and ours.rpartition(".")[2] == theirs.rpartition(".")[2]:
+                ours, theirs = ours.rpartition(".")[0], theirs.rpartition(".")[0]
+                found.setdefault(ours, [(theirs, None)])
+        known = dict(self.model.named_modules())
+        return {name: entries for name, entries in found.items() if name in known and name.rpartition(".")[2] not in UNSEEN}
+
+    @contextmanager
+    def _recording(self, modules: Mapping[str, list[tuple[str, int | None]]], sequence: int, length: int,
+                   taken: dict[str, dict[str, list[Tensor]]]) -> Iterator[None]:
+        hooks = []
+
+        def note(side: str, name: str, value: Tensor) -> None:
+            rows = self._rows(sequence, len(value))
+            if rows is not None and sum(map(len, taken[side].get(name, []))) < length:
+                own = value[rows][: length - sum(map(len, taken[side].get(name, [])))]
+                taken[side].setdefault(name, []).append(own.detach().clone())
+
+        def before(module: nn.Module, path: str, args: Any, kwargs: Any) -> None:
+            value = _given([*args, *kwargs.values()], _adds(path, module))
+            if value is not None:
+                for name, _ in modules[path]:
+                    note("inputs", name, value)
+
+        def after(module: nn.Module, path: str, output: Any) -> None:
+            values = [x for x in (output if isinstance(output, (tuple, list)) else [output]) if _is_rows(x)]
+            if not values or _is_whole_moe(module):
+                return
+            value = values[0]
+            if len(values) == 2 and values[1].shape == value.shape and path.rpartition(".")[2].isdigit():
+                value = value + values[1]  # what a layer adds, and what it was added to
+            for name, part in modules[path]:
+                if part is None:
+                    note("outputs", name, value)
+                else:
+                    sizes = _sizes(module)
+                    note("outputs", name, value.split(sizes, -1)[part])
+
+        for path in modules:
+            module = self._module(path)
+            hooks.append(module.register_forward_pre_hook(
+                lambda module, args, kwargs, path=path: before(module, path, args, kwargs), with_kwargs=True))
+            hooks.append(module.register_forward_hook(lambda module, args, output, path=path: after(module, path, output)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _rows(self, sequence: int, num_rows: int) -> slice | None:
+        """The rows of one sequence in the step that runs; None if it has none there, or these are no rows of tokens."""
+        batch = self.runner.input_batch
+        starts = self.runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
+        if num_rows != starts[-1]:
+            return None
+        for number, request in enumerate(batch.req_ids):
+            if self.runner.requests[request].sampling_params.extra_args["sequence"] == sequence:
+                return slice(starts[number], starts[number + 1])
+        return None
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.unload()
+
+
+def _seen_in_this_process(folder: str) -> None:
+    """Have vLLM look at the model's class here: by itself it starts another interpreter for that, which takes long."""
+    import json
+    from pathlib import Path
+
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((Path(folder) / "config.json").read_text()).get("architectures") or ():
+        known = ModelRegistry.models.get(architecture)
+        if known is not None and hasattr(known, "module_name"):
+            ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
+def _forced_class() -> type:
+    """A logits processor that has a request draw the tokens of its ``extra_args["forced"]``, one after the other."""
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class Forced(AdapterLogitsProcessor):  # type: ignore[misc,unused-ignore]
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: Any) -> Any:
+            forced: list[int] = (params.extra_args or {}).get("forced") or []
+
+            def force(output_ids: list[int], logits: Tensor) -> Tensor:
+                if len(output_ids) < len(forced):
+                    logits.fill_(float("-inf"))
+                    logits[forced[len(output_ids)]] = 0.0
+                return logits
+
+            return force if forced else None
+
+    return Forced
+
+
+def _logits(output: Any, prompt: Sequence[int], forced: Sequence[int], vocabulary: int) -> Tensor:
+    """[T, V] of one request's answer. What follows the last token of the prompt is told with the first one that is drawn."""
+    rows = torch.full((len(prompt) + len(forced), vocabulary), float("nan"))
+    seen = [(row - 1, output.prompt_logprobs, row) for row in range(1, len(prompt))]
+    seen += [(len(prompt) - 1 + step, output.outputs[0].logprobs, step) for step in range(len(forced) + 1)]
+    for row, told, position in seen:
+        part = slice(told.start_indices[position], told.end_indices[position])
+        rows[row, torch.tensor(told.token_ids[part])] = torch.tensor(told.logprobs[part])
+    return rows
+
+
+def _cut(module: nn.Module, index: int | None, is_bias: bool, parameter: Tensor) -> tuple[int | None, list[list[int]], list[int]]:
+    """How a module cuts its parameter, as its class and its attributes say.
+
+    Returns:
+        The dimension (None: it is whole); which rows or columns of the checkpoint's tensor are here; where they begin in the
+        parameter.
+    """
+    classes = [base.__name__ for base in type(module).__mro__]
+    own: Any = module
+    if "VocabParallelEmbedding" in classes and parameter.ndim:
+        at = own.shard_indices
+        return 0, [[at.org_vocab_start_index, at.org_vocab_end_index]], [0]
+    rank, size = getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1)
+    if "QKVParallelLinear" in classes:
+        heads = [(own.num_heads * own.head_size, own.total_num_heads * own.head_size, rank),
+                 (own.num_kv_heads * own.head_size, own.total_num_kv_heads * own.head_size, rank // own.num_kv_head_replicas),
+                 (own.num_kv_heads * own.v_head_size, own.total_num_kv_heads * own.v_head_size, rank // own.num_kv_head_replicas)]
+    elif "MergedColumnParallelLinear" in classes:
+        heads = [(total // size, total, rank) for total in own.output_sizes]
+    elif "ColumnParallelLinear" in classes:
+        heads = [(own.output_size // size, own.output_size, rank)]
+    elif "RowParallelLinear" in classes and not is_bias and size > 1:
+        each = own.input_size // size
+        return 1, [[rank * each, (rank + 1) * each]], [0]
+    else:
+        return None, [], []
+    parts, starts, at, before = [], [], 0, 0
+    for number, (each, total, place) in enumerate(heads):
+        if index is None or index == number:
+            base = before if index is None else 0  # fused in the files too
+            parts.append([base + place * each, base + (place + 1) * each])
+            starts.append(at)
+        at, before = at + each, before + total
+    return 0, parts, starts
+
+
+def _sizes(module: nn.Module) -> list[int]:
+    """How many of a fused module's features are each part's."""
+    own: Any = module
+    if hasattr(own, "num_kv_heads"):
+        return [own.num_heads * own.head_size, own.num_kv_heads * own.head_size, own.num_kv_heads * own.v_head_size]
+    return [size // own.tp_size for size in own.output_sizes]
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+
+
+def _adds(path: str, module: nn.Module) -> bool:
+    """Whether a module takes what it adds up first: norms and layers are given the residual apart."""
+    return "Norm" in type(module).__name__ or path.rpartition(".")[2].isdigit()
+
+
+def _given(values: Sequence[Any], adds: bool) -> Tensor | None:
+    tensors: list[Tensor] = [value for value in values if _is_rows(value)]
+    if not tensors:
+        return None
+    if adds and len(tensors) > 1 and tensors[1].shape == tensors[0].shape:
+        return tensors[0] + tensors[1]
+    return tensors[0]
+
+
+def _is_whole_moe(module: nn.Module) -> bool:
+    """Whether it has shared experts in its output, which the reference's module of that name has not."""
+    return type(module).__name__ == "MoERunner" and getattr(module, "shared_experts", None) is not None
