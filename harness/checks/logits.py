@@ -159,7 +159,10 @@ def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int], 
     extra: dict[str, Any] = {"token": place.token}
     if place.effect is not None:
         extra |= {"effect": place.effect.kind, "effect_text": place.effect.text}
-    return replace(outcome, finding=f"{outcome.finding}; {place}{left_out}", rank=place.rank, module=place.module, extra=extra)
+    own = context.subject.own_name(place.module)
+    named = f"; in {context.subject.name} that is {own}" if own != place.module else ""
+    return replace(outcome, finding=f"{outcome.finding}; {place}{named}{left_out}", rank=place.rank, module=place.module,
+                   extra=extra)
 
 
 CHECK = Check(

@@ -101,7 +101,8 @@ def _loaded_beside(context: CheckContext, what: str, folder: Path, config: dict[
 
 
 def _narrow(context: CheckContext) -> dict[str, Any]:
-    return narrow_config(context.results.config, context.tp_size, head_dim=context.subject.head_dim)
+    subject = context.subject
+    return narrow_config(context.results.config, context.tp_size, uneven=subject.loads_uneven, head_dim=subject.head_dim)
 
 
 def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True, head_dim: int = 4) -> dict[str, Any]:

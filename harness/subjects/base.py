@@ -162,6 +162,7 @@ class Subject(ABC):
     takes_ranks    whether it runs on ranks that live elsewhere (``Placement.ranks``)
     has_windows    whether sequences may be longer than a sliding window of the model
     has_uneven     whether it computes with sizes that do not split evenly over its ranks, whatever the model
+    loads_uneven   whether it loads such sizes, though it may not compute with them
     head_dim       the smallest head that it computes with
     atlas_from     an atlas of it says something from so many ranks on; None: there is none
     tp_size        number of its ranks
@@ -174,6 +175,7 @@ class Subject(ABC):
     takes_ranks: ClassVar[bool] = False
     has_windows: ClassVar[bool] = True
     has_uneven: ClassVar[bool] = True
+    loads_uneven: ClassVar[bool] = True
     head_dim: ClassVar[int] = 4
     atlas_from: ClassVar[int | None] = None
     tp_size: int
@@ -260,6 +262,10 @@ class Subject(ABC):
         """What will join the ranks, for rows of layouts that never started."""
         return placement.fabric
 
+    def own_name(self, module: str) -> str:
+        """What it calls a module of the reference whose activations it has shown last."""
+        return module
+
     def sharded(self) -> Sharded | None:
         """How much of the loaded model is sharded; None of a subject that can't tell."""
         return None
@@ -285,8 +291,8 @@ class Subject(ABC):
     def beside(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> Iterator[None]:
         """Another checkpoint in the place of the one that is loaded, until the end of the block."""
         before = self.loaded
-        self.load(folder, dtype=dtype, options=options)
         try:
+            self.load(folder, dtype=dtype, options=options)
             yield
         finally:
             if before is not None:

@@ -55,6 +55,7 @@ class VllmSubject(Subject):
 
     name: ClassVar[str] = "vllm"
     has_uneven: ClassVar[bool] = False  # it refuses sizes that its ranks do not divide, but for the vocabulary
+    loads_uneven: ClassVar[bool] = False
     head_dim: ClassVar[int] = HEAD_DIM
     atlas_from: ClassVar[int | None] = 1
     served: ClassVar[Path] = Path(__file__).with_name("vllm_worker.py")
@@ -66,6 +67,7 @@ class VllmSubject(Subject):
         self._timeout_s = placement.job_timeout_s or JOB_TIMEOUT_S
         self._restarts = placement.auto_restart
         self._held: list[dict[str, Any]] | None = None
+        self._own: dict[str, str] = {}
         self._ranks = self._started()
 
     def _started(self) -> ForeignRanks:
@@ -190,13 +192,20 @@ class VllmSubject(Subject):
     def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
         batch = next(batch for batch in _batches(schedule) if sequence in batch)
         by_rank = self._ask("activations", **_parts(schedule, batch), sequence=batch.index(sequence), names=self._names)
+        self._own = dict(by_rank[0]["own"])
         return [Activations(inputs=taken["inputs"], outputs=taken["outputs"]) for taken in by_rank]
+
+    def own_name(self, module: str) -> str:
+        return self._own.get(module, module)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
                  options: Mapping[str, Any] | None = None) -> list[list[int]]:
-        """In one batch, in the cache that was loaded."""
-        by_rank: list[list[list[int]]] = self._ask("generate", prompts=[list(prompt) for prompt in prompts],
-                                                   params=[dict(own) for own in params])
+        """In one batch, in the cache that was loaded. Without seeds of requests: with chunks of a prompt these raise on CPUs.
+
+        Ranks draw alike by the one seed of the engine.
+        """
+        own = [{name: value for name, value in of_request.items() if name != "seed"} for of_request in params]
+        by_rank: list[list[list[int]]] = self._ask("generate", prompts=[list(prompt) for prompt in prompts], params=own)
         if differing := [rank for rank, ids in enumerate(by_rank) if ids != by_rank[0]]:
             raise SubjectFailure(f"ranks {differing} generated other tokens than rank 0")
         return by_rank[0]

@@ -91,6 +91,7 @@ class Served:
         os.environ["MASTER_PORT"] = str(port)
         import vllm
 
+        _know_text_parts()
         _seen_in_this_process(folder)
         try:
             self.llm = vllm.LLM(
@@ -264,7 +265,8 @@ class Served:
         taken: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "outputs": {}}
         with self._recording(modules, sequence, len(prompts[sequence]) + len(forced[sequence]), taken):
             self._run(prompts, forced, logits=False)
-        return {side: {name: torch.cat(parts) for name, parts in of.items()} for side, of in taken.items()}
+        own = {name: path for path, entries in modules.items() for name, part in entries if part is None and name != path}
+        return {side: {name: torch.cat(parts) for name, parts in of.items()} for side, of in taken.items()} | {"own": own}
 
     def _modules_of(self, names: Mapping[str, str]) -> dict[str, list[tuple[str, int | None]]]:
         """By vLLM's module the reference's modules that it computes: itself, or those that are fused in it, part by part.
@@ -289,6 +291,10 @@ class Served:
                 ours, theirs = ours.rpartition(".")[0], theirs.rpartition(".")[0]
                 found.setdefault(ours, [(theirs, None)])
         known = dict(self.model.named_modules())
+        for path, module in known.items():
+            around = path.rpartition(".")[0]
+            if _is_whole_moe(module) and around in found:  # what the reference's block around its experts gives
+                found[path] = found.pop(around)
         return {name: entries for name, entries in found.items() if name in known and name.rpartition(".")[2] not in UNSEEN}
 
     @contextmanager
@@ -310,7 +316,7 @@ class Served:
 
         def after(module: nn.Module, path: str, output: Any) -> None:
             values = [x for x in (output if isinstance(output, (tuple, list)) else [output]) if _is_rows(x)]
-            if not values or _is_whole_moe(module):
+            if not values:
                 return
             value = values[0]
             if len(values) == 2 and values[1].shape == value.shape and path.rpartition(".")[2].isdigit():
@@ -347,6 +353,44 @@ class Served:
     def close(self) -> None:
         """Let go of everything."""
         self.unload()
+
+
+def _know_text_parts() -> None:
+    """Aria's text model by itself, which vLLM has inside of the model with vision alone: put together as it is there."""
+    from vllm import ModelRegistry
+
+    if "AriaTextForCausalLM" in ModelRegistry.models:
+        return
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.models.aria import AriaTextModel
+    from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+    class AriaTextForCausalLM(nn.Module):
+        hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix={"model.": "language_model."},
+                                          orig_to_new_suffix={"router.weight": "router_weight"})
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__()
+            config = vllm_config.model_config.hf_config
+            self.language_model = AriaTextModel(vllm_config=vllm_config, prefix="language_model")
+            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
+            self.logits_processor = LogitsProcessor(config.vocab_size)
+
+        def embed_input_ids(self, input_ids: Tensor) -> Any:
+            return self.language_model.embed_input_ids(input_ids)
+
+        def forward(self, input_ids: Tensor, positions: Tensor, intermediate_tensors: Any = None,
+                    inputs_embeds: Any = None) -> Any:
+            return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+        def compute_logits(self, hidden_states: Tensor) -> Any:
+            return self.logits_processor(self.lm_head, hidden_states)
+
+        def load_weights(self, weights: Any) -> Any:
+            return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+    ModelRegistry.register_model("AriaTextForCausalLM", AriaTextForCausalLM)
 
 
 def _seen_in_this_process(folder: str) -> None:

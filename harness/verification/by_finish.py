@@ -191,6 +191,8 @@ class _Seen:
         whole = self.exact.outputs[name]
         bias = getattr(module, "bias", None)
         addends: dict[str, Tensor] = {}
+        if parts := self._summed_up(name):
+            return {key: _flat(part.of(value)) for key, value in parts.items()}
         if isinstance(bias, Tensor) and bias.shape == whole.shape[-1:]:
             addends["bias"] = bias.detach().cpu().expand_as(whole)
         given = self.by_part("inputs", name)
@@ -201,6 +203,17 @@ class _Seen:
         else:
             products = {"product": whole - addends["bias"] if addends else whole}
         return {key: _flat(part.of(value)) for key, value in (products | addends).items()}
+
+
+    def _summed_up(self, name: str) -> dict[str, Tensor]:
+        """The outputs of a module's own parts, where it does no more than add them up: each by the innermost that gives it."""
+        outputs = self.exact.outputs
+        inside = {other.removeprefix(f"{name}."): x for other, x in outputs.items() if name and other.startswith(f"{name}.")}
+        direct = {other: x for other, x in inside.items() if "." not in other and x.shape == outputs[name].shape}
+        if len(direct) < 2 or not torch.equal(torch.stack(list(direct.values())).sum(0), outputs[name]):
+            return {}
+        return {next((inner for inner, y in inside.items() if inner.startswith(f"{other}.") and y.shape == x.shape
+                      and torch.equal(y, x)), other): x for other, x in direct.items()}
 
 
 def _flat(x: Tensor) -> Tensor:

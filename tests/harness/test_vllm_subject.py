@@ -212,7 +212,8 @@ def test_a_vllm_that_fails_is_told_in_its_row_and_what_was_done_is_kept(
     assert not [pid for pid in Fake.started if psutil.pid_exists(pid)]
 
 
-def test_what_it_does_not_declare_is_not_applicable(tmp_path: Path, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_does_not_declare_is_not_applicable(
+        tmp_path: Path, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(Fake, "served", tmp_path / "fake.py")
     report = verify(VerifyPlan(model="tiny", folder=tiny_model(LLAMA, "float32"), tp_sizes=(1,), checks=("layers", "kv"),
