@@ -4,8 +4,8 @@ It imports nothing of the project, for that interpreter may have other versions 
 What travels is plain data: a header in JSON, behind it the bytes of the tensors. Nothing that is received is ever run. Both ends
 use the same two functions, ``pack`` and ``Unpacker``.
 
-The script is started as ``python foreign_program.py FD SERVED``. SERVED is the path of a Python file with a class ``Served``:
-the call ``start`` makes one of it, all others are methods of that one, by name.
+The script takes two arguments: the socket's file descriptor, and the path of a Python file with a class ``Served``. The call
+``start`` makes one of it, all others are methods of that one, by name.
 """
 
 from __future__ import annotations
