@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.gemv import gemv
+from engine.kernels.matmul_few_rows import MAX_ROWS, matmul_few_rows, tiles_for
+from engine.kernels.overlap import may_overlap
 
 _FEW_ROWS = 8  # on a CPU
 
@@ -20,18 +22,24 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
     A parameter may be read before the kernels ahead of this one are done: who writes into one must not launch this next.
     """
-    if is_gemv(x_TI, weight_OI):
-        return gemv(x_TI, weight_OI, bias_O, settled=isinstance(weight_OI, nn.Parameter))
+    settled = isinstance(weight_OI, nn.Parameter)
+    if is_ours(x_TI, weight_OI):
+        if x_TI.shape[0] == 1:
+            return gemv(x_TI, weight_OI, bias_O, settled=settled)
+        # Launched in turn, as on older GPUs, it is no faster than cuBLAS.
+        tiles = tiles_for(x_TI.shape[0], *weight_OI.shape) if may_overlap(x_TI) else None
+        if tiles is not None:
+            return matmul_few_rows(x_TI, weight_OI, bias_O, tiles=tiles, settled=settled)
     if (x_TI.device.type == "cpu" and x_TI.dtype is torch.float32 and 1 <= x_TI.shape[0] <= _FEW_ROWS
             and prefers_weight_first()):
         return _linear_of_few_rows(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-def is_gemv(x_TI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether there is one row, and our kernel reads the weight well. For more rows cuBLAS was faster on an H200."""
+def is_ours(x_TI: Tensor, weight_OI: Tensor) -> bool:
+    """Whether our kernels for one row and for few read these well."""
     return (
-        HAVE_TRITON and x_TI.is_cuda and x_TI.shape[0] == 1
+        HAVE_TRITON and x_TI.is_cuda and 1 <= x_TI.shape[0] <= MAX_ROWS
         and x_TI.dtype in (torch.bfloat16, torch.float16) and x_TI.dtype == weight_OI.dtype
         # Rows that start on no 16 bytes are read element by element.
         and weight_OI.stride() == (weight_OI.shape[1], 1) and weight_OI.shape[1] % 16 == 0

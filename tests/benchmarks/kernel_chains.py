@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels.gemv import gemv
+from engine.kernels.matmul_few_rows import matmul_few_rows, tiles_for
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.rms_norm import add_rms_norm
 from engine.kernels.rope import rope_store_kv
@@ -55,8 +56,6 @@ def layer_rows() -> Iterator[Row]:
         layers = [_layer(shape, contexts) for _ in range(shape.num_layers)]
         x, norm = normal(num_seqs, shape.hidden), normal(shape.hidden)
         for matmul, overlap in _LAYER_VARIANTS:
-            if matmul == "ours" and num_seqs > 1:
-                continue
 
             def step(
                 layers: list[Any] = layers, x: torch.Tensor = x, norm: torch.Tensor = norm,
@@ -84,6 +83,14 @@ _LAYER_VARIANTS = [
 ]
 
 
+def _ours(x: torch.Tensor, weight: torch.Tensor, *, overlap: bool) -> torch.Tensor:
+    """As ``engine.layers.matmul`` chooses."""
+    if x.shape[0] == 1:
+        return gemv(x, weight, settled=True, overlap=overlap)
+    tiles = tiles_for(x.shape[0], *weight.shape)
+    return F.linear(x, weight) if tiles is None else matmul_few_rows(x, weight, tiles=tiles, settled=True, overlap=overlap)
+
+
 def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """One layer's decode step, on weights and a cache of its own."""
     heads, group = shape.num_q_heads + 2 * shape.num_kv_heads, shape.num_q_heads // shape.num_kv_heads
@@ -108,7 +115,7 @@ def _layer(shape: _Shape, contexts: list[int]) -> Callable[..., tuple[torch.Tens
     def layer(
         x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor, matmul: str, overlap: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        linear = partial(gemv, settled=True, overlap=overlap) if matmul == "ours" else F.linear
+        linear = partial(_ours, overlap=overlap) if matmul == "ours" else F.linear
         x, residual = add_rms_norm(x, residual, norm, 1e-6, settled=True, overlap=overlap)
         q = rope_store_kv(linear(x, qkv_proj), positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm,
                           settled=True, overlap=overlap)  # fmt: skip

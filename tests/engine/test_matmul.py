@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.kernels.matmul_few_rows import MAX_ROWS, tiles_for
 from engine.layers.matmul import linear
 
 
@@ -26,3 +27,16 @@ def test_any_number_of_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, dtyp
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert y.double().equal(x.double() @ weight.double().T + (shift.double() if bias else 0))
+
+
+@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs", "is_ours"), [
+    (1, 2048, 1024, True), (MAX_ROWS, 2048, 1024, True), (MAX_ROWS + 1, 2048, 1024, False),
+    (64, 6144, 1024, True), (64, 6145, 1024, False), (65, 6144, 1024, False), (64, 1024, 3072, True), (64, 1024, 3073, False),
+    (64, 4096, 2048, False),
+])
+def test_few_rows_have_tiles_of_at_least_their_number_up_to_64_where_ours_is_faster(num_rows: int, num_outputs: int,
+                                                                                     num_inputs: int, is_ours: bool) -> None:
+    tiles = tiles_for(num_rows, num_outputs, num_inputs)
+    assert (tiles is not None) == is_ours
+    # No tile is twice as high as the rows that there are.
+    assert tiles is None or tiles.rows <= max(16, 2 * num_rows - 1)

@@ -17,6 +17,7 @@ import torch
 from engine.kernels import (
     decode_inputs,
     gemv,
+    matmul_few_rows,
     paged_decode,
     paged_prefill,
     peer_all_reduce,
@@ -34,7 +35,8 @@ if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
 
 _MODULES = (
-    decode_inputs, gemv, paged_decode, paged_prefill, peer_all_reduce, philox, rms_norm, rope, silu_mul, store_kv,
+    decode_inputs, gemv, matmul_few_rows, paged_decode, paged_prefill, peer_all_reduce, philox, rms_norm, rope, silu_mul,
+    store_kv,
 )  # fmt: skip
 _SHARED_MEMORY_BYTES = 227 * 1024  # of one block on compute capability 9.0
 
@@ -137,6 +139,20 @@ def test_gemv_compiles(compiled: list[Any], dtype: torch.dtype) -> None:
     assert all("ld.global.v4" in kernel.asm["ptx"] for kernel in compiled), "weights should be read in the widest loads"
 
 
+@pytest.mark.parametrize(("num_rows", "num_outputs"), [(16, 2048), (60, 1024)])
+def test_matmul_of_few_rows_compiles(compiled: list[Any], num_rows: int, num_outputs: int) -> None:
+    weight = torch.zeros(num_outputs, 1024, dtype=torch.bfloat16)
+    tiles = matmul_few_rows.tiles_for(num_rows, *weight.shape)
+    assert tiles is not None
+    matmul_few_rows.matmul_few_rows(weight[:num_rows], weight, tiles=tiles, settled=True, overlap=True)
+    _check(compiled, 1)
+    ptx = compiled[0].asm["ptx"]
+    assert "mma" in ptx, "it should use the tensor cores"
+    assert "cp.async" in ptx, "weights should be copied ahead of their use"
+    before, _ = ptx.split("griddepcontrol.wait")
+    assert "prefetch.global.L2" in before, "settled weights should be asked for before the inputs are there"
+
+
 def _launch_all(overlap: bool) -> int:
     """Launch every kernel of a decode step. Returns how many there are."""
     x, ids = torch.zeros(4, 1024, dtype=torch.bfloat16), torch.zeros(4).long()
@@ -147,6 +163,7 @@ def _launch_all(overlap: bool) -> int:
         rms_norm.add_rms_norm(x, x, x[0], 1e-6, settled=settled, overlap=overlap)
         rope.rope_store_kv(x, ids, angles, angles, k_cache, v_cache, ids, angles[0], settled=settled, overlap=overlap)
         gemv.gemv(x[:1], x, settled=settled, overlap=overlap)
+        matmul_few_rows.matmul_few_rows(x, x, tiles=matmul_few_rows.Tiles(16, 16, 64), settled=settled, overlap=overlap)
     silu_mul.silu_mul(x, overlap=overlap)
     q, table = x.view(4, 8, 128)[:, :4], torch.zeros(4, 8, dtype=torch.int32)
     for num_programs in (None, 2):  # more than there are sequences, and fewer: they are combined by another rule
@@ -154,7 +171,7 @@ def _launch_all(overlap: bool) -> int:
                                   overlap=overlap)  # fmt: skip
     philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
     decode_inputs.decode_inputs(ids, ids, ints, table, ids, 16, overlap=overlap)
-    return 16 + _launch_peers(x, overlap)
+    return 18 + _launch_peers(x, overlap)
 
 
 def _launch_peers(x: torch.Tensor, overlap: bool) -> int:

@@ -10,6 +10,7 @@ import torch
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
 from engine.kernels.gemv import gemv, gemv_torch
+from engine.kernels.matmul_few_rows import Tiles, matmul_few_rows, tiles_for
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
 from engine.kernels.philox import gumbel_argmax, gumbel_argmax_torch, philox_uniform, philox_uniform_triton
@@ -17,7 +18,7 @@ from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_torch, rms_norm, 
 from engine.kernels.rope import apply_rope_torch, rope_store_kv
 from engine.kernels.silu_mul import silu_mul, silu_mul_torch
 from engine.kernels.store_kv import store_kv, store_kv_torch
-from engine.layers.matmul import is_gemv, linear
+from engine.layers.matmul import is_ours, linear
 from tests.engine.kernels.problems import (
     AttentionProblem,
     attention_budget,
@@ -207,23 +208,44 @@ def test_products_of_one_row_stay_within_their_budget(dtype: torch.dtype, shape:
     assert _matmul_share_of_budget(gemv(x, weight), x, weight, bias) > 2, "a missing bias must be seen"
 
 
-def test_linear_takes_our_kernel_for_one_row_and_torchs_for_what_it_does_not_serve() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, shape) for shape in ((2048, 1024), (1024, 1536), (6144, 1024), (70, 1000))] + [(torch.float16, (960, 576))],
+)
+def test_products_of_few_rows_stay_within_their_budget(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """With the tiles that are chosen, at their borders, or with some; the same bits however the kernel is launched."""
+    weight, bias = _normal(*shape, dtype=dtype, seed=1), 50 * _normal(shape[0], dtype=dtype, seed=2)
+    torch.cuda.synchronize()  # the weight is settled
+    for num_rows in (2, 15, 16, 17, 32, 33, 48, 64, 65, 128, 129, 200, 256):
+        x = _normal(num_rows, shape[1], dtype=dtype, seed=num_rows)
+        tiles = tiles_for(num_rows, *shape) or Tiles(32, 64, 64)
+        y = matmul_few_rows(x, weight, bias, tiles=tiles, settled=True)
+        assert _matmul_share_of_budget(y, x, weight, bias) <= 1
+        assert torch.equal(y, matmul_few_rows(x, weight, bias, tiles=tiles, overlap=False))
+        assert _matmul_share_of_budget(y, x, weight, None) > 2, "a missing bias must be seen"
+
+
+def test_linear_takes_our_kernels_for_few_rows_and_torchs_for_what_they_do_not_serve() -> None:
     weight = torch.nn.Parameter(_normal(1024, 576, dtype=torch.bfloat16), requires_grad=False)
-    x = _normal(2, 576, dtype=torch.bfloat16, seed=1)
+    x = _normal(300, 576, dtype=torch.bfloat16, seed=1)
     torch.cuda.synchronize()
     assert torch.equal(linear(x[:1], weight), gemv(x[:1], weight))
+    tiles = tiles_for(2, *weight.shape)
+    assert tiles is not None
+    assert torch.equal(linear(x[:2], weight), matmul_few_rows(x[:2], weight, tiles=tiles))
     assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
-    assert is_gemv(x[:1], weight)
+    assert is_ours(x[:1], weight)
+    assert is_ours(x[:256], weight)
     refused = {
-        "too many rows": (x[:2], weight),
+        "too many rows": (x[:257], weight),
         "no rows": (x[:0], weight),
-        "unaligned columns": (x[:1, :570], weight[:, :570]),
-        "unaligned start": (x[:1, 8:568][:, 4:532], weight[:, :528].contiguous()),
-        "float32": (x[:1].float(), weight.float()),
-        "float64": (x[:1].double(), weight.double()),
-        "CPU": (x[:1].cpu(), weight.cpu()),
+        "unaligned columns": (x[:2, :570], weight[:, :570]),
+        "unaligned start": (x[:2, 8:568][:, 4:532], weight[:, :528].contiguous()),
+        "float32": (x[:2].float(), weight.float()),
+        "float64": (x[:2].double(), weight.double()),
+        "CPU": (x[:2].cpu(), weight.cpu()),
     }
-    assert [name for name, operands in refused.items() if is_gemv(*operands)] == []
+    assert [name for name, operands in refused.items() if is_ours(*operands)] == []
 
 
 @pytest.mark.parametrize("num_seqs", [1, 5, 40])
@@ -253,7 +275,7 @@ def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_se
     def run(overlap: bool) -> tuple[torch.Tensor, torch.Tensor]:
         def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if num_seqs > 1:
-                return torch.nn.functional.linear(x, weight)
+                return matmul_few_rows(x, weight, tiles=Tiles(16, 64, 64), settled=True, overlap=overlap)
             return gemv(x, weight, settled=True, overlap=overlap)
 
         x, residual = x_in, x_in
