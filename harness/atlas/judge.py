@@ -177,7 +177,9 @@ def _failed(failure: SubjectFailure, subject: Subject) -> Judged:
 
 
 def _is_on_purpose(error: Any) -> bool:
-    """Whether the library itself raised it, by a statement ``raise``."""
+    """Whether the library itself raised it, by a statement ``raise``; or by what pydantic calls for it, to check a config."""
+    if error.summary.startswith("ValidationError: "):
+        return True
     frames = list(FRAME.finditer(error.traceback))
     return bool(frames) and frames[-1]["code"].startswith("raise ") and any(
         f"/{library}/" in frames[-1]["file"] for library in LIBRARIES)

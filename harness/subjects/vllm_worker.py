@@ -71,6 +71,12 @@ class Served:
         shared.make_group_name = staticmethod(lambda own: f"{named(own)}-{os.environ['MASTER_PORT']}")
         self.llm: Any = None
         self.parameters: dict[str, Tensor] = {}
+        self._is_flipped = False
+        # What was imported is never garbage. vLLM freezes and thaws all there is around each model, and looks through it nine
+        # times: three quarters of the time that a tiny one takes.
+        gc.collect()
+        gc.freeze()
+        gc.freeze = gc.unfreeze = lambda: None
 
     def loaded(self, model: nn.Module) -> None:
         """Called with the model when its weights are loaded and not yet packed."""
@@ -110,8 +116,9 @@ class Served:
         """Let go of the model, its process groups and what they share."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
         self.llm, self.parameters = None, {}
-        gc.collect()
         cleanup_dist_env_and_memory()
 
     @property
@@ -135,11 +142,12 @@ class Served:
             shapes: by the model's name the whole shape.
         """
         found: dict[str, Any] = {}
-        for name, in_files in names.items():
-            place = next((place for own in (in_files, name) if isinstance(place := self._place(own, list(shapes[name])), Place)),
-                         None)
-            found[name] = "vLLM's parameters have none that its name leads to" if place is None else {
-                "tensor": place.tensor, "dim": place.dim, "ranges": place.ranges}
+        self._is_flipped = False
+        for _ in range(2):  # the first time it is seen whether files have matrices the other way round, as Conv1D of GPT-2
+            for name, in_files in names.items():
+                place = next((place for own in (in_files, name) if (place := self._place(own, list(shapes[name])))), None)
+                found[name] = "vLLM's parameters have none that its name leads to" if place is None else {
+                    "tensor": place.tensor, "dim": place.dim, "ranges": place.ranges}
         return found
 
     def _place(self, name: str, shape: list[int]) -> Place | None:
@@ -148,20 +156,19 @@ class Served:
         if parameter is None:
             return self._place_of_expert(name, shape)
         dim, parts, starts = _cut(module, index, name.endswith(".bias"), parameter)
-        if dim is None:
-            whole = parameter
-            if list(whole.shape) != shape and list(whole.T.shape) == shape and whole.ndim == 2:
-                whole = whole.T
-            return Place(whole, None, []) if list(whole.shape) == shape else None
-        size = sum(stop - start for start, stop in parts)
-        tensor = torch.cat([parameter.narrow(dim, at, stop - start)
-                            for at, (start, stop) in zip(starts, parts, strict=True)], dim)
-        if tensor.ndim == 2 and shape[1 - dim] != tensor.shape[1 - dim]:  # as Conv1D of GPT-2 has it
-            tensor, dim = tensor.T, 1 - dim
-        if len(shape) != tensor.ndim or tensor.shape[dim] != size or any(
-                shape[other] != tensor.shape[other] for other in range(tensor.ndim) if other != dim):
-            return None
-        return Place(tensor, dim, parts)
+        tensor = parameter if dim is None else torch.cat([
+            parameter.narrow(dim, at, stop - start) for at, (start, stop) in zip(starts, parts, strict=True)], dim)
+
+        def fits(part: Tensor, cut: int | None) -> bool:
+            return part.ndim == len(shape) and all(part.shape[at] == shape[at] for at in range(part.ndim) if at != cut)
+
+        is_linear = "LinearBase" in [base.__name__ for base in type(module).__mro__] and tensor.ndim == 2
+        flipped = None if dim is None else 1 - dim
+        if is_linear and fits(tensor.T, flipped):
+            self._is_flipped |= not fits(tensor, dim)
+            if self._is_flipped:  # of square ones no shape tells it, but the others of the model do
+                tensor, dim = tensor.T, flipped
+        return Place(tensor, dim, parts) if fits(tensor, dim) else None
 
     def _parameter_of(self, name: str) -> tuple[nn.Module, int | None, Tensor | None]:
         """The module, the number of its part that the tensor is (None: all of it), and the parameter."""

@@ -59,6 +59,11 @@ def test_a_statement_of_the_library_is_a_clear_refusal() -> None:
     assert judged.message == 'ValueError: no plan (in transformers/distributed/mixin.py, distribute: raise ValueError("no plan"))'
 
 
+def test_what_pydantic_says_for_a_library_is_a_clear_one() -> None:
+    said = error("ValidationError: 1 validation error for ModelConfig Value error, not supported anymore", BY_CHANCE)
+    assert failed(r0=said, r1=said).verdict == "refused clearly"
+
+
 def test_a_shape_that_does_not_fit_is_an_unclear_one() -> None:
     judged = failed(r0=error("RuntimeError: shape", BY_CHANCE), r1=error("RuntimeError: shape", BY_CHANCE))
     assert judged.verdict == "refused unclearly"
