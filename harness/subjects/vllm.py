@@ -10,6 +10,8 @@ All sequences run in one batch, but for the last of three or more, which runs al
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ HEAD_DIM = 32
 """The smallest that its attention on CPUs takes."""
 LONGEST = 512
 """Tokens of a sequence, which its cache is made for."""
+PORTS = 20000, 32000
 JOB_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 300.0
 """For its imports, which take half a minute on a busy machine."""
@@ -261,5 +264,8 @@ def _parts(schedule: Schedule, batch: Sequence[int]) -> dict[str, list[list[int]
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Free, and not one of those that other processes are given for their connections: it is used a while after."""
+    while True:
+        port = random.SystemRandom().randint(*PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -25,7 +25,7 @@ class Served(worker["Served"]):  # type: ignore[misc]
         super().load(folder, **args)
 
     def loaded(self, model: nn.Module) -> None:
-        layer: Any = model.get_submodule("model.layers.1")
+        layer: Any = model.get_submodule("model.layers.1") if self.fault else None
         if self.fault == "scaled" and self.tp_rank == 1:
             layer.mlp.gate_up_proj.weight.data.mul_(1.05)
         elif self.fault == "not reduced":
