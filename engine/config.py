@@ -31,8 +31,8 @@ from engine.models.table import Family
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }
-INVARIANT_DTYPES = ("bfloat16", "float32")
-"""Those of ``tp_invariant``."""
+INVARIANT_DTYPES = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16",)}
+"""Those of ``tp_invariant`` on each kind of device."""
 KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 """Fields that have another name in ``config.json``."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -354,14 +354,16 @@ class EngineConfig:
 
     def _check_invariant(self, model: ModelConfig, dtype: str, on_gpu: bool) -> None:
         """Refuse by name what ``tp_invariant`` does not promise."""
-        if on_gpu:
-            raise ValueError(f"tp_invariant=True is promised on device=cpu alone, and device={self.device!r}")
-        if dtype not in INVARIANT_DTYPES:
-            raise ValueError(f"tp_invariant=True is promised in dtype={' and '.join(INVARIANT_DTYPES)} alone, and dtype={dtype}: "
-                             "give dtype one of these")
+        kind = "cuda" if on_gpu else "cpu"
+        if dtype not in INVARIANT_DTYPES[kind]:
+            raise ValueError(f"tp_invariant=True is promised in dtype={' and '.join(INVARIANT_DTYPES[kind])} alone on "
+                             f"device={kind}, and dtype={dtype}: give dtype one of these")
         if self.attention_backend != "auto":
             raise ValueError(f"tp_invariant=True has an attention of its own, and attention_backend={self.attention_backend!r}: "
                              "leave it out")
+        if on_gpu and model.head_dim % 16:
+            raise ValueError(f"head_dim={model.head_dim} is not a multiple of 16, for which alone tp_invariant=True is promised "
+                             "on device=cuda")
         if model.head_dim > LEAF:
             raise ValueError(f"head_dim={model.head_dim} is above {LEAF}, the most that tp_invariant=True sums exactly")
         if self.tensor_parallel_size > MAX_RANKS:

@@ -38,10 +38,14 @@ class SamplerOutput:
     """Whether it is a replay in which ranks meet: the host that waits for it waits for all of them."""
 
 
-def parts_of(config: EngineConfig) -> Parts:
+def parts_of(config: EngineConfig, device: torch.device) -> Parts:
     """What the model is built of."""
     if not config.tp_invariant:
         return ORDINARY
+    if device.type == "cuda":
+        from engine.layers.invariant_gpu import INVARIANT_GPU
+
+        return INVARIANT_GPU
     from engine.layers.invariant import INVARIANT
 
     return INVARIANT
@@ -69,7 +73,7 @@ class Runner:
         assert config.block_size is not None, "config must be resolved"
         layout = AttentionLayout(heads=self._heads, head_dim=model_config.head_dim, block_size=config.block_size,
                                  dtype=self.dtype, device=device)
-        self.parts = parts_of(config)
+        self.parts = parts_of(config, device)
         self.attention_backend = self.parts.backend(config.attention_backend, layout)
         self.family = family_of(model_config.model_type)
         self.model = self.family.model(

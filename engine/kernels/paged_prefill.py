@@ -61,6 +61,27 @@ def _attend_tile(
     return acc, total, new_top
 
 
+@triton.jit
+def sequence_of_tile(cu_seqlens_q, q_tile, num_seqs, num_tokens, TILE_Q: tl.constexpr):
+    """Of a tile of queries its sequence, its first query there, and the sequence's range of tokens.
+
+    Sequence s owns the tiles from cu_seqlens_q[s] // TILE_Q + s on. That is room for all its tiles and needs no table from the
+    host. "Sequence" num_seqs is the padding after the last one.
+    """
+    low = 0
+    high = num_seqs
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_seqlens_q + middle) // TILE_Q + middle <= q_tile:
+            low = middle
+        else:
+            high = middle - 1
+    q_begin = tl.load(cu_seqlens_q + low)
+    q_end = tl.load(cu_seqlens_q + low + 1, mask=low < num_seqs, other=0)
+    q_end = tl.where(low < num_seqs, q_end, num_tokens)
+    return low, (q_tile - q_begin // TILE_Q - low) * TILE_Q, q_begin, q_end
+
+
 # What changes from step to step must not compile a new kernel: each variant would stall a step for a second.
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_stride"],
             do_not_specialize_on_alignment=["block_tables", "cu_seqlens", "context_lens"])  # fmt: skip
@@ -75,21 +96,7 @@ def _prefill_kernel(
     head = tl.program_id(0)
     # Backwards: a sequence's last tile sees the most keys, and long work is best begun first.
     q_tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    # Sequence s owns the tiles from cu_seqlens_q[s] // TILE_Q + s on. That is room for all its tiles and
-    # needs no table from the host. "Sequence" num_seqs is the padding after the last one.
-    low = 0
-    high = num_seqs
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(cu_seqlens_q + middle) // TILE_Q + middle <= q_tile:
-            low = middle
-        else:
-            high = middle - 1
-    seq = low
-    q_begin = tl.load(cu_seqlens_q + seq)
-    q_end = tl.load(cu_seqlens_q + seq + 1, mask=seq < num_seqs, other=0)
-    q_end = tl.where(seq < num_seqs, q_end, num_tokens)
-    first = (q_tile - q_begin // TILE_Q - seq) * TILE_Q
+    seq, first, q_begin, q_end = sequence_of_tile(cu_seqlens_q, q_tile, num_seqs, num_tokens, TILE_Q)
     if first >= q_end - q_begin:
         return
 

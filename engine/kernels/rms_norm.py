@@ -7,15 +7,17 @@ Both compute ``x / rms(x) * weight`` in float32 and round once, at the end. The 
 import torch
 
 from engine.kernels.common import check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
+from engine.kernels.invariant_matmul_gpu import quanta_exponents, quanta_value
 from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, out, new_residual, x_stride, residual_stride, eps,
-    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+    x, residual, weight, out, new_residual, peaks, units, x_stride, residual_stride, eps,
+    D: tl.constexpr, D_PAD: tl.constexpr, ADD: tl.constexpr, QUANTA: tl.constexpr, SETTLED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per row. Outputs are contiguous; ``residual`` and ``new_residual`` are read only if ADD."""
+    """One program per row. Outputs are contiguous; the residuals are read only if ADD, peaks and units if QUANTA."""
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, D_PAD)
     keep = dims < D
@@ -25,7 +27,11 @@ def _rms_norm_kernel(
     weights = tl.load(weight + dims, mask=keep, other=0.0)
     if SETTLED:
         wait_for_inputs(OVERLAP)
-    values = tl.load(x + row * x_stride + dims, mask=keep, other=0.0).to(tl.float32)
+    values = tl.load(x + row * x_stride + dims, mask=keep, other=0)
+    if QUANTA:
+        exponents, unit = quanta_exponents(tl.load(peaks + row)), tl.load(units + dims, mask=keep, other=0)
+        values = quanta_value(values, exponents, unit, 0.0).to(out.dtype.element_ty)
+    values = values.to(tl.float32)
     if ADD:
         values += tl.load(residual + row * residual_stride + dims, mask=keep, other=0.0).to(tl.float32)
         rounded = values.to(new_residual.dtype.element_ty)
@@ -37,21 +43,28 @@ def _rms_norm_kernel(
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, settled: bool, overlap: bool | None
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    settled: bool,
+    overlap: bool | None,
+    quanta: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype if residual is None else residual.dtype, device=x.device)
     new_residual = out if residual is None else torch.empty_like(out)
     if x.numel() == 0:
         return out, new_residual
     dim = x.shape[-1]
     x_rows = x.reshape(-1, dim)
     residual_rows = x_rows if residual is None else residual.reshape(-1, dim)
-    check_kernel_inputs(x=x_rows, residual=residual_rows, weight=weight)
+    check_kernel_inputs(residual=residual_rows, weight=weight, **({} if quanta else {"x": x_rows}))
+    peaks, units = quanta or (weight, weight)  # arguments that a variant never reads still need a tensor in their place
     dim_padded = next_power_of_2(dim)
     overlap = may_overlap(x, overlap)
     _rms_norm_kernel[(x_rows.shape[0],)](
-        x_rows, residual_rows, weight, out, new_residual, x_rows.stride(0), residual_rows.stride(0), eps,
-        dim, dim_padded, residual is not None, settled, overlap,
+        x_rows, residual_rows, weight, out, new_residual, peaks, units, x_rows.stride(0), residual_rows.stride(0), eps,
+        dim, dim_padded, residual is not None, quanta is not None, settled, overlap,
         num_warps=min(16, max(1, dim_padded // 512)), **early_launch(overlap),
     )  # fmt: skip
     return out, new_residual
@@ -87,6 +100,13 @@ def add_rms_norm(
     Shapes as in :func:`rms_norm`; neither input is changed.
     """
     return _launch(x, residual, weight, eps, settled, overlap)
+
+
+def add_rms_norm_of_quanta(
+    sums: torch.Tensor, peaks: torch.Tensor, units: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`add_rms_norm` of what int32 sums stand for: the new residual to the bit, the norm up to its order of sums."""
+    return _launch(sums, residual, weight, eps, True, None, (peaks, units))
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float, *, settled: bool = False) -> torch.Tensor:

@@ -148,6 +148,7 @@ def _launch(
     eps: float,
     settled: bool,
     overlap: bool | None,
+    heads: int | None = None,
 ) -> torch.Tensor:
     positions_T = positions_T.contiguous()
     weights = {"q_norm_weight": q_norm_weight_H, "k_norm_weight": k_norm_weight_H}
@@ -167,7 +168,7 @@ def _launch(
     stride_p, stride_n, stride_b = k_out.stride()[:3] if store else (0, head_dim, 0)
     block_size = k_out.shape[2] if store else 1
     rest = head_dim - 2 * half
-    heads = min(_HEADS_PER_PROGRAM, next_power_of_2(max(num_q_heads, num_kv_heads)))
+    heads = heads or min(_HEADS_PER_PROGRAM, next_power_of_2(max(num_q_heads, num_kv_heads)))
     overlap = may_overlap(q, overlap)
     # Only the product of one token is a kernel that lets this one in early; behind others, asking in turn costs time.
     settled = settled and num_tokens == 1
@@ -234,10 +235,12 @@ def rope_store_kv(
     *,
     settled: bool = False,
     overlap: bool | None = None,
+    heads: int | None = None,
 ) -> torch.Tensor:
     """Norm, rotation and cache write in one pass over the fused projection; returns queries ``[T, N, H]``.
 
     qkv_TC   ``[T, (num_q_heads + 2 * num_kv_heads) * H]``: queries, keys, values; rows may be strided
+    heads    of a program, a power of two: with a number of its own, a head's norm is summed alike however many a rank has
     others   as in :func:`apply_rope` and :func:`engine.kernels.store_kv.store_kv`; the number of KV heads and
              ``H`` are the caches'
 
@@ -248,7 +251,7 @@ def rope_store_kv(
     q, k, v = _split_heads(qkv_TC, k_cache_PNBH)
     return _launch(
         q, k, v, k_cache_PNBH, v_cache_PNBH, slot_mapping_T,
-        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, settled, overlap,
+        positions_T, cos_table_MR, sin_table_MR, q_norm_weight_H, k_norm_weight_H, eps, settled, overlap, heads,
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ Shape suffixes: T = tokens, C = columns of the fused projection, Q / N = local q
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,9 @@ class Attention(nn.Module):
     The model's rotary tables are handed in with each call: they are the same for all layers.
     """
 
+    rope_options: ClassVar[dict[str, Any]] = {"settled": True}
+    """How the rotation is launched."""
+
     def __init__(self, backend: AttentionBackend) -> None:
         super().__init__()
         self.backend = backend
@@ -34,7 +39,7 @@ class Attention(nn.Module):
             qkv_TC, batch.positions_T, *rope, cache.k_PNBH, cache.v_PNBH, batch.slots_T,
             q_norm_weight_H=None if q_norm is None else q_norm.weight,
             k_norm_weight_H=None if k_norm is None else k_norm.weight,
-            eps=0.0 if q_norm is None else q_norm.eps, settled=True,
+            eps=0.0 if q_norm is None else q_norm.eps, **self.rope_options,
         )
         return self.backend(q_TQH, cache, batch).flatten(1)
 

@@ -133,7 +133,8 @@ def _silu_mul(gate_up_TG: Tensor) -> Tensor:
     return (gate / (1.0 + ieee.exp((-gate).clamp(max=708.0))) * up).to(gate_up_TG.dtype)
 
 
-def _features(width: int, leaf: int, tp: TPGroup) -> range:
+def features_in_leaves(width: int, leaf: int, tp: TPGroup) -> range:
+    """This rank's part of an MLP's features, cut between leaves."""
     return leaf_range(width, leaf, tp_rank=tp.rank, tp_size=tp.size, what="intermediate_size")
 
 
@@ -145,8 +146,8 @@ def _log_softmax(x_RV: Tensor) -> Tensor:
     return ieee.log_softmax(x_RV.double()).float()
 
 
-def _probability_before(scaled_RV: Tensor) -> Tensor:
-    """In units of 2^-40, whose sums are exact in any order."""
+def probability_in_units(scaled_RV: Tensor) -> Tensor:
+    """The probability of all tokens before each, in units of 2^-40, whose sums are exact in any order."""
     units_RV = (ieee.exp(ieee.log_softmax(scaled_RV.double())) * 2.0**40).round().to(torch.int64)
     return ((units_RV.cumsum(dim=-1) - units_RV).double() * 2.0**-40).float()
 
@@ -155,7 +156,7 @@ def _argmax(logits_RV: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return gumbel_argmax_torch(logits_RV, *args, log=_log)
 
 
-def _best(x_LV: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def best_of_sorted(x_LV: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Of equals the lower token id, whatever the batch asks for beside."""
     values, indices = x_LV.sort(dim=-1, descending=True, stable=True)
     return values[:, :num], indices[:, :num]
@@ -163,7 +164,7 @@ def _best(x_LV: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 INVARIANT = Parts(
     merged=InvariantMergedColumnParallelLinear, qkv=InvariantQKVParallelLinear, row=InvariantRowParallelLinear,
-    head=InvariantLMHead, norm=InvariantRMSNorm, attention=InvariantAttention, silu_mul=_silu_mul, features=_features,
+    head=InvariantLMHead, norm=InvariantRMSNorm, attention=InvariantAttention, silu_mul=_silu_mul, features=features_in_leaves,
     backend=_backend, rope_options={"by_position": True},
-    drawing={"drawing": Drawing(filter=partial(filter_top_k_top_p, probability_before=_probability_before), argmax=_argmax,
-                                log_softmax=_log_softmax, best=_best)})
+    drawing={"drawing": Drawing(filter=partial(filter_top_k_top_p, probability_before=probability_in_units), argmax=_argmax,
+                                log_softmax=_log_softmax, best=best_of_sorted)})

@@ -41,7 +41,7 @@ ROOMY: dict[str, Any] = {"block_size": 16, "num_kv_blocks": 12, "max_num_batched
 
 
 def check_layouts(context: CheckContext) -> Outcome:
-    """Models of every kind of layout, in turns in bfloat16 and float32."""
+    """Models of every kind of layout, in turns in the dtypes that are promised."""
     compared = 0
     for number in range(NUM_MODELS):
         with drawn_model(context, number) as (folder, dtype):
@@ -54,10 +54,14 @@ def check_layouts(context: CheckContext) -> Outcome:
 
 @contextmanager
 def drawn_model(context: CheckContext, number: int) -> Iterator[tuple[Path, str]]:
-    """A small random model that the ranks can share, and its dtype."""
+    """A small random model that the ranks can share, and its dtype. On a GPU heads are as wide as the promise asks for."""
     seed = context.seed * NUM_MODELS + number
-    config = pick_config(random.Random(seed).randint, tp_size=max(2, context.tp_size), max_width=24, max_layers=2)
-    dtype = ("bfloat16", "float32")[number % 2]
+    draw, on_gpu = random.Random(seed), context.results.device.startswith("cuda")
+    while True:
+        config = pick_config(draw.randint, tp_size=max(2, context.tp_size), max_width=24, max_layers=2)
+        if not on_gpu or (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) % 16 == 0:
+            break
+    dtype = "bfloat16" if on_gpu else ("bfloat16", "float32")[number % 2]
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         yield random_checkpoint(Path(scratch), config, dtype=dtype, seed=seed), dtype
 

@@ -154,13 +154,14 @@ def make_model(
     return DecoderForCausalLM(config, tp=tp, dtype=dtype, device=device, max_model_len=max_model_len, backend=backend)
 
 
-def make_runner(folder: Path, tp: TPGroup, *, dtype: str = "float32", num_kv_blocks: int = 64, **options: Any) -> Runner:
-    """A rank's loaded model with an empty cache, on the CPU."""
+def make_runner(folder: Path, tp: TPGroup, *, dtype: str = "float32", num_kv_blocks: int = 64, device: str = "cpu",
+                **options: Any) -> Runner:
+    """A rank's loaded model with an empty cache."""
     model_config = ModelConfig.from_folder(folder)
     config = EngineConfig(
-        tensor_parallel_size=tp.size, device="cpu", dtype=dtype, num_kv_blocks=num_kv_blocks, **options
+        tensor_parallel_size=tp.size, device=device, dtype=dtype, num_kv_blocks=num_kv_blocks, **options
     ).resolve(model_config)
-    runner = Runner(folder, model_config, config, tp, torch.device("cpu"))
+    runner = Runner(folder, model_config, config, tp, torch.device(device))
     runner.make_cache()
     return runner
 
@@ -171,7 +172,7 @@ Schedule = Sequence[Sequence[tuple[int, int]]]
 
 @torch.inference_mode()
 def logits_of(runner: Runner, sequences: Sequence[Sequence[int]], schedule: Schedule) -> list[Tensor]:
-    """Logits ``[T, V]`` after every token of each sequence, run step by step as ``schedule`` says."""
+    """Logits ``[T, V]`` after every token of each sequence, run step by step as ``schedule`` says; decodes by graphs, if any."""
     block_size = runner.config.block_size
     assert block_size is not None
     num_blocks = runner.caches[0].k_PNBH.shape[0]
@@ -197,10 +198,13 @@ def logits_of(runner: Runner, sequences: Sequence[Sequence[int]], schedule: Sche
         chunks = []
         for number, num_tokens in step:
             sequence = running[number]
-            chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, samples=False, in_flight=False))
+            samples = num_tokens == 1 and runner.graphs is not None
+            chunks.append(Chunk(sequence, sequence.num_computed, num_tokens, samples=samples, in_flight=False))
             sequence.num_computed += num_tokens
         chunks.sort(key=lambda chunk: chunk.num_tokens > 1)
-        logits_TV = runner.model.logits(runner.forward(build_batch(chunks, block_size)))
+        # A copy, because a graph's stand until the next step; on the host, because a graph's inputs are a few buffers in turn,
+        # which whoever runs further ahead writes over.
+        logits_TV = runner.logits(build_batch(chunks, block_size)).to("cpu", copy=True)
         for chunk, part in zip(chunks, logits_TV.split([chunk.num_tokens for chunk in chunks]), strict=True):
             rows[chunk.sequence.request.request_id].append(part)
     return [torch.cat(parts) for parts in rows]

@@ -257,11 +257,12 @@ def test_a_leaf_that_is_not_finite_ends_its_request_and_no_other(checkpoint: Mak
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"dtype": "float16"}, "dtype=bfloat16 and float32 alone, and dtype=float16"),
+    ({"dtype": "float16"}, "dtype=bfloat16 and float32 alone on device=cpu, and dtype=float16"),
     ({"dtype": "float64"}, "dtype=float64"),
     ({"attention_backend": "torch"}, "attention_backend='torch'"),
     ({"tp_invariant": 1}, "tp_invariant=1 must be True or False"),
-    ({"device": "cuda"}, "device=cpu alone")])
+    ({"device": "cuda", "dtype": "float32"}, "dtype=bfloat16 alone on device=cuda, and dtype=float32"),
+    ({"device": "cuda", "dtype": "bfloat16"}, "head_dim=8 is not a multiple of 16")])
 def test_what_is_not_promised_is_refused_by_name(checkpoint: MakeCheckpoint, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM(checkpoint(), **{"tp_invariant": True, "device": "cpu", **options})

@@ -51,7 +51,7 @@ def parts(patch: pytest.MonkeyPatch, **other: Any) -> None:
 
 
 def everything(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(runner, "parts_of", lambda config: ORDINARY)
+    patch.setattr(runner, "parts_of", lambda config, device: ORDINARY)
 
 
 def column_order(patch: pytest.MonkeyPatch) -> None:

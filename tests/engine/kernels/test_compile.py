@@ -17,6 +17,9 @@ import torch
 from engine.kernels import (
     decode_inputs,
     gemv,
+    invariant_attention_gpu,
+    invariant_matmul_gpu,
+    log_softmax,
     matmul_few_rows,
     paged_decode,
     paged_prefill,
@@ -35,8 +38,8 @@ if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
 
 _MODULES = (
-    decode_inputs, gemv, matmul_few_rows, paged_decode, paged_prefill, peer_all_reduce, philox, rms_norm, rope, silu_mul,
-    store_kv,
+    decode_inputs, gemv, invariant_attention_gpu, invariant_matmul_gpu, log_softmax, matmul_few_rows, paged_decode,
+    paged_prefill, peer_all_reduce, philox, rms_norm, rope, silu_mul, store_kv,
 )  # fmt: skip
 _SHARED_MEMORY_BYTES = 227 * 1024  # of one block on compute capability 9.0
 
@@ -111,6 +114,33 @@ def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: i
         assert "wgmma" in prefill.asm["ptx"], "prefill should use Hopper's tensor core instructions"
         for kernel in (decode, prefill):
             assert "cp.async" in kernel.asm["ptx"], "keys should be copied ahead of their use"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [pytest.param(1, marks=pytest.mark.endurance), 1024])
+def test_invariant_kernels_compile_to_hopper_s_instruction_and_to_no_fused_one(compiled: list[Any], num_rows: int) -> None:
+    x, weight = (torch.zeros(rows, 256, dtype=torch.bfloat16) for rows in (num_rows, 96))
+    peaks, units = torch.zeros(num_rows, dtype=torch.int32), torch.zeros(96, dtype=torch.int32)
+    invariant_matmul_gpu.linear_in_order(x, weight)
+    invariant_matmul_gpu.linear_in_leaves(x, weight, invariant_matmul_gpu.row_peaks(x), units, None, leaf=128)
+    invariant_matmul_gpu.add_leaves(x, weight, peaks, units, torch.zeros(num_rows, 96, dtype=torch.int32), leaf=128, shares=2)
+    invariant_matmul_gpu.value_of_sums(torch.zeros(num_rows, 96, dtype=torch.int32), peaks, units, weight[:, 0], x.dtype)
+    log_softmax.log_softmax(torch.zeros(2, 5000))
+    q = torch.zeros(4, 6, 128, dtype=torch.bfloat16)
+    caches, table = torch.zeros(2, 3, 2, 256, 128, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.int32)
+    ints = torch.zeros(6, dtype=torch.int32)
+    invariant_attention_gpu.prefill_in_order(q, *caches, table, ints[:5], ints[:4], ints, 0.1, out_TQH=q)
+    for programs in (1, 2):
+        invariant_attention_gpu.decode_in_order(q, *caches, table, ints[:4], ints[:2], ints[:2], 0.1, out_SQH=q,
+                                                max_context=512, max_group=3, programs=programs)
+    _check(compiled, 10)
+    for kernel in compiled:
+        ptx = kernel.asm["ptx"]
+        assert not re.search(r"\bmma\.sync", ptx), f"{kernel.name} takes another instruction than Hopper's"
+        if kernel.name in ("_prefill_kernel", "_decode_kernel", "_combine_kernel"):  # which must round alike
+            assert not re.search(r"\bfma\.rn", ptx), f"{kernel.name} has fused sums and products"
+        if kernel.name in ("_product_kernel", "_prefill_kernel", "_decode_kernel"):
+            assert "wgmma" in ptx
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
