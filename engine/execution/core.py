@@ -19,7 +19,7 @@ from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import build_batch
 from engine.scheduling.kv_cache import BlockManager
 from engine.scheduling.scheduler import Chunk, Scheduler
-from engine.scheduling.sequence import NO_TOKEN, Request, Sequence, TokenLogprobs
+from engine.scheduling.sequence import NO_TOKEN, PromptLogprobs, Request, Sequence, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,8 @@ class TokenOutput(NamedTuple):
     finish_reason: str | None = None
     num_cached_prompt_tokens: int = 0
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    """With the first token of a request that asks for them: of every prompt token but the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,10 @@ class EngineCore:
         if wanted:
             for sequence, logprobs in zip(wanted, self.runner.collect_logprobs(sampled), strict=True):
                 sequence.logprobs = logprobs
+        telling = [chunk.sequence for chunk in chunks if chunk.told]
+        if telling:
+            for sequence, told in zip(telling, sampled.told, strict=True):
+                sequence.prompt_logprobs.append(told)
         return self.scheduler.commit(chunks, token_ids)
 
 
@@ -130,9 +136,12 @@ def advance(rank: RankContext, requests: list[Request], abort_ids: list[int], nu
         if not core.has_work:
             break
         for sequence, token_id in core.step():
-            if sequence.finish_reason is not None or sequence.num_cached_prompt_tokens or sequence.logprobs is not None:
+            if (sequence.finish_reason is not None or sequence.num_cached_prompt_tokens or sequence.logprobs is not None
+                    or sequence.prompt_logprobs):
                 more[len(tokens) // 2] = TokenOutput(sequence.request.request_id, token_id, sequence.finish_reason,
-                                                      sequence.num_cached_prompt_tokens, sequence.logprobs)
+                                                     sequence.num_cached_prompt_tokens, sequence.logprobs,
+                                                     tuple(sequence.prompt_logprobs))
+                sequence.prompt_logprobs.clear()
             tokens.extend((sequence.request.request_id, token_id))
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
     not_finite = core.runner.not_finite_weight if NO_TOKEN in tokens[1::2] else None

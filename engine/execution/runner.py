@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +17,13 @@ from engine.config import DTYPES, EngineConfig, ModelConfig
 from engine.execution.decode_graph import REPLAY_TIMEOUT_S, DecodeGraphs, TokenReadback
 from engine.layers.attention import allocate_cache
 from engine.layers.attention_layout import AttentionLayout, LayerCache
-from engine.layers.sampler import logprobs_of, sample, sample_shards
+from engine.layers.sampler import logprobs_of, prompt_logprobs_of, sample, sample_shards
 from engine.models.parts import ORDINARY, Parts
 from engine.models.registry import family_of
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
-from engine.scheduling.batch import StepBatch, profiling_batch
-from engine.scheduling.sequence import IN_FLIGHT, TokenLogprobs
+from engine.scheduling.batch import TOLD_TOGETHER, PromptRows, StepBatch, profiling_batch
+from engine.scheduling.sequence import IN_FLIGHT, PromptLogprobs, TokenLogprobs
 
 _HANGS = "waits for a captured decode step that its device does not finish: a rank that takes part in it did not come"
 
@@ -34,6 +35,8 @@ class SamplerOutput:
     token_R: Tensor | TokenReadback
     logprobs: tuple[Tensor | TokenReadback, ...]
     """:class:`LogprobTensors` of the rows that want them; empty if none does"""
+    told: tuple[PromptLogprobs, ...] = ()
+    """Of the chunks that tell of their prompt, in their order. On the host already."""
     meets_in_replay: bool = False
     """Whether it is a replay in which ranks meet: the host that waits for it waits for all of them."""
 
@@ -179,7 +182,9 @@ class Runner:
     def launch(self, batch: StepBatch) -> SamplerOutput:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
         replays = self.graphs is not None and self.graphs.can_run(batch)
+        told: tuple[PromptLogprobs, ...] = ()
         if replays:
+            assert not batch.told, "a token after which one is drawn tells nothing of the prompt"
             newest_M = self.last_token_M.clone() if batch.sampling.processing is not None else self.last_token_M
             logits, token_R = self._replay(batch)
             if batch.sampling.needs_whole_logits:
@@ -187,11 +192,14 @@ class Runner:
                 logits = self.model.lm_head.whole(logits)
                 token_R = self._draw(logits, batch.to(self.device), newest_M)
         else:
-            logits, token_R = self._step(batch.to(self.device))
+            on_device = batch.to(self.device)
+            hidden_TE = self.forward(on_device)
+            logits, token_R = self._logits_and_tokens(hidden_TE, on_device)
+            told = tuple(self._told(hidden_TE, rows) for rows in on_device.told)
         row_L = batch.sampling.logprob_row_L
         logprobs = () if row_L is None else logprobs_of(
             logits, token_R, row_L.to(self.device), batch.sampling.num_logprobs, **self.parts.drawing)
-        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)), replays and self.tp.size > 1)
+        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)), told, replays and self.tp.size > 1)
 
     def collect(self, sampled: SamplerOutput) -> list[int]:
         """Wait for a step and bring its tokens home."""
@@ -239,7 +247,10 @@ class Runner:
 
         The logits are this rank's, ``[R, L]``, or whole where the batch needs them so.
         """
-        hidden_RE = self.forward(batch)
+        return self._logits_and_tokens(self.forward(batch), batch)
+
+    def _logits_and_tokens(self, hidden_RE: Tensor, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Of a step's hidden states, those after every token."""
         if not batch.draws_after_every_token:
             hidden_RE = hidden_RE[batch.cu_seqlens_S1[batch.sample_S + 1].long() - 1]
         head = self.model.lm_head
@@ -247,6 +258,15 @@ class Runner:
         if batch.sampling.needs_whole_logits:
             logits = head.whole(logits)
         return logits, self._draw(logits, batch, self.last_token_M)
+
+    def _told(self, hidden_TE: Tensor, rows: PromptRows) -> PromptLogprobs:
+        """Log-probabilities of prompt tokens, brought home at once."""
+        parts = []
+        for row_P, token_P in zip(rows.row_P.split(TOLD_TOGETHER), rows.token_P.split(TOLD_TOGETHER), strict=True):
+            logits_PV = self.model.logits(hidden_TE[row_P])
+            parts.append([column.cpu().numpy() for column in
+                          prompt_logprobs_of(logits_PV, token_P, rows.num_top, **self.parts.drawing)])
+        return PromptLogprobs(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _draw(self, logits: Tensor, batch: StepBatch, newest_M: Tensor) -> Tensor:
         """Draw, and keep what was drawn. ``newest_M``: what was drawn in each row before."""

@@ -37,9 +37,17 @@ class Pieces:
         self._skip = skip_special_tokens
         self._special = {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
         self._known: dict[int, tuple[Kind, str]] = {}
+        self._alone: dict[int, str] = {}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+        return text
+
+    def alone(self, token_id: int) -> str:
+        """What the tokenizer makes of the token by itself, special ones too."""
+        text = self._alone.get(token_id)
+        if text is None:
+            text = self._alone[token_id] = str(self.tokenizer.decode([token_id]))
         return text
 
     def __getitem__(self, token_id: int) -> tuple[Kind, str]:

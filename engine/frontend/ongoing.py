@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from engine.execution.core import TokenOutput
 from engine.frontend.detokenizer import Detokenizer, Pieces
 from engine.frontend.outputs import CompletionOutput, Logprob, RequestOutput
-from engine.scheduling.sequence import Request, TokenLogprobs
+from engine.scheduling.sequence import PromptLogprobs, Request, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class OngoingCompletion:
 
     Args:
         request: as the ranks know it.
-        pieces: of the tokenizer; None for a model without one: texts stay empty then.
+        pieces: of the tokenizer; None without one, or for a request that wants no text: texts stay empty then.
         eos_token_ids: those of its stop tokens that are the model's own.
         streams: whether somebody reads the text while it grows. If not, and if no stop string is asked for, it is made at the
             end, in a fraction of the time.
@@ -100,14 +100,24 @@ class OngoingCompletion:
     def _take_logprobs(self, token_id: int, at: TokenLogprobs) -> None:
         assert self.output.logprobs is not None, f"request_id={self.request.request_id} did not ask for logprobs"
         assert self.output.cumulative_logprob is not None, "set with logprobs"
-        by_token = {token_id: Logprob(at.logprob, at.rank, self._text_of(token_id))}
-        for other, logprob, rank in at.top[: self.request.params.logprobs]:
-            by_token.setdefault(other, Logprob(logprob, rank, self._text_of(other)))
-        self.output.logprobs.append(by_token)
+        self.output.logprobs.append(self._by_token(token_id, at, at.top[: self.request.params.logprobs]))
         self.output.cumulative_logprob += at.logprob
 
+    def prompt_logprobs(self, told: Sequence[PromptLogprobs]) -> list[dict[int, Logprob] | None]:
+        """As a request's output has them."""
+        rows = (at for part in told for at in part.rows)
+        return [None, *(self._by_token(token_id, at, at.top)
+                        for token_id, at in zip(self.request.prompt_token_ids[1:], rows, strict=True))]
+
+    def _by_token(self, token_id: int, at: TokenLogprobs, top: Iterable[tuple[int, float, int]]) -> dict[int, Logprob]:
+        by_token = {token_id: Logprob(at.logprob, at.rank, self._text_of(token_id))}
+        for other, logprob, rank in top:
+            if other != token_id:
+                by_token[other] = Logprob(logprob, rank, self._text_of(other))
+        return by_token
+
     def _text_of(self, token_id: int) -> str | None:
-        return None if self._pieces is None else str(self._pieces.tokenizer.decode([token_id]))
+        return None if self._pieces is None else self._pieces.alone(token_id)
 
 
 class OngoingRequest:
@@ -120,6 +130,7 @@ class OngoingRequest:
         self.output = output
         self.completions = completions
         self.inbox: deque[TokenOutput | None] = deque()
+        self._shows_prompt_logprobs = True
         self.cause = ""  # why the ranks could go on no more
         output.outputs = [completion.output for completion in completions.values()]
 
@@ -140,6 +151,8 @@ class OngoingRequest:
             if completion.output.finished():  # the ranks have run ahead of a stop string
                 continue
             completion.take(token)
+            if completion.request.num_prompt_logprobs is not None and self.output.prompt_logprobs is None:
+                self.output.prompt_logprobs = completion.prompt_logprobs(token.prompt_logprobs)
             if completion.output.finish_reason == "error":
                 self._tell_error(completion.output)
                 continue
@@ -154,7 +167,11 @@ class OngoingRequest:
     def delta(self) -> RequestOutput | None:
         """What is new since the last call, if anything is."""
         deltas = [delta for completion in self.completions.values() if (delta := completion.delta()) is not None]
-        return replace(self.output, outputs=deltas) if deltas else None
+        if not deltas:
+            return None
+        prompt_logprobs = self.output.prompt_logprobs if self._shows_prompt_logprobs else None
+        self._shows_prompt_logprobs &= prompt_logprobs is None
+        return replace(self.output, outputs=deltas, prompt_logprobs=prompt_logprobs)
 
     def _tell_error(self, completion: CompletionOutput) -> None:
         self.output.error = (f"request_id={self.output.request_id}, completion {completion.index}: logits are not finite at step "

@@ -13,7 +13,7 @@ class Logprob:
     rank: int
     """1 + the number of tokens that are more probable."""
     decoded_token: str | None
-    """The token's text by itself; None if the model has no tokenizer."""
+    """The token's text by itself; None without a tokenizer or with ``detokenize=False``."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +46,9 @@ class RequestOutput:
     request_id: int
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """If they were asked for: of each prompt token its own and those of the best, by token id, its own first; None for the
+    first one, which nothing stands before. They come with the first completion's first token; in a stream with that item."""
     outputs: list[CompletionOutput] = field(default_factory=list)
     """``n`` completions by index; in a stream those with something new."""
     finished: bool = False

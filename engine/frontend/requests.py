@@ -55,7 +55,7 @@ class Admission:
         output = RequestOutput(request_id=next(self._request_numbers), prompt=None, prompt_token_ids=[])
         try:
             output.prompt, token_ids = read_prompt(prompt, self.tokenizer)
-            output.prompt_token_ids = self._check(token_ids, params)
+            output.prompt_token_ids = self._check(self._truncated(token_ids, params), params)
         except ValueError as refusal:
             output.error, output.finished = f"prompt {place}: {refusal}", True
             return OngoingRequest(output, {})
@@ -64,6 +64,7 @@ class Admission:
         seed = derive_seed("request", self.seed, output.request_id) if params.seed is None else params.seed
         prompt_token_ids = tuple(output.prompt_token_ids)
         bad_words = tuple(ids for word in params.bad_words or () for ids in _as_written(self.tokenizer, word))
+        pieces = self._pieces[params.skip_special_tokens] if params.detokenize else None
         completions = {}
         for index in range(params.n):
             request = Request(
@@ -74,10 +75,16 @@ class Admission:
                 max_tokens=min(room, params.max_tokens or room),
                 stop_token_ids=frozenset((*params.stop_token_ids, *eos)),
                 bad_words=bad_words,
+                num_prompt_logprobs=None if index else params.prompt_logprobs,
             )
-            completions[request.request_id] = OngoingCompletion(request, index, self._pieces[params.skip_special_tokens], eos,
-                                                                streams=streams)
+            completions[request.request_id] = OngoingCompletion(request, index, pieces, eos, streams=streams)
         return OngoingRequest(output, completions)
+
+    def _truncated(self, token_ids: list[Any], params: SamplingParams) -> list[Any]:
+        most = params.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self.max_model_len - (params.max_tokens or 1))
+        return token_ids if most is None else token_ids[-most:]
 
     def _check(self, token_ids: Sequence[Any], params: SamplingParams) -> list[int]:
         """The ids as plain ints, of a prompt that the model can run."""

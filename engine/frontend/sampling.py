@@ -46,7 +46,11 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string, or the stop token's text, at the end of the text.
         ignore_eos: do not stop at the model's end-of-sequence tokens.
         logprobs: log-probabilities of so many best tokens beside the drawn one, up to 20; ``None``: none at all.
+        prompt_logprobs: the same of each prompt token, by the tokens before it; -1: of the whole vocabulary. Such a prompt is
+            run whole: what the prefix cache holds of it has no logits.
+        detokenize: make text of the tokens; without it texts stay empty, and stop strings are refused.
         skip_special_tokens: leave special tokens out of the text.
+        truncate_prompt_tokens: run the last so many tokens of the prompt; -1: as many as leave room for ``max_tokens``.
 
     Raises:
         ValueError: for a value that breaks its rule; the message says which.
@@ -71,7 +75,10 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
     skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check("n", self.n, is_integer(self.n) and 1 <= self.n <= MAX_N, f"must be at least 1, and at most {MAX_N}")
@@ -108,17 +115,26 @@ class SamplingParams:
         _check("logprobs", self.logprobs,
                self.logprobs is None or (is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
                f"must lie between 0 and {MAX_LOGPROBS}, or be None")
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        _check("prompt_logprobs", self.prompt_logprobs, self.prompt_logprobs is None
+               or (is_integer(self.prompt_logprobs) and -1 <= self.prompt_logprobs <= MAX_LOGPROBS),
+               f"must lie between 0 and {MAX_LOGPROBS}, or be -1 (the whole vocabulary) or None")
+        _check("truncate_prompt_tokens", self.truncate_prompt_tokens, self.truncate_prompt_tokens is None
+               or (is_integer(self.truncate_prompt_tokens) and (self.truncate_prompt_tokens == -1
+                                                                or self.truncate_prompt_tokens >= 1)),
+               "must be at least 1, or be -1 (as many as leave room) or None")
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "must be True or False")
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         _check("stop", self.stop, _is_list(stop) and all(isinstance(each, str) and each for each in stop),
                "must be a string or a list of strings, none of them empty")
+        _check("stop", self.stop, not stop or self.detokenize, "needs detokenize=True: it is looked for in the text")
         stop_ids: Any = self.stop_token_ids
         stop_ids = () if stop_ids is None else stop_ids  # None is vLLM's default
         _check("stop_token_ids", self.stop_token_ids, _is_list(stop_ids) and
                all(is_integer(each) and each >= 0 for each in stop_ids), "must be a list of token ids")
         # Plain numbers from here on, whatever library they came from.
-        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs"):
+        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs",
+                     "truncate_prompt_tokens"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
         for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):

@@ -134,5 +134,19 @@ def logprobs_of(logits_RV: Tensor, token_R: Tensor, row_L: Tensor, num_top: int,
         rank_L=1 + (logprob_LV > drawn_L1).sum(dim=-1),
         top_token_LK=top_token_LK,
         top_logprob_LK=top_logprob_LK,
-        top_rank_LK=1 + (top_logprob_LK[:, None, :] > top_logprob_LK[:, :, None]).sum(dim=-1),
+        top_rank_LK=_ranks(top_logprob_LK),
     )
+
+
+def _ranks(sorted_LK: Tensor) -> Tensor:
+    """1 + how many of a row are larger, where the largest come first: the place at which a run of equal ones begins."""
+    place_LK = torch.arange(1, sorted_LK.shape[1] + 1, device=sorted_LK.device).expand(sorted_LK.shape)
+    is_next_LK = torch.zeros_like(place_LK, dtype=torch.bool)
+    is_next_LK[:, 1:] = sorted_LK[:, 1:] == sorted_LK[:, :-1]
+    return place_LK.masked_fill(is_next_LK, 0).cummax(dim=-1).values if sorted_LK.shape[1] else place_LK
+
+
+def prompt_logprobs_of(logits_PV: Tensor, token_P: Tensor, num_top: int, drawing: Drawing = ORDINARY_DRAWING) -> LogprobTensors:
+    """As :func:`logprobs_of`, of prompt tokens by the logits before each; ``num_top`` = -1 tells the whole vocabulary."""
+    row_P = torch.arange(len(token_P), device=token_P.device)
+    return logprobs_of(logits_PV, token_P, row_P, logits_PV.shape[1] if num_top < 0 else num_top, drawing)

@@ -1,7 +1,7 @@
 """One step's inputs, built once on the host, equal on every rank, and handed to whoever needs them.
 
 Shape suffixes: T = tokens of the step, S = sequences of the step, B = blocks of the longest sequence, R = tokens to draw,
-X = banned (row, token) pairs, L = tokens to draw whose log-probabilities are wanted.
+X = banned (row, token) pairs, L = tokens to draw whose log-probabilities are wanted, P = prompt tokens whose are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from engine.scheduling.tensors import tensor_of, tensors_on
 
 PAD_SLOT = -1
 MAX_TOP_K = 2**31 - 1
+TOLD_TOGETHER = 64
+"""Prompt tokens whose logits are whole on a rank at a time: those of all might take more memory than there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,18 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRows:
+    """Prompt tokens of one sequence whose log-probabilities a step tells."""
+
+    row_P: Tensor
+    """int64: the token before each, among the T tokens of the step"""
+    token_P: Tensor
+    """int64: their ids"""
+    num_top: int
+    """How many of the best are wanted beside each; -1: all"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepBatch:
     """Tokens of the step, sequence after sequence, those with one token first."""
 
@@ -85,6 +99,8 @@ class StepBatch:
     max_prefill_len: int
     """Most tokens in this step of one of the other sequences; 0 if there are none"""
     has_in_flight: bool
+    told: tuple[PromptRows, ...] = ()
+    """Of each sequence with prompt tokens to tell of, in the order of the chunks"""
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +121,8 @@ class StepBatch:
             return self
         processing = None if self.sampling.processing is None else self.sampling.processing.to(device)
         sampling = replace(self.sampling, processing=processing, **tensors_on(device, self.sampling))
-        return replace(self, sampling=sampling, **tensors_on(device, self))
+        told = tuple(replace(rows, **tensors_on(device, rows)) for rows in self.told)
+        return replace(self, sampling=sampling, told=told, **tensors_on(device, self))
 
 
 def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
@@ -151,7 +168,17 @@ def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
         max_decode_context_len=int(context_lens[:num_decodes].max(initial=0)),
         max_prefill_len=int(lengths[num_decodes:].max(initial=0)),
         has_in_flight=any(chunk.in_flight for chunk in chunks),
+        told=tuple(_prompt_rows(chunk, int(first)) for chunk, first in zip(chunks, cu_seqlens, strict=False) if chunk.told),
     )
+
+
+def _prompt_rows(chunk: Chunk, first: int) -> PromptRows:
+    """``first``: the chunk's first token, among those of the step."""
+    sequence, told = chunk.sequence, chunk.told
+    assert sequence.request.num_prompt_logprobs is not None, f"request_id={sequence.request.request_id} did not ask for them"
+    return PromptRows(row_P=torch.arange(told.start, told.stop) - chunk.start + first,
+                      token_P=tensor_of(sequence.token_ids[told.start + 1 : told.stop + 1], np.int64),
+                      num_top=sequence.request.num_prompt_logprobs)
 
 
 def _build_sampling(chunks: list[Chunk]) -> SamplingBatch:
@@ -205,4 +232,6 @@ def profiling_batch(num_seqs: int, length: int) -> StepBatch:
         ),
         num_decodes=0, prefill_cu_seqlens_S1=starts, max_decode_context_len=0, max_prefill_len=length,
         has_in_flight=False,
+        told=(PromptRows(row_P=torch.zeros(TOLD_TOGETHER, dtype=torch.int64),
+                         token_P=torch.zeros(TOLD_TOGETHER, dtype=torch.int64), num_top=-1),),
     )

@@ -46,12 +46,12 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold the sequence's first tokens already. The last token is never among them: its logits are needed."""
+        """Blocks that hold the sequence's first tokens already, as far as their logits are not needed (``num_sharable``)."""
         if not self.enable_prefix_caching:
             return []
         self._hash_known_blocks(sequence)
         blocks = []
-        for block_hash in sequence.block_hashes[: (len(sequence.token_ids) - 1) // self.block_size]:
+        for block_hash in sequence.block_hashes[: sequence.num_sharable // self.block_size]:
             block = self.block_of_hash.get(block_hash)
             if block is None:
                 break

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.frontend.sampling import SamplingParams
 
@@ -27,6 +28,9 @@ class Request:
     stop_token_ids: frozenset[int]
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token ids of each, as the tokenizer writes them."""
+    num_prompt_logprobs: int | None = None
+    """Of each prompt token, log-probabilities of so many best beside its own; -1: of all; None: none at all. Of a prompt's
+    completions the first alone asks for them."""
     changes_logits: bool = field(init=False)
     """Whether its parameters change logits before the temperature. Asked of every row in every step, so found out once."""
 
@@ -42,6 +46,22 @@ class TokenLogprobs(NamedTuple):
     rank: int
     top: tuple[tuple[int, float, int], ...]
     """(token id, logprob, rank) of the most probable tokens, best first."""
+
+
+class PromptLogprobs(NamedTuple):
+    """The same of P prompt tokens one after another: numpy arrays, for K may be the whole vocabulary."""
+
+    logprob_P: Any
+    rank_P: Any
+    top_token_PK: Any
+    top_logprob_PK: Any
+    top_rank_PK: Any
+
+    @property
+    def rows(self) -> Iterator[TokenLogprobs]:
+        """One a prompt token."""
+        for logprob, rank, *top in zip(*(column.tolist() for column in self), strict=True):
+            yield TokenLogprobs(logprob, rank, tuple(zip(*top, strict=True)))
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +89,10 @@ class Sequence:
     num_preemptions: int = 0
     logprobs: TokenLogprobs | None = None
     """Of the newest known token, if the request wants them."""
+    num_told: int = 0
+    """Tokens whose logits were asked for the prompt token that follows, in the steps launched so far. A preemption leaves it."""
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    """What those steps have told so far."""
 
     @classmethod
     def from_request(cls, request: Request) -> Sequence:
@@ -77,6 +101,16 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_to_tell(self) -> int:
+        """Tokens whose logits are to be asked for the prompt token that follows."""
+        return 0 if self.request.num_prompt_logprobs is None else self.num_prompt_tokens - 1
+
+    @property
+    def num_sharable(self) -> int:
+        """First tokens that need not run where the prefix cache holds them: what logits are still needed of is not among them."""
+        return self.num_told if self.num_told < self.num_to_tell else len(self.token_ids) - 1
 
     @property
     def num_tokens(self) -> int:

@@ -32,8 +32,8 @@ FREE = {"seed", "temperature", "ignore_eos", "max_tokens"}
 """Parameters of a request that nothing but its length ends."""
 CHANGING = {"min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
 """Parameters that may leave few tokens to draw."""
-CROWD, CROWD_PROMPT = 3, 45
-"""Requests that fit with their prompts and not with their answers, and the tokens of each prompt."""
+CROWD_PROMPT = 45
+"""Tokens of each prompt of the crowd: requests that fit with their prompts and not with their answers."""
 NUM_ALONE = 3
 """Requests that run once more by themselves."""
 DTYPES = {"cpu": "float64", "cuda": "float32"}
@@ -48,6 +48,7 @@ class Answer:
     outputs: list[Any] = field(default_factory=list)
     finished: bool = False
     error: str | None = None
+    prompt_logprobs: list[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +183,8 @@ class _Session:
         """Long prompts like no others: nobody finds a prefix, though the youngest gives way, and finds its own."""
         draw = random.Random(f"crowd {self.case.seed}")
         crowd = [Asked(prompt=tuple(draw.randrange(self.model.vocab_size) for _ in range(CROWD_PROMPT)),
-                       params={"temperature": 8.0, "max_tokens": None, "ignore_eos": True, "seed": number, "logprobs": 0})
-                 for number in range(CROWD)]
+                       params={"temperature": 8.0, "max_tokens": None, "ignore_eos": True, "seed": number, "logprobs": 0, **told})
+                 for number, told in enumerate([{}, {"prompt_logprobs": 0}, {"prompt_logprobs": 1}])]
         answers = self._generate(llm, crowd)
         self._judge(crowd, answers, "in a crowd")
         for one, answer in zip(crowd, answers, strict=True):
@@ -196,11 +197,13 @@ class _Session:
         again = Asked(prompt=longest.prompt, params={"temperature": 0.0, "max_tokens": 1, "logprobs": 2})
         short = Asked(prompt=longest.prompt[-2:], params={"temperature": 0.0, "max_tokens": 2})
         self._judge([again], self._generate(llm, [again]), "asked again")
-        asked = [short, again, short]
+        told = Asked(prompt=longest.prompt, params={**again.params, "prompt_logprobs": 1})
+        asked = [short, again, told, short]
         answers = self._generate(llm, asked)
         self._judge(asked, answers, "asked once more")
         for one, answer in zip(asked, answers, strict=True):
-            expected = (len(one.prompt) - 1) // llm.block_size * llm.block_size
+            # Of what the cache holds there are no logits, so who asks for the prompt's runs all of it.
+            expected = 0 if one is told else (len(one.prompt) - 1) // llm.block_size * llm.block_size
             require(answer.num_cached_tokens == expected,
                     f"{one}: asked once more at once, num_cached_tokens={answer.num_cached_tokens}, must be {expected}")
 
@@ -255,6 +258,9 @@ class Merged:
         self.num_items[number] += 1
         answer = self.answers[number]
         answer.prompt_token_ids, answer.finished, answer.error = list(item.prompt_token_ids), item.finished, item.error
+        if item.prompt_logprobs is not None:
+            require(answer.prompt_logprobs is None, f"{self.asked[number]}: prompt_logprobs come in two items")
+            answer.prompt_logprobs = item.prompt_logprobs
         for new in item.outputs:
             before = next((one for one in answer.outputs if one.index == new.index), None)
             if before is None:
@@ -341,6 +347,15 @@ def draw_requests(draw: random.Random, talker: Talker) -> list[Asked]:
         (of_length(draw.randint(36, 40)), {"temperature": 0.5, "max_tokens": None, "ignore_eos": True, "seed": seed()}),
         (of_length(MAX_MODEL_LEN - 1), {**free, "seed": seed(), "logprobs": 1}),
         (some(), {"temperature": 8.0, "ignore_eos": True, "seed": seed()}),
+        # Of the prompt: in one step and in several, before anything is changed, and for several completions once.
+        *((prompt, {**greedy, "prompt_logprobs": num_best}) for prompt, num_best in zip(prompts, (0, 20, -1), strict=False)),
+        (of_length(1), {**greedy, "prompt_logprobs": 1}),
+        (of_length(MAX_MODEL_LEN - draw.randint(1, 9)), {**free, "seed": seed(), "prompt_logprobs": 2}),
+        (some(), {**free, "n": 2, "seed": seed(), "prompt_logprobs": 1, "logprobs": 2, "logit_bias": {draw.choice(plain): 9.0}}),
+        # A prompt's last tokens alone, and tokens without text.
+        (of_length(draw.randint(13, 20)), {**greedy, "truncate_prompt_tokens": draw.randint(2, 5), "prompt_logprobs": 0}),
+        (of_length(MAX_MODEL_LEN - 1), {**free, "seed": seed(), "truncate_prompt_tokens": -1}),
+        (some(), {**hot, "n": 2, "seed": seed(), "detokenize": False, "stop_token_ids": stop_ids(), "logprobs": 1}),
         # What changes the logits.
         *((some(), {**free, **changed, "seed": seed(), "logprobs": 1}) for changed in (
             {"presence_penalty": 2.0, "temperature": 1.0},

@@ -23,8 +23,9 @@ from harness.verification.budgets import improbability, improbable_counts
 
 DEFAULTS: dict[str, Any] = {
     "n": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": None, "max_tokens": 16, "min_tokens": 0, "stop": (),
-    "stop_token_ids": (), "include_stop_str_in_output": False, "ignore_eos": False, "logprobs": None,
-    "skip_special_tokens": True, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
+    "stop_token_ids": (), "include_stop_str_in_output": False, "ignore_eos": False, "logprobs": None, "prompt_logprobs": None,
+    "detokenize": True, "truncate_prompt_tokens": None, "skip_special_tokens": True,
+    "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
     "logit_bias": None, "allowed_token_ids": None, "bad_words": (),
 }
 """vLLM's names and defaults, but for ``top_k``: 0 and -1 both keep all."""
@@ -94,8 +95,13 @@ class Model:
     logits: Callable[[Sequence[int]], Tensor]
     """Token ids -> exact logits ``[T, V]`` after each of them."""
 
-    def encode(self, prompt: tuple[int, ...] | str) -> list[int]:
-        return list(self.tokenizer(prompt).input_ids) if isinstance(prompt, str) else list(prompt)
+    def encode(self, asked: Asked) -> list[int]:
+        """The token ids that run."""
+        ids = list(self.tokenizer(asked.prompt).input_ids) if isinstance(asked.prompt, str) else list(asked.prompt)
+        most = asked.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self.max_model_len - (asked.max_tokens or 1))
+        return ids if most is None else ids[-most:]
 
     def judge(self, asked: Asked, answer: Any) -> int:
         """Hold a finished answer (vLLM's ``RequestOutput``) against its request. Returns how many tokens were judged.
@@ -104,7 +110,7 @@ class Model:
             WrongAnswerError: saying what is wrong.
         """
         require(not getattr(answer, "error", None), f"a request that can run was refused: {getattr(answer, 'error', None)}")
-        prompt = self.encode(asked.prompt)
+        prompt = self.encode(asked)
         require(list(answer.prompt_token_ids) == prompt, f"prompt_token_ids={answer.prompt_token_ids}, asked was {prompt}")
         indices = [completion.index for completion in answer.outputs]
         require(indices == list(range(asked.n)), f"completions have the indices {indices}, n={asked.n}")
@@ -114,11 +120,12 @@ class Model:
                 self._judge_completion(asked, prompt, completion)
             except WrongAnswerError as wrong:
                 raise WrongAnswerError(f"completion {completion.index}: {wrong}" if asked.n > 1 else str(wrong)) from None
+        self._judge_prompt_logprobs(asked, prompt, answer)
         return sum(len(completion.token_ids) for completion in answer.outputs)
 
     def judge_frequencies(self, asked: Asked, answer: Any) -> int:
         """Hold how often each token came first, of many completions, against its probability. Returns how many there were."""
-        prompt = self.encode(asked.prompt)
+        prompt = self.encode(asked)
         row_V = self._open(asked, prompt, [], self.logits(prompt)[-1:])[0]
         first = torch.tensor([completion.token_ids[0] for completion in answer.outputs])
         order_V = row_V.sort(descending=True, stable=True)
@@ -225,6 +232,8 @@ class Model:
         return frozenset(asked.stop_token_ids) | (frozenset() if asked.ignore_eos else self.eos_token_ids)
 
     def _text(self, asked: Asked, ids: Sequence[int]) -> str:
+        if not asked.detokenize:
+            return ""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=asked.skip_special_tokens, clean_up_tokenization_spaces=False)
         return text
 
@@ -256,26 +265,51 @@ class Model:
                 f"of {len(completion.token_ids)} tokens {len(completion.logprobs or ())} have log-probabilities")
         logprob_TV = exact_TV.log_softmax(-1)
         for step, (token_id, found) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
-            row_V, tie = logprob_TV[step], self.tie
-            others = [other for other in found if other != token_id]
-            best = row_V.topk(min(asked.logprobs, self.vocab_size)).values if asked.logprobs else row_V[:0]
-            is_best = bool(len(best)) and bool(row_V[token_id] >= best[-1] - tie)
-            require(next(iter(found), None) == token_id, f"step {step}: log-probabilities of {list(found)}, drawn was {token_id}")
-            require(len(others) in ({len(best), len(best) - 1} if is_best else {len(best)}),
-                    f"step {step}: log-probabilities of {len(others)} tokens beside the drawn one, logprobs={asked.logprobs}")
-            for other, entry in found.items():
-                where, exact = f"step {step}: token {other}", float(row_V[other])
-                least, most = 1 + int((row_V > exact + tie).sum()), int((row_V > exact - tie).sum())
-                require(abs(entry.logprob - exact) <= tie, f"{where} has logprob={entry.logprob}, the model gives it {exact:.6g}")
-                require(least <= entry.rank <= most, f"{where} has rank={entry.rank}, must be {least}")
-                require(other == token_id or exact >= float(best[-1]) - tie, f"{where} is not among the best")
-                text = self.tokenizer.decode([other])
-                require(entry.decoded_token == text, f"{where} is {entry.decoded_token!r}, must be {text!r}")
+            self._judge_row(f"step {step}", asked, found, token_id, asked.logprobs, logprob_TV[step])
         total = 0.0
         for token_id, found in zip(completion.token_ids, completion.logprobs, strict=True):
             total += found[token_id].logprob
         require(completion.cumulative_logprob == total,
                 f"cumulative_logprob={completion.cumulative_logprob}, the tokens' sum is {total}")
+
+
+    def _judge_prompt_logprobs(self, asked: Asked, prompt: list[int], answer: Any) -> None:
+        """The same of every prompt token, by the tokens before it."""
+        told, num_best = answer.prompt_logprobs, asked.prompt_logprobs
+        if num_best is None or (asked.abort_after is not None and not answer.outputs[0].token_ids):
+            require(told is None, "there are log-probabilities of the prompt that nobody asked for")
+            return
+        require(told is not None and len(told) == len(prompt),
+                f"of {len(prompt)} prompt tokens {len(told or ())} have log-probabilities")
+        require(told[0] is None, f"the first prompt token, which nothing stands before, has the log-probabilities {told[0]}")
+        logprob_TV = self.logits(prompt).log_softmax(-1)
+        for place, (token_id, found) in enumerate(zip(prompt[1:], told[1:], strict=True), 1):
+            self._judge_row(f"prompt token {place}", asked, found, token_id, self.vocab_size if num_best == -1 else num_best,
+                            logprob_TV[place - 1])
+
+    def _judge_row(self, place: str, asked: Asked, found: Mapping[int, Any] | None, token_id: int, num_best: int,
+                   row_V: Tensor) -> None:
+        """Log-probabilities at one place: those of the token that stands there and of the best."""
+        found, tie = found or {}, self.tie
+        others = [other for other in found if other != token_id]
+        best = row_V.topk(min(num_best, self.vocab_size)).values if num_best else row_V[:0]
+        is_best = bool(len(best)) and bool(row_V[token_id] >= best[-1] - tie)
+        require(next(iter(found), None) == token_id, f"{place}: log-probabilities of {list(found)}, and {token_id} stands there")
+        require(len(others) in ({len(best), len(best) - 1} if is_best else {len(best)}),
+                f"{place}: log-probabilities of {len(others)} tokens beside its own, asked were {num_best}")
+        require(all(0 <= other < self.vocab_size for other in found),
+                f"{place}: {sorted(found)} are not all in the vocabulary of {self.vocab_size}")
+        exact_K = row_V[list(found)]
+        least_K = 1 + (row_V > exact_K[:, None] + tie).sum(1)
+        most_K = (row_V > exact_K[:, None] - tie).sum(1)
+        bounds = zip(exact_K.tolist(), least_K.tolist(), most_K.tolist(), strict=True)
+        for (other, entry), (exact, least, most) in zip(found.items(), bounds, strict=True):
+            where = f"{place}: token {other}"
+            require(abs(entry.logprob - exact) <= tie, f"{where} has logprob={entry.logprob}, the model gives it {exact:.6g}")
+            require(least <= entry.rank <= most, f"{where} has rank={entry.rank}, must be {least}")
+            require(other == token_id or exact >= float(best[-1]) - tie, f"{where} is not among the best")
+            text = self.tokenizer.decode([other]) if asked.detokenize else None
+            require(entry.decoded_token == text, f"{where} is {entry.decoded_token!r}, must be {text!r}")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from engine.frontend.sampling import SamplingParams
 from engine.layers.sampler import LogprobTensors, filter_top_k_top_p
 from engine.parallel.group import TPGroup
 from engine.scheduling.batch import SamplingBatch
-from engine.scheduling.scheduler import Chunk
+from engine.scheduling.scheduler import Chunk, Scheduler
 from engine.scheduling.sequence import Request, Sequence, TokenLogprobs
 from harness.faults.base import Patches, Plant, Where, fault
 from harness.faults.edits import edit
@@ -107,6 +107,17 @@ READ_AS: dict[str, tuple[str, str, Callable[[SamplingParams], Change]]] = {
     "no-logprobs-for-zero": (
         "logprobs", "With logprobs=0, which asks for the drawn token's alone, none are told.",
         lambda given: {"logprobs": given.logprobs or None}),
+    "all-of-the-vocabulary-taken-for-one": (
+        "prompt_logprobs", "With prompt_logprobs=-1, which asks for the whole vocabulary, the best token alone is told.",
+        lambda given: {"prompt_logprobs": given.prompt_logprobs and abs(given.prompt_logprobs)}),
+    "no-prompt-logprobs-for-zero": (
+        "prompt_logprobs", "With prompt_logprobs=0, which asks for the prompt's own tokens alone, none are told.",
+        lambda given: {"prompt_logprobs": given.prompt_logprobs or None}),
+    "text-though-none-is-asked-for": (
+        "detokenize", "Text is made of the tokens of requests with detokenize=False too.", lambda given: {"detokenize": True}),
+    "prompts-never-truncated": (
+        "truncate_prompt_tokens", "The whole prompt runs, whatever truncate_prompt_tokens says.",
+        lambda given: {"truncate_prompt_tokens": None}),
     "special-tokens-kept": (
         "skip_special_tokens", "Special tokens stay in every text: skip_special_tokens is not looked at.",
         lambda given: {"skip_special_tokens": False}),
@@ -116,6 +127,12 @@ READ_AS: dict[str, tuple[str, str, Callable[[SamplingParams], Change]]] = {
 }
 for _name, (_field, _what, _change) in READ_AS.items():
     _declare(_field, _what, _name, _read_as(_change), "driver")
+
+
+@fault(checks=CHECKS, where="driver", field="SamplingParams.truncate_prompt_tokens")
+def first_prompt_tokens_kept(patch: Patches, tp: TPGroup) -> None:
+    """Of a prompt that is truncated the first tokens run, not the last."""
+    edit(patch, (Admission, "_truncated", "token_ids[-most:]", "token_ids[:most]"))
 
 
 # Requests that travel to the ranks with something else than their parameters say.
@@ -459,6 +476,49 @@ def logprobs_of_the_first_completion_for_all(patch: Patches, tp: TPGroup) -> Non
         return empty_inbox
 
     patch.replace(OngoingRequest, "empty_inbox", make)
+
+
+# What is told of the prompt.
+
+
+@fault(checks=CHECKS, field="StepBatch.told")
+def prompt_logprobs_of_the_token_before(patch: Patches, tp: TPGroup) -> None:
+    """The logits after a prompt token are asked for that very token, not for the one that follows."""
+    edit(patch, (batch_module, "_prompt_rows", "token_ids[told.start + 1 : told.stop + 1]", "token_ids[told.start : told.stop]"))
+
+
+@fault(checks=CHECKS, field="StepBatch.told")
+def prompt_logprobs_counted_from_the_step(patch: Patches, tp: TPGroup) -> None:
+    """A prompt's rows are counted from the first token of the step, also where other sequences run before it."""
+    edit(patch, (batch_module, "_prompt_rows", " - chunk.start + first", " - chunk.start"))
+
+
+@fault(checks=CHECKS)
+def prompt_logprobs_end_with_the_chunk(patch: Patches, tp: TPGroup) -> None:
+    """The logits after a chunk's last token are asked for that token: the one that follows stands in the next chunk."""
+    edit(patch, (batch_module, "_prompt_rows", "token_ids[told.start + 1 : told.stop + 1]",
+                 "token_ids[told.start + 1 : told.stop]"
+                 " + [sequence.token_ids[min(told.stop, chunk.start + chunk.num_tokens - 1)]]"))
+
+
+@fault(checks=CHECKS)
+def prompt_logprobs_skip_what_is_cached(patch: Patches, tp: TPGroup) -> None:
+    """A prompt that is found in the prefix cache is not run again, and nothing is told of the tokens found there."""
+    edit(patch, (Scheduler, "_take", "told = range(sequence.num_told,", "told = range(max(start, sequence.num_told),"))
+    patch.replace(Sequence, "num_sharable", lambda original: property(lambda self: len(self.token_ids) - 1))
+
+
+@fault(checks=CHECKS)
+def prompt_logprobs_of_each_rank_by_itself(patch: Patches, tp: TPGroup) -> None:
+    """The log-probabilities of a prompt are normalised over the rank's own part of the vocabulary."""
+    edit(patch, (runner_module.Runner, "_told", "self.model.logits(hidden_TE[row_P])",
+                 "self.model.lm_head.shard_logits(hidden_TE[row_P]).repeat(1, self.tp.size)"))
+
+
+@fault(checks=CHECKS, where="driver", field="SamplingParams.prompt_logprobs")
+def first_prompt_token_left_out(patch: Patches, tp: TPGroup) -> None:
+    """The list has no place for the first prompt token, so that each entry stands one token too early."""
+    patch.replace(OngoingCompletion, "prompt_logprobs", lambda original: lambda self, told: original(self, told)[1:])
 
 
 # How a text ends.

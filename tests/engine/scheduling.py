@@ -44,6 +44,12 @@ PROMPTS = st.one_of(
 )
 
 
+class Drawn(list[int]):
+    """What a step drew, and of each prompt that it tells of (all tokens before, the next one) by place."""
+
+    told: list[list[tuple[Tokens, int]]]
+
+
 class FakeRunner:
     """A device that holds tokens where a real one holds keys and values."""
 
@@ -55,7 +61,7 @@ class FakeRunner:
         """The context of each of the last step's sequences."""
         self.not_collected: list[list[int]] = []
 
-    def launch(self, batch: StepBatch) -> list[int]:
+    def launch(self, batch: StepBatch) -> Drawn:
         block_size, cu_seqlens = self.config.block_size, batch.cu_seqlens_S1.tolist()
         slots, positions, token_ids = (x.tolist() for x in (batch.slots_T, batch.positions_T, batch.token_ids_T))
         rows, tables = batch.rows_S.tolist(), batch.block_tables_SB.tolist()
@@ -88,7 +94,11 @@ class FakeRunner:
             for position in range(len(tokens)):
                 slot = tables[seq][position // block_size] * block_size + position % block_size
                 assert self.cache[slot] == tokens[: position + 1], "a context of other tokens"
-        drawn = [next_token(self.seen[seq]) for seq in batch.sample_S.tolist()]
+        drawn = Drawn(next_token(self.seen[seq]) for seq in batch.sample_S.tolist())
+        after = [tokens[: position + 1] for seq, tokens in enumerate(self.seen)
+                 for position in positions[cu_seqlens[seq] : cu_seqlens[seq + 1]]]
+        drawn.told = [[(after[row], token) for row, token in zip(rows.row_P.tolist(), rows.token_P.tolist(), strict=True)]
+                      for rows in batch.told]
         assert batch.sampling.position_R.tolist() == [len(self.seen[seq]) for seq in batch.sample_S.tolist()]
         for seq, token in zip(batch.sample_S.tolist(), drawn, strict=True):
             self.last_token[rows[seq]] = token
@@ -151,12 +161,13 @@ class Serving(RuleBasedStateMachine):
         prompts=st.lists(PROMPTS, min_size=1, max_size=4),
         max_tokens=st.integers(1, 12),
         stops=st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=1),
+        tells=st.booleans(),
     )
-    def add(self, prompts: list[Tokens], max_tokens: int, stops: frozenset[int]) -> None:
+    def add(self, prompts: list[Tokens], max_tokens: int, stops: frozenset[int], tells: bool = False) -> None:
         for prompt in prompts:
-            self.add_one(prompt[: self.max_model_len - 1], max_tokens, stops)
+            self.add_one(prompt[: self.max_model_len - 1], max_tokens, stops, tells)
 
-    def add_one(self, prompt: Tokens, max_tokens: int, stops: frozenset[int]) -> None:
+    def add_one(self, prompt: Tokens, max_tokens: int, stops: frozenset[int], tells: bool) -> None:
         request = Request(
             request_id=len(self.prompts),
             prompt_token_ids=prompt,
@@ -164,6 +175,7 @@ class Serving(RuleBasedStateMachine):
             seed=0,
             max_tokens=min(max_tokens, self.max_model_len - len(prompt)),
             stop_token_ids=stops,
+            num_prompt_logprobs=0 if tells else None,
         )
         expected = continued(prompt, request.max_tokens)[len(prompt) :]
         stop = next((index for index, token in enumerate(expected) if token in stops), len(expected))
@@ -195,6 +207,9 @@ class Serving(RuleBasedStateMachine):
             assert number not in seen, "two tokens of one request in one step"
             seen.add(number)
             self.brought[number].append(token_id)
+            prompt = self.prompts[number] if sequence.request.num_prompt_logprobs is not None else ()
+            told = [at for part in sequence.prompt_logprobs for at in part]
+            assert told == [(prompt[: place + 1], token) for place, token in enumerate(prompt[1:])], "told once, and all of it"
             if sequence.finish_reason is not None:
                 reason = "stop" if token_id in sequence.request.stop_token_ids else "length"
                 assert sequence.finish_reason == reason

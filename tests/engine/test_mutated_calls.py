@@ -135,6 +135,7 @@ def test_parameters_that_are_none_are_refused(llm: LLM, params: Any) -> None:
 TAKEN: dict[str, list[Any]] = {
     "temperature": [1.5], "top_k": [-1, 10**30], "top_p": [], "seed": [None], "n": [], "max_tokens": [None, 10**30],
     "min_tokens": [], "stop": [None, "a", [], ["a"]], "stop_token_ids": [None, []], "logprobs": [None],
+    "prompt_logprobs": [None, -1], "detokenize": [True], "truncate_prompt_tokens": [None, -1, 10**30],
     "include_stop_str_in_output": [True], "ignore_eos": [True], "skip_special_tokens": [True],
     "min_p": [], "presence_penalty": [1.5, -1], "frequency_penalty": [1.5, -1], "repetition_penalty": [1.5, 10**30],
     "logit_bias": [None], "allowed_token_ids": [None], "bad_words": [None, [], ["a"]],

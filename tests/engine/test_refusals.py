@@ -42,6 +42,9 @@ BAD_PARAMS = [
     ({"stop_token_ids": ["a"]}, r"stop_token_ids=\['a'\] must be"),
     ({"stop_token_ids": 0}, "stop_token_ids=0 must be"),
     ({"skip_special_tokens": 1}, "skip_special_tokens=1 must be True or False"),
+    ({"stop": "a", "detokenize": False}, "stop='a' needs detokenize=True"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens=0 must be at least 1, or be -1"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens=-2 must be"),
 ]
 
 
