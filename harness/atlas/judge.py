@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.ranks.ranks import RankFailure
 from harness.checks.base import CheckContext, Outcome
-from harness.checks.logits import compare_logits
+from harness.checks.logits import compare_computed
 from harness.checks.weights import SHARDED, check_own
 from harness.subjects.base import NotShownError, Schedule, Subject, SubjectFailure
 from harness.subjects.on_ranks import subject_failure
@@ -152,7 +152,7 @@ def _loaded(results: ReferenceResults, subject: Subject, *, attempts: int = 2) -
 
 def _compared(results: ReferenceResults, subject: Subject) -> Judged:
     try:
-        outcome = compare_logits(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
+        outcome = compare_computed(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
         sharded, said = subject.sharded(), subject.said()
     except SubjectFailure as failure:
         return _failed(failure, subject)

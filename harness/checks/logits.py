@@ -87,16 +87,25 @@ BUILT_UP = "; no single module is over its budget: the error builds up over the 
 
 
 def compare_logits(context: CheckContext) -> Outcome:
-    """What is loaded against ``context.results``."""
+    """What is loaded against ``context.results``. Where the ranks fail over it, that is the finding."""
+    try:
+        return compare_computed(context)
+    except SubjectFailure as failure:
+        return _raised(failure, context, len(context.results.schedule.sequences))
+
+
+def compare_computed(context: CheckContext) -> Outcome:
+    """The same, of logits that the ranks do compute.
+
+    Raises:
+        SubjectFailure: if they fail over it.
+    """
     results, schedule = context.results, context.results.schedule
     cases = len(schedule.sequences)
     if wrong := results.wrongly_loaded:
         more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return Outcome(cases=cases, compared=0, finding=f"the reference itself: {wrong[0]}{more}")
-    try:
-        by_rank = context.subject.logits(schedule)
-    except SubjectFailure as failure:
-        return _raised(failure, context, cases)
+    by_rank = context.subject.logits(schedule)
     shapes = [tuple(torch.cat(own).shape) for own in by_rank]
     expected = tuple(torch.cat(results.exact_logits).shape)
     if (rank := next((rank for rank, shape in enumerate(shapes) if shape != expected), None)) is not None:
