@@ -152,7 +152,8 @@ def _loaded(results: ReferenceResults, subject: Subject, *, attempts: int = 2) -
 
 def _compared(results: ReferenceResults, subject: Subject) -> Judged:
     try:
-        outcome = compare_computed(CheckContext(results=results, subject=subject, options={}, seed=results.seed))
+        context = CheckContext(results=results, subject=subject, options={}, seed=results.seed)
+        outcome = compare_computed(context, subject.logits(results.schedule))
         sharded, said = subject.sharded(), subject.said()
     except SubjectFailure as failure:
         return _failed(failure, subject)

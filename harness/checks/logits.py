@@ -7,13 +7,14 @@ near the config's eps. Hidden states of most models have mean squares so far abo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.checks.base import Check, CheckContext, Outcome, Whole
 from harness.checks.weights import narrow_config
@@ -88,24 +89,21 @@ BUILT_UP = "; no single module is over its budget: the error builds up over the 
 
 def compare_logits(context: CheckContext) -> Outcome:
     """What is loaded against ``context.results``. Where the ranks fail over it, that is the finding."""
+    results = context.results
     try:
-        return compare_computed(context)
+        by_rank = [] if results.wrongly_loaded else context.subject.logits(results.schedule)
     except SubjectFailure as failure:
-        return _raised(failure, context, len(context.results.schedule.sequences))
+        return _raised(failure, context, len(results.schedule.sequences))
+    return compare_computed(context, by_rank)
 
 
-def compare_computed(context: CheckContext) -> Outcome:
-    """The same, of logits that the ranks do compute.
-
-    Raises:
-        SubjectFailure: if they fail over it.
-    """
+def compare_computed(context: CheckContext, by_rank: Sequence[list[Tensor]]) -> Outcome:
+    """The same of logits that are there, as ``Subject.logits`` gives them."""
     results, schedule = context.results, context.results.schedule
     cases = len(schedule.sequences)
     if wrong := results.wrongly_loaded:
         more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return Outcome(cases=cases, compared=0, finding=f"the reference itself: {wrong[0]}{more}")
-    by_rank = context.subject.logits(schedule)
     shapes = [tuple(torch.cat(own).shape) for own in by_rank]
     expected = tuple(torch.cat(results.exact_logits).shape)
     if (rank := next((rank for rank, shape in enumerate(shapes) if shape != expected), None)) is not None:
