@@ -279,8 +279,31 @@ PROGRAMS: dict[str, Callable[[list[str], bool, Selections], str | None]] = {
 COLLECT = """
 import json, sys
 import pytest
+
+class AllTests:
+    items = None  # of all test files: collected once, whatever the selections make of them
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session):
+        if not self.asked_for(session.config) or self.items is None:
+            return None
+        session.items = list(self.items)
+        session.config.hook.pytest_collection_modifyitems(session=session, config=session.config, items=session.items)
+        session.testscollected = len(session.items)
+        return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config, items):
+        if self.asked_for(config) and self.items is None:
+            self.items = list(items)
+
+    def asked_for(self, config):
+        return config.args_source is config.ArgsSource.TESTPATHS
+
+all_tests = AllTests()
 for selection in json.load(sys.stdin):
-    code = pytest.main(["--collect-only", "-qq", "-W", "default", "--assert=plain", "-p", "no:cacheprovider", *selection])
+    arguments = ["--collect-only", "-qq", "-W", "default", "--assert=plain", "-p", "no:cacheprovider", *selection]
+    code = pytest.main(arguments, plugins=[all_tests])
     print(f"\\n@@ {int(code)}")
 """
 
