@@ -16,7 +16,7 @@ from engine.checkpoint.hub import SMOLLM2, find_model
 from reference.building import read_config
 from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2
-from reference.writing import DTYPES, as_config, weight_shapes, write_checkpoint
+from reference.writing import DTYPES, as_config, tied_names, weight_shapes, write_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -31,6 +31,7 @@ __all__ = [
     "random_checkpoint",
     "read_config",
     "resolve",
+    "tied_names",
     "weight_shapes",
     "write_checkpoint",
 ]
@@ -68,7 +69,7 @@ def random_checkpoint(
     shapes = weight_shapes(config)
 
     def values(name: str) -> torch.Tensor:
-        drawn = _random_values(name, shapes[name], tied=config.tie_word_embeddings, seed=seed)
+        drawn = _random_values(name, shapes[name], tied=getattr(config, "tie_word_embeddings", False), seed=seed)
         return drawn.to(DTYPES[dtype])
 
     return write_checkpoint(folder, config, shapes, values, dtype=dtype, max_shard_size=max_shard_size)
@@ -82,7 +83,7 @@ def _random_values(name: str, shape: tuple[int, ...], *, tied: bool, seed: int) 
     draw = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
     if name.endswith(".bias"):
         return draw.mul_(0.25)
-    if len(shape) == 1:
+    if len(shape) <= 1:
         return draw.mul_(0.1).add_(1.0)
     if name.endswith("lm_head.weight") or (tied and name.endswith("embed_tokens.weight")):
         return draw.mul_(2.0 / math.sqrt(shape[-1]))

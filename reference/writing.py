@@ -28,7 +28,8 @@ def as_config(config: Any) -> Any:
     """A transformers config from one, or from a dict that names its ``model_type``.
 
     Raises:
-        CheckpointError: if ``config`` is a dict without ``model_type``, or of a type that transformers does not know.
+        CheckpointError: if ``config`` is a dict without ``model_type``, of a type that transformers does not know, or with values
+            that it refuses.
     """
     if not isinstance(config, Mapping):
         return copy.deepcopy(config)
@@ -36,26 +37,47 @@ def as_config(config: Any) -> Any:
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise CheckpointError(f"config={dict(config)} has no model_type; add one, such as model_type='llama'")
-    try:
-        return transformers.AutoConfig.for_model(model_type, **values)
-    except ValueError as unknown:
-        raise CheckpointError(f"model_type={model_type!r} is unknown to transformers") from unknown
+    with building(f"transformers takes no {model_type} of this config"):
+        try:
+            return transformers.AutoConfig.for_model(model_type, **values)
+        except ValueError as unknown:
+            raise CheckpointError(f"model_type={model_type!r} is unknown to transformers") from unknown
 
 
 def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name.
+    """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name: parameters, and buffers that are kept.
 
     Tied models have no ``lm_head.weight``: their checkpoints hold the embedding alone.
 
     Raises:
         CheckpointError: if transformers cannot build such a model.
     """
+    tensors = _tensors_of(config)
+    tied = _tied(tensors)
+    return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items()) if name not in tied}
+
+
+def tied_names(config: Any) -> dict[str, str]:
+    """The second names of tensors that a model of ``config`` has under two, each with the first.
+
+    Raises:
+        CheckpointError: if transformers cannot build such a model.
+    """
+    return _tied(_tensors_of(config))
+
+
+def _tensors_of(config: Any) -> dict[str, torch.Tensor]:
+    """By name, in the order of the modules, on the meta device."""
     config = as_config(config)
     with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    # remove_duplicate leaves out the second name of a tied tensor.
-    named = model.named_parameters(remove_duplicate=True)
-    return {name: tuple(weight.shape) for name, weight in sorted(named)}
+    tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    return tensors
+
+
+def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    return {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
 
 
 def write_checkpoint(

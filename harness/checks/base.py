@@ -71,6 +71,10 @@ class Outcome:
     """Of a finding: what was given, found and expected."""
 
 
+class NotApplicableError(Exception):
+    """Raised by a part that this model gives nothing to judge; says why."""
+
+
 class Part(Protocol):
     """Some kinds of a check's cases."""
 
@@ -133,6 +137,8 @@ def _outcomes(part: Part, context: CheckContext, name: str) -> Iterator[Outcome]
     except SubjectFailure as failure:
         yield Outcome(kind=kind, cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None),
                       module=failure.module)
+    except NotApplicableError as why:
+        yield from (Outcome(kind=kind, cases=0, compared=0, skipped=f"not applicable: {why}") for kind in part.kinds)
     except CheckpointError as error:
         yield Outcome(kind=kind, cases=0, compared=0, error=str(error))
     except Exception as error:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint.checkpoint_files import StoredTensor, by_model_name, open_file, read_headers
-from harness.checks.base import Check, CheckContext, Outcome, Whole
+from engine.checkpoint.checkpoint_files import DERIVED, CheckpointError, StoredTensor, by_model_name, open_file, read_headers
+from harness.checks.base import Check, CheckContext, NotApplicableError, Outcome, Whole
 from harness.verification.budgets import bits
-from reference.checkpoints import as_config, index_checkpoint, weight_shapes
+from reference.checkpoints import as_config, index_checkpoint, tied_names, weight_shapes
 from reference.elements import ElementIndex
 from reference.hf import DTYPES
 from reference.shards import Ownership
@@ -106,7 +106,14 @@ def _narrow(context: CheckContext) -> dict[str, Any]:
 
 
 def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True, head_dim: int = 4) -> dict[str, Any]:
-    """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly, if ``uneven``."""
+    """The config with the same heads, biases and ties, two narrow layers, and sizes that do not split evenly, if ``uneven``.
+
+    Raises:
+        NotApplicableError: if the config has no fields of these names, or transformers refuses it with other values in them.
+    """
+    if missing := {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"} - config.keys():
+        raise NotApplicableError(f"the config of model_type={config['model_type']!r} has no {', '.join(sorted(missing))} to make a "
+                                 "small model of the same layout by")
     rest = 1 if uneven and tp_size > 1 else 0
     rope = dict(config.get("rope_parameters") or {})
     head_dim = head_dim if rope.get("partial_rotary_factor", 1.0) == 1.0 else max(8, head_dim)
@@ -123,7 +130,12 @@ def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True, 
         narrow |= {"rope_parameters": rope | {"factor": 2.0}, "original_max_position_embeddings": 64}
     for derived in ("layer_types", "torch_dtype", "dtype"):
         narrow.pop(derived, None)
-    return narrow | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    narrow |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    try:
+        weight_shapes(narrow)
+    except CheckpointError as error:
+        raise NotApplicableError(f"a small model of the same layout can't be made: {error}") from error
+    return narrow
 
 
 def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[str, Any], dtype: str,
@@ -148,7 +160,7 @@ def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[
                 wrong[0].append(Wrong(name=name, what="not in the checkpoint"))
                 continue
             as_stored = files[stored[name].file].get_tensor(stored[name].name)
-            whole = as_stored.to(DTYPES[dtype])
+            whole = as_stored.to(DTYPES[dtype]) if as_stored.is_floating_point() else as_stored
             if len(not_finite := (~whole.isfinite()).nonzero()):
                 place = tuple(not_finite[0].tolist())
                 says = f"is {as_stored[place].item()} in {stored[name].file.name}"
@@ -179,10 +191,17 @@ def _sharded_share(layouts: Iterable[Ownership]) -> float:
 
 def stored_tensors(folder: Path, config: dict[str, Any]) -> dict[str, StoredTensor]:
     """What the files hold, by the names of the model's tensors, tied ones under both of theirs."""
-    tied = TIED if config.get("tie_word_embeddings") else {}
-    names = weight_shapes(as_config(config)).keys() - tied.keys()
-    stored = by_model_name(read_headers(folder), names, tied)
-    return stored | {copy: stored[original] for copy, original in tied.items() if copy not in stored and original in stored}
+    tied, names = tied_names(config), weight_shapes(config).keys()
+    headers = read_headers(folder)
+    stored = by_model_name(headers, names, tied)
+    if not names <= stored.keys():  # files in the hub's format, whose names transformers converts
+        stored = {name: tensor for name, tensor in headers.items() if not DERIVED.search(name)}
+    for copy, original in tied.items():
+        ends = "." + ".".join(original.split(".")[-2:])
+        originals = [name for name in stored if f".{name}".endswith(ends)]
+        if copy not in stored and len(originals) == 1:
+            stored[copy] = stored[originals[0]]
+    return stored
 
 
 def _difference(shard: Tensor | None, expected: Tensor, index: ElementIndex | None) -> str | None:

@@ -230,6 +230,26 @@ def test_tensors_under_the_models_own_names_are_found_too(two_ranks: Faulty, tmp
     assert_green(outcome("weights", two_ranks, folder))
 
 
+@pytest.mark.parametrize("architecture", [
+    "gemma3",  # the language model is a part, files have names of their own, and the LM head is another part's embedding
+    "glm4_moe",  # biases of routers are buffers that a checkpoint holds
+    "deepseek_v4",  # so is a table of integers
+    "apertus",  # and parameters without a dimension
+])
+def test_every_check_has_rows_for_models_that_the_engine_does_not_run(two_ranks: Faulty, tmp_path: Path,
+                                                                      architecture: str) -> None:
+    folder = shrink(architecture, tmp_path / "tiny")
+    two_ranks.load(folder, dtype="float32", options=OPTIONS | {"quiet": True})
+    results = ReferenceResults(folder, dtype="float32", schedule_lengths=(9, 4))
+    context = CheckContext(subject=two_ranks, results=results, options=OPTIONS | {"quiet": True}, seed=0)
+    checks = all_checks()
+    outcomes = [outcome for name in ("weights", "logits") for outcome in checks[name].run(context)]
+    assert {"model", "indexed", "near eps"} <= {outcome.kind for outcome in outcomes}
+    assert [str(outcome) for outcome in outcomes if outcome.finding or outcome.error] == []
+    assert all(outcome.compared or "not applicable: " in (outcome.skipped or "") for outcome in outcomes)
+    assert outcomes[0].compared > 100_000
+
+
 def test_process_groups_end_with_their_model(two_ranks: Faulty, tiny_model: MakeModel) -> None:
     counts = []
     for _ in range(5):

@@ -7,7 +7,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from reference import checkpoints, elements
+from reference import checkpoints, elements, shrink
 from reference.checkpoints import (
     CheckpointError,
     DownloadError,
@@ -16,6 +16,7 @@ from reference.checkpoints import (
     index_checkpoint,
     random_checkpoint,
     resolve,
+    tied_names,
     weight_shapes,
 )
 from reference.hf import Reference
@@ -49,6 +50,24 @@ def test_biases_are_those_of_the_family(tmp_path):
     for family in ("qwen3", "mistral", "phi3"):
         assert layers_with_bias(model_type=family) == set()
     assert "model.layers.1.self_attn.k_norm.weight" in weight_shapes(tiny_config("qwen3"))
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [
+    ("gemma3", {"lm_head.weight": "model.language_model.embed_tokens.weight"}),
+    ("gpt2", {"lm_head.weight": "transformer.wte.weight"}),
+    ("qwen3", {}),
+])
+def test_tied_tensors_are_those_that_the_model_ties(architecture, tied):
+    config = shrink.tiny_config(architecture)
+    assert tied_names(config) == tied
+    assert not tied.keys() & weight_shapes(config).keys()
+    assert set(tied.values()) <= weight_shapes(config).keys()
+
+
+def test_a_config_that_transformers_refuses_is_told_of(tmp_path):
+    refused = shrink.tiny_config("exaone_moe").to_dict() | {"num_hidden_layers": 7}
+    with pytest.raises(CheckpointError, match="transformers takes no exaone_moe of this config: StrictDataclass"):
+        random_checkpoint(tmp_path, refused)
 
 
 def test_nothing_is_at_a_value_that_would_hide_it(tmp_path):
