@@ -243,7 +243,8 @@ if __name__ == "__main__":
 
 
 @multirank
-@pytest.mark.parametrize(("length", "in_there"), [(40, 1), (72, 1), (100, 0), (200, 0)])
+@pytest.mark.parametrize(("length", "in_there"), [
+    pytest.param(40, 1, marks=pytest.mark.endurance), (72, 1), (100, 0), pytest.param(200, 0, marks=pytest.mark.endurance)])
 def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(
     tmp_path: Path, scratch: Path, length: int, in_there: int
 ) -> None:
@@ -275,7 +276,7 @@ if __name__ == "__main__":
 
 
 @multirank
-@pytest.mark.parametrize("dash", [True, False])
+@pytest.mark.parametrize("dash", [pytest.param(True, marks=pytest.mark.endurance), False])
 def test_a_script_may_come_from_standard_input(dash: bool) -> None:
     done = subprocess.run([sys.executable, *["-"] * dash], input=ON_STANDARD_INPUT, cwd=ROOT, capture_output=True, text=True,
                           timeout=100, check=False)

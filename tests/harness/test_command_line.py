@@ -209,7 +209,8 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 @pytest.mark.multirank
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 3)])
+@pytest.mark.parametrize(("number", "code"), [
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.endurance), (signal.SIGINT, 3)])
 def test_a_signal_in_verify_leaves_the_report_of_what_was_finished(number: signal.Signals, code: int, model: Path,
                                                                    tmp_path: Path) -> None:
     process = start("verify", model, "--tp", "2", "--check", "collectives", "--check", "lifecycle", "--out", tmp_path)

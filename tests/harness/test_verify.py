@@ -54,12 +54,12 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 
 @pytest.mark.usefixtures("without_requests")
 @pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype", "tp_sizes"), [
-    ("llama", 9, 3, "bfloat16", (2, 3, 5)),  # KV heads shared by two ranks, one each, fewer than ranks
+    ("llama", 9, 3, "bfloat16", (2, 5)),  # KV heads shared by two ranks, and fewer than ranks; one each is below
     ("qwen2", 10, 5, "float32", (4,)),
-    ("qwen3", 8, 8, "bfloat16", (2, 8)),
+    ("qwen3", 8, 8, "bfloat16", (8,)),
     ("llama", 8, 1, "float16", (3,)),
     ("mistral", 8, 2, "float32", (3,)),
-    ("phi3", 8, 8, "bfloat16", (2, 4)),  # Phi-3-mini's layout; Phi-4-mini's is below
+    ("phi3", 8, 8, "bfloat16", (4,)),  # Phi-3-mini's layout; Phi-4-mini's is below
 ])
 def test_any_layout_is_green_on_any_number_of_ranks(tiny_model: MakeModel, family: str, num_q_heads: int, num_kv_heads: int,
                                                     dtype: str, tp_sizes: tuple[int, ...]) -> None:
@@ -79,7 +79,7 @@ def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel
                           partial_rotary_factor=0.75, original_max_position_embeddings=96,
                           rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors})
     folder = tiny_model(config, "bfloat16")
-    green(folder, (2, 3, 4), "threads", checks=WITHOUT_GENERATION)
+    green(folder, (2, 3), "threads", checks=WITHOUT_GENERATION)
     green(folder, (2,), "threads", checks=("generation",))
 
 
@@ -91,7 +91,7 @@ def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tup
     assert [row.fabric for row in report.checks if row.name == "logits: model"] == ["solo", "gloo"]
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data(), tp_size=st.sampled_from(MANY_SIZES), dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -> None:
     config = data.draw(model_configs(tp_size))
