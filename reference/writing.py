@@ -45,7 +45,7 @@ def as_config(config: Any) -> Any:
 
 
 def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name: parameters, and buffers that are kept.
+    """Name and shape of every tensor that a checkpoint of ``config`` holds, by sorted name; kept buffers too.
 
     Tied models have no ``lm_head.weight``: their checkpoints hold the embedding alone.
 

@@ -112,7 +112,7 @@ def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True, 
         NotApplicableError: if the config has no fields of these names, or transformers refuses it with other values in them.
     """
     if missing := {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"} - config.keys():
-        raise NotApplicableError(f"the config of model_type={config['model_type']!r} has no {', '.join(sorted(missing))} to make a "
+        raise NotApplicableError(f"model_type={config['model_type']!r} has no {', '.join(sorted(missing))} to make a "
                                  "small model of the same layout by")
     rest = 1 if uneven and tp_size > 1 else 0
     rope = dict(config.get("rope_parameters") or {})
