@@ -93,10 +93,12 @@ def test_each_rank_is_called_with_its_own_and_answers(ranks: ForeignRanks) -> No
     assert [(answer["rank"], answer["size"], answer["variable"]) for answer in answers] == [(0, 2, "set"), (1, 2, "set")]
 
 
-def test_tensors_travel_to_the_bit(ranks: ForeignRanks) -> None:
+def test_tensors_travel_to_the_bit(served: Path) -> None:
     sent: dict[str, Any] = {"value": {"of": [torch.tensor([1.5, float("nan")], dtype=torch.bfloat16), torch.arange(6).view(2, 3)],
                                       "none": torch.empty(0, 3), "one": torch.tensor(7), "text": "ä", "number": 1}}
-    for answer in ranks.call("echo", sent):
+    with ForeignRanks(PYTHON, served, 1) as ranks:  # each rank that gets a tensor imports torch
+        answers = ranks.call("echo", sent)
+    for answer in answers:
         assert answer["text"] == "ä"
         assert answer["number"] == 1
         for found, expected in zip([*answer["of"], answer["none"], answer["one"]],

@@ -193,7 +193,7 @@ class Fake(VllmSubject):
 
 @pytest.mark.parametrize(("fault", "said"), [
     ("dies", "killed by SIGABRT; it printed last: "),
-    ("hangs", "no answer within timeout_s=2.0"),
+    pytest.param("hangs", "no answer within timeout_s=2.0", marks=pytest.mark.endurance),  # ranks of any kind are tested for it
 ])
 def test_a_vllm_that_fails_is_told_in_its_row_and_what_was_done_is_kept(
         tmp_path: Path, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch, fault: str, said: str) -> None:
