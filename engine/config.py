@@ -31,6 +31,12 @@ from engine.models.table import Family
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64,
 }
+OTHER_NAMES = {"half": "float16", "float": "float32"}
+"""Of dtypes, as vLLM takes them."""
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
+"""Keys of ``config.json`` that ``hf_overrides`` may change."""
+ROPE_KEPT = ("rope_theta", "partial_rotary_factor")
+"""Values of RoPE that stay where scaling alone is changed."""
 INVARIANT_DTYPES = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16",)}
 """Those of ``tp_invariant`` on each kind of device."""
 KEYS = {"num_layers": "num_hidden_layers", "num_q_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
@@ -99,11 +105,15 @@ class ModelConfig:
         return replace(self, hf_config=FrequenciesAlone(rope_frequencies(self.hf_config, self.head_dim)))
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelConfig:
+    def from_folder(cls, folder: str | Path, hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
         """Read ``config.json`` (and ``generation_config.json`` for stop tokens) of a Hugging Face model folder.
 
         Where the config ties the embeddings, but the checkpoint holds an LM head of its own that differs, they are not tied, as
         in transformers.
+
+        Args:
+            folder: of the model.
+            hf_overrides: values of ``ROPE_KEYS`` instead of the file's.
 
         Raises:
             CheckpointError: naming file and key, if a file is missing, unreadable or broken, or a value can't be.
@@ -120,6 +130,8 @@ class ModelConfig:
                                         f"supported: {', '.join(FAMILIES)}")
         if raw.get("quantization_config") is not None:
             raise UnsupportedModelError(f"quantization_config in file={path} is not supported; use an unquantised checkpoint")
+        if hf_overrides:
+            raw = _overridden(raw, hf_overrides)
         check_values(raw, path)
         for key in ("dtype", "torch_dtype"):
             if raw.get(key) is not None and raw[key] not in DTYPES:
@@ -135,6 +147,8 @@ class ModelConfig:
 
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if hf_overrides:
+                config = type(config).from_dict(raw)
             model = cls.from_hf(config, eos_token_id=eos)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"file={path}: {error}") from error
@@ -180,6 +194,19 @@ class ModelConfig:
         if not all(table.numel() and table.isfinite().all() for table in tables):
             raise CheckpointError(f"rope_parameters={config.rope_parameters} give rotary tables that are not finite, or empty")
         return model
+
+
+def _overridden(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with other values for RoPE. Scaling that is given replaces all of the file's but theta and the rotated part."""
+    old = {key: raw[key] for key in ROPE_KEPT if key in raw} | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    new = dict(overrides.get("rope_parameters", overrides.get("rope_scaling", old)) or {})
+    new = {key: old[key] for key in ROPE_KEPT if key in old} | new
+    if "rope_theta" in overrides:
+        new["rope_theta"] = overrides["rope_theta"]
+    kept = {key: value for key, value in raw.items() if key not in ("rope_scaling", "rope_theta", "rope_parameters")}
+    if "max_position_embeddings" in overrides:
+        kept["max_position_embeddings"] = overrides["max_position_embeddings"]
+    return {**kept, "rope_parameters": {"rope_type": new.pop("type", "default"), **new}}
 
 
 def usable_positions(max_position_embeddings: int, rope_parameters: Mapping[str, Any] | None,
@@ -300,6 +327,8 @@ class EngineConfig:
         for name in ("kv_cache_gib", "gpu_memory_utilization"):
             if not isinstance(getattr(self, name), (int, float)) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
+        if isinstance(self.dtype, str):
+            object.__setattr__(self, "dtype", OTHER_NAMES.get(self.dtype, self.dtype))
         for name in ("fabric", "device", "dtype", "attention_backend"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a name, such as 'auto'")

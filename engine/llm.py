@@ -17,7 +17,7 @@ from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.checkpoint.hub import find_model
 from engine.checkpoint.preflight import check_checkpoint
 from engine.checkpoint.tokenizer import load_tokenizer
-from engine.config import EngineConfig, EngineOptions, ModelConfig
+from engine.config import ROPE_KEYS, EngineConfig, EngineOptions, ModelConfig
 from engine.execution.core import start_core
 from engine.execution.driver import Driver
 from engine.frontend.chat import Message, render_chats
@@ -43,6 +43,10 @@ class LLM:
     Args:
         model: ``smollm2`` once it was fetched, a Hugging Face folder or a hub id, safetensors.
         tokenizer: another folder for the tokenizer.
+        skip_tokenizer_init: load none. Prompts are token ids then, and texts stay empty.
+        revision: branch, tag or commit of a hub id.
+        hf_overrides: other values for RoPE's keys in ``config.json``: ``rope_parameters`` (or ``rope_scaling``), ``rope_theta``,
+            ``max_position_embeddings``.
         ranks: live ones to run on, which stay open when the engine closes; ``fabric`` is theirs. None: start some.
         options: those of :class:`engine.config.EngineConfig`, ``tensor_parallel_size`` among them.
 
@@ -53,16 +57,22 @@ class LLM:
         RankFailure: if a rank fails while loading.
     """
 
-    def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, ranks: Ranks | None = None,
+    def __init__(self, model: str | Path, *, tokenizer: str | Path | None = None, skip_tokenizer_init: bool = False,
+                 revision: str | None = None, hf_overrides: Mapping[str, Any] | None = None, ranks: Ranks | None = None,
                  **options: Unpack[EngineOptions]) -> None:
         config = _engine_config(options)
-        folder = find_model(model)
+        _check_overrides(hf_overrides)
+        if skip_tokenizer_init and tokenizer is not None:
+            raise ValueError(f"skip_tokenizer_init=True and tokenizer={str(tokenizer)!r} exclude each other: leave one out")
+        folder = find_model(model, revision)
         if ranks is None:
             make_ready(config.tensor_parallel_size, config.fabric, config.resolved_device)  # beside what follows
-        self.model_config = ModelConfig.from_folder(folder)
+        self.model_config = ModelConfig.from_folder(folder, hf_overrides)
         self.config = config.resolve(self.model_config)
         tp_size, device = self.config.tensor_parallel_size, self.config.device
-        self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
+        self.tokenizer: Any = None
+        if not skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
         if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
         check_checkpoint(folder, self.model_config)
@@ -174,10 +184,10 @@ class LLM:
         """The model's Hugging Face tokenizer.
 
         Raises:
-            ValueError: if its folder holds none.
+            ValueError: if its folder holds none, or none was to be loaded.
         """
         if self.tokenizer is None:
-            raise ValueError("the model folder holds no tokenizer: give LLM one by tokenizer=")
+            raise ValueError("none was loaded, or the model folder holds no tokenizer: give LLM one by tokenizer=")
         return self.tokenizer
 
     def _admit(self, prompts: Prompt | Sequence[Prompt], params: Params, *, streams: bool) -> list[OngoingRequest]:
@@ -238,6 +248,13 @@ def _deltas(driver: Driver, requests: Sequence[OngoingRequest]) -> Generator[Req
     with closing(driver.follow(requests)) as pauses:
         for _ in pauses:
             yield from (delta for request in requests if (delta := request.delta()) is not None)
+
+
+def _check_overrides(hf_overrides: Any) -> None:
+    if hf_overrides is None:
+        return
+    if not isinstance(hf_overrides, Mapping) or set(hf_overrides) - set(ROPE_KEYS):
+        raise ValueError(f"hf_overrides={hf_overrides!r} must be a mapping with no other keys than {', '.join(ROPE_KEYS)}")
 
 
 def _engine_config(options: Mapping[str, Any]) -> EngineConfig:

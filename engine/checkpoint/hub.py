@@ -22,14 +22,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SHARDPROOF_CACHE") or "~/.cache/shardproof").expanduser()
 
 
-def find_model(model: str | Path) -> Path:
+def find_model(model: str | Path, revision: str | None = None) -> Path:
     """The folder of ``model``: smollm2 as fetched, a folder itself, or the hub's snapshot of that id.
 
+    Args:
+        model: its name.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+
     Raises:
+        ValueError: for a revision of what has none.
         CheckpointError: if there is no such folder, or a downloaded index is broken.
         DownloadError: if it is not here and can't be downloaded, or smollm2 was not fetched yet.
     """
-    return _find(model, _snapshot, "config.json, *.safetensors and tokenizer files")
+    folder = _find(model, lambda name: _snapshot(name, revision), "config.json, *.safetensors and tokenizer files")
+    if revision is not None and (str(model) == SMOLLM2 or Path(model).expanduser() == folder):
+        raise ValueError(f"revision={revision!r} is of a hub id, and model={str(model)!r} is a folder: leave it out")
+    return folder
 
 
 def find_config(model: str | Path) -> Path:
@@ -63,9 +71,10 @@ def _find(model: str | Path, download: Callable[[str], Path], files: str) -> Pat
         ) from failure
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, revision: str | None) -> Path:
     """Of the top folder alone, but for weights that are named further down: some models keep a second copy there."""
-    folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*SMALL_FILES, SINGLE_FILE], ignore_patterns=["*/*"]))
+    folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES, SINGLE_FILE],
+                                                    ignore_patterns=["*/*"]))
     if shards := [str(file.relative_to(folder)) for file in named_files(folder) if file != folder / SINGLE_FILE]:
-        huggingface_hub.snapshot_download(name, allow_patterns=shards)
+        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=shards)
     return folder

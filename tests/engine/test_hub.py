@@ -27,7 +27,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text("{}")
 
-    def snapshot_download(model: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+    def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str],
+                          ignore_patterns: list[str] | None = None) -> str:
+        if revision is not None:
+            (repository / "tokenizer.json").write_text(f'"{revision}"')
         for file in repository.rglob("*"):
             name = str(file.relative_to(repository))
             if file.is_file() and any(fnmatch(name, pattern) for pattern in allow_patterns) and not any(
