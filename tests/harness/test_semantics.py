@@ -16,7 +16,6 @@ from harness.checks.talker import MAX_MODEL_LEN, Talker
 from harness.faults.layouts import LAYOUTS
 from tests.harness.checking import on_threads
 
-SEEDS = range(10)
 OPTIONS = {"dtype": "auto", "block_size": 4, "num_kv_blocks": 40, "max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 24}
 Answered = list[tuple[Asked, Any]]
 
@@ -27,10 +26,15 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Talker:
                   device="cpu")
 
 
+@pytest.fixture(scope="module", params=[range(4), pytest.param(range(4, 10), marks=pytest.mark.endurance)], ids=str)
+def seeds(request: pytest.FixtureRequest) -> range:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def answered(talker: Talker) -> Iterator[Answered]:
-    """Requests of ten seeds with the engine's answers, streamed."""
-    asked = [one for seed in SEEDS for one in draw_requests(random.Random(seed), talker) if one.n < NUM_DRAWS]
+def answered(talker: Talker, seeds: range) -> Iterator[Answered]:
+    """Requests of some seeds with the engine's answers, streamed."""
+    asked = [one for seed in seeds for one in draw_requests(random.Random(seed), talker) if one.n < NUM_DRAWS]
     with on_threads(1) as subject, subject.requests(talker.folder, OPTIONS) as llm:
         yield list(zip(asked, stream(llm, asked), strict=True))
 
@@ -40,12 +44,12 @@ def test_the_engines_answers_are_right(talker: Talker, answered: Answered) -> No
         assert talker.model.judge(asked, answer) == sum(len(one.token_ids) for one in answer.outputs)
 
 
-def test_every_seed_has_every_ending(answered: Answered, talker: Talker) -> None:
+def test_every_seed_has_every_ending(answered: Answered, talker: Talker, seeds: range) -> None:
     """What a check is to see must happen, at each seed and not by luck."""
-    per_seed = len(answered) // len(SEEDS)
-    for seed in SEEDS:
+    per_seed = len(answered) // len(seeds)
+    for number in range(len(seeds)):
         happened: Counter[str] = Counter()
-        for asked, answer in answered[seed * per_seed : (seed + 1) * per_seed]:
+        for asked, answer in answered[number * per_seed : (number + 1) * per_seed]:
             for one in answer.outputs:
                 kind = "stop string" if isinstance(one.stop_reason, str) else "stop id" if one.stop_reason is not None else "eos"
                 happened[kind if one.finish_reason == "stop" else one.finish_reason] += 1
@@ -105,7 +109,7 @@ def test_a_wrong_answer_is_minded(talker: Talker, answered: Answered, change: Ch
 
 
 @pytest.mark.parametrize("change", ["logprob", "rank", "decoded_token", "one less", "none at a step", "sum"])
-def test_wrong_log_probabilities_are_minded(talker: Talker, answered: Answered, change: str) -> None:
+def test_wrong_log_probabilities_are_minded(talker: Talker, answered: Answered, change: str, seeds: range) -> None:
     minded = total = 0
     for asked, answer in answered:
         if asked.logprobs is None or asked.abort_after is not None:
@@ -130,11 +134,11 @@ def test_wrong_log_probabilities_are_minded(talker: Talker, answered: Answered, 
         except WrongAnswerError:
             minded += 1
     # Another rank is right where two tokens are so close that rounding may exchange them.
-    assert minded >= (0.99 if change == "rank" else 1.0) * total > len(SEEDS)
+    assert minded >= (0.99 if change == "rank" else 1.0) * total > len(seeds)
 
 
 @pytest.mark.parametrize("change", ["logprob", "none of a token", "one less", "of the first", "missing", "beyond the vocabulary"])
-def test_wrong_log_probabilities_of_a_prompt_are_minded(talker: Talker, answered: Answered, change: str) -> None:
+def test_wrong_log_probabilities_of_a_prompt_are_minded(talker: Talker, answered: Answered, change: str, seeds: range) -> None:
     total = 0
     for asked, answer in answered:
         if asked.prompt_logprobs is None or len(answer.prompt_token_ids) < 2:
@@ -157,4 +161,4 @@ def test_wrong_log_probabilities_of_a_prompt_are_minded(talker: Talker, answered
         total += 1
         with pytest.raises(WrongAnswerError):
             talker.model.judge(asked, wrong)
-    assert total > len(SEEDS)
+    assert total > len(seeds)
