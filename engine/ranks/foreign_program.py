@@ -81,9 +81,10 @@ class Unpacker:
             end = HEAD.size + header + body
             if len(self._held) < end:
                 return
-            yield _with_tensors(json.loads(self._held[HEAD.size : HEAD.size + header]),
-                                Tensors(bytes(self._held[HEAD.size + header : end])))
-            del self._held[:end]
+            message = _with_tensors(json.loads(self._held[HEAD.size : HEAD.size + header]),
+                                    Tensors(bytes(self._held[HEAD.size + header : end])))
+            del self._held[:end]  # before it is given: who wants one message does not come back
+            yield message
         if not MAGIC.startswith(bytes(self._held[: len(MAGIC)])):
             raise GarbageError(f"the pipe holds what is no message: {bytes(self._held[:80])!r}")
 

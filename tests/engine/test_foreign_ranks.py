@@ -121,6 +121,12 @@ def test_messages_come_whole_however_they_are_cut() -> None:
     assert found[1] == [1, "two"]
 
 
+def test_a_message_that_was_taken_does_not_come_again() -> None:
+    unpacker = Unpacker()
+    assert next(unpacker.feed(pack({"number": 1}) + pack({"number": 2}))) == {"number": 1}
+    assert list(unpacker.feed(b"")) == [{"number": 2}]
+
+
 @pytest.mark.parametrize("garbage", [b"INFO 11-29", MAGIC[:2] + b"xy", b"\n"])
 def test_garbage_is_no_message(garbage: bytes) -> None:
     with pytest.raises(GarbageError, match="no message"):
