@@ -50,6 +50,9 @@ class Routed:
     def modules(self, config: Any) -> tuple[()]:
         return ()
 
+    def own_name(self, module: str) -> str:
+        return module
+
     def layout(self, config: Any, name: str, shape: tuple[int, ...]) -> None:
         return None
 
