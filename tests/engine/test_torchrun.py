@@ -130,7 +130,8 @@ def test_jobs_run_on_ranks_of_several_hosts_and_all_end_with_the_drivers_exit_co
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("hosts", "ranks_a_host"), [(2, 1), (1, 2)], ids=["on another host", "on rank 0's host"])
+@pytest.mark.parametrize(("hosts", "ranks_a_host"), [
+    (2, 1), pytest.param(1, 2, marks=pytest.mark.endurance)], ids=["on another host", "on rank 0's host"])
 def test_a_rank_that_is_killed_ends_the_run_with_its_report(hosts: int, ranks_a_host: int) -> None:
     results = torchrun(["-m", __name__, "kills"], hosts=hosts, ranks_a_host=ranks_a_host)
     driver = results[0][1]

@@ -233,8 +233,8 @@ def test_tensors_under_the_models_own_names_are_found_too(two_ranks: Faulty, tmp
 @pytest.mark.parametrize("architecture", [
     "gemma3",  # the language model is a part, files have names of their own, and the LM head is another part's embedding
     "glm4_moe",  # biases of routers are buffers that a checkpoint holds
-    "deepseek_v4",  # so is a table of integers
-    "apertus",  # and parameters without a dimension
+    pytest.param("deepseek_v4", marks=pytest.mark.endurance),  # so is a table of integers
+    pytest.param("apertus", marks=pytest.mark.endurance),  # and parameters without a dimension
 ])
 def test_every_check_has_rows_for_models_that_the_engine_does_not_run(two_ranks: Faulty, tmp_path: Path,
                                                                       architecture: str) -> None:

@@ -55,7 +55,7 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
 @pytest.mark.usefixtures("without_requests")
 @pytest.mark.parametrize(("family", "num_q_heads", "num_kv_heads", "dtype", "tp_sizes"), [
     ("llama", 9, 3, "bfloat16", (2, 5)),  # KV heads shared by two ranks, and fewer than ranks; one each is below
-    ("qwen2", 10, 5, "float32", (4,)),
+    pytest.param("qwen2", 10, 5, "float32", (4,), marks=pytest.mark.endurance),
     ("qwen3", 8, 8, "bfloat16", (8,)),
     ("llama", 8, 1, "float16", (3,)),
     ("mistral", 8, 2, "float32", (3,)),
@@ -84,7 +84,8 @@ def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("family", "checks"), [("llama", QUICK), ("qwen3", WITHOUT_GENERATION)])
+@pytest.mark.parametrize(("family", "checks"), [
+    ("llama", QUICK), pytest.param("qwen3", WITHOUT_GENERATION, marks=pytest.mark.endurance)])
 def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tuple[str, ...]) -> None:
     folder = tiny_model(small_config(family, num_q_heads=9, num_kv_heads=3), "bfloat16")
     report = green(folder, (1, 3), "auto", checks=checks)

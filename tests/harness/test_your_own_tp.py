@@ -45,6 +45,7 @@ def run(project: Path, command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*start, *words], cwd=project, env=env, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.endurance
 def test_the_command_is_green_as_it_is_printed(project: Path) -> None:
     (config,) = re.findall(r"^CONFIG = (\{.*?\})$", TEXT, flags=re.DOTALL | re.MULTILINE)
     random_checkpoint(project / "MODEL", eval(config))

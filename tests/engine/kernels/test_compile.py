@@ -99,7 +99,8 @@ def _check(compiled: list[Any], count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "block_size"),
-    [(torch.bfloat16, 128, 256), (torch.float16, 40, 48), (torch.bfloat16, 256, 16), (torch.float32, 64, 16)],
+    [(torch.bfloat16, 128, 256), pytest.param(torch.float16, 40, 48, marks=pytest.mark.endurance), (torch.bfloat16, 256, 16),
+     pytest.param(torch.float32, 64, 16, marks=pytest.mark.endurance)],
 )
 def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     q = torch.zeros(4, 6, head_dim, dtype=dtype)
@@ -143,7 +144,7 @@ def test_invariant_kernels_compile_to_hopper_s_instruction_and_to_no_fused_one(c
             assert "wgmma" in ptx
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.endurance)])
 def test_elementwise_kernels_compile(compiled: list[Any], dtype: torch.dtype) -> None:
     x, weight, ids = torch.zeros(4, 1024, dtype=dtype), torch.zeros(1024, dtype=dtype), torch.zeros(4).long()
     rms_norm.rms_norm(x, weight, 1e-6)
@@ -218,7 +219,8 @@ def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
     return 6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [
+    torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.endurance) for dtype in (torch.float16, torch.float32))])
 def test_kernels_on_shared_memory_release_what_they_wrote_and_acquire_what_they_read(compiled: list[Any],
                                                                                      dtype: torch.dtype) -> None:
     """Each flag by one release and one acquire at system scope; behind and ahead of a barrier of the whole program."""
