@@ -88,8 +88,10 @@ LARGE = BASELINES / "nvidia-h200/qwen3-8b-w1-decode-prefill.json"
 def test_the_table_of_speed_holds_medians_of_the_records(line: str, record: Path, workload: str, case: str, metric: str) -> None:
     rows = read_report(record).benches
     shown = next(text for text in PAGES.splitlines() if text.startswith(f"| {line}"))
+    tp_size = 2 if line.endswith("two GPUs") else 1
     for engine, cell in zip(("shardproof", "transformers"), shown.split("|")[2:4], strict=True):
-        samples = [row.samples[metric] for row in rows if (row.engine, row.workload, row.case) == (engine, workload, case)]
+        samples = [row.samples[metric] for row in rows
+                   if (row.engine, row.workload, row.case, row.tp_size) == (engine, workload, case, tp_size)]
         if not samples:
             assert cell.strip() == "–"
             continue
