@@ -16,7 +16,7 @@ from engine.checkpoint.hub import SMOLLM2, find_model
 from reference.building import read_config
 from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2
-from reference.writing import DTYPES, as_config, tied_names, weight_shapes, write_checkpoint
+from reference.writing import DTYPES, as_config, shapes_and_ties, weight_shapes, write_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -31,7 +31,7 @@ __all__ = [
     "random_checkpoint",
     "read_config",
     "resolve",
-    "tied_names",
+    "shapes_and_ties",
     "weight_shapes",
     "write_checkpoint",
 ]

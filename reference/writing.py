@@ -52,32 +52,22 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: if transformers cannot build such a model.
     """
-    tensors = _tensors_of(config)
-    tied = _tied(tensors)
-    return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items()) if name not in tied}
+    return shapes_and_ties(config)[0]
 
 
-def tied_names(config: Any) -> dict[str, str]:
-    """The second names of tensors that a model of ``config`` has under two, each with the first.
+def shapes_and_ties(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """``weight_shapes``, and of tensors that a model of ``config`` has under two names the second, each with the first.
 
     Raises:
         CheckpointError: if transformers cannot build such a model.
     """
-    return _tied(_tensors_of(config))
-
-
-def _tensors_of(config: Any) -> dict[str, torch.Tensor]:
-    """By name, in the order of the modules, on the meta device."""
     config = as_config(config)
     with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
-    return tensors
-
-
-def _tied(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    first: dict[int, str] = {}
-    return {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
+    first: dict[int, str] = {}  # in the order of the modules
+    tied = {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
+    return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items()) if name not in tied}, tied
 
 
 def write_checkpoint(

@@ -100,10 +100,10 @@ class EngineCore:
         if wanted:
             for sequence, logprobs in zip(wanted, self.runner.collect_logprobs(sampled), strict=True):
                 sequence.logprobs = logprobs
-        telling = [chunk.sequence for chunk in chunks if chunk.told]
-        if telling:
-            for sequence, told in zip(telling, sampled.told, strict=True):
-                sequence.prompt_logprobs.append(told)
+        scored = [chunk.sequence for chunk in chunks if chunk.scored]
+        if scored:
+            for sequence, prompt_logprobs in zip(scored, sampled.prompt_logprobs, strict=True):
+                sequence.prompt_logprobs.append(prompt_logprobs)
         return self.scheduler.commit(chunks, token_ids)
 
 

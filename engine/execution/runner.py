@@ -22,7 +22,7 @@ from engine.models.parts import ORDINARY, Parts
 from engine.models.registry import family_of
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import HeadShard, head_shard
-from engine.scheduling.batch import TOLD_TOGETHER, PromptRows, StepBatch, profiling_batch
+from engine.scheduling.batch import MAX_SCORED_ROWS, ScoredRows, StepBatch, profiling_batch
 from engine.scheduling.sequence import IN_FLIGHT, PromptLogprobs, TokenLogprobs
 
 _HANGS = "waits for a captured decode step that its device does not finish: a rank that takes part in it did not come"
@@ -35,8 +35,8 @@ class SamplerOutput:
     token_R: Tensor | TokenReadback
     logprobs: tuple[Tensor | TokenReadback, ...]
     """:class:`LogprobTensors` of the rows that want them; empty if none does"""
-    told: tuple[PromptLogprobs, ...] = ()
-    """Of the chunks that tell of their prompt, in their order. On the host already."""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    """Of the chunks with prompt tokens to score, in their order. On the host already."""
     meets_in_replay: bool = False
     """Whether it is a replay in which ranks meet: the host that waits for it waits for all of them."""
 
@@ -182,9 +182,9 @@ class Runner:
     def launch(self, batch: StepBatch) -> SamplerOutput:
         """Start a step on a batch that is still on the host. ``collect`` brings the drawn tokens ``[R]`` home."""
         replays = self.graphs is not None and self.graphs.can_run(batch)
-        told: tuple[PromptLogprobs, ...] = ()
+        prompt_logprobs: tuple[PromptLogprobs, ...] = ()
         if replays:
-            assert not batch.told, "a token after which one is drawn tells nothing of the prompt"
+            assert not batch.scored, "a replay draws after every token: no prompt token follows one"
             newest_M = self.last_token_M.clone() if batch.sampling.processing is not None else self.last_token_M
             logits, token_R = self._replay(batch)
             if batch.sampling.needs_whole_logits:
@@ -195,11 +195,12 @@ class Runner:
             on_device = batch.to(self.device)
             hidden_TE = self.forward(on_device)
             logits, token_R = self._logits_and_tokens(hidden_TE, on_device)
-            told = tuple(self._told(hidden_TE, rows) for rows in on_device.told)
+            prompt_logprobs = tuple(self._score(hidden_TE, rows) for rows in on_device.scored)
         row_L = batch.sampling.logprob_row_L
         logprobs = () if row_L is None else logprobs_of(
             logits, token_R, row_L.to(self.device), batch.sampling.num_logprobs, **self.parts.drawing)
-        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)), told, replays and self.tp.size > 1)
+        return SamplerOutput(self._readback(token_R), tuple(map(self._readback, logprobs)), prompt_logprobs,
+                             replays and self.tp.size > 1)
 
     def collect(self, sampled: SamplerOutput) -> list[int]:
         """Wait for a step and bring its tokens home."""
@@ -259,10 +260,10 @@ class Runner:
             logits = head.whole(logits)
         return logits, self._draw(logits, batch, self.last_token_M)
 
-    def _told(self, hidden_TE: Tensor, rows: PromptRows) -> PromptLogprobs:
+    def _score(self, hidden_TE: Tensor, rows: ScoredRows) -> PromptLogprobs:
         """Log-probabilities of prompt tokens, brought home at once."""
         parts = []
-        for row_P, token_P in zip(rows.row_P.split(TOLD_TOGETHER), rows.token_P.split(TOLD_TOGETHER), strict=True):
+        for row_P, token_P in zip(rows.row_P.split(MAX_SCORED_ROWS), rows.token_P.split(MAX_SCORED_ROWS), strict=True):
             logits_PV = self.model.logits(hidden_TE[row_P])
             parts.append([column.cpu().numpy() for column in
                           prompt_logprobs_of(logits_PV, token_P, rows.num_top, **self.parts.drawing)])

@@ -103,9 +103,9 @@ class OngoingCompletion:
         self.output.logprobs.append(self._by_token(token_id, at, at.top[: self.request.params.logprobs]))
         self.output.cumulative_logprob += at.logprob
 
-    def prompt_logprobs(self, told: Sequence[PromptLogprobs]) -> list[dict[int, Logprob] | None]:
+    def prompt_logprobs(self, parts: Sequence[PromptLogprobs]) -> list[dict[int, Logprob] | None]:
         """As a request's output has them."""
-        rows = (at for part in told for at in part.rows)
+        rows = (at for part in parts for at in part.rows)
         return [None, *(self._by_token(token_id, at, at.top)
                         for token_id, at in zip(self.request.prompt_token_ids[1:], rows, strict=True))]
 

@@ -19,8 +19,8 @@ from engine.scheduling.tensors import tensor_of, tensors_on
 
 PAD_SLOT = -1
 MAX_TOP_K = 2**31 - 1
-TOLD_TOGETHER = 64
-"""Prompt tokens whose logits are whole on a rank at a time: those of all might take more memory than there is."""
+MAX_SCORED_ROWS = 64
+"""Prompt tokens that are scored at a time: whole logits of all of them might take more memory than there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,8 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptRows:
-    """Prompt tokens of one sequence whose log-probabilities a step tells."""
+class ScoredRows:
+    """Prompt tokens of one sequence that a step scores: their log-probabilities are wanted."""
 
     row_P: Tensor
     """int64: the token before each, among the T tokens of the step"""
@@ -99,8 +99,8 @@ class StepBatch:
     max_prefill_len: int
     """Most tokens in this step of one of the other sequences; 0 if there are none"""
     has_in_flight: bool
-    told: tuple[PromptRows, ...] = ()
-    """Of each sequence with prompt tokens to tell of, in the order of the chunks"""
+    scored: tuple[ScoredRows, ...] = ()
+    """Of each sequence with prompt tokens to score, in the order of the chunks"""
 
     @property
     def num_tokens(self) -> int:
@@ -121,8 +121,8 @@ class StepBatch:
             return self
         processing = None if self.sampling.processing is None else self.sampling.processing.to(device)
         sampling = replace(self.sampling, processing=processing, **tensors_on(device, self.sampling))
-        told = tuple(replace(rows, **tensors_on(device, rows)) for rows in self.told)
-        return replace(self, sampling=sampling, told=told, **tensors_on(device, self))
+        scored = tuple(replace(rows, **tensors_on(device, rows)) for rows in self.scored)
+        return replace(self, sampling=sampling, scored=scored, **tensors_on(device, self))
 
 
 def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
@@ -168,16 +168,16 @@ def build_batch(chunks: list[Chunk], block_size: int) -> StepBatch:
         max_decode_context_len=int(context_lens[:num_decodes].max(initial=0)),
         max_prefill_len=int(lengths[num_decodes:].max(initial=0)),
         has_in_flight=any(chunk.in_flight for chunk in chunks),
-        told=tuple(_prompt_rows(chunk, int(first)) for chunk, first in zip(chunks, cu_seqlens, strict=False) if chunk.told),
+        scored=tuple(_scored_rows(chunk, int(cu_seqlens[index])) for index, chunk in enumerate(chunks) if chunk.scored),
     )
 
 
-def _prompt_rows(chunk: Chunk, first: int) -> PromptRows:
+def _scored_rows(chunk: Chunk, first: int) -> ScoredRows:
     """``first``: the chunk's first token, among those of the step."""
-    sequence, told = chunk.sequence, chunk.told
+    sequence, scored = chunk.sequence, chunk.scored
     assert sequence.request.num_prompt_logprobs is not None, f"request_id={sequence.request.request_id} did not ask for them"
-    return PromptRows(row_P=torch.arange(told.start, told.stop) - chunk.start + first,
-                      token_P=tensor_of(sequence.token_ids[told.start + 1 : told.stop + 1], np.int64),
+    return ScoredRows(row_P=torch.arange(scored.start, scored.stop) - chunk.start + first,
+                      token_P=tensor_of(sequence.token_ids[scored.start + 1 : scored.stop + 1], np.int64),
                       num_top=sequence.request.num_prompt_logprobs)
 
 
@@ -232,6 +232,6 @@ def profiling_batch(num_seqs: int, length: int) -> StepBatch:
         ),
         num_decodes=0, prefill_cu_seqlens_S1=starts, max_decode_context_len=0, max_prefill_len=length,
         has_in_flight=False,
-        told=(PromptRows(row_P=torch.zeros(TOLD_TOGETHER, dtype=torch.int64),
-                         token_P=torch.zeros(TOLD_TOGETHER, dtype=torch.int64), num_top=-1),),
+        scored=(ScoredRows(row_P=torch.zeros(MAX_SCORED_ROWS, dtype=torch.int64),
+                         token_P=torch.zeros(MAX_SCORED_ROWS, dtype=torch.int64), num_top=-1),),
     )

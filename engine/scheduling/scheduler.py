@@ -26,8 +26,8 @@ class Chunk(NamedTuple):
     """The chunk reaches the sequence's last token: one is drawn after it."""
     in_flight: bool
     """The chunk's last token is only known on the device."""
-    told: range = range(0)
-    """Places whose logits tell how probable the prompt token after each was."""
+    scored: range = range(0)
+    """Positions of the prompt whose logits score the token that follows, for ``prompt_logprobs``."""
 
 
 class Scheduler:
@@ -126,10 +126,12 @@ class Scheduler:
         self.blocks.grow(sequence, start + num_tokens)
         sequence.num_computed += num_tokens
         self.blocks.register(sequence)
-        told = range(sequence.num_told, max(sequence.num_told, min(sequence.num_computed, sequence.num_to_tell)))
+        scored = range(0)
+        if sequence.num_scored < sequence.num_to_score:
+            scored = range(sequence.num_scored, min(sequence.num_computed, sequence.num_to_score))
+            sequence.num_scored += len(scored)
         chunk = Chunk(sequence, start, num_tokens, samples=sequence.num_computed == sequence.num_tokens,
-                      in_flight=sequence.num_computed > len(sequence.token_ids), told=told)
-        sequence.num_told += len(told)
+                      in_flight=sequence.num_computed > len(sequence.token_ids), scored=scored)
         sequence.num_in_flight += chunk.samples
         return chunk
 

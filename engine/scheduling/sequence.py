@@ -89,10 +89,10 @@ class Sequence:
     num_preemptions: int = 0
     logprobs: TokenLogprobs | None = None
     """Of the newest known token, if the request wants them."""
-    num_told: int = 0
-    """Tokens whose logits were asked for the prompt token that follows, in the steps launched so far. A preemption leaves it."""
+    num_scored: int = 0
+    """Prompt tokens scored by the steps launched so far, the first one not counted. A preemption leaves it."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
-    """What those steps have told so far."""
+    """What those steps have brought so far."""
 
     @classmethod
     def from_request(cls, request: Request) -> Sequence:
@@ -103,14 +103,14 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
-    def num_to_tell(self) -> int:
-        """Tokens whose logits are to be asked for the prompt token that follows."""
+    def num_to_score(self) -> int:
+        """Prompt tokens whose log-probabilities are wanted: all but the first, or none."""
         return 0 if self.request.num_prompt_logprobs is None else self.num_prompt_tokens - 1
 
     @property
     def num_sharable(self) -> int:
         """First tokens that need not run where the prefix cache holds them: what logits are still needed of is not among them."""
-        return self.num_told if self.num_told < self.num_to_tell else len(self.token_ids) - 1
+        return self.num_scored if self.num_scored < self.num_to_score else len(self.token_ids) - 1
 
     @property
     def num_tokens(self) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.checkpoint.checkpoint_files import DERIVED, CheckpointError, StoredTensor, by_model_name, open_file, read_headers
 from harness.checks.base import Check, CheckContext, NotApplicableError, Outcome, Whole
 from harness.verification.budgets import bits
-from reference.checkpoints import as_config, index_checkpoint, tied_names, weight_shapes
+from reference.checkpoints import as_config, index_checkpoint, shapes_and_ties, weight_shapes
 from reference.elements import ElementIndex
 from reference.hf import DTYPES
 from reference.shards import Ownership
@@ -190,11 +190,14 @@ def _sharded_share(layouts: Iterable[Ownership]) -> float:
 
 
 def stored_tensors(folder: Path, config: dict[str, Any]) -> dict[str, StoredTensor]:
-    """What the files hold, by the names of the model's tensors, tied ones under both of theirs."""
-    tied, names = tied_names(config), weight_shapes(config).keys()
+    """What the files hold, by the names of the model's tensors, tied ones under both of theirs.
+
+    Files in the hub's format have other names than the model, which transformers converts: by those then.
+    """
+    shapes, tied = shapes_and_ties(config)
     headers = read_headers(folder)
-    stored = by_model_name(headers, names, tied)
-    if not names <= stored.keys():  # files in the hub's format, whose names transformers converts
+    stored = by_model_name(headers, shapes, tied)
+    if not shapes.keys() <= stored.keys():
         stored = {name: tensor for name, tensor in headers.items() if not DERIVED.search(name)}
     for copy, original in tied.items():
         ends = "." + ".".join(original.split(".")[-2:])

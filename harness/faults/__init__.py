@@ -13,6 +13,7 @@ from harness.faults import (
     loading,
     model_fields,
     norms,
+    outputs,
     own,
     parameters,
     rows,
@@ -22,4 +23,4 @@ from harness.faults import (
 from harness.faults.base import FAULTS, Fault
 
 __all__ = ["FAULTS", "Fault", "blind", "cache", "collectives", "controls", "graphs", "layers", "lifecycle", "loading",
-           "model_fields", "norms", "own", "parameters", "rows", "sampling", "vocabulary"]
+           "model_fields", "norms", "outputs", "own", "parameters", "rows", "sampling", "vocabulary"]

@@ -204,7 +204,6 @@ class _Seen:
             products = {"product": whole - addends["bias"] if addends else whole}
         return {key: _flat(part.of(value)) for key, value in (products | addends).items()}
 
-
     def _summed_up(self, name: str) -> dict[str, Tensor]:
         """The outputs of a module's own parts, where it does no more than add them up: each by the innermost that gives it."""
         outputs = self.exact.outputs

@@ -98,7 +98,7 @@ class FakeRunner:
         after = [tokens[: position + 1] for seq, tokens in enumerate(self.seen)
                  for position in positions[cu_seqlens[seq] : cu_seqlens[seq + 1]]]
         drawn.told = [[(after[row], token) for row, token in zip(rows.row_P.tolist(), rows.token_P.tolist(), strict=True)]
-                      for rows in batch.told]
+                      for rows in batch.scored]
         assert batch.sampling.position_R.tolist() == [len(self.seen[seq]) for seq in batch.sample_S.tolist()]
         for seq, token in zip(batch.sample_S.tolist(), drawn, strict=True):
             self.last_token[rows[seq]] = token
