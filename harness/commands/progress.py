@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,16 @@ class RowsShown:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def done_of(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """On a terminal a spinner with ``what: 3 of 24``: gives the function to tell it of each step."""
+    if quiet or not errors.is_terminal:
+        yield lambda what, done, total: None
+        return
+    with errors.status("starting") as shown:
+        yield lambda what, done, total: shown.update(escape(f"{what}: {done} of {total}"))
 
 
 def about(seconds: float) -> str:

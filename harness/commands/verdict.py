@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from harness.commands.options import AsJson, Fabric, Quiet, Seed, check_device, end_of_run, numbers, prepare_out
-from harness.commands.progress import errors
+from harness.commands.progress import done_of
 from harness.errors import UsageError
 from harness.names import DTYPES
 
@@ -64,24 +63,10 @@ def verdict_command(
     common = SideOptions(dtype=dtype, device=device, fabric=fabric, model=model, key_env=key_env, timeout_s=timeout)
     options = {name: replace(common, tp_size=sizes.get(name, 1)) for name in written}
     plan = VerdictPlan(a=a, b=b, noise=noise, options=options, dtype=dtype, prompts=prompts, generate=generate, seed=seed)
-    with errors.status("starting") if errors.is_terminal and not quiet else _silent() as status:
-        def on_done(side: str, done: int, total: int) -> None:
-            status.update(escape(f"{side}: {done} of {total} sequences"))
-
-        report = run_verdict(plan, on_done=on_done)
+    with done_of(quiet=quiet) as on_done:
+        report = run_verdict(plan, on_done=lambda side, done, total: on_done(f"sequences of {side}", done, total))
     end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=False, as_json=as_json, quiet=quiet,
                summary=report.verdict.answer if report.verdict else "")
-
-
-class _silent:  # noqa: N801 - reads as the function that it stands for
-    def update(self, text: str) -> None:
-        """Show nothing."""
-
-    def __enter__(self) -> _silent:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        pass
 
 
 def _print(report: Report, *, quiet: bool) -> None:

@@ -10,39 +10,37 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from harness.cli import exit_with
 from harness.faults.models import FaultModels
 from harness.machine import run_info
 from harness.names import BASELINES
-from harness.studies.score.pairs import DTYPES, TP_SIZES, Pair, Subjects, clean_pairs, faulty_pair, plantable
-from harness.studies.score.rules import PEOPLES, VALUES, VERDICTS, called, values_of
-from harness.verdict.rates import ON_FITTED
-from reports.records import Report, ScoreRow, write_report
+from harness.studies.score.counts import Line, line_of, scores
+from harness.studies.score.pairs import (
+    DTYPES,
+    FITTED_SEED,
+    JUDGED_SEED,
+    NUM_TOKENS,
+    TP_SIZES,
+    Subjects,
+    clean_pairs,
+    faulty_pair,
+    plantable,
+)
+from reports.records import Report, write_report
 from reports.render import write_all
-from reports.verdict_rows import ALL_FAULTS
-
-FITTED_SEED, JUDGED_SEED = 0, 1
-"""Of clean models: those that the bounds of ``verdict`` were fitted on, which are counted apart, and others."""
-NUM_TOKENS = 300
-"""Of a pair with a fault, at least."""
-
-Line = dict[str, Any]
-"""``pair``, ``planted``, ``dtype``, ``model``, ``tokens``; ``said``: rule -> [[tokens, answer], …]; ``values``: what people look
-at. The last two are empty for a fault that changes nothing."""
-SAME_ALARMS = "with no false alarm here"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw, ask, count. Returns an exit code: 1 if ``verdict`` called a clean pair a bug."""
     parser = argparse.ArgumentParser(prog="python -m harness.studies.scoreboard", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", type=int, default=300, help="clean models")
+    parser.add_argument("--first", type=int, default=0, help="number of the first clean model; those of a record are not fresh")
+    parser.add_argument("--models", type=int, default=300, help="number of clean models")
+    parser.add_argument("--fitted", action="store_true", help="also the models that the bounds were fitted on, counted apart")
     parser.add_argument("--seeds", type=int, default=1, help="times that each fault is planted in each dtype")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so long; the same command goes on")
     parser.add_argument("--out", type=Path, default=Path("reports/out/scoreboard"))
@@ -54,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     done = {line["pair"] for line in lines}
-    with path.open("a", encoding="utf-8") as file, closing(_drawn(options.models, options.seeds, done)) as source:
+    with path.open("a", encoding="utf-8") as file, closing(_drawn(options, done)) as source:
         while time.monotonic() < deadline and (line := next(source, None)) is not None:
             lines.append(line)
             file.write(json.dumps(line) + "\n")
@@ -70,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row.bug for row in rows if not row.planted and row.rule.startswith("verdict")))
 
 
-def _drawn(models: int, seeds: int, done: set[str]) -> Generator[Line, None, None]:
-    """What is not done yet. Each in its turn: a fault, then a clean model."""
-    clean, faulty = _clean(models, done), _faulty(seeds, done)
+def _drawn(options: argparse.Namespace, done: set[str]) -> Generator[Line, None, None]:
+    """What is not done yet. Each in its turn: a clean pair, then a fault."""
+    numbers = range(options.first, options.first + options.models)
+    clean = _clean(numbers, (JUDGED_SEED, FITTED_SEED) if options.fitted else (JUDGED_SEED,), done)
+    faulty = _faulty(options.seeds, done)
     while True:
         several = [line for source in (clean, faulty) if (line := next(source, None)) is not None]
         if not several:
@@ -80,10 +80,10 @@ def _drawn(models: int, seeds: int, done: set[str]) -> Generator[Line, None, Non
         yield from several
 
 
-def _clean(models: int, done: set[str]) -> Iterator[Line]:
+def _clean(numbers: Sequence[int], seeds: Sequence[int], done: set[str]) -> Iterator[Line]:
     with Subjects() as subjects:
-        for number in range(models):
-            for seed in (JUDGED_SEED, FITTED_SEED):
+        for number in numbers:
+            for seed in seeds:
                 if not {f"clean-{seed}-{number}-{tp_size}" for tp_size in TP_SIZES} <= done:
                     yield from (line_of(pair, number) for pair in clean_pairs(subjects, seed, number) if pair.name not in done)
 
@@ -98,43 +98,6 @@ def _faulty(seeds: int, done: set[str]) -> Iterator[Line]:
                         pair = faulty_pair(models, fault, dtype, seed, num_tokens=NUM_TOKENS)
                         nothing = {"pair": name, "planted": fault.name, "dtype": dtype, "said": {}, "values": {}}
                         yield line_of(pair) if pair else nothing
-
-
-def line_of(pair: Pair, model: int | None = None) -> Line:
-    """What the rules say of a pair."""
-    return {"pair": pair.name, "planted": pair.planted, "dtype": pair.dtype, "model": model, "tokens": pair.a.num_tokens,
-            "said": called(pair), "values": values_of(pair)}
-
-
-def scores(lines: Sequence[Mapping[str, Any]]) -> list[ScoreRow]:
-    """One row a rule and dtype, of ``verdict`` one a fault too.
-
-    Beside each rule as people use it stands the value that it looks at, with the bound that calls no clean pair of that dtype a
-    bug: the best that anybody could do with it who knew these pairs.
-    """
-    worst: dict[tuple[str, str], float] = defaultdict(float)
-    for line in lines:
-        if not line["planted"]:
-            for name, value in line["values"].items():
-                worst[name, line["dtype"]] = max(worst[name, line["dtype"]], value)
-    groups: dict[tuple[str, str, str], list[tuple[int, str]]] = defaultdict(list)
-    models: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for line in lines:
-        models[line["planted"], line["dtype"]] |= set() if line["planted"] else {line["pair"].rpartition("-")[0]}
-        fitted = f" {ON_FITTED}" if line["pair"].startswith(f"clean-{FITTED_SEED}-") else ""
-        said = {f"{rule}{fitted}": [(tokens, answer) for tokens, answer in answers] for rule, answers in line["said"].items()}
-        bounds = {rule: (name, bound) for rule, (name, bound) in PEOPLES.items()} | {
-            f"{name} {SAME_ALARMS}": (name, worst[name, line["dtype"]]) for name in VALUES}
-        if line["values"]:
-            said |= {rule: [(line["tokens"], "rounding" if line["values"][name] <= bound else "bug")]
-                     for rule, (name, bound) in bounds.items()}
-        for rule, answers in said.items():
-            planted = line["planted"] if rule in VERDICTS else line["planted"] and ALL_FAULTS
-            groups[rule, planted, line["dtype"]] += answers
-    return [ScoreRow(rule=rule, planted=planted, dtype=dtype, runs=len(said), models=len(models[planted, dtype]),
-                     tokens=[min(count for count, _ in said), max(count for count, _ in said)],
-                     bug=sum(answer == "bug" for _, answer in said), cant_tell=sum(answer == "can't tell" for _, answer in said))
-            for (rule, planted, dtype), said in groups.items()]
 
 
 if __name__ == "__main__":

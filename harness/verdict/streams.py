@@ -20,7 +20,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -213,6 +213,14 @@ class StreamWriter:
         self.close()
 
 
+def write_stream(path: Path, stream: Stream) -> Path:
+    """A whole stream as a file."""
+    with StreamWriter(path, **asdict(stream.info)) as writer:
+        for sequence in stream.sequences:
+            writer.put(sequence)
+    return path
+
+
 def read_stream(path: str | os.PathLike[str], *, may_be_empty: bool = False) -> Stream:
     """Read a stream that ``StreamWriter`` or another program wrote; ``.parquet`` needs the extra shardproof[parquet].
 
@@ -297,33 +305,37 @@ def _sequence(where: str, values: Any) -> Scored:
 
 
 def _parquet(path: Path) -> tuple[StreamInfo, Iterator[tuple[int, Any]]]:
-    """A table with a row a sequence and the columns of ``Scored``; its first rows' ``source`` and the like are the stream's."""
-    import pandas as pd
-
+    """A table with a row a sequence and the columns of ``Scored``; its first row's ``source`` and the like are the stream's."""
     try:
-        table = pd.read_parquet(path)
+        import pyarrow.parquet as parquet
     except ImportError as error:
         raise StreamError(f"{path}: Parquet needs pyarrow: pip install 'shardproof[parquet]'") from error
+    try:
+        table = parquet.read_table(path).to_pylist()
     except ValueError as error:
         raise StreamError(f"{path}: no Parquet ({error})") from error
-    infos = {item.name for item in fields(StreamInfo)} & set(table.columns)
-    head = {name: _python(table[name].iloc[0]) for name in infos} if len(table) else {}
-    columns = [name for name in table.columns if name not in infos]
+    of_stream = {item.name for item in fields(StreamInfo)}
+    head = {name: value for name, value in table[0].items() if name in of_stream} if table else {}
 
     def rows() -> Iterator[tuple[int, Any]]:
-        for number, row in enumerate(table[columns].itertuples(index=False, name=None), start=1):
-            values = {name: _python(value) for name, value in zip(columns, row, strict=True)}
-            values = {name: value for name, value in values.items() if value is not None}
+        for number, row in enumerate(table, start=1):
+            # An index of pandas that is no plain count is a column too.
+            values = {name: _whole(value) for name, value in row.items() if name not in of_stream and not name.startswith("__")}
             if isinstance(logprobs := values.get("logprobs"), list) and logprobs and logprobs[0] != logprobs[0]:
                 values["logprobs"] = [None, *logprobs[1:]]  # a column of numbers has NaN for null
+            if values.get("top"):  # structs have a field for each token id of the whole column
+                values["top"] = [{token_id: value for token_id, value in dict(at or {}).items() if value is not None}
+                                 for at in values["top"]]
             yield number, values
 
     return _head(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **head}), rows()
 
 
-def _python(value: Any) -> Any:
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _whole(value: Any) -> Any:
+    """A whole number that pandas made a float of, since others of its column are missing."""
+    if not isinstance(value, float):
+        return value
+    return None if math.isnan(value) else int(value) if value.is_integer() else value
 
 
 def _plain(values: Any) -> tuple[Any, ...]:

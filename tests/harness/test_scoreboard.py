@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ import harness.verdict.rates
 from harness.faults import FAULTS
 from harness.faults.models import FaultModels
 from harness.studies import scoreboard
+from harness.studies.score.counts import SAME_ALARMS, line_of, scores
 from harness.studies.score.pairs import TP_SIZES, Pair, Subjects, clean_pairs, faulty_pair
 from harness.studies.score.rules import PEOPLES, VALUES, VERDICTS, splits
-from harness.studies.scoreboard import SAME_ALARMS, line_of, main, scores
+from harness.studies.scoreboard import main
 from harness.verdict.rates import ON_FITTED, rates
 from harness.verdict.tokens import align
 from reports.records import Report, ScoreRow, read_report, write_report
@@ -82,7 +84,7 @@ def test_rules_are_counted_and_those_of_people_with_the_best_bound_beside_them()
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[set[str]] = []
 
-    def draw(models: int, seeds: int, done: set[str]) -> Generator[dict[str, Any], None, None]:
+    def draw(options: argparse.Namespace, done: set[str]) -> Generator[dict[str, Any], None, None]:
         drawn.append(set(done))
         yield a_line(f"pair {len(done)}", "", 0.1, "rounding", model=500)
 

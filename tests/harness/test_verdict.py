@@ -17,13 +17,12 @@ from harness.subjects.base import Placement
 from harness.subjects.engine import EngineSubject
 from harness.verdict.scoring import Way, logprobs_of, schedule, score
 from harness.verdict.statistics import judge, looks_like, units
-from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream
+from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream, write_stream
 from harness.verdict.tokens import Tokens, align
 from harness.verdict.verdict import verdict_row
 from harness.verification.budgets import UNIT_ROUNDOFF
 from reports.records import read_report
 from tests.harness.conftest import MakeModel
-from tests.harness.streams import write_stream
 from tests.reference.tiny import small_config
 
 VOCABULARY = 96

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream
+from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream, write_stream
 from harness.verdict.tokens import DECODE, PREFILL, align
-from tests.harness.streams import write_stream
 
 HEAD = {"format": "shardproof-logprobs", "format_version": 1, "source": "test"}
 GOOD = {"token_ids": [5, 9, 2], "logprobs": [None, -1.25, -0.5]}
@@ -48,6 +49,42 @@ def test_all_that_a_stream_can_say_comes_back(tmp_path: Path) -> None:
                           rounding=(0.0, 1e-3, 2e-3))
     stream = a_stream(sequence, model="m", dtype="float16", tp_size=2, block_size=16, vocab_size=10)
     assert read_stream(write_stream(tmp_path / "s.jsonl", stream)) == stream
+
+
+def test_a_parquet_table_is_a_stream_with_a_row_a_sequence(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed here: Parquet is an extra, parquet")
+    path = tmp_path / "a.parquet"
+    stream = a_stream(a_sequence((5, 9, 2), decoded_from=2, batch_size=4, top=({}, {9: -0.5, 1: -1.0}, {2: -0.5, 3: -2.0})),
+                      a_sequence((5, 9, 3), batch_size=4, top=({}, {9: -0.5, 1: -1.0}, {3: -0.5})), dtype="float16", tp_size=2)
+    info = {"source": "test", "dtype": "float16", "tp_size": 2}
+    table = pd.DataFrame([{**info, "token_ids": list(one.token_ids), "logprobs": list(one.logprobs), "batch_size": 4,
+                           "decoded_from": one.decoded_from, "top": [{str(k): v for k, v in at.items()} for at in one.top]}
+                          for one in stream.sequences])
+    assert table["decoded_from"].dtype == float  # what a missing one makes of whole numbers
+    table.to_parquet(path)
+    assert read_stream(path) == stream
+    # By arrays, whose null is NaN.
+    table["logprobs"] = pd.Series([np.array([math.nan, *values[1:]]) for values in table["logprobs"]])
+    table["token_ids"] = pd.Series([np.array(ids) for ids in table["token_ids"]])
+    table.to_parquet(path)
+    assert read_stream(path) == stream
+    assert parquet.read_table(path).num_rows == 2
+    pd.concat([table, table.head(1)]).to_parquet(path)
+    with pytest.raises(StreamError, match=r"line 3: the same tokens as in line 1"):
+        read_stream(path)
+    table.assign(logprobs=pd.Series([[None, -0.5], [None, 0.5, -0.5]])).to_parquet(path)
+    with pytest.raises(StreamError, match=r"line 1: 2 logprobs for 3 token_ids"):
+        read_stream(path)
+    path.write_text("PAR1")
+    with pytest.raises(StreamError, match="no Parquet"):
+        read_stream(path)
+
+
+def test_parquet_without_pyarrow_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(StreamError, match=r"pip install 'shardproof\[parquet\]'"):
+        read_stream(tmp_path / "a.parquet")
 
 
 def test_what_was_cut_short_is_gone_on_from_its_last_whole_line(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ SHARPNESS = (1.0, 1.0, 2.0, 4.0)
 SAMPLED = 0.4
 """Share of the models whose sequences they have written themselves; the others' are random ids."""
 NUM_TOP = 2
+FITTED_SEED, JUDGED_SEED = 0, 1
+"""Of clean models: those that the bounds of ``verdict`` were fitted on, which are counted apart, and others."""
+NUM_TOKENS = 300
+"""Of a pair with a fault, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
