@@ -12,6 +12,7 @@ import torch
 import transformers
 from typer.testing import CliRunner, Result
 
+from engine import LLM, SamplingParams
 from harness.cli import app
 from harness.subjects.base import Placement
 from harness.subjects.engine import EngineSubject
@@ -161,6 +162,22 @@ def test_the_engine_is_scored_by_the_logits_that_a_check_sees(model: Path) -> No
         assert one.logprobs[1:] == tuple(logprobs_of(of_one, one.token_ids, 0).logprob_T.tolist())
         assert one.decoded_from == len(one.token_ids) - 2
         assert all(len(top) == 2 for top in one.top[1:])
+
+
+def test_what_a_request_is_told_of_its_prompt_is_what_verdict_scores(model: Path) -> None:
+    """``SamplingParams(prompt_logprobs=...)``, which has no decode steps: to the bit, where the same sequences share a step."""
+    sequences = [tuple((7 * n + k * k) % VOCABULARY for k in range(20 + n)) for n in range(3)]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=2, temperature=0.0)
+    with EngineSubject(Placement(tp_size=2, fabric="threads")) as subject:
+        found = list(score(subject, model, sequences, Way(batch_size=3), dtype="bfloat16", vocab_size=VOCABULARY, num_top=2))
+        with LLM(model, ranks=subject.ranks, skip_tokenizer_init=True, tensor_parallel_size=2, block_size=16, num_kv_blocks=12,
+                 max_num_seqs=4, dtype="bfloat16") as llm:
+            outputs = llm.generate([{"prompt_token_ids": list(ids)} for ids in sequences], params, use_tqdm=False)
+    for one, output in zip(found, outputs, strict=True):
+        told = [{token_id: entry.logprob for token_id, entry in (row or {}).items()} for row in output.prompt_logprobs or ()]
+        assert len(told) == len(one.token_ids)
+        assert [row[token_id] for row, token_id in zip(told[1:], one.token_ids[1:], strict=True)] == list(one.logprobs[1:])
+        assert all(top.items() <= row.items() for top, row in zip(one.top[1:], told[1:], strict=True))
 
 
 def test_of_two_dtypes_the_coarser_rounds_and_an_unknown_one_or_another_ones_reference_is_refused() -> None:
