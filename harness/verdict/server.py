@@ -115,8 +115,10 @@ class Server:
             if not isinstance(new_ids, list) or not isinstance(values, list) or len(values) != len(new_ids) or not new_ids:
                 raise self._error("does not return the ids of generated tokens (return_token_ids): text alone can't be compared, "
                                   "for it may be cut into other tokens. Compare prompts alone with --generate 0")
+            best = _by_ids(logprobs.get("top_logprobs"), len(new_ids))
             found.append(self._checked(Scored(token_ids=(*ids, *new_ids), logprobs=(*(None for _ in ids), *map(_number, values)),
-                                              decoded_from=len(ids), batch_size=len(batch))))
+                                              top=(*({} for _ in ids), *best) if best else (), decoded_from=len(ids),
+                                              batch_size=len(batch))))
         return found
 
     def _scored(self, ids: tuple[int, ...], found: tuple[list[Any], list[dict[int, float]]], batch_size: int) -> Scored:
@@ -241,6 +243,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _number(value: Any) -> Any:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _by_ids(rows: Any, count: int) -> list[dict[int, float]]:
+    """The most probable tokens of each place; none where they are not told by their ids, for two ids may have one text."""
+    try:
+        best = [{_as_id(token): float(value) for token, value in row.items()} for row in rows]
+    except (AttributeError, TypeError, ValueError):
+        return []
+    return best if len(best) == count else []
 
 
 def _as_id(token: Any) -> int:

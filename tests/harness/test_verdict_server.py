@@ -37,7 +37,9 @@ def choice(ids: list[int], body: dict[str, Any], index: int, off: float) -> dict
     if body.get("return_token_ids"):
         new = [(ids[-1] + number) % 50 for number in range(body["max_tokens"])]
         own = [logprob([*ids, *new[:at]], new[at], off) for at in range(len(new))]
-        return {"index": index, "token_ids": new, "logprobs": {"token_logprobs": own}}
+        best = [{f"token_id:{token_id}": value, "token_id:49": 0.0} for token_id, value in zip(new, own, strict=True)]
+        return {"index": index, "token_ids": new, "prompt_token_ids": ids, "prompt_logprobs": None,
+                "logprobs": {"token_logprobs": own, "top_logprobs": best, "tokens": [f"token_id:{token_id}" for token_id in new]}}
     if body.get("echo"):
         return {"index": index, "logprobs": {"token_logprobs": values}}
     rows = [None if value is None else {str(token_id): {"logprob": value}} for token_id, value in zip(ids, values, strict=True)]
@@ -124,6 +126,17 @@ def test_generated_tokens_come_with_their_ids(tmp_path: Path) -> None:
     assert found.decoded_from == 2
     assert found.logprobs[:2] == (None, None)
     assert None not in found.logprobs[2:]
+    assert found.top == ({}, {}, *({token_id: value, 49: 0.0} for token_id, value in
+                                   zip(found.token_ids[2:], found.logprobs[2:], strict=True)))
+
+
+@pytest.mark.parametrize("best", [None, [{"a": -1.0}] * 3, [{"token_id:1": -1.0}], "text"], ids=str)
+def test_best_tokens_that_are_told_by_their_texts_or_not_for_each_place_are_left_out(best: Any) -> None:
+    """The ids of the generated tokens are there all the same."""
+    told = say(token_ids=[3, 4, 5], logprobs={"token_logprobs": [-1.0, -2.0, -3.0], "top_logprobs": best})
+    with serving(told) as (url, _):
+        (found,) = Server(url).generate([(1, 2)], 3, num_top=2, seed=0)
+    assert (found.token_ids, found.top) == ((1, 2, 3, 4, 5), ())
 
 
 def test_two_servers_are_compared_with_one_command_and_no_key_or_query_is_kept(tmp_path: Path,
