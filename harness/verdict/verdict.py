@@ -71,6 +71,8 @@ class VerdictPlan:
             raise UsageError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
         if self.generate < 0:
             raise UsageError(f"generate={self.generate} must be 0 or more")
+        if self.dtype == "auto" and is_server(self.a) and is_server(self.b):
+            raise UsageError(f"dtype='auto': no server says in which dtype it computes: give --dtype, one of {', '.join(DTYPES)}")
 
 
 def run_verdict(plan: VerdictPlan, *, on_done: OnDone = lambda side, done, total: None) -> Report:

@@ -240,7 +240,8 @@ def test_files_alone_are_judged_without_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "code", "says"), [
     (("no_such.jsonl", "no_such.jsonl"), 2, "there is no such file"),
-    (("ftp://host/x", "ftp://host/x"), 2, "a server's address is http://host:port"),
+    (("ftp://host/x", "ftp://host/x", "--dtype", "float32"), 2, "a server's address is http://host:port"),
+    (("http://host:1", "http://host:2"), 2, "no server says in which dtype it computes: give --dtype, one of"),
     (("a.jsonl", "b.jsonl", "--tp", "0"), 2, "tp='0'"),
     (("a.jsonl", "b.jsonl", "--dtype", "int4"), 2, "dtype='int4' is unknown"),
     (("STREAM", "STREAM", "--tp", "1,2,4"), 2, "3 numbers for 0 model folders"),
