@@ -20,7 +20,7 @@ from reference.hf import Reference
 from tests.engine.rank_jobs import footprint
 from tests.engine.served import MakeLLM, blocks_in_use, open_llm
 from tests.engine.support import tiny_config
-from tests.engine.talking import talking_checkpoint
+from tests.engine.talking import Exact, talking_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 MakeReference = Callable[..., Reference]
@@ -92,6 +92,12 @@ def nothing_is_left_behind(fork_server: None) -> Iterator[None]:
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the small model that talks."""
     return talking_checkpoint(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def exact(talking: Path) -> Exact:
+    """What the reference makes of the small model that talks."""
+    return Exact(talking)
 
 
 @pytest.fixture(scope="module")

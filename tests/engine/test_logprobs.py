@@ -8,21 +8,18 @@ import pytest
 import torch
 
 from engine import RequestOutput, SamplingParams
-from harness.verification.budgets import computation
-from reference.hf import Reference
 from tests.engine.served import (
     BOTH,
     PROMPTS,
     MakeLLM,
     open_llm,
 )
-from tests.engine.talking import TOKENS
+from tests.engine.talking import TOKENS, Exact
 
 
-def reference_logprobs(folder: Path, dtype: str, output: RequestOutput) -> torch.Tensor:
+def exact_logprobs(exact: Exact, output: RequestOutput) -> torch.Tensor:
     """``[tokens, vocabulary]`` where each token of the first completion was drawn."""
-    ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-    (logits,) = Reference.load(folder, dtype).logits([ids])
+    logits = exact.logits([*output.prompt_token_ids, *output.outputs[0].token_ids])
     return logits[len(output.prompt_token_ids) - 1 : -1].log_softmax(dim=-1)
 
 
@@ -36,36 +33,32 @@ def best(output: RequestOutput, count: int) -> tuple[torch.Tensor, torch.Tensor]
 
 @BOTH
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-def test_logprobs_are_those_of_the_raw_logits(talking: Path, served: MakeLLM, tp_size: int, temperature: float) -> None:
+def test_logprobs_are_those_of_the_raw_logits(exact: Exact, served: MakeLLM, tp_size: int, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, top_p=0.8, seed=2, max_tokens=30, logprobs=5, min_tokens=30)
     (output,) = served(tp_size).generate(PROMPTS[0], params)
-    exact = reference_logprobs(talking, "exact", output)
-    baseline = reference_logprobs(talking, "float32", output)
+    exact_TV = exact_logprobs(exact, output)
     ids, logprobs = best(output, 5)
-    assert torch.equal(ids, exact.topk(5).indices)
-    comparison = computation(logprobs, baseline.gather(1, ids), exact.gather(1, ids), "float32")
-    assert comparison.ok, f"error is {comparison.error_over_budget:.2f} of its budget"
+    assert torch.equal(ids, exact_TV.topk(5).indices)
+    assert (logprobs - exact_TV.gather(1, ids)).abs().max() <= exact.margin
     # What was drawn, with its rank and sum.
     (completion,) = output.outputs
     assert completion.logprobs is not None
     for row, (token_id, at) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
         assert next(iter(at)) == token_id
-        assert at[token_id].rank == 1 + int((exact[row] > exact[row, token_id]).sum())
+        assert at[token_id].rank == 1 + int((exact_TV[row] > exact_TV[row, token_id]).sum())
         assert {logprob.rank for logprob in at.values()} >= {1, 2, 3, 4, 5}
         assert at[token_id].decoded_token == served(tp_size).get_tokenizer().decode([token_id])
     drawn = torch.tensor([[at[token].logprob] for token, at in zip(completion.token_ids, completion.logprobs, strict=True)])
     assert completion.cumulative_logprob == pytest.approx(drawn.sum().item(), rel=1e-5)
 
 
-def test_the_budget_sees_logprobs_taken_after_the_temperature(talking: Path, served: MakeLLM) -> None:
+def test_the_margin_sees_logprobs_taken_after_the_temperature(exact: Exact, served: MakeLLM) -> None:
     (output,) = served(1).generate(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=30, logprobs=5, ignore_eos=True))
-    exact = reference_logprobs(talking, "exact", output)
-    baseline = reference_logprobs(talking, "float32", output)
+    exact_TV = exact_logprobs(exact, output)
     ids, logprobs = best(output, 5)
-    exact_5, baseline_5 = exact.gather(1, ids), baseline.gather(1, ids)
-    late = (exact / 0.999).log_softmax(dim=-1).gather(1, ids).float()
-    assert computation(logprobs, baseline_5, exact_5, "float32").ok
-    assert not computation(late, baseline_5, exact_5, "float32").ok
+    late = (exact_TV / 0.999).log_softmax(dim=-1)
+    assert (logprobs - exact_TV.gather(1, ids)).abs().max() <= exact.margin
+    assert (late - exact_TV).gather(1, ids).abs().max() > exact.margin
 
 
 @BOTH
@@ -88,14 +81,12 @@ def test_each_request_gets_the_logprobs_that_it_asked_for(served: MakeLLM, tp_si
         assert zero.keys() <= three.keys() <= everything.keys()
 
 
-def test_logprobs_come_with_prompts_that_run_in_chunks(talking: Path, served: MakeLLM) -> None:
+def test_logprobs_come_with_prompts_that_run_in_chunks(talking: Path, exact: Exact, served: MakeLLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
     prompts = [[token for token in range(start, 13) for _ in range(4)] for start in range(3)]
     with open_llm(talking, 1, max_num_batched_tokens=16) as llm:
         outputs = llm.generate(prompts, params)
     for output, whole in zip(outputs, served(1).generate(prompts, params), strict=True):
         assert output.outputs[0].token_ids == whole.outputs[0].token_ids
-        exact = reference_logprobs(talking, "exact", output)
         ids, logprobs = best(output, 3)
-        assert computation(logprobs, reference_logprobs(talking, "float32", output).gather(1, ids), exact.gather(1, ids),
-                           "float32").ok
+        assert (logprobs - exact_logprobs(exact, output).gather(1, ids)).abs().max() <= exact.margin
