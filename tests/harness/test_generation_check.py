@@ -198,7 +198,8 @@ def test_an_answer_that_is_too_short_is_a_finding() -> None:
     assert "has 4 tokens, max_tokens=5" in (flipped(0, drop_last=True).finding or "")
 
 
-@pytest.mark.parametrize(("name", "tp_size"), [("llama", 1), ("llama", 2), ("qwen3", 2)])
+@pytest.mark.parametrize(("name", "tp_size"), [
+    ("qwen3", 2), *(pytest.param("llama", tp_size, marks=pytest.mark.endurance) for tp_size in (1, 2))])
 def test_what_is_judged_is_counted_kind_by_kind(tiny_model: MakeModel, name: str, tp_size: int) -> None:
     kinds = run_kinds("generation", tiny_model(LAYOUTS[name].config), tp_size=tp_size)
     sampler, model, requests = kinds
