@@ -62,7 +62,7 @@ ODD = st.one_of(st.text(alphabet=st.characters(codec="utf-8", exclude_characters
                 st.sampled_from(["1,2", "-1", "0", "9" * 20, "1e9", "nan", "inf", "٣", "2 ", "2;3", "None", "[]", "/", "."]))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(sorted({option for _, option, *_ in MISTAKES if option.startswith("--")} | {"--seed"})), value=ODD,
        command=st.sampled_from(["verify", "faults", "generate", "bench", "calibrate"]))
 def test_no_value_of_an_option_crashes_or_passes_for_a_finding(name: str, value: str, command: str) -> None:

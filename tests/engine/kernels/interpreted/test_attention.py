@@ -57,7 +57,7 @@ _SHAPES = {
 }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     problem=st.builds(
         lambda contexts, **shapes: attention_problem(context_lens=contexts, query_lens=[1] * len(contexts), **shapes),
@@ -82,7 +82,7 @@ def test_decode_is_the_dense_formula_wherever_the_sequences_are_cut() -> None:
     assert not torch.equal(out, uncut), "must have been cut"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     problem=st.builds(
         lambda lengths, **shapes: attention_problem(
