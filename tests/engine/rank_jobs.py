@@ -42,9 +42,21 @@ def footprint() -> dict[str, Any]:
         "ports": sorted(c.laddr.port for c in me.net_connections("tcp") if c.status == psutil.CONN_LISTEN),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "files": len(os.listdir("/proc/self/fd")),
-        "shared memory": sorted(os.listdir("/dev/shm")),
+        "shared memory": sorted(set(os.listdir("/dev/shm")) - shared_memory_of_others()),
         "intra-op threads": torch.get_num_threads(),
     }
+
+
+def shared_memory_of_others() -> set[str]:
+    """Names in /dev/shm that processes map which this one did not start: another test run, another program."""
+    if not os.listdir("/dev/shm"):
+        return set()
+    me = psutil.Process()
+    found: set[str] = set()
+    for process_id in set(psutil.pids()) - {me.pid, *(child.pid for child in me.children(recursive=True))}:
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to look into
+            found |= set(re.findall(r"/dev/shm/(\S+)$", Path(f"/proc/{process_id}/maps").read_text(), flags=re.MULTILINE))
+    return found
 
 
 @contextlib.contextmanager
