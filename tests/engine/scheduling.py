@@ -45,9 +45,9 @@ PROMPTS = st.one_of(
 
 
 class Drawn(list[int]):
-    """What a step drew, and of each prompt that it tells of (all tokens before, the next one) by place."""
+    """What a step drew, and of each prompt that it scores (all tokens before, the next one) by place."""
 
-    told: list[list[tuple[Tokens, int]]]
+    prompt_logprobs: list[list[tuple[Tokens, int]]]
 
 
 class FakeRunner:
@@ -97,8 +97,9 @@ class FakeRunner:
         drawn = Drawn(next_token(self.seen[seq]) for seq in batch.sample_S.tolist())
         after = [tokens[: position + 1] for seq, tokens in enumerate(self.seen)
                  for position in positions[cu_seqlens[seq] : cu_seqlens[seq + 1]]]
-        drawn.told = [[(after[row], token) for row, token in zip(rows.row_P.tolist(), rows.token_P.tolist(), strict=True)]
-                      for rows in batch.scored]
+        drawn.prompt_logprobs = [
+            [(after[row], token) for row, token in zip(rows.row_P.tolist(), rows.token_P.tolist(), strict=True)]
+            for rows in batch.scored]
         assert batch.sampling.position_R.tolist() == [len(self.seen[seq]) for seq in batch.sample_S.tolist()]
         for seq, token in zip(batch.sample_S.tolist(), drawn, strict=True):
             self.last_token[rows[seq]] = token
@@ -161,13 +162,13 @@ class Serving(RuleBasedStateMachine):
         prompts=st.lists(PROMPTS, min_size=1, max_size=4),
         max_tokens=st.integers(1, 12),
         stops=st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=1),
-        tells=st.booleans(),
+        scores=st.booleans(),
     )
-    def add(self, prompts: list[Tokens], max_tokens: int, stops: frozenset[int], tells: bool = False) -> None:
+    def add(self, prompts: list[Tokens], max_tokens: int, stops: frozenset[int], scores: bool = False) -> None:
         for prompt in prompts:
-            self.add_one(prompt[: self.max_model_len - 1], max_tokens, stops, tells)
+            self.add_one(prompt[: self.max_model_len - 1], max_tokens, stops, scores)
 
-    def add_one(self, prompt: Tokens, max_tokens: int, stops: frozenset[int], tells: bool) -> None:
+    def add_one(self, prompt: Tokens, max_tokens: int, stops: frozenset[int], scores: bool) -> None:
         request = Request(
             request_id=len(self.prompts),
             prompt_token_ids=prompt,
@@ -175,7 +176,7 @@ class Serving(RuleBasedStateMachine):
             seed=0,
             max_tokens=min(max_tokens, self.max_model_len - len(prompt)),
             stop_token_ids=stops,
-            num_prompt_logprobs=0 if tells else None,
+            num_prompt_logprobs=0 if scores else None,
         )
         expected = continued(prompt, request.max_tokens)[len(prompt) :]
         stop = next((index for index, token in enumerate(expected) if token in stops), len(expected))
@@ -208,8 +209,8 @@ class Serving(RuleBasedStateMachine):
             seen.add(number)
             self.brought[number].append(token_id)
             prompt = self.prompts[number] if sequence.request.num_prompt_logprobs is not None else ()
-            told = [at for part in sequence.prompt_logprobs for at in part]
-            assert told == [(prompt[: place + 1], token) for place, token in enumerate(prompt[1:])], "told once, and all of it"
+            scored = [at for part in sequence.prompt_logprobs for at in part]
+            assert scored == [(prompt[: place + 1], token) for place, token in enumerate(prompt[1:])], "each token, and once"
             if sequence.finish_reason is not None:
                 reason = "stop" if token_id in sequence.request.stop_token_ids else "length"
                 assert sequence.finish_reason == reason
