@@ -353,10 +353,10 @@ def recording(
         for name, module in taps.items():
             hook = module.register_forward_hook(_recorder(name, counts, local, calls), with_kwargs=True)
             hooks.callback(hook.remove)
-        made = hooks.enter_context(choosing(model, routes)).made
+        mode = hooks.enter_context(choosing(model, routes))
         yield taken
     _name_calls(calls, taken)
-    for choice in made:
+    for choice in mode.made:
         scores, indices = _by_token(choice.scores, counts, local), local(choice.indices).cpu()
         # Neither dimension has changed places with another one: what one is by token the other is too.
         if isinstance(scores, torch.Tensor) and _lengths(scores) == _lengths(choice.scores):
