@@ -160,7 +160,10 @@ def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[
                 wrong[0].append(Wrong(name=name, what="not in the checkpoint"))
                 continue
             as_stored = files[stored[name].file].get_tensor(stored[name].name)
-            whole = as_stored.to(DTYPES[dtype]) if as_stored.is_floating_point() else as_stored
+            held_as = DTYPES[dtype]
+            if dtype == context.dtype and any(shard is not None and shard.dtype != held_as for shard in shards):
+                held_as = context.results.kept_wider.get(name, held_as)
+            whole = as_stored.to(held_as) if as_stored.is_floating_point() else as_stored
             if len(not_finite := (~whole.isfinite()).nonzero()):
                 place = tuple(not_finite[0].tolist())
                 says = f"is {as_stored[place].item()} in {stored[name].file.name}"

@@ -15,8 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from engine.checkpoint.checkpoint_files import read_headers
 from engine.checkpoint.tokenizer import load_tokenizer
 from harness.errors import one_line
 from harness.subjects.base import Schedule
@@ -24,8 +26,8 @@ from harness.verification.budgets import digest
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import CheckpointError, read_config
 from reference.choices import Routes
-from reference.hf import Activations, GreedyResult, Reference
-from reference.loaded import differences
+from reference.hf import DTYPES, Activations, GreedyResult, Reference
+from reference.loaded import as_in_files, differences
 
 TEXTS = (
     "What is the capital of France?",
@@ -93,6 +95,14 @@ class ReferenceResults:
         """What the reference itself holds otherwise than the files say, a line each."""
         models = self.exact.model, self.baseline.model
         return tuple(dict.fromkeys(line for model in models for line in differences(model, self.folder)))
+
+    @cached_property
+    def kept_wider(self) -> dict[str, torch.dtype]:
+        """By the files' names, the dtype of what the model keeps wider than the one under test, on one device too."""
+        model = self.baseline.model
+        held = as_in_files(model, model.state_dict(), read_headers(self.folder).keys())
+        return {name: tensor.dtype for name, tensor in held.items()
+                if tensor.is_floating_point() and tensor.dtype.itemsize > DTYPES[self.dtype].itemsize}
 
     @cached_property
     def prompts(self) -> tuple[tuple[int, ...], ...]:

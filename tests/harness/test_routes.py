@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness.checks.logits import compare_logits
 from harness.subjects.base import Schedule
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.routes import follow
-from reference.choices import Routes
+from reference.choices import Routes, choosing
 from reference.hf import Activations, Reference
 from reference.shrink import shrink
 from reference.writing import edited
@@ -149,6 +150,61 @@ def test_a_wrong_router_is_named_itself(results: ReferenceResults) -> None:
     assert outcome.finding is not None
     assert outcome.module is not None
     assert outcome.module.endswith("layers.1.mlp.gate")
+
+
+@pytest.fixture(scope="module")
+def by_maximum(tmp_path_factory: pytest.TempPathFactory) -> ReferenceResults:
+    """Routers of phimoe take a maximum, and leave out what is below 0.98 of it: both are near-ties for some experts here."""
+    folder = shrink("phimoe", tmp_path_factory.mktemp("routes") / "phimoe")
+    with edited(folder) as tensors:
+        (gate,) = (tensor for name, tensor in tensors.items() if re.search(r"layers\.0\..*(gate|router)\.weight", name))
+        for expert in range(6):
+            gate[expert + 6] = gate[expert] * (1 + 2**-20 if expert < 3 else 0.98)
+    return ReferenceResults(folder, dtype="float32", schedule_lengths=LENGTHS)
+
+
+def second_best(results: ReferenceResults, what: str, *, near: bool) -> Reroute:
+    """The first layer's choice of this kind is another one in one row of the first sequence: the closest, or the clearest."""
+
+    def reroute(sequence: int, choices: Mapping[str, Tensor]) -> Routes:
+        if sequence:
+            return {}
+        name = next(name for name in choices if ".layers.0." in name and name.endswith(what))
+        best = results.exact_activations(0).scores[name].flatten(0, -2).topk(2)
+        margins = best.values[:, 0] - best.values[:, 1]
+        row = margins.argmin() if near else margins.argmax()
+        route = choices[name].clone()
+        route.view(-1, 1)[row] = best.indices[row, 1]
+        return {name: route}
+
+    return reroute
+
+
+@pytest.mark.parametrize("what", ["maximum 0", "threshold 0"])
+def test_what_is_chosen_by_a_maximum_or_a_threshold_is_judged_alike(by_maximum: ReferenceResults, what: str) -> None:
+    near, far = (second_best(by_maximum, what, near=near) for near in (True, False))
+    subject: Any = Routed(by_maximum, near)
+    followed = follow(subject, by_maximum)
+    assert (followed.finding, followed.flips >= 1) == (None, True)
+    found = subject.logits(by_maximum.schedule)[0]
+    followed_error, free_error = ((found[0].double() - on.exact_logits[0]).abs().max() for on in (followed.results, by_maximum))
+    assert free_error > 1000 * followed_error
+    assert judged(by_maximum, near).finding is None
+
+    clearly_other = judged(by_maximum, far)
+    assert clearly_other.finding is not None
+    assert "chooses otherwise" in clearly_other.finding
+    assert clearly_other.module == "model.layers.0.mlp.router"
+
+
+def test_a_maximum_of_which_the_value_alone_is_used_is_no_choice() -> None:
+    class Softmax(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.max(-1, keepdim=True).values).exp() * (x > 0)
+
+    with choosing(Softmax()) as seen:
+        Softmax()(torch.randn(5, 7))
+    assert seen.made == []
 
 
 def test_forced_choices_are_taken_in_every_copy_of_a_batch_and_end_with_the_call(results: ReferenceResults) -> None:

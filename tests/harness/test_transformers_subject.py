@@ -19,6 +19,7 @@ from engine.checkpoint.checkpoint_files import read_headers
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome, together
 from harness.checks.logits import compare_logits
+from harness.checks.weights import check_own
 from harness.errors import UsageError
 from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.subjects.dtensor import plain
@@ -222,6 +223,22 @@ def test_experts_that_were_merged_while_loading_are_found_again(make: type[Trans
     folder = tiny_model(MOE)
     with make(Placement(tp_size=2, fabric="gloo", job_timeout_s=120)) as subject:
         assert_green(outcome("weights", subject, folder))
+
+
+def _norm_in_float32(rank: FaultyRank) -> None:
+    rank.model.get_submodule("model.norm").float()
+
+
+def test_what_the_model_keeps_in_float32_may_be_so_and_nothing_else(two_ranks: Faulty, tmp_path: Path) -> None:
+    folder = shrink("deepseek_v3", tmp_path, dtype="bfloat16")
+    assert_green(outcome("weights", two_ranks, folder, dtype="bfloat16"))
+    two_ranks.load(folder, dtype="bfloat16", options=OPTIONS)
+    two_ranks.run(_norm_in_float32)
+    results = ReferenceResults(folder, dtype="bfloat16")
+    assert "e_score_correction_bias" in {name.rpartition(".")[2] for name in results.kept_wider}
+    found = check_own(CheckContext(results=results, subject=two_ranks, options=OPTIONS, seed=0)).finding
+    assert found is not None
+    assert "first model.norm.weight: the shard is (96,) torch.float32, it should be (96,) torch.bfloat16" in found
 
 
 def test_tensors_under_the_models_own_names_are_found_too(two_ranks: Faulty, tmp_path: Path) -> None:
