@@ -200,7 +200,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=pytest.mark.endurance) if kind[0] == "threads" else kind for kind in ALL])
+    *(pytest.param(*kind.values, id=kind.id, marks=pytest.mark.endurance) for kind in ALL[:-1]), ALL[-1]])
 def test_an_interpreter_ends_in_silence_around_an_open_stream(talking: Path, tmp_path: Path, kind: tuple[str, int]) -> None:
     script = tmp_path / "script.py"
     script.write_text(OPEN_STREAM)
