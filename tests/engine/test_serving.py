@@ -10,6 +10,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from engine import LLM, SamplingParams
 from reference.checkpoints import resolve
 from tests.engine.served import (
@@ -181,7 +183,7 @@ def test_outputs_come_in_the_order_of_their_prompts_each_with_its_own_parameters
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@BOTH
+@pytest.mark.parametrize("tp_size", [pytest.param(1, marks=pytest.mark.endurance), 2])
 def test_the_real_model_answers_and_stops(tp_size: int) -> None:
     with LLM(resolve("smollm2"), tensor_parallel_size=tp_size, fabric="auto" if tp_size == 1 else "threads", device="cpu",
              dtype="float32", max_model_len=128, max_num_seqs=4) as llm:
