@@ -64,6 +64,20 @@ def test_a_check_is_a_file_and_a_name_and_sees_ranks_that_draw_apart(project: Pa
     assert (row.verdict, row.rank, row.module) == ("finding", 1, "sampler")
 
 
+@pytest.mark.endurance
+def test_the_pages_check_is_not_green_for_a_subject_that_shows_nothing_right(project: Path) -> None:
+    path, (source, name) = steps("add_a_check.md")
+    (project / path).write_text(source)
+    add_line(project / "harness" / "checks" / "__init__.py", f'"{CHECK_NAMES[-1]}")', f"{name.strip()} ")
+    shutil.copytree(ROOT / "tests", project / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / file, project)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(project)}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/harness/test_subjects.py", "-k", "has_no_green_row"],
+                          cwd=project, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.multirank
 def test_a_fault_is_a_function_and_an_import_and_is_seen(project: Path) -> None:
     path, (source, line) = steps("add_a_fault.md")
