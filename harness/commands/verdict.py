@@ -39,7 +39,8 @@ def verdict_command(
     device: Annotated[str, typer.Option(help="Of model folders and references: cpu or cuda.")] = "cpu",
     fabric: Fabric = "auto",
     seed: Seed = 0,
-    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv.")] = Path("reports/out/verdict"),
+    out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html and .csv, and for what live sides answer, A.jsonl "
+                                                 "and the like.")] = Path("reports/out/verdict"),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -62,7 +63,8 @@ def verdict_command(
     sizes = dict(zip(engines, tp_sizes * (1 if len(tp_sizes) > 1 else len(engines)), strict=True))
     common = SideOptions(dtype=dtype, device=device, fabric=fabric, model=model, key_env=key_env, timeout_s=timeout)
     options = {name: replace(common, tp_size=sizes.get(name, 1)) for name in written}
-    plan = VerdictPlan(a=a, b=b, noise=noise, options=options, dtype=dtype, prompts=prompts, generate=generate, seed=seed)
+    plan = VerdictPlan(a=a, b=b, noise=noise, options=options, dtype=dtype, prompts=prompts, generate=generate, seed=seed,
+                       keep=out)
     with done_of(quiet=quiet) as on_done:
         report = run_verdict(plan, on_done=lambda side, done, total: on_done(f"sequences of {side}", done, total))
     end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=False, as_json=as_json, quiet=quiet,

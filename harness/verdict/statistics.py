@@ -340,13 +340,12 @@ def looks_like(judgement: Judgement) -> str:
     """In the words of planted faults what the differences look like; empty for rounding."""
     if judgement.answer != "bug":
         return ""
-    tests = {test.name: test for test in judgement.tests}
-    where = tests["where"]
+    where = next(test for test in judgement.tests if test.name == "where")
     if where.value > 1:
         return next((words for word, words in LOOKS_LIKE if word in where.group), "")
-    if tests["peak"].value > 1:
+    if judgement.worst.name == "peak":
         return "a few tokens alone: a border row looked up twice, a race, a stale flag"
-    if tests["shift"].value > 1:
+    if judgement.worst.name == "shift":
         return "one side finds everything likelier: logits scaled or a temperature applied, weights of another step"
     return ("scattered over all tokens: a lost or doubled all-reduce, a bias added once a rank, shards in the wrong order, "
             "another checkpoint")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from statistics import NormalDist
 
@@ -33,7 +34,7 @@ from harness.verdict.sides import (
     read_prompts,
 )
 from harness.verdict.statistics import Judgement, judge, looks_like, sensitivity
-from harness.verdict.streams import Scored, Stream, StreamError
+from harness.verdict.streams import Scored, Stream, StreamError, StreamWriter
 from harness.verdict.tokens import DECODE, Floats, Tokens, align
 from harness.verification.budgets import UNIT_ROUNDOFF, VERDICT_LIMITS
 from reports.records import Report, VerdictPlaces, VerdictRow, VerdictTest
@@ -55,6 +56,7 @@ class VerdictPlan:
     dtype        in which both compute; ``auto``: what they say
     prompts      file of sequences to score; None: those of a file, or drawn
     generate     tokens that a server generates after a third of the prompts
+    keep         folder for what a live side answers, ``A.jsonl`` and the like, sequence by sequence; None: it is not kept
     """
 
     a: str
@@ -65,8 +67,14 @@ class VerdictPlan:
     prompts: Path | None = None
     generate: int = 16
     seed: int = 0
+    keep: Path | None = None
 
     def __post_init__(self) -> None:
+        sides = {"A": self.a, "B": self.b, "noise": self.noise or ""}
+        files = {Path(text).expanduser().resolve() for text in sides.values() if not is_live(text)}
+        if self.keep is not None and any(is_live(text) and (self.keep / f"{name}.jsonl").resolve() in files
+                                         for name, text in sides.items()):
+            raise UsageError(f"out={str(self.keep)!r}: the answers would replace a file that is compared: name another folder")
         if self.dtype not in ("auto", *DTYPES):
             raise UsageError(f"dtype={self.dtype!r} is unknown; supported: auto, {', '.join(DTYPES)}")
         if self.generate < 0:
@@ -113,7 +121,7 @@ def _streams(plan: VerdictPlan, on_done: OnDone) -> dict[str, Stream]:
     for name in written:
         if name not in streams:
             with closing(servers.get(name) or open_side(models[name], options[name])) as side:
-                streams[name] = _scored_by(name, side, everything, generated.get(name, []), on_done)
+                streams[name] = _scored_by(name, side, everything, generated.get(name, []), plan.keep, on_done)
     return streams
 
 
@@ -127,15 +135,18 @@ def _generated(servers: Mapping[str, ServerSide], sequences: Sequence[tuple[int,
     return found
 
 
-def _scored_by(name: str, side: Side, sequences: Sequence[tuple[int, ...]], generated: Sequence[Scored],
+def _scored_by(name: str, side: Side, sequences: Sequence[tuple[int, ...]], generated: Sequence[Scored], keep: Path | None,
                on_done: OnDone) -> Stream:
     """What it generated itself, and all others as prompts."""
     own = {one.token_ids: one for one in generated}
     others = [ids for ids in dict.fromkeys(sequences) if ids not in own]
-    found = list(own.values())
-    for number, scored in enumerate(side.score(others), start=1):
-        found.append(scored.check(f"{side.info.source}: sequence {number}"))
-        on_done(name, number, len(others))
+    found = []
+    with nullcontext() if keep is None else StreamWriter(keep / f"{name}.jsonl", **asdict(side.info)) as writer:
+        for number, scored in enumerate(chain(own.values(), side.score(others)), start=1):
+            found.append(scored.check(f"{side.info.source}: sequence {number}"))
+            if writer is not None:
+                writer.put(scored)
+            on_done(name, number, len(own) + len(others))
     return Stream(info=side.info, sequences=tuple(found))
 
 

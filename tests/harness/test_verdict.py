@@ -107,6 +107,18 @@ def test_a_shift_to_one_side_is_a_bug_even_where_it_is_small() -> None:
     assert judgement.worst.name == "shift"
 
 
+def test_what_is_large_everywhere_and_larger_at_a_few_tokens_is_no_matter_of_a_few_tokens() -> None:
+    """As a server's shard with its rows at the wrong place was: 7 units everywhere, a hundred at one place."""
+    a = drawn(1)
+    units_off = 60 * np.sin(np.arange(24 * 64) * 1.7)
+    units_off[9] = -4000
+    off = moved(a, lambda t: units(t, "bfloat16", "dtype") * units_off)
+    judgement = judge(align(a, off), dtype="bfloat16")
+    values = {test.name: test.value for test in judgement.tests}
+    assert values["size"] > values["peak"] > 1
+    assert looks_like(judgement).startswith("scattered over all tokens")
+
+
 def test_few_tokens_an_unknown_dtype_and_sizes_in_between_tell_nothing() -> None:
     a = drawn(1)
     few = Stream(info=a.info, sequences=(replace(a.sequences[0], token_ids=a.sequences[0].token_ids[:20],

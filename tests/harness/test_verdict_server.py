@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from harness.cli import app
 from harness.errors import UsageError
 from harness.verdict.server import Server, origin
-from harness.verdict.streams import StreamError, read_stream
+from harness.verdict.streams import StreamError, StreamInfo, read_stream
 from reports.records import read_report
 
 Answer = Callable[["Fake", str, dict[str, Any]], Any]
@@ -148,13 +148,18 @@ def test_two_servers_are_compared_with_one_command_and_no_key_or_query_is_kept(t
         result = run("verdict", f"{one}/?user=me", other, *common)
         assert result.exit_code == 1, result.output
         assert run("verdict", one, one, *common).exit_code == 0
+        assert "would replace a file" in run("verdict", tmp_path / "B.jsonl", other, *common).stderr
+    for name in ("A", "B"):  # what was answered is there, whatever comes next
+        info = StreamInfo(source=f"{one}/v1, tiny", model="tiny", dtype="bfloat16")
+        assert read_stream(tmp_path / f"{name}.jsonl").info == info
+    assert run("verdict", tmp_path / "A.jsonl", tmp_path / "B.jsonl", "--out", tmp_path).exit_code == 0
     assert {headers["Authorization"] for _, _, headers in asked} == {f"Bearer {KEY}"}
     assert all(path in ("/v1/models?user=me", "/v1/completions?user=me", "/v1/models", "/v1/completions") for path, _, _ in asked)
     for path in tmp_path.iterdir():
         text = path.read_text()
         assert KEY not in text
         assert "user=me" not in text
-    row = read_report(tmp_path / "report.old.json").verdict
+    row = read_report(tmp_path).verdict
     assert row is not None
     assert "decode steps" in row.comparison
     assert row.a == f"{one}/v1, tiny"
