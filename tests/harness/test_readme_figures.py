@@ -110,6 +110,18 @@ def test_the_share_of_the_budgets_that_gpus_took_is_the_records() -> None:
     assert f"`verify` took {worst:.2f}\n  of them at most" in PAGES
 
 
+def test_the_verdicts_on_real_servers_are_those_of_their_records() -> None:
+    page = (ROOT / "docs/verdict.md").read_text()
+    lines = re.findall(r"^\|.*\]\(\.\./(reports/baselines/\S+/verdict-\S+\.json)\) \|$", page, re.MULTILINE)
+    assert sorted(lines) == sorted(str(path.relative_to(ROOT)) for path in BASELINES.glob("*/verdict-*.json"))
+    for record in lines:
+        row = read_report(ROOT / record).verdict
+        assert row is not None
+        size = next(test.statistic for test in row.tests if test.name == "size")
+        shown = f"| {row.yardstick} | {row.compared:,} | {size:.3g} | **{row.answer}** | [json](../{record}) |"
+        assert shown in page
+
+
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
     record = "reports/baselines/cpu-2core-amd-epyc/aa.json"
     changed = PAGES.replace("| the same code | 100 |", "| the same code | 101 |")
