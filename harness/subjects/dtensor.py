@@ -138,11 +138,17 @@ def plain(value: Tensor) -> Tensor:
 
 @contextmanager
 def own_groups(owner: object) -> Iterator[None]:
-    """Process groups that are made meanwhile end with ``owner``: libraries make several a model, and end none."""
+    """Process groups that are made meanwhile end with ``owner``: libraries make several a model, and end none.
+
+    Those too of a load that raises. Each has threads that wake up all the time, and a hundred of them leave no core to others.
+    """
     before = set(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else set()
-    yield
-    if dist.is_initialized():
-        weakref.finalize(owner, _end_groups, [group for group in dist.distributed_c10d._world.pg_map if group not in before])
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            made = [group for group in dist.distributed_c10d._world.pg_map if group not in before]
+            weakref.finalize(owner, _end_groups, made)
 
 
 def _end_groups(groups: Sequence[dist.ProcessGroup]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -223,6 +224,21 @@ def test_experts_that_were_merged_while_loading_are_found_again(make: type[Trans
     folder = tiny_model(MOE)
     with make(Placement(tp_size=2, fabric="gloo", job_timeout_s=120)) as subject:
         assert_green(outcome("weights", subject, folder))
+
+
+def _num_groups(rank: FaultyRank) -> int:
+    gc.collect()
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def test_a_refused_model_leaves_no_process_groups_behind(two_ranks: Faulty, tmp_path: Path) -> None:
+    folder = shrink("gpt_bigcode", tmp_path)
+    counts = []
+    for _ in range(3):
+        with pytest.raises((CheckpointError, SubjectFailure), match="tp_size=2"):
+            two_ranks.load(folder, dtype="float32", options={"quiet": True})
+        counts.append(two_ranks.run(_num_groups)[0])
+    assert counts[1:] == counts[:-1]
 
 
 def _norm_in_float32(rank: FaultyRank) -> None:
