@@ -222,12 +222,13 @@ def joined(table: pd.DataFrame) -> pd.DataFrame:
 def rows_table(report: Report, *, peers: Sequence[str] = ()) -> pd.DataFrame:
     """All rows of a report in one table, for CSV, whatever they are of; each with its run."""
     run = report.run
-    return stacked(
+    table = stacked(
         check=checks_table(report.checks),
         bench=bench_table(report.benches, peers=peers),
         not_measured=not_measured_table(report.not_measured),
         atlas=atlas_table(report.atlas),
-    ).assign(commit=run.code, started_at=run.started_at, version=run.version)
+    )
+    return _beside(table, commit=run.code, started_at=run.started_at, version=run.version)
 
 
 def changes_table(comparison: Comparison) -> pd.DataFrame:
@@ -236,8 +237,14 @@ def changes_table(comparison: Comparison) -> pd.DataFrame:
                     atlas=atlas_changes_table(comparison.atlas))
     for side in ("baseline", "candidate"):
         run: RunInfo = getattr(comparison, side)
-        table = table.assign(**{f"{side}_commit": run.code, f"{side}_started_at": run.started_at, f"{side}_version": run.version})
+        table = _beside(table, **{f"{side}_{name}": text for name, text in
+                                  (("commit", run.code), ("started_at", run.started_at), ("version", run.version))})
     return table
+
+
+def _beside(table: pd.DataFrame, **texts: str | None) -> pd.DataFrame:
+    # Objects here too: where pyarrow is installed pandas keeps strings in it, and a lone surrogate does not fit.
+    return table.assign(**{name: pd.Series(text, index=table.index, dtype=object) for name, text in texts.items()})
 
 
 def stacked(**parts: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,8 @@ def verdict_tests_table(row: VerdictRow | None) -> pd.DataFrame:
     """One row a test."""
     columns = ["test", "share_of_allowed", "what it says", "parts tried"]
     tests = [] if row is None else row.tests
-    return pd.DataFrame([(test.name, test.value, test.says, test.tried) for test in tests], columns=columns)
+    return pd.DataFrame([(test.name, test.value, test.says, test.tried) for test in tests], columns=columns,
+                        dtype=object)
 
 
 def verdict_facts(row: VerdictRow) -> dict[str, str]:

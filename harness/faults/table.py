@@ -16,7 +16,7 @@ def faults_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
          "red": " ".join(row.extra["red"]) or None, "missed": " ".join(row.extra["missed"]) or None, "module": _module(row),
          "effect": _effect(row), "smallest": row.extra["smallest"] or None}
         for row in rows if "patched" in row.extra
-    ])
+    ], dtype=object)
 
 
 def faults_summary(rows: Sequence[CheckRow]) -> str:
