@@ -17,7 +17,7 @@ CONTROL = "nothing: a control"
 def faults_by_seed(reports: Iterable[Report]) -> pd.DataFrame:
     """One row a fault and number of ranks. Where two reports have it at the same seed, the later counts.
 
-    A fault holds where all checks that must see it did, a control where none minded it. Older reports name it as a model.
+    A fault holds where all checks that must see it did, a control where none found anything. Older reports name it as a model.
     """
     rows = pd.DataFrame([
         {"part": row.extra["patched"], "fault": row.fault or row.model, "ranks": row.tp_size, "seed": report.run.seed,

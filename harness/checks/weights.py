@@ -160,7 +160,7 @@ def compare_shards(context: CheckContext, what: str, folder: Path, config: dict[
                 wrong[0].append(Wrong(name=name, what="not in the checkpoint"))
                 continue
             as_stored = files[stored[name].file].get_tensor(stored[name].name)
-            held_as = DTYPES[dtype]
+            held_as = DTYPES[dtype]  # what is kept wider is asked for only where a shard differs: that takes the whole model
             if dtype == context.dtype and any(shard is not None and shard.dtype != held_as for shard in shards):
                 held_as = context.results.kept_wider.get(name, held_as)
             whole = as_stored.to(held_as) if as_stored.is_floating_point() else as_stored

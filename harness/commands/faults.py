@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from harness.commands.options import AsJson, Quiet, Seed, check_device, end_of_run, numbers, prepare_out
-from harness.commands.progress import RowsShown, done_of
+from harness.commands.progress import RowsShown, spinner
 from harness.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _score(tool: Path, only: tuple[str, ...], seed: int, out: Path, *, as_json: 
 
     plan = ScorePlan(tool=tool, only=only, seed=seed)
     prepare_out(out)
-    with done_of(quiet=quiet) as on_done:
+    with spinner(quiet=quiet) as on_done:
         report = score_tool(plan, on_done)
     end_of_run(report, out, show=lambda: _print_scores(report, quiet=quiet), interrupted=False, as_json=as_json,
                quiet=quiet, summary=f"{tool.name} on {sum(row.runs for row in report.scores if row.rule == tool.name)} pairs")

@@ -69,7 +69,7 @@ class RowsShown:
 
 
 @contextmanager
-def done_of(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def spinner(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """On a terminal a spinner with ``what: 3 of 24``: gives the function to tell it of each step."""
     if quiet or not errors.is_terminal:
         yield lambda what, done, total: None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness.commands.options import AsJson, Fabric, Quiet, Seed, check_device, end_of_run, numbers, prepare_out
-from harness.commands.progress import done_of
+from harness.commands.progress import spinner
 from harness.errors import UsageError
 from harness.names import DTYPES
 
@@ -65,7 +65,7 @@ def verdict_command(
     options = {name: replace(common, tp_size=sizes.get(name, 1)) for name in written}
     plan = VerdictPlan(a=a, b=b, noise=noise, options=options, dtype=dtype, prompts=prompts, generate=generate, seed=seed,
                        keep=out)
-    with done_of(quiet=quiet) as on_done:
+    with spinner(quiet=quiet) as on_done:
         report = run_verdict(plan, on_done=lambda side, done, total: on_done(f"sequences of {side}", done, total))
     end_of_run(report, out, show=lambda: _print(report, quiet=quiet), interrupted=False, as_json=as_json, quiet=quiet,
                summary=report.verdict.answer if report.verdict else "")

@@ -13,8 +13,9 @@ from reports.records import ScoreRow
 from reports.verdict_rows import ALL_FAULTS
 
 Line = dict[str, Any]
-"""``pair``, ``planted``, ``dtype``, ``model``, ``tokens``; ``said``: rule -> [[tokens, answer], …]; ``values``: what people look
-at. The last two are empty for a fault that changes nothing."""
+"""``pair``: its model's name, a dash, and which of the model's pairs; ``planted``, ``dtype``, ``model``, ``tokens``;
+``said``: rule -> [[tokens, answer], …]; ``values``: what people look at. The last two are empty for a fault that changes
+nothing."""
 SAME_ALARMS = "with no false alarm here"
 
 

@@ -87,13 +87,12 @@ def score_tool(plan: ScorePlan, on_done: OnDone = lambda what, done, total: None
         tokens = align(pair.a, pair.b)
         own = judge(tokens, dtype=pair.dtype, vocab_size=pair.a.info.vocab_size).answer
         said = {plan.tool.name: ask(plan.tool, pair, plan.timeout_s), BESIDE: own}
-        lines.append({"pair": f"{number}-", "planted": pair.planted, "dtype": pair.dtype, "values": {},
+        lines.append({"pair": f"{number}-0", "planted": pair.planted, "dtype": pair.dtype, "values": {},
                       "said": {rule: [(len(tokens), answer)] for rule, answer in said.items()}})
         on_done("pairs judged", number, len(pairs))
     lines.sort(key=lambda line: (DTYPES.index(line["dtype"]), line["planted"]))
     rows = scores(lines, by_fault=(plan.tool.name, BESIDE))
-    argv = ["shardproof", "faults", "--score", plan.tool.name]
-    return Report(run=run_info("faults", started_at=started_at, seed=plan.seed, argv=argv), scores=rows)
+    return Report(run=run_info("faults", started_at=started_at, seed=plan.seed), scores=rows)
 
 
 def _drawn(plan: ScorePlan, on_done: OnDone) -> Iterator[Blind]:
