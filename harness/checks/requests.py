@@ -373,6 +373,9 @@ def draw_requests(draw: random.Random, talker: Talker) -> list[Asked]:
         # Two tokens that take turns as each is counted, one of them often in the prompt, which does not count.
         *(((one,) * NUM_TOKENS, {**greedy, "allowed_token_ids": [one, other], "frequency_penalty": 2.0})
           for one, other in (draw.sample(plain, 2) for _ in range(2))),
+        # One token whose bias holds out against a penalty, and not against one for each time that it came.
+        (tuple(plain[:3]), {**greedy, "allowed_token_ids": plain[:2], "logit_bias": {plain[0]: 10.0}, "presence_penalty": 2.0,
+                            "max_tokens": 2 * NUM_TOKENS}),
         # Letters alone, so that words come up.
         *((some(), {**free, "n": 3, "seed": seed(), "logit_bias": dict.fromkeys(talker.letters, 50.0), "bad_words": words})
           for words in (letters[:2], [one + other for one in letters[:3] for other in letters[:5]], ["abc", "cab", "bb", "e"])),
