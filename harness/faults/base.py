@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from engine.parallel.group import SoloGroup, TPGroup
 from engine.ranks.ranks import RankContext
 from harness.verification.classify import Kind
 
 Make = Callable[[Any], Any]
+Around = TypeVar("Around", bound=Callable[..., Any])
 LOAD = "load"
 """Stands among the checks for a subject that refuses to load."""
 
@@ -35,6 +36,15 @@ class Patches:
         before = vars(owner)[name]
         self._undo.callback(setattr, owner, name, before)
         setattr(owner, name, make(before))
+
+    def around(self, owner: Any, name: str) -> Callable[[Around], Around]:
+        """Decorator: ``owner.name(...)`` becomes a call of the function below it, whose first argument is what it was."""
+
+        def put(function: Around) -> Around:
+            self.replace(owner, name, lambda original: lambda *args, **kwargs: function(original, *args, **kwargs))
+            return function
+
+        return put
 
     def on_close(self, clean_up: Callable[[], None]) -> None:
         """Call this when the fault is taken out, after what was replaced later has been put back."""

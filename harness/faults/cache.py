@@ -32,27 +32,19 @@ def blocks_overlap(patch: Patches, tp: TPGroup) -> None:
         strides = (-(-num_heads // tp.size) * block_size * head_dim, block_size * head_dim, head_dim, 1)
         return torch.empty_like(cache, memory_format=torch.contiguous_format).as_strided(cache.shape, strides)
 
-    def make(original: Any) -> Any:
-        def allocate_cache(*arguments: Any, **options: Any) -> list[LayerCache]:
-            return [LayerCache(overlapping(cache.k_PNBH), overlapping(cache.v_PNBH)) for cache in original(*arguments, **options)]
-
-        return allocate_cache
-
-    patch.replace(runner_module, "allocate_cache", make)
+    @patch.around(runner_module, "allocate_cache")
+    def allocate_cache(original: Any, *arguments: Any, **options: Any) -> list[LayerCache]:
+        return [LayerCache(overlapping(cache.k_PNBH), overlapping(cache.v_PNBH)) for cache in original(*arguments, **options)]
 
 
 def _before_the_write(patch: Patches, change: Any) -> None:
     """``change(positions_T, slots_T, block_size)`` gives the positions and slots with which keys and values are written."""
 
-    def make(original: Any) -> Any:
-        def rope_store_kv(qkv_TC: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor, k_PNBH: Tensor, v_PNBH: Tensor,
-                          slots_T: Tensor, **norms: Any) -> Any:
-            positions_T, slots_T = change(positions_T, slots_T, k_PNBH.shape[2])
-            return original(qkv_TC, positions_T, cos, sin, k_PNBH, v_PNBH, slots_T, **norms)
-
-        return rope_store_kv
-
-    patch.replace(attention_module, "rope_store_kv_torch", make)
+    @patch.around(attention_module, "rope_store_kv_torch")
+    def rope_store_kv(original: Any, qkv_TC: Tensor, positions_T: Tensor, cos: Tensor, sin: Tensor, k_PNBH: Tensor,
+                      v_PNBH: Tensor, slots_T: Tensor, **norms: Any) -> Any:
+        positions_T, slots_T = change(positions_T, slots_T, k_PNBH.shape[2])
+        return original(qkv_TC, positions_T, cos, sin, k_PNBH, v_PNBH, slots_T, **norms)
 
 
 @fault(rows=(27,), checks=("logits",), module=BEFORE_O_PROJ)
@@ -74,36 +66,27 @@ def positions_counted_in_the_step(patch: Patches, tp: TPGroup) -> None:
 def blocks_of_another_sequence(patch: Patches, tp: TPGroup) -> None:
     """With two sequences or more in a step, rank 1 reads each one's neighbour's blocks."""
 
-    def make(original: Any) -> Any:
-        def call(self: TorchBackend, q_TQH: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-            if tp.rank == 1:
-                batch = replace(batch, block_tables_SB=batch.block_tables_SB.roll(1, 0))
-            out_TQH: Tensor = original(self, q_TQH, cache, batch)
-            return out_TQH
-
-        return call
-
-    patch.replace(TorchBackend, "__call__", make)
+    @patch.around(TorchBackend, "__call__")
+    def call(original: Any, self: TorchBackend, q_TQH: Tensor, cache: LayerCache, batch: StepBatch) -> Any:
+        if tp.rank == 1:
+            batch = replace(batch, block_tables_SB=batch.block_tables_SB.roll(1, 0))
+        return original(self, q_TQH, cache, batch)
 
 
 @fault(rows=(73,), checks=("kv",))
 def cache_sized_by_each_rank(patch: Patches, tp: TPGroup) -> None:
     """Every rank has the blocks that its own memory allows, and rank 1 has less of it."""
 
-    def make(original: Any) -> Any:
-        def make_cache(self: Runner) -> int:
-            if self.tp.rank == 1 and self.config.num_kv_blocks is not None and self.config.num_kv_blocks > 1:
-                self.config = replace(self.config, num_kv_blocks=self.config.num_kv_blocks - 1)
-            self.tp.all_reduce_min = lambda value: value  # type: ignore[method-assign]  # of this one group
-            try:
-                num_blocks: int = original(self)
-            finally:
-                del self.tp.all_reduce_min
-            return num_blocks
-
-        return make_cache
-
-    patch.replace(Runner, "make_cache", make)
+    @patch.around(Runner, "make_cache")
+    def make_cache(original: Any, self: Runner) -> int:
+        if self.tp.rank == 1 and self.config.num_kv_blocks is not None and self.config.num_kv_blocks > 1:
+            self.config = replace(self.config, num_kv_blocks=self.config.num_kv_blocks - 1)
+        self.tp.all_reduce_min = lambda value: value  # type: ignore[method-assign]  # of this one group
+        try:
+            num_blocks: int = original(self)
+        finally:
+            del self.tp.all_reduce_min
+        return num_blocks
 
 
 @fault(rows=(74,), checks=("kv",))
@@ -122,13 +105,8 @@ def prefix_hash_without_what_came_before(patch: Patches, tp: TPGroup) -> None:
 @fault(rows=(76,), checks=("kv",))
 def preempted_tokens_forgotten(patch: Patches, tp: TPGroup) -> None:
     """Rank 1 starts a preempted sequence over from its prompt: the tokens drawn before are not sent again."""
-
-    def make(original: Any) -> Any:
-        def preempt(self: Scheduler, sequence: Sequence) -> None:
+    if tp.rank == 1:
+        @patch.around(Scheduler, "_preempt")
+        def preempt(original: Any, self: Scheduler, sequence: Sequence) -> None:
             original(self, sequence)
             del sequence.token_ids[sequence.num_prompt_tokens :]
-
-        return preempt
-
-    if tp.rank == 1:
-        patch.replace(Scheduler, "_preempt", make)

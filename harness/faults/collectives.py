@@ -20,28 +20,19 @@ EMBEDDING = "model.embed_tokens"
 def gathered_into_a_scratch_tensor(patch: Patches, tp: TPGroup) -> None:
     """The all-gather fills one tensor and returns another, of fresh memory."""
 
-    def make(original: Any) -> Any:
-        def all_gather(self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
-            gathered: Tensor = original(self, x, dim)
-            return torch.zeros_like(gathered)
-
-        return all_gather
-
-    patch.replace(ProcessTPGroup, "_all_gather", make)
+    @patch.around(ProcessTPGroup, "_all_gather")
+    def all_gather(original: Any, self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
+        gathered: Tensor = original(self, x, dim)
+        return torch.zeros_like(gathered)
 
 
 def _reorder_gathered(patch: Patches, reorder: Any) -> None:
     """``reorder(parts, dim)`` in place of joining the gathered parts in rank order."""
 
-    def make(original: Any) -> Any:
-        def all_gather(self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
-            parts = original(self, x, dim).chunk(self.size, dim)
-            joined: Tensor = reorder(parts, dim)
-            return joined
-
-        return all_gather
-
-    patch.replace(ProcessTPGroup, "_all_gather", make)
+    @patch.around(ProcessTPGroup, "_all_gather")
+    def all_gather(original: Any, self: ProcessTPGroup, x: Tensor, dim: int) -> Any:
+        parts = original(self, x, dim).chunk(self.size, dim)
+        return reorder(parts, dim)
 
 
 @fault(rows=(56,), checks=("collectives", "layers", "logits"), module="lm_head", effect="permuted")
@@ -80,34 +71,26 @@ def sum_read_too_early(patch: Patches, tp: TPGroup) -> None:
     """Rank 1 reads every third result before the others' parts are in."""
     calls = 0
 
-    def make(original: Any) -> Any:
-        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            own = x.clone()
-            total: Tensor = original(self, x)
-            return own if self.rank == 1 and calls % 3 == 0 else total
-
-        return all_reduce
-
-    patch.replace(ProcessTPGroup, "_all_reduce", make)
+    @patch.around(ProcessTPGroup, "_all_reduce")
+    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        own = x.clone()
+        total: Tensor = original(self, x)
+        return own if self.rank == 1 and calls % 3 == 0 else total
 
 
 def _result_of_the_call_before(patch: Patches, tp: TPGroup, name: str) -> None:
     """Rank 1 gets what the last call of this collective with this shape gave."""
     before: dict[tuple[Any, ...], Tensor] = {}
 
-    def make(original: Any) -> Any:
-        def collective(self: ProcessTPGroup, x: Tensor, *dim: int) -> Tensor:
+    if tp.rank == 1:
+        @patch.around(ProcessTPGroup, name)
+        def collective(original: Any, self: ProcessTPGroup, x: Tensor, *dim: int) -> Tensor:
             result: Tensor = original(self, x, *dim)
             old = before.get((x.dtype, x.shape, dim), result)
             before[(x.dtype, x.shape, dim)] = result.clone()
             return old
-
-        return collective
-
-    if tp.rank == 1:
-        patch.replace(ProcessTPGroup, name, make)
 
 
 @fault(rows=(51,), layout="qwen2", checks=("collectives", "logits"), module=EMBEDDING)
@@ -126,55 +109,37 @@ def logits_of_the_step_before(patch: Patches, tp: TPGroup) -> None:
 def last_rank_left_out(patch: Patches, tp: TPGroup) -> None:
     """A sum over the ranks ends one rank too early."""
 
-    def make(original: Any) -> Any:
-        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-            total: Tensor = original(self, x * 0 if self.rank == self.size - 1 else x)
-            return total
-
-        return all_reduce
-
-    patch.replace(ProcessTPGroup, "_all_reduce", make)
+    @patch.around(ProcessTPGroup, "_all_reduce")
+    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Any:
+        return original(self, x * 0 if self.rank == self.size - 1 else x)
 
 
 @fault(rows=(42,), layout="llama-odd", checks=("collectives", "layers", "logits"), module=EMBEDDING, effect="multiplied")
 def mean_instead_of_sum(patch: Patches, tp: TPGroup) -> None:
     """The all-reduce averages over the ranks, as it would for gradients."""
 
-    def make(original: Any) -> Any:
-        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-            total: Tensor = original(self, x)
-            return (total / self.size).to(x.dtype)
-
-        return all_reduce
-
-    patch.replace(ProcessTPGroup, "_all_reduce", make)
+    @patch.around(ProcessTPGroup, "_all_reduce")
+    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
+        total: Tensor = original(self, x)
+        return (total / self.size).to(x.dtype)
 
 
 @fault(layout="llama-odd", checks=("collectives", "logits"), module=EMBEDDING)
 def sums_in_half_precision(patch: Patches, tp: TPGroup) -> None:
     """Float32 parts travel, and are added, as bfloat16: an error that is rounding, and far too much of it."""
 
-    def make(original: Any) -> Any:
-        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-            total: Tensor = original(self, x.bfloat16())
-            return total.to(x.dtype)
-
-        return all_reduce
-
-    patch.replace(ProcessTPGroup, "_all_reduce", make)
+    @patch.around(ProcessTPGroup, "_all_reduce")
+    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
+        total: Tensor = original(self, x.bfloat16())
+        return total.to(x.dtype)
 
 
 @fault(rows=(79,), checks=("layers", "logits"))
 def one_rank_takes_another_way(patch: Patches, tp: TPGroup) -> None:
     """For steps of up to four tokens rank 1 decides by itself to leave out an all-reduce, and the others wait for it."""
 
-    def make(original: Any) -> Any:
-        def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
-            if self.tp.rank == 1 and len(x_TI) <= 4:
-                return linear(x_TI, self.weight, self.bias)
-            y_TO: Tensor = original(self, x_TI)
-            return y_TO
-
-        return forward
-
-    patch.replace(RowParallelLinear, "forward", make)
+    @patch.around(RowParallelLinear, "forward")
+    def forward(original: Any, self: RowParallelLinear, x_TI: Tensor) -> Any:
+        if self.tp.rank == 1 and len(x_TI) <= 4:
+            return linear(x_TI, self.weight, self.bias)
+        return original(self, x_TI)

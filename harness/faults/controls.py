@@ -79,17 +79,13 @@ def residual_kept_in_float32(patch: Patches, tp: TPGroup) -> None:
 def products_added_in_two_halves(patch: Patches, tp: TPGroup) -> None:
     """A matmul adds the first half of the features up, then the second, in at least float32."""
 
-    def make(original: Any) -> Any:
-        def linear_in_halves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            half = x.shape[1] // 2
-            wide_x, wide_weight = _widened(x), _widened(weight)
-            y = wide_x[:, :half] @ wide_weight[:, :half].T + wide_x[:, half:] @ wide_weight[:, half:].T
-            return (y if bias is None else y + _widened(bias)).to(x.dtype)
-
-        return linear_in_halves
-
-    patch.replace(linear_module, "linear", make)
-    patch.replace(embedding_module, "linear", make)
+    @patch.around(linear_module, "linear")
+    @patch.around(embedding_module, "linear")
+    def linear_in_halves(original: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        half = x.shape[1] // 2
+        wide_x, wide_weight = _widened(x), _widened(weight)
+        y = wide_x[:, :half] @ wide_weight[:, :half].T + wide_x[:, half:] @ wide_weight[:, half:].T
+        return (y if bias is None else y + _widened(bias)).to(x.dtype)
 
 
 @control(layout="llama-odd")
@@ -108,30 +104,21 @@ def reduced_at_another_call_site(patch: Patches, tp: TPGroup) -> None:
 def one_barrier_more(patch: Patches, tp: TPGroup) -> None:
     """All ranks meet once more in every layer."""
 
-    def make(original: Any) -> Any:
-        def forward(self: MLP, x_TE: Tensor) -> Tensor:
-            tp.barrier()
-            y_TE: Tensor = original(self, x_TE)
-            return y_TE
-
-        return forward
-
-    patch.replace(MLP, "forward", make)
+    @patch.around(MLP, "forward")
+    def forward(original: Any, self: MLP, x_TE: Tensor) -> Any:
+        tp.barrier()
+        return original(self, x_TE)
 
 
 @control(layout="qwen2")
 def blocks_handed_out_backwards(patch: Patches, tp: TPGroup) -> None:
     """The cache's blocks are used from the last to the first."""
 
-    def make(original: Any) -> Any:
-        def init(self: BlockManager, *arguments: Any, **options: Any) -> None:
-            original(self, *arguments, **options)
-            for block in sorted(self.free, reverse=True):
-                self.free.move_to_end(block)
-
-        return init
-
-    patch.replace(BlockManager, "__init__", make)
+    @patch.around(BlockManager, "__init__")
+    def init(original: Any, self: BlockManager, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        for block in sorted(self.free, reverse=True):
+            self.free.move_to_end(block)
 
 
 @control(layout="llama-odd")
@@ -151,13 +138,10 @@ def foreign_tokens_add_plain_zeros(patch: Patches, tp: TPGroup) -> None:
 def keys_copied_for_every_query_head(patch: Patches, tp: TPGroup) -> None:
     """Every query head attends to a copy of its KV head, also where a group could share one."""
 
-    def make(original: Any) -> Any:
-        def attend(q: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts: Tensor, kv_heads: list[int], scale: float) -> Any:
-            return original(q, k_ANLH[:, kv_heads], v_ANLH[:, kv_heads], contexts, list(range(len(kv_heads))), scale)
-
-        return attend
-
-    patch.replace(attention_module, "_attend", make)
+    @patch.around(attention_module, "_attend")
+    def attend(original: Any, q: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts: Tensor, kv_heads: list[int],
+               scale: float) -> Any:
+        return original(q, k_ANLH[:, kv_heads], v_ANLH[:, kv_heads], contexts, list(range(len(kv_heads))), scale)
 
 
 @control()

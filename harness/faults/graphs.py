@@ -23,17 +23,13 @@ def block_tables_filled_once(patch: Patches, tp: TPGroup) -> None:
     """A replay's block tables are filled in when a staging buffer is used first: blocks that came later are never seen."""
     filled: set[int] = set()
 
-    def make(original: Any) -> Any:
-        def fill(self: StepInputs, batch: StepBatch) -> None:
-            before = self.tables_SB.clone()
-            original(self, batch)
-            if id(self) in filled:
-                self.tables_SB.copy_(before)
-            filled.add(id(self))
-
-        return fill
-
-    patch.replace(StepInputs, "fill", make)
+    @patch.around(StepInputs, "fill")
+    def fill(original: Any, self: StepInputs, batch: StepBatch) -> None:
+        before = self.tables_SB.clone()
+        original(self, batch)
+        if id(self) in filled:
+            self.tables_SB.copy_(before)
+        filled.add(id(self))
 
 
 @fault(layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
@@ -41,61 +37,44 @@ def inputs_derived_before_capture(patch: Patches, tp: TPGroup) -> None:
     """Positions and slots are worked out when a bucket warms up, and the graph reads those for ever."""
     derived: dict[int, StepBatch] = {}
 
-    def make(original: Any) -> Any:
-        def batch(self: DecodeStep) -> StepBatch:
-            if id(self) not in derived:
-                derived[id(self)] = original(self)
-            return derived[id(self)]
-
-        return batch
-
-    patch.replace(DecodeStep, "_batch", make)
+    @patch.around(DecodeStep, "_batch")
+    def batch(original: Any, self: DecodeStep) -> StepBatch:
+        if id(self) not in derived:
+            derived[id(self)] = original(self)
+        return derived[id(self)]
 
 
 @fault(rows=(51,), layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
 def length_baked_into_the_graph(patch: Patches, tp: TPGroup) -> None:
     """The contexts' length is a number of the host's when the graph is captured: a replay attends to as many tokens."""
 
-    def make(original: Any) -> Any:
-        def fill(self: StepInputs, batch: StepBatch) -> None:
-            original(self, batch)
-            self.context_S.clamp_(max=8)
-
-        return fill
-
-    patch.replace(StepInputs, "fill", make)
+    @patch.around(StepInputs, "fill")
+    def fill(original: Any, self: StepInputs, batch: StepBatch) -> None:
+        original(self, batch)
+        self.context_S.clamp_(max=8)
 
 
 @fault(rows=(52,), tp_sizes=(2,), checks=("logits", "generation"), device="cuda")
 def reduce_faked_while_capturing(patch: Patches, tp: TPGroup) -> None:
     """While a graph is captured an all-reduce gives its input back, and so does every replay."""
 
-    def make(original: Any) -> Any:
-        def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-            if torch.cuda.is_current_stream_capturing():
-                return x
-            total: Tensor = original(self, x)
-            return total
+    @patch.around(ProcessTPGroup, "_all_reduce")
+    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            return x
+        return original(self, x)
 
-        return all_reduce
-
-    patch.replace(ProcessTPGroup, "_all_reduce", make)
     patch.replace(ProcessTPGroup, "fuses_norm", lambda original: lambda self, x_TE: False)
 
 
 def _before_each_call(patch: Patches, change: Callable[[PeerMemory], object]) -> None:
     """``change`` this rank's view of the shared memory ahead of each call, and of each replay of a call, that uses it."""
-
-    def make(original: Any) -> Any:
-        def call(self: ProcessTPGroup, x: Tensor, *rest: Any) -> Any:
+    for name in ("_all_reduce", "_all_reduce_add_norm", "_argmax"):
+        @patch.around(ProcessTPGroup, name)
+        def call(original: Any, self: ProcessTPGroup, x: Tensor, *rest: Any) -> Any:
             if self.peers is not None:
                 change(self.peers)
             return original(self, x, *rest)
-
-        return call
-
-    for name in ("_all_reduce", "_all_reduce_add_norm", "_argmax"):
-        patch.replace(ProcessTPGroup, name, make)
 
 
 @fault(rows=(48, 50), tp_sizes=(2,), checks=("collectives",), device="cuda")

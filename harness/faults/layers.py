@@ -34,16 +34,12 @@ def row_bias_on_every_rank(patch: Patches, tp: TPGroup) -> None:
 def _in_every_layer(patch: Patches, path: str, forward: Any, *, layers: slice = slice(None)) -> None:
     """``forward(self, original, x)`` for the module at ``path`` of these decoder layers: of one model, not of its class."""
 
-    def make(original_init: Any) -> Any:
-        def init(self: Decoder, *arguments: Any, **options: Any) -> None:
-            original_init(self, *arguments, **options)
-            for layer in list(self.layers)[layers]:
-                module: nn.Module = layer.get_submodule(path)
-                module.forward = MethodType(lambda self, x, original=module.forward: forward(self, original, x), module)
-
-        return init
-
-    patch.replace(Decoder, "__init__", make)
+    @patch.around(Decoder, "__init__")
+    def init(original_init: Any, self: Decoder, *arguments: Any, **options: Any) -> None:
+        original_init(self, *arguments, **options)
+        for layer in list(self.layers)[layers]:
+            module: nn.Module = layer.get_submodule(path)
+            module.forward = MethodType(lambda self, x, original=module.forward: forward(self, original, x), module)
 
 
 @fault(rows=(37,), checks=("logits",), module=f"{MLP}.down_proj", effect="bias")
@@ -78,30 +74,21 @@ def branch_counts_for_one_rank(patch: Patches, tp: TPGroup) -> None:
 def norm_over_the_local_heads(patch: Patches, tp: TPGroup) -> None:
     """Queries and keys are normed over all heads of the rank together, so what counts depends on the cut."""
 
-    def make(original: Any) -> Any:
-        def norm_and_rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor, weight_H: Tensor | None, eps: float) -> Tensor:
-            if weight_H is not None:
-                wide = x_TNH.float()
-                x_TNH = (wide * torch.rsqrt(wide.square().mean((1, 2), keepdim=True) + eps) * weight_H.float()).to(x_TNH.dtype)
-            rotated: Tensor = original(x_TNH, cos, sin, None, eps)
-            return rotated
-
-        return norm_and_rotate
-
-    patch.replace(rope_module, "_norm_and_rotate_torch", make)
+    @patch.around(rope_module, "_norm_and_rotate_torch")
+    def norm_and_rotate(original: Any, x_TNH: Tensor, cos: Tensor, sin: Tensor, weight_H: Tensor | None, eps: float) -> Any:
+        if weight_H is not None:
+            wide = x_TNH.float()
+            x_TNH = (wide * torch.rsqrt(wide.square().mean((1, 2), keepdim=True) + eps) * weight_H.float()).to(x_TNH.dtype)
+        return original(x_TNH, cos, sin, None, eps)
 
 
 def _other_groups(patch: Patches, kv_of_q: Any) -> None:
     """``kv_of_q(heads)`` in place of the local query-to-KV map."""
 
-    def make(original: Any) -> Any:
-        def init(self: TorchBackend, layout: AttentionLayout) -> None:
-            original(self, layout)
-            self.kv_of_q = kv_of_q(layout.heads)
-
-        return init
-
-    patch.replace(TorchBackend, "__init__", make)
+    @patch.around(TorchBackend, "__init__")
+    def init(original: Any, self: TorchBackend, layout: AttentionLayout) -> None:
+        original(self, layout)
+        self.kv_of_q = kv_of_q(layout.heads)
 
 
 @fault(rows=(29,), layout="qwen2", checks=("attention", "logits"), module=BEFORE_O_PROJ)

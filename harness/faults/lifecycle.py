@@ -8,7 +8,7 @@ from typing import Any
 
 import engine.ranks.jobs as jobs_module
 from engine.parallel.group import TPGroup
-from engine.ranks.failures import RankError, RankFailure
+from engine.ranks.failures import RankError
 from engine.ranks.pool import ConnectedPool
 from engine.ranks.process_ranks import ProcessHandle, ProcessPool
 from harness.faults.base import Patches, control, fault
@@ -18,13 +18,9 @@ from harness.faults.base import Patches, control, fault
 def killed_rank_not_seen(patch: Patches, tp: TPGroup) -> None:
     """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
 
-    def make(original: Any) -> Any:
-        def rank_died(self: Any, handle: ProcessHandle, deliver: Any) -> None:
-            del self._actions[handle.process.sentinel]
-
-        return rank_died
-
-    patch.replace(ProcessPool, "_rank_died", make)
+    @patch.around(ProcessPool, "_rank_died")
+    def rank_died(original: Any, self: Any, handle: ProcessHandle, deliver: Any) -> None:
+        del self._actions[handle.process.sentinel]
 
 
 @fault(where="driver", rows=(84,), checks=("lifecycle",))
@@ -49,25 +45,16 @@ def ranks_outlive_their_driver(patch: Patches, tp: TPGroup) -> None:
 def consequence_taken_for_a_cause(patch: Patches, tp: TPGroup) -> None:
     """A rank whose connection broke because another one died is blamed like that one."""
 
-    def make(original: Any) -> Any:
-        def make_failure(job: str, errors: Mapping[int, RankError], *arguments: Any, **options: Any) -> RankFailure:
-            failure: RankFailure = original(
-                job, {rank: replace(error, consequence=False) for rank, error in errors.items()}, *arguments, **options)
-            return failure
-
-        return make_failure
-
-    patch.replace(jobs_module, "make_failure", make)
+    @patch.around(jobs_module, "make_failure")
+    def make_failure(original: Any, job: str, errors: Mapping[int, RankError], *arguments: Any, **options: Any) -> Any:
+        return original(
+            job, {rank: replace(error, consequence=False) for rank, error in errors.items()}, *arguments, **options)
 
 
 @control(where="driver")
 def answers_awaited_in_short_naps(patch: Patches, tp: TPGroup) -> None:
     """The driver wakes up every 20 ms to see whether ranks have said something: wasteful, and right."""
 
-    def make(original: Any) -> Any:
-        def poll(self: Any, deliver: Any, timeout_s: float | None) -> None:
-            original(self, deliver, 0.02 if timeout_s is None else min(timeout_s, 0.02))
-
-        return poll
-
-    patch.replace(ConnectedPool, "poll", make)
+    @patch.around(ConnectedPool, "poll")
+    def poll(original: Any, self: Any, deliver: Any, timeout_s: float | None) -> None:
+        original(self, deliver, 0.02 if timeout_s is None else min(timeout_s, 0.02))

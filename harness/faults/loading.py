@@ -12,7 +12,7 @@ from engine.parallel.group import TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.parameter import LoadedWeight, ShardParameter, columns_of, rows_of
 from engine.parallel.sharding import HeadShard
-from harness.faults.base import LOAD, Make, Patches, fault
+from harness.faults.base import LOAD, Patches, fault
 
 ATTENTION = "model.layers.0.self_attn"
 MLP = "model.layers.0.mlp"
@@ -22,17 +22,13 @@ MLP = "model.layers.0.mlp"
 def same_rows_on_every_rank(patch: Patches, tp: TPGroup) -> None:
     """The loader of column-parallel weights takes rank 0's rows on every rank."""
 
-    def make(original: Any) -> Any:
-        def weight_loader(self: MergedColumnParallelLinear, *arguments: Any) -> None:
-            right, self.output_ranges = self.output_ranges, tuple(range(len(owned)) for owned in self.output_ranges)
-            try:
-                original(self, *arguments)
-            finally:
-                self.output_ranges = right
-
-        return weight_loader
-
-    patch.replace(MergedColumnParallelLinear, "weight_loader", make)
+    @patch.around(MergedColumnParallelLinear, "weight_loader")
+    def weight_loader(original: Any, self: MergedColumnParallelLinear, *arguments: Any) -> None:
+        right, self.output_ranges = self.output_ranges, tuple(range(len(owned)) for owned in self.output_ranges)
+        try:
+            original(self, *arguments)
+        finally:
+            self.output_ranges = right
 
 
 @fault(rows=(1,), layout="qwen2", checks=("weights", "layers", "logits"), module=f"{ATTENTION}.o_proj", effect="repeated")
@@ -54,86 +50,70 @@ def _cut_naively(layer: MergedColumnParallelLinear, param: ShardParameter, loade
         param.write(rows_of(loaded, range(start - first, stop - first)), rows=range(start - share.start, stop - share.start))
 
 
-def _naive_loader(layer_class: type[MergedColumnParallelLinear]) -> Make:
+def _load_naively(patch: Patches, layer_class: type[MergedColumnParallelLinear]) -> None:
     """For fused layers of exactly this class whose parts together split evenly."""
 
-    def make(original: Any) -> Any:
-        def weight_loader(self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
-                          shard_id: str | int | None = None) -> None:
-            is_even = param.shape[0] * self.tp.size == sum(self.output_sizes)
-            if type(self) is layer_class and shard_id is not None and is_even:
-                _cut_naively(self, param, loaded, self.shard_ids.index(shard_id))
-            else:
-                original(self, param, loaded, shard_id)
-
-        return weight_loader
-
-    return make
+    @patch.around(MergedColumnParallelLinear, "weight_loader")
+    def weight_loader(original: Any, self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
+                      shard_id: str | int | None = None) -> None:
+        is_even = param.shape[0] * self.tp.size == sum(self.output_sizes)
+        if type(self) is layer_class and shard_id is not None and is_even:
+            _cut_naively(self, param, loaded, self.shard_ids.index(shard_id))
+        else:
+            original(self, param, loaded, shard_id)
 
 
 @fault(rows=(4, 5), checks=("weights", "layers", "logits"), module=f"{ATTENTION}.q_proj", effect="permuted")
 def fused_qkv_cut_naively(patch: Patches, tp: TPGroup) -> None:
     """Queries, keys and values are put together first and cut into contiguous shares after."""
-    patch.replace(MergedColumnParallelLinear, "weight_loader", _naive_loader(QKVParallelLinear))
+    _load_naively(patch, QKVParallelLinear)
 
 
 @fault(rows=(5, 6, 8), checks=("weights", "layers", "logits"), module=f"{MLP}.gate_proj", effect="permuted")
 def fused_gate_up_cut_naively(patch: Patches, tp: TPGroup) -> None:
     """Gate and up are put together first and cut into contiguous shares after: rank 0 gets all of the gate."""
-    patch.replace(MergedColumnParallelLinear, "weight_loader", _naive_loader(MergedColumnParallelLinear))
+    _load_naively(patch, MergedColumnParallelLinear)
 
 
 @fault(rows=(5, 6, 8), layout="phi3", checks=("weights", "logits"), module=f"{MLP}.gate_up_proj", effect="permuted")
 def gate_up_fused_on_disk_cut_naively(patch: Patches, tp: TPGroup) -> None:
     """A tensor that the checkpoint holds fused is cut into contiguous shares: rank 0 gets all of the gate, rank 1 all of up."""
 
-    def make(original: Any) -> Any:
-        def weight_loader(self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
-                          shard_id: str | int | None = None) -> None:
-            if type(self) is MergedColumnParallelLinear and shard_id is None:
-                num_rows = param.shape[0]
-                param.write(rows_of(loaded, range(tp.rank * num_rows, (tp.rank + 1) * num_rows)), rows=range(num_rows))
-            else:
-                original(self, param, loaded, shard_id)
-
-        return weight_loader
-
-    patch.replace(MergedColumnParallelLinear, "weight_loader", make)
+    @patch.around(MergedColumnParallelLinear, "weight_loader")
+    def weight_loader(original: Any, self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
+                      shard_id: str | int | None = None) -> None:
+        if type(self) is MergedColumnParallelLinear and shard_id is None:
+            num_rows = param.shape[0]
+            param.write(rows_of(loaded, range(tp.rank * num_rows, (tp.rank + 1) * num_rows)), rows=range(num_rows))
+        else:
+            original(self, param, loaded, shard_id)
 
 
 @fault(rows=(7,), layout="qwen3", checks=("weights", "layers", "logits"), module=f"{MLP}.gate_proj", effect="permuted")
 def gate_and_up_interleaved(patch: Patches, tp: TPGroup) -> None:
     """Gate and up are written row by row in turn, where the activation takes the first half and the second."""
 
-    def make(original: Any) -> Any:
-        def weight_loader(self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
-                          shard_id: str | int | None = None) -> None:
-            if isinstance(self, QKVParallelLinear) or len(self.output_sizes) != 2 or shard_id is None:
-                original(self, param, loaded, shard_id)
-                return
-            part = self.shard_ids.index(shard_id)
-            for index, row in enumerate(self.output_ranges[part]):
-                param.write(rows_of(loaded, range(row, row + 1)), rows=range(2 * index + part, 2 * index + part + 1))
-
-        return weight_loader
-
-    patch.replace(MergedColumnParallelLinear, "weight_loader", make)
+    @patch.around(MergedColumnParallelLinear, "weight_loader")
+    def weight_loader(original: Any, self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
+                      shard_id: str | int | None = None) -> None:
+        if isinstance(self, QKVParallelLinear) or len(self.output_sizes) != 2 or shard_id is None:
+            original(self, param, loaded, shard_id)
+            return
+        part = self.shard_ids.index(shard_id)
+        for index, row in enumerate(self.output_ranges[part]):
+            param.write(rows_of(loaded, range(row, row + 1)), rows=range(2 * index + part, 2 * index + part + 1))
 
 
 @fault(rows=(10,), checks=("weights", "layers", "logits"), module="lm_head", effect="repeated")
 def head_loader_ignores_the_rank(patch: Patches, tp: TPGroup) -> None:
     """The LM head's loader takes the vocabulary's first rows on every rank."""
 
-    def make(original: Any) -> Any:
-        def weight_loader(self: Any, param: ShardParameter, loaded: LoadedWeight) -> None:
-            if not isinstance(self, ParallelLMHead):
-                original(self, param, loaded)
-                return
-            param.write(rows_of(loaded, range(param.shape[0])), rows=range(param.shape[0]))
-
-        return weight_loader
-
-    patch.replace(ParallelLMHead.__mro__[1], "weight_loader", make)
+    @patch.around(ParallelLMHead.__mro__[1], "weight_loader")
+    def weight_loader(original: Any, self: Any, param: ShardParameter, loaded: LoadedWeight) -> None:
+        if not isinstance(self, ParallelLMHead):
+            original(self, param, loaded)
+            return
+        param.write(rows_of(loaded, range(param.shape[0])), rows=range(param.shape[0]))
 
 
 @fault(rows=(3,), layout="llama-odd", checks=("weights", "logits"), module=f"{MLP}.gate_proj", effect="shape")
@@ -155,16 +135,12 @@ def replicated_instead_of_cut(patch: Patches, tp: TPGroup) -> None:
 def _on_load(patch: Patches, wanted: str, load: Any) -> None:
     """``load(parameter, tensor)`` in place of the loader, for checkpoint tensors whose name ends in ``wanted``."""
 
-    def make(original: Any) -> Any:
-        def _load(parameter: Any, tensor: Any, shard_id: str | int | None = None) -> None:
-            if tensor.name.endswith(wanted):
-                load(original, parameter, tensor, shard_id)
-            else:
-                original(parameter, tensor, shard_id)
-
-        return _load
-
-    patch.replace(weights_module, "_load", make)
+    @patch.around(weights_module, "_load")
+    def _load(original: Any, parameter: Any, tensor: Any, shard_id: str | int | None = None) -> None:
+        if tensor.name.endswith(wanted):
+            load(original, parameter, tensor, shard_id)
+        else:
+            original(parameter, tensor, shard_id)
 
 
 class _Changed:
@@ -210,50 +186,38 @@ def bias_divided_by_the_ranks(patch: Patches, tp: TPGroup) -> None:
 def row_bias_cut_and_tiled(patch: Patches, tp: TPGroup) -> None:
     """The bias of a row-parallel layer is cut like its weight, and broadcasting makes it fit again."""
 
-    def make(original: Any) -> Any:
-        def init(self: RowParallelLinear, *arguments: Any, **options: Any) -> None:
-            original(self, *arguments, **options)
-            if self.bias is not None and self.bias.shape[0] % tp.size == 0:
-                self.bias.weight_loader = _load_tiled
-
-        return init
-
-    def _load_tiled(param: ShardParameter, loaded: LoadedWeight) -> None:
+    def load_tiled(param: ShardParameter, loaded: LoadedWeight) -> None:
         share = param.shape[0] // tp.size
         part = loaded[tp.rank * share : (tp.rank + 1) * share]
         param.write(part.repeat(tp.size), rows=range(param.shape[0]))
 
-    patch.replace(RowParallelLinear, "__init__", make)
+    @patch.around(RowParallelLinear, "__init__")
+    def init(original: Any, self: RowParallelLinear, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        if self.bias is not None and self.bias.shape[0] % tp.size == 0:
+            self.bias.weight_loader = load_tiled
 
 
 @fault(rows=(14,), checks=(LOAD, "layers"))
 def row_bias_through_the_weights_loader(patch: Patches, tp: TPGroup) -> None:
     """The bias of a row-parallel layer goes through its weight's loader, which asks for two dimensions."""
 
-    def make(original: Any) -> Any:
-        def init(self: RowParallelLinear, *arguments: Any, **options: Any) -> None:
-            original(self, *arguments, **options)
-            if self.bias is not None:
-                self.bias.weight_loader = self.weight_loader
-
-        return init
-
-    patch.replace(RowParallelLinear, "__init__", make)
+    @patch.around(RowParallelLinear, "__init__")
+    def init(original: Any, self: RowParallelLinear, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        if self.bias is not None:
+            self.bias.weight_loader = self.weight_loader
 
 
 def _forget_the_head(patch: Patches) -> None:
     """Expect no LM head in the checkpoint of a tied model, whatever became of the tie."""
 
-    def make(original: Any) -> Any:
-        def checkpoint_names(model: DecoderForCausalLM, modules: Any) -> Any:
-            names = original(model, modules)
-            if model.config.tie_word_embeddings:
-                names.pop("lm_head.weight", None)
-            return names
-
-        return checkpoint_names
-
-    patch.replace(weights_module, "checkpoint_names", make)
+    @patch.around(weights_module, "checkpoint_names")
+    def checkpoint_names(original: Any, model: DecoderForCausalLM, modules: Any) -> Any:
+        names = original(model, modules)
+        if model.config.tie_word_embeddings:
+            names.pop("lm_head.weight", None)
+        return names
 
 
 def _all_of(parameter: ShardParameter) -> tuple[range, ...]:
@@ -276,34 +240,27 @@ def tied_head_left_at_zero(patch: Patches, tp: TPGroup) -> None:
 def head_tied_by_its_data(patch: Patches, tp: TPGroup) -> None:
     """On all ranks but the first the head takes a copy of the embedding's data, before anything is loaded."""
 
-    def make(original: Any) -> Any:
-        def tie(self: ParallelLMHead, embedding: VocabParallelEmbedding) -> None:
-            if tp.rank == 0:
-                original(self, embedding)
-                return
-            self.weight.data = embedding.weight.data.clone()
-            self.weight.written.append(_all_of(self.weight))
+    @patch.around(ParallelLMHead, "tie")
+    def tie(original: Any, self: ParallelLMHead, embedding: VocabParallelEmbedding) -> None:
+        if tp.rank == 0:
+            original(self, embedding)
+            return
+        self.weight.data = embedding.weight.data.clone()
+        self.weight.written.append(_all_of(self.weight))
 
-        return tie
-
-    patch.replace(ParallelLMHead, "tie", make)
     _forget_the_head(patch)
 
 
 def _other_kv_heads(patch: Patches, kv_head_of: Any) -> None:
     """Each rank loads one KV head, ``kv_head_of(rank, num_kv_heads)``, where it would also hold one in truth."""
 
-    def make(original: Any) -> Any:
-        def head_shard(num_q_heads: int, num_kv_heads: int, *, tp_rank: int, tp_size: int) -> HeadShard:
-            right: HeadShard = original(num_q_heads, num_kv_heads, tp_rank=tp_rank, tp_size=tp_size)
-            kv_head = kv_head_of(tp_rank, num_kv_heads)
-            if right.local_num_kv_heads != 1 or tp_size % num_kv_heads or not 0 <= kv_head < num_kv_heads:
-                return right
-            return HeadShard(q_heads=right.q_heads, kv_heads=range(kv_head, kv_head + 1), kv_of_q=right.kv_of_q)
-
-        return head_shard
-
-    patch.replace(linear_module, "head_shard", make)
+    @patch.around(linear_module, "head_shard")
+    def head_shard(original: Any, num_q_heads: int, num_kv_heads: int, *, tp_rank: int, tp_size: int) -> HeadShard:
+        right: HeadShard = original(num_q_heads, num_kv_heads, tp_rank=tp_rank, tp_size=tp_size)
+        kv_head = kv_head_of(tp_rank, num_kv_heads)
+        if right.local_num_kv_heads != 1 or tp_size % num_kv_heads or not 0 <= kv_head < num_kv_heads:
+            return right
+        return HeadShard(q_heads=right.q_heads, kv_heads=range(kv_head, kv_head + 1), kv_of_q=right.kv_of_q)
 
 
 @fault(rows=(23,), layout="qwen3", tp_sizes=(4,), checks=("weights", "layers", "logits"), module=f"{ATTENTION}.k_proj",
@@ -334,11 +291,7 @@ def key_norm_cut_by_the_rank(patch: Patches, tp: TPGroup) -> None:
 def columns_in_a_local_order(patch: Patches, tp: TPGroup) -> None:
     """Row-parallel weights are reordered after they are cut, each rank by itself, and their inputs are not."""
 
-    def make(original: Any) -> Any:
-        def weight_loader(self: RowParallelLinear, param: ShardParameter, loaded: LoadedWeight) -> None:
-            original(self, param, loaded)
-            param.data.copy_(param.data.flip(-1))
-
-        return weight_loader
-
-    patch.replace(RowParallelLinear, "weight_loader", make)
+    @patch.around(RowParallelLinear, "weight_loader")
+    def weight_loader(original: Any, self: RowParallelLinear, param: ShardParameter, loaded: LoadedWeight) -> None:
+        original(self, param, loaded)
+        param.data.copy_(param.data.flip(-1))

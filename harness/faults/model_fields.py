@@ -143,10 +143,6 @@ _declare("eos-never-read", "eos_token_ids", "A list of end-of-sequence tokens is
 def last_token_refused(patch: Patches, tp: TPGroup) -> None:
     """Admission takes the vocabulary to end before its last token: a prompt or a stop token with that one is refused."""
 
-    def make(original: Any) -> Any:
-        def init(self: Admission, model_config: ModelConfig, *arguments: Any, **options: Any) -> None:
-            original(self, replace(model_config, vocab_size=model_config.vocab_size - 1), *arguments, **options)
-
-        return init
-
-    patch.replace(Admission, "__init__", make)
+    @patch.around(Admission, "__init__")
+    def init(original: Any, self: Admission, model_config: ModelConfig, *arguments: Any, **options: Any) -> None:
+        original(self, replace(model_config, vocab_size=model_config.vocab_size - 1), *arguments, **options)

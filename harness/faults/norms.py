@@ -17,13 +17,9 @@ FIRST_NORM = "model.layers.0.input_layernorm"
 def _with_eps(patch: Patches, eps_of: Callable[[float], float]) -> None:
     """``eps_of(the config's)`` in every norm."""
 
-    def make(original: Any) -> Any:
-        def init(self: RMSNorm, hidden_size: int, eps: float, **options: Any) -> None:
-            original(self, hidden_size, eps_of(eps), **options)
-
-        return init
-
-    patch.replace(RMSNorm, "__init__", make)
+    @patch.around(RMSNorm, "__init__")
+    def init(original: Any, self: RMSNorm, hidden_size: int, eps: float, **options: Any) -> None:
+        original(self, hidden_size, eps_of(eps), **options)
 
 
 @fault(checks=("logits",), module=FIRST_NORM)
@@ -42,13 +38,9 @@ def eps_by_default(patch: Patches, tp: TPGroup) -> None:
 def head_norms_with_another_eps(patch: Patches, tp: TPGroup) -> None:
     """The norms of queries and keys have a tenth of the config's eps, the others the whole of it."""
 
-    def make(original: Any) -> Any:
-        def init(self: SelfAttention, *arguments: Any, **options: Any) -> None:
-            original(self, *arguments, **options)
-            for norm in (self.q_norm, self.k_norm):
-                if norm is not None:
-                    norm.eps /= 10
-
-        return init
-
-    patch.replace(SelfAttention, "__init__", make)
+    @patch.around(SelfAttention, "__init__")
+    def init(original: Any, self: SelfAttention, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.eps /= 10

@@ -33,23 +33,14 @@ def _logprobs_of(change: Callable[[Tensor, SamplingBatch], Tensor]) -> Plant:
     def plant(patch: Patches, tp: TPGroup) -> None:
         seen: list[SamplingBatch] = []
 
-        def make_sample(original: Any) -> Any:
-            def sample(logits_RV: Tensor, sampling: SamplingBatch, *rest: Any, **options: Any) -> Tensor:
-                seen[:] = [sampling]
-                token_R: Tensor = original(logits_RV, sampling, *rest, **options)
-                return token_R
+        @patch.around(runner_module, "sample")
+        def sample(original: Any, logits_RV: Tensor, sampling: SamplingBatch, *rest: Any, **options: Any) -> Any:
+            seen[:] = [sampling]
+            return original(logits_RV, sampling, *rest, **options)
 
-            return sample
-
-        def make_logprobs(original: Any) -> Any:
-            def logprobs_of(logits_RV: Tensor, *rest: Any) -> LogprobTensors:
-                tensors: LogprobTensors = original(change(logits_RV, seen[0]), *rest)
-                return tensors
-
-            return logprobs_of
-
-        patch.replace(runner_module, "sample", make_sample)
-        patch.replace(runner_module, "logprobs_of", make_logprobs)
+        @patch.around(runner_module, "logprobs_of")
+        def logprobs_of(original: Any, logits_RV: Tensor, *rest: Any) -> Any:
+            return original(change(logits_RV, seen[0]), *rest)
 
     return plant
 
@@ -94,15 +85,11 @@ def _with_rank(right: LogprobTensors, rank_of: Callable[[LogprobTensors], Tensor
 def drawn_token_missing_among_the_best(patch: Patches, tp: TPGroup) -> None:
     """Only the best tokens are told: a drawn token that is none of them has no log-probability."""
 
-    def make(original: Any) -> Any:
-        def take_logprobs(self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
-            original(self, token_id, at)
-            if token_id not in [best for best, _, _ in at.top[: self.request.params.logprobs]]:
-                _logprobs(self)[-1].pop(token_id)
-
-        return take_logprobs
-
-    patch.replace(OngoingCompletion, "_take_logprobs", make)
+    @patch.around(OngoingCompletion, "_take_logprobs")
+    def take_logprobs(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
+        original(self, token_id, at)
+        if token_id not in [best for best, _, _ in at.top[: self.request.params.logprobs]]:
+            _logprobs(self)[-1].pop(token_id)
 
 
 def _logprobs(completion: OngoingCompletion) -> list[Any]:
@@ -114,32 +101,24 @@ def _logprobs(completion: OngoingCompletion) -> list[Any]:
 def sum_misses_the_last_token(patch: Patches, tp: TPGroup) -> None:
     """The sum of log-probabilities is brought up to date before each token's own is known: the last is never added."""
 
-    def make(original: Any) -> Any:
-        def take_logprobs(self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
-            told = [logprobs[drawn].logprob for logprobs, drawn in zip(_logprobs(self), self.output.token_ids, strict=False)]
-            original(self, token_id, at)
-            self.output.cumulative_logprob = sum(told)
-
-        return take_logprobs
-
-    patch.replace(OngoingCompletion, "_take_logprobs", make)
+    @patch.around(OngoingCompletion, "_take_logprobs")
+    def take_logprobs(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
+        told = [logprobs[drawn].logprob for logprobs, drawn in zip(_logprobs(self), self.output.token_ids, strict=False)]
+        original(self, token_id, at)
+        self.output.cumulative_logprob = sum(told)
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
 def logprobs_of_the_first_completion_for_all(patch: Patches, tp: TPGroup) -> None:
     """All completions of a prompt tell the first one's log-probabilities."""
 
-    def make(original: Any) -> Any:
-        def empty_inbox(self: OngoingRequest) -> list[int]:
-            ended: list[int] = original(self)
-            first, *others = self.output.outputs
-            for other in others:
-                other.logprobs = None if first.logprobs is None else list(first.logprobs)
-            return ended
-
-        return empty_inbox
-
-    patch.replace(OngoingRequest, "empty_inbox", make)
+    @patch.around(OngoingRequest, "empty_inbox")
+    def empty_inbox(original: Any, self: OngoingRequest) -> list[int]:
+        ended: list[int] = original(self)
+        first, *others = self.output.outputs
+        for other in others:
+            other.logprobs = None if first.logprobs is None else list(first.logprobs)
+        return ended
 
 
 # Log-probabilities of the prompt.
@@ -191,13 +170,9 @@ def first_prompt_token_left_out(patch: Patches, tp: TPGroup) -> None:
 
 def _detokenized_with(**changed: Any) -> Plant:
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def init(self: Detokenizer, *arguments: Any, **options: Any) -> None:
-                original(self, *arguments, **{**options, **changed})
-
-            return init
-
-        patch.replace(Detokenizer, "__init__", make)
+        @patch.around(Detokenizer, "__init__")
+        def init(original: Any, self: Detokenizer, *arguments: Any, **options: Any) -> None:
+            original(self, *arguments, **{**options, **changed})
 
     return plant
 
@@ -215,21 +190,18 @@ for _name, _field, _what, _changed in (
 
 def _stop_token_text(is_kept: bool) -> Plant:
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def finish(self: OngoingCompletion, reason: str) -> None:
-                right = self.request
-                self.request = replace(right, params=replace(right.params, include_stop_str_in_output=is_kept))
-                try:
-                    original(self, reason)
-                finally:
-                    self.request = right
-
-            return finish
+        @patch.around(OngoingCompletion, "finish")
+        def finish(original: Any, self: OngoingCompletion, reason: str) -> None:
+            right = self.request
+            self.request = replace(right, params=replace(right.params, include_stop_str_in_output=is_kept))
+            try:
+                original(self, reason)
+            finally:
+                self.request = right
 
         def is_hidden(self: OngoingCompletion, token: TokenOutput) -> bool:
             return token.finish_reason == "stop" and not is_kept
 
-        patch.replace(OngoingCompletion, "finish", make)
         patch.replace(OngoingCompletion, "_is_hidden", lambda original: is_hidden)
 
     return plant
@@ -245,33 +217,25 @@ declare("include_stop_str_in_output", "The text of the stop token is cut off als
 def stop_string_within_one_token_alone(patch: Patches, tp: TPGroup) -> None:
     """A stop string is looked for in what each token adds to the text: one that spans two tokens is not found."""
 
-    def make(original: Any) -> Any:
-        def take(self: Detokenizer, new: str) -> None:
-            wanted, self._stop = self._stop, tuple(stop for stop in self._stop if stop in new)
-            try:
-                original(self, new)
-            finally:
-                self._stop = wanted
-
-        return take
-
-    patch.replace(Detokenizer, "_take", make)
+    @patch.around(Detokenizer, "_take")
+    def take(original: Any, self: Detokenizer, new: str) -> None:
+        wanted, self._stop = self._stop, tuple(stop for stop in self._stop if stop in new)
+        try:
+            original(self, new)
+        finally:
+            self._stop = wanted
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.stop")
 def held_back_text_lost(patch: Patches, tp: TPGroup) -> None:
     """What was held back, because a stop string could have begun with it, is lost where the completion ends otherwise."""
 
-    def make(original: Any) -> Any:
-        def finish(self: Detokenizer) -> None:
-            num_safe, is_held = self.num_safe, bool(self._stop) and self.stop_string is None
-            original(self)
-            if is_held and self.stop_string is None:
-                self.text, self.num_safe = self.text[:num_safe], num_safe
-
-        return finish
-
-    patch.replace(Detokenizer, "finish", make)
+    @patch.around(Detokenizer, "finish")
+    def finish(original: Any, self: Detokenizer) -> None:
+        num_safe, is_held = self.num_safe, bool(self._stop) and self.stop_string is None
+        original(self)
+        if is_held and self.stop_string is None:
+            self.text, self.num_safe = self.text[:num_safe], num_safe
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.stop")
@@ -304,14 +268,10 @@ def end_of_sequence_told_as_stop_reason(patch: Patches, tp: TPGroup) -> None:
 
 
 def _after_finish(patch: Patches, change: Callable[[OngoingCompletion], None]) -> None:
-    def make(original: Any) -> Any:
-        def finish(self: OngoingCompletion, reason: str) -> None:
-            original(self, reason)
-            change(self)
-
-        return finish
-
-    patch.replace(OngoingCompletion, "finish", make)
+    @patch.around(OngoingCompletion, "finish")
+    def finish(original: Any, self: OngoingCompletion, reason: str) -> None:
+        original(self, reason)
+        change(self)
 
 
 # Aborts.
@@ -333,29 +293,22 @@ def abort_ends_one_completion_alone(patch: Patches, tp: TPGroup) -> None:
             self.completions[number].finish("abort")
         return running
 
-    def make(original: Any) -> Any:
-        def abort_in_driver(self: Driver, request_id: int) -> None:
-            with self._changed:
-                if (request := self._requests.get(request_id)) is not None:
-                    request.inbox.append(None)  # its owner ends on the ranks what it says has ended
-                    self._changed.notify_all()
-
-        return abort_in_driver
+    def abort_in_driver(self: Driver, request_id: int) -> None:
+        with self._changed:
+            if (request := self._requests.get(request_id)) is not None:
+                request.inbox.append(None)  # its owner ends on the ranks what it says has ended
+                self._changed.notify_all()
 
     patch.replace(OngoingRequest, "_abort", lambda original: abort)
-    patch.replace(Driver, "abort", make)
+    patch.replace(Driver, "abort", lambda original: abort_in_driver)
 
 
 @fault(checks=CHECKS, where="driver")
 def abort_leaves_the_text_empty(patch: Patches, tp: TPGroup) -> None:
     """An aborted completion has its tokens, but no text."""
 
-    def make(original: Any) -> Any:
-        def finish(self: OngoingCompletion, reason: str) -> None:
-            original(self, reason)
-            if reason == "abort":
-                self.output.text = ""
-
-        return finish
-
-    patch.replace(OngoingCompletion, "finish", make)
+    @patch.around(OngoingCompletion, "finish")
+    def finish(original: Any, self: OngoingCompletion, reason: str) -> None:
+        original(self, reason)
+        if reason == "abort":
+            self.output.text = ""

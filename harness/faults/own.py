@@ -36,46 +36,33 @@ PIECE_BYTES = 2048
 def even_counts_taken_for_even_groups(patch: Patches, tp: TPGroup) -> None:
     """Four query heads on two KV heads are taken for two and two, though the cut left one and three of them."""
 
-    def make(original: Any) -> Any:
-        def init(self: HeadShard, *, q_heads: range, kv_heads: range, kv_of_q: tuple[int, ...]) -> None:
-            per_kv_head, rest = divmod(len(q_heads), len(kv_heads))
-            if not rest:
-                kv_of_q = tuple(local // per_kv_head for local in range(len(q_heads)))
-            original(self, q_heads=q_heads, kv_heads=kv_heads, kv_of_q=kv_of_q)
-
-        return init
-
-    patch.replace(HeadShard, "__init__", make)
+    @patch.around(HeadShard, "__init__")
+    def init(original: Any, self: HeadShard, *, q_heads: range, kv_heads: range, kv_of_q: tuple[int, ...]) -> None:
+        per_kv_head, rest = divmod(len(q_heads), len(kv_heads))
+        if not rest:
+            kv_of_q = tuple(local // per_kv_head for local in range(len(q_heads)))
+        original(self, q_heads=q_heads, kv_heads=kv_heads, kv_of_q=kv_of_q)
 
 
 @fault(checks=("collectives",))
 def reduced_copy_thrown_away(patch: Patches, tp: TPGroup) -> None:
     """What is not contiguous is copied, the copy is reduced, and the tensor itself is given back as it was."""
 
-    def make(original: Any) -> Any:
-        def all_reduce(self: TPGroup, x: Tensor) -> Tensor:
-            total: Tensor = original(self, x)
-            return total if x.is_contiguous() else x
-
-        return all_reduce
-
-    patch.replace(TPGroup, "all_reduce", make)
+    @patch.around(TPGroup, "all_reduce")
+    def all_reduce(original: Any, self: TPGroup, x: Tensor) -> Tensor:
+        total: Tensor = original(self, x)
+        return total if x.is_contiguous() else x
 
 
 @fault(checks=("layers", "logits"), module=f"{ATTENTION}.o_proj", effect="bias")
 def single_row_without_bias(patch: Patches, tp: TPGroup) -> None:
     """A row-parallel layer has a path of its own for one row, a matrix-vector product, which forgets the bias."""
 
-    def make(original: Any) -> Any:
-        def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
-            if x_TI.shape[0] == 1:
-                return self.tp.all_reduce(torch.mv(self.weight, x_TI[0]))[None]
-            y_TO: Tensor = original(self, x_TI)
-            return y_TO
-
-        return forward
-
-    patch.replace(RowParallelLinear, "forward", make)
+    @patch.around(RowParallelLinear, "forward")
+    def forward(original: Any, self: RowParallelLinear, x_TI: Tensor) -> Any:
+        if x_TI.shape[0] == 1:
+            return self.tp.all_reduce(torch.mv(self.weight, x_TI[0]))[None]
+        return original(self, x_TI)
 
 
 @fault(checks=("layers", "logits"), module=EMBEDDING)
@@ -95,18 +82,14 @@ def border_token_on_two_ranks(patch: Patches, tp: TPGroup) -> None:
 def last_piece_of_a_large_tensor_not_read(patch: Patches, tp: TPGroup) -> None:
     """Large tensors are read in pieces of as many rows as fit, and the rows that do not fill a piece stay zero."""
 
-    def make(original: Any) -> Any:
-        def getitem(self: CheckpointTensor, index: Any) -> Tensor:
-            value: Tensor = original(self, index)
-            if isinstance(index, slice) and value.dim() == 2 and value.nbytes > PIECE_BYTES:
-                piece = max(1, PIECE_BYTES // value[0].nbytes)
-                value = value.clone()
-                value[len(value) // piece * piece :] = 0
-            return value
-
-        return getitem
-
-    patch.replace(CheckpointTensor, "__getitem__", make)
+    @patch.around(CheckpointTensor, "__getitem__")
+    def getitem(original: Any, self: CheckpointTensor, index: Any) -> Tensor:
+        value: Tensor = original(self, index)
+        if isinstance(index, slice) and value.dim() == 2 and value.nbytes > PIECE_BYTES:
+            piece = max(1, PIECE_BYTES // value[0].nbytes)
+            value = value.clone()
+            value[len(value) // piece * piece :] = 0
+        return value
 
 
 @fault(checks=("kv",))
@@ -143,48 +126,36 @@ def drawn_as_soon_as_past_the_prompt(patch: Patches, tp: TPGroup) -> None:
 def nucleus_of_the_whole_vocabulary(patch: Patches, tp: TPGroup) -> None:
     """With top_k and top_p both, top_p is held against the probability of all tokens, not of the top_k that are left."""
 
-    def make(original: Any) -> Any:
-        def filter_top_k_top_p(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-            in_k_RV = original(logits_RV, temperature_R, top_k_R, torch.ones_like(top_p_R))
-            in_p_RV = original(logits_RV, temperature_R, torch.zeros_like(top_k_R), top_p_R)
-            return torch.minimum(in_k_RV, in_p_RV)
-
-        return filter_top_k_top_p
-
-    patch.replace(sampler_module, "filter_top_k_top_p", make)
+    @patch.around(sampler_module, "filter_top_k_top_p")
+    def filter_top_k_top_p(original: Any, logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+        in_k_RV = original(logits_RV, temperature_R, top_k_R, torch.ones_like(top_p_R))
+        in_p_RV = original(logits_RV, temperature_R, torch.zeros_like(top_k_R), top_p_R)
+        return torch.minimum(in_k_RV, in_p_RV)
 
 
 @fault(checks=("attention",))
 def later_parts_of_a_prompt_start_over(patch: Patches, tp: TPGroup) -> None:
     """Queries that are too many for one score tensor are handled in parts, and each part is masked as if it were the first."""
 
-    def make(original: Any) -> Any:
-        def attend(q_AIQH: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts_A: Tensor, kv_heads: list[int], scale: float) -> Any:
-            num_queries = q_AIQH.shape[1]
-            step = max(1, attention_module._MAX_SCORES // (q_AIQH.shape[0] * len(kv_heads) * k_ANLH.shape[2]))
-            # A part of i queries that end at contexts + i - num_queries begins where the first part does.
-            return torch.cat([original(part, k_ANLH, v_ANLH, contexts_A - num_queries + part.shape[1], kv_heads, scale)
-                              for part in q_AIQH.split(step, dim=1)], dim=1)
-
-        return attend
-
-    patch.replace(attention_module, "_attend", make)
+    @patch.around(attention_module, "_attend")
+    def attend(original: Any, q_AIQH: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts_A: Tensor, kv_heads: list[int],
+               scale: float) -> Any:
+        num_queries = q_AIQH.shape[1]
+        step = max(1, attention_module._MAX_SCORES // (q_AIQH.shape[0] * len(kv_heads) * k_ANLH.shape[2]))
+        # A part of i queries that end at contexts + i - num_queries begins where the first part does.
+        return torch.cat([original(part, k_ANLH, v_ANLH, contexts_A - num_queries + part.shape[1], kv_heads, scale)
+                          for part in q_AIQH.split(step, dim=1)], dim=1)
 
 
 @fault(layout="llama-yarn", checks=("attention",))
 def short_tables_not_scaled(patch: Patches, tp: TPGroup) -> None:
     """RoPE is stretched only where the tables reach beyond the length that the model was first trained on."""
 
-    def make(original: Any) -> Any:
-        def rope_tables(hf_config: Any, head_dim: int, num_positions: int, **options: Any) -> tuple[Tensor, Tensor]:
-            parameters = hf_config.rope_parameters
-            if num_positions <= parameters.get("original_max_position_embeddings", 0):
-                hf_config = type(hf_config)(**{**hf_config.to_dict(), "rope_parameters": {
-                    "rope_type": "default", "rope_theta": parameters["rope_theta"]}})
-            tables: tuple[Tensor, Tensor] = original(hf_config, head_dim, num_positions, **options)
-            return tables
-
-        return rope_tables
-
-    patch.replace(rotary_module, "rope_tables", make)
-    patch.replace(decoder_module, "rope_tables", make)
+    @patch.around(rotary_module, "rope_tables")
+    @patch.around(decoder_module, "rope_tables")
+    def rope_tables(original: Any, hf_config: Any, head_dim: int, num_positions: int, **options: Any) -> Any:
+        parameters = hf_config.rope_parameters
+        if num_positions <= parameters.get("original_max_position_embeddings", 0):
+            hf_config = type(hf_config)(**{**hf_config.to_dict(), "rope_parameters": {
+                "rope_type": "default", "rope_theta": parameters["rope_theta"]}})
+        return original(hf_config, head_dim, num_positions, **options)

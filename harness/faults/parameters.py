@@ -17,7 +17,6 @@ import engine.layers.logits_processors as processors_module
 import engine.layers.sampler as sampler_module
 import engine.scheduling.batch as batch_module
 import engine.scheduling.processing as processing_module
-from engine.frontend.ongoing import OngoingRequest
 from engine.frontend.requests import Admission
 from engine.frontend.sampling import SamplingParams
 from engine.parallel.group import TPGroup
@@ -51,14 +50,9 @@ def declare(field: str, what: str, name: str, plant: Plant, where: Where) -> Non
 
 def _read_as(change: Callable[[SamplingParams], Change]) -> Plant:
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def admit(self: Admission, place: int, prompt: Any, params: SamplingParams, streams: bool) -> OngoingRequest:
-                request: OngoingRequest = original(self, place, prompt, replace(params, **change(params)), streams)
-                return request
-
-            return admit
-
-        patch.replace(Admission, "_admit", make)
+        @patch.around(Admission, "_admit")
+        def admit(original: Any, self: Admission, place: int, prompt: Any, params: SamplingParams, streams: bool) -> Any:
+            return original(self, place, prompt, replace(params, **change(params)), streams)
 
     return plant
 
@@ -136,14 +130,10 @@ def first_prompt_tokens_kept(patch: Patches, tp: TPGroup) -> None:
 
 def _sent_as(change: Callable[[Request], Change]) -> Plant:
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def request(**fields: Any) -> Request:
-                right: Request = original(**fields)
-                return replace(right, **change(right))
-
-            return request
-
-        patch.replace(requests_module, "Request", make)
+        @patch.around(requests_module, "Request")
+        def request(original: Any, **fields: Any) -> Request:
+            right: Request = original(**fields)
+            return replace(right, **change(right))
 
     return plant
 
@@ -221,16 +211,11 @@ def completions_share_one_seed(patch: Patches, tp: TPGroup) -> None:
 def first_completion_not_that_of_one(patch: Patches, tp: TPGroup) -> None:
     """Where several completions are asked for, the first one's seed is derived too: it is not the one that n=1 gives."""
 
-    def make(original: Any) -> Any:
-        def request(**fields: Any) -> Request:
-            if fields["params"].n > 1 and fields["seed"] == fields["params"].seed:
-                fields["seed"] = requests_module.derive_seed("completion", fields["seed"], 0)
-            made: Request = original(**fields)
-            return made
-
-        return request
-
-    patch.replace(requests_module, "Request", make)
+    @patch.around(requests_module, "Request")
+    def request(original: Any, **fields: Any) -> Any:
+        if fields["params"].n > 1 and fields["seed"] == fields["params"].seed:
+            fields["seed"] = requests_module.derive_seed("completion", fields["seed"], 0)
+        return original(**fields)
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.seed")
@@ -247,14 +232,10 @@ def drawn_with(change: Callable[[SamplingBatch, list[Chunk]], Change]) -> Plant:
     """A step that draws does so with ``change(right, chunks)``, from the chunks after which it draws, row by row."""
 
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def build_sampling(chunks: list[Chunk]) -> SamplingBatch:
-                right: SamplingBatch = original(chunks)
-                return replace(right, **change(right, chunks)) if chunks else right
-
-            return build_sampling
-
-        patch.replace(batch_module, "_build_sampling", make)
+        @patch.around(batch_module, "_build_sampling")
+        def build_sampling(original: Any, chunks: list[Chunk]) -> SamplingBatch:
+            right: SamplingBatch = original(chunks)
+            return replace(right, **change(right, chunks)) if chunks else right
 
     return plant
 
@@ -328,29 +309,21 @@ def nucleus_of_the_raw_logits(patch: Patches, tp: TPGroup) -> None:
 def nucleus_without_its_last_token(patch: Patches, tp: TPGroup) -> None:
     """The token with which the nucleus reaches top_p is left out of it, unless it is the best."""
 
-    def make(original: Any) -> Any:
-        def filter_short(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-            kept_RV: Tensor = original(logits_RV, temperature_R, top_k_R, top_p_R)
-            worst_R1 = kept_RV.masked_fill(kept_RV == -torch.inf, torch.inf).min(dim=-1, keepdim=True).values
-            is_last_RV = (kept_RV == worst_R1) & (top_p_R[:, None] < 1) & (kept_RV < kept_RV.max(dim=-1, keepdim=True).values)
-            return kept_RV.masked_fill(is_last_RV, -torch.inf)
-
-        return filter_short
-
-    patch.replace(sampler_module, "filter_top_k_top_p", make)
+    @patch.around(sampler_module, "filter_top_k_top_p")
+    def filter_short(original: Any, logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+        kept_RV: Tensor = original(logits_RV, temperature_R, top_k_R, top_p_R)
+        worst_R1 = kept_RV.masked_fill(kept_RV == -torch.inf, torch.inf).min(dim=-1, keepdim=True).values
+        is_last_RV = (kept_RV == worst_R1) & (top_p_R[:, None] < 1) & (kept_RV < kept_RV.max(dim=-1, keepdim=True).values)
+        return kept_RV.masked_fill(is_last_RV, -torch.inf)
 
 
 @fault(checks=CHECKS, field="SamplingParams.max_tokens")
 def stop_at_the_limit_told_as_length(patch: Patches, tp: TPGroup) -> None:
     """The limit is looked at before the stop tokens: a completion whose last token is one ends by "length"."""
 
-    def make(original: Any) -> Any:
-        def append(self: Sequence, token_id: int) -> bool:
-            is_last: bool = original(self, token_id)
-            if self.finish_reason == "stop" and len(self.token_ids) - self.num_prompt_tokens >= self.request.max_tokens:
-                self.finish_reason = "length"
-            return is_last
-
-        return append
-
-    patch.replace(Sequence, "append", make)
+    @patch.around(Sequence, "append")
+    def append(original: Any, self: Sequence, token_id: int) -> bool:
+        is_last: bool = original(self, token_id)
+        if self.finish_reason == "stop" and len(self.token_ids) - self.num_prompt_tokens >= self.request.max_tokens:
+            self.finish_reason = "length"
+        return is_last

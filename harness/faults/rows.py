@@ -24,7 +24,7 @@ from engine.frontend.requests import Admission
 from engine.parallel.group import TPGroup
 from engine.scheduling.batch import SamplingBatch, StepBatch
 from engine.scheduling.scheduler import Chunk, Scheduler
-from engine.scheduling.sequence import Request, Sequence, TokenLogprobs
+from engine.scheduling.sequence import Request, TokenLogprobs
 from harness.faults.base import Patches, Plant, fault
 from harness.faults.parameters import CHECKS, Change, banned_tokens, bans, drawn_with
 
@@ -95,14 +95,10 @@ for _name, (_field, _what, _sampling) in IN_SAMPLING.items():
 
 def _step_with(change: Callable[[StepBatch], Change]) -> Plant:
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def build_batch(*arguments: Any) -> StepBatch:
-                right: StepBatch = original(*arguments)
-                return replace(right, **change(right))
-
-            return build_batch
-
-        patch.replace(core_module, "build_batch", make)
+        @patch.around(core_module, "build_batch")
+        def build_batch(original: Any, *arguments: Any) -> StepBatch:
+            right: StepBatch = original(*arguments)
+            return replace(right, **change(right))
 
     return plant
 
@@ -159,45 +155,32 @@ def in_flight_looked_up_in_the_last_row(patch: Patches, tp: TPGroup) -> None:
 def tokens_committed_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
     """Each sequence of a step gets the token that was drawn for the one before it."""
 
-    def make(original: Any) -> Any:
-        def commit(self: Scheduler, chunks: list[Chunk], token_ids: list[int]) -> list[tuple[Sequence, int]]:
-            committed: list[tuple[Sequence, int]] = original(self, chunks, _rolled(token_ids))
-            return committed
-
-        return commit
-
-    patch.replace(Scheduler, "commit", make)
+    @patch.around(Scheduler, "commit")
+    def commit(original: Any, self: Scheduler, chunks: list[Chunk], token_ids: list[int]) -> Any:
+        return original(self, chunks, _rolled(token_ids))
 
 
 @fault(checks=CHECKS)
 def logprobs_handed_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
     """Each row that wants log-probabilities gets those of the one before it."""
 
-    def make(original: Any) -> Any:
-        def collect_logprobs(self: Runner, drawn: Any) -> list[TokenLogprobs]:
-            return _rolled(original(self, drawn))
-
-        return collect_logprobs
-
-    patch.replace(Runner, "collect_logprobs", make)
+    @patch.around(Runner, "collect_logprobs")
+    def collect_logprobs(original: Any, self: Runner, drawn: Any) -> list[TokenLogprobs]:
+        return _rolled(original(self, drawn))
 
 
 @fault(checks=CHECKS)
 def token_in_flight_of_the_neighbour(patch: Patches, tp: TPGroup) -> None:
     """On every rank a sequence goes on from the token in flight of the row before it in the device's state."""
 
-    def make(original: Any) -> Any:
-        def forward(self: Runner, batch: StepBatch) -> Tensor:
-            right, self.last_token_M = self.last_token_M, self.last_token_M.roll(1)
-            try:
-                hidden_TE: Tensor = original(self, batch)
-            finally:
-                self.last_token_M = right
-            return hidden_TE
-
-        return forward
-
-    patch.replace(Runner, "forward", make)
+    @patch.around(Runner, "forward")
+    def forward(original: Any, self: Runner, batch: StepBatch) -> Tensor:
+        right, self.last_token_M = self.last_token_M, self.last_token_M.roll(1)
+        try:
+            hidden_TE: Tensor = original(self, batch)
+        finally:
+            self.last_token_M = right
+        return hidden_TE
 
 
 @fault(checks=CHECKS)
@@ -205,19 +188,15 @@ def prefix_hits_of_the_one_before(patch: Patches, tp: TPGroup) -> None:
     """A sequence that starts reports the prefix hits of the one that started before it."""
     last = deque([0])
 
-    def make(original: Any) -> Any:
-        def schedule(self: Scheduler) -> list[Chunk]:
-            before = set(map(id, self.running))
-            chunks: list[Chunk] = original(self)
-            for sequence in self.running:
-                if id(sequence) not in before and not sequence.num_preemptions:
-                    last.append(sequence.num_cached_prompt_tokens)
-                    sequence.num_cached_prompt_tokens = last.popleft()
-            return chunks
-
-        return schedule
-
-    patch.replace(Scheduler, "schedule", make)
+    @patch.around(Scheduler, "schedule")
+    def schedule(original: Any, self: Scheduler) -> list[Chunk]:
+        before = set(map(id, self.running))
+        chunks: list[Chunk] = original(self)
+        for sequence in self.running:
+            if id(sequence) not in before and not sequence.num_preemptions:
+                last.append(sequence.num_cached_prompt_tokens)
+                sequence.num_cached_prompt_tokens = last.popleft()
+        return chunks
 
 
 # Who asked for what.
@@ -227,18 +206,14 @@ def _requests_with(change: Callable[[Request, Request, int], Change]) -> Plant:
     """``change(request, the one before, max_model_len)``, of all completions that are admitted together."""
 
     def plant(patch: Patches, tp: TPGroup) -> None:
-        def make(original: Any) -> Any:
-            def admit(self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
-                requests: list[OngoingRequest] = original(self, *arguments, **options)
-                completions = [completion for request in requests for completion in request.completions.values()]
-                right = [completion.request for completion in completions]
-                for completion, own, other in zip(completions, right, _rolled(right), strict=True):
-                    completion.request = replace(own, **change(own, other, self.max_model_len))
-                return requests
-
-            return admit
-
-        patch.replace(Admission, "admit", make)
+        @patch.around(Admission, "admit")
+        def admit(original: Any, self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
+            requests: list[OngoingRequest] = original(self, *arguments, **options)
+            completions = [completion for request in requests for completion in request.completions.values()]
+            right = [completion.request for completion in completions]
+            for completion, own, other in zip(completions, right, _rolled(right), strict=True):
+                completion.request = replace(own, **change(own, other, self.max_model_len))
+            return requests
 
     return plant
 
@@ -275,18 +250,14 @@ def parameters_in_reverse(patch: Patches, tp: TPGroup) -> None:
 def stop_strings_of_the_neighbour(patch: Patches, tp: TPGroup) -> None:
     """Each text ends at the stop strings of the one that was admitted before it."""
 
-    def make(original: Any) -> Any:
-        def admit(self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
-            requests: list[OngoingRequest] = original(self, *arguments, **options)
-            texts = [completion._detokenizer for request in requests for completion in request.completions.values()
-                     if completion._detokenizer is not None]
-            for text, stop in zip(texts, _rolled([text._stop for text in texts]), strict=True):
-                text._stop = stop
-            return requests
-
-        return admit
-
-    patch.replace(Admission, "admit", make)
+    @patch.around(Admission, "admit")
+    def admit(original: Any, self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
+        requests: list[OngoingRequest] = original(self, *arguments, **options)
+        texts = [completion._detokenizer for request in requests for completion in request.completions.values()
+                 if completion._detokenizer is not None]
+        for text, stop in zip(texts, _rolled([text._stop for text in texts]), strict=True):
+            text._stop = stop
+        return requests
 
 
 # What the driver makes of it.
@@ -296,54 +267,41 @@ def stop_strings_of_the_neighbour(patch: Patches, tp: TPGroup) -> None:
 def completions_in_reverse(patch: Patches, tp: TPGroup) -> None:
     """The completions of a prompt are numbered, and listed, from the last to the first."""
 
-    def make(original: Any) -> Any:
-        def init(self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
-            original(self, output, completions)
-            output.outputs.reverse()
-            for index, completion in enumerate(output.outputs):
-                completion.index = index
-
-        return init
-
-    patch.replace(OngoingRequest, "__init__", make)
+    @patch.around(OngoingRequest, "__init__")
+    def init(original: Any, self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
+        original(self, output, completions)
+        output.outputs.reverse()
+        for index, completion in enumerate(output.outputs):
+            completion.index = index
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
 def completions_share_one_text(patch: Patches, tp: TPGroup) -> None:
     """The completions of a prompt have one detokenizer between them: what one has begun, the next one's tokens go on with."""
 
-    def make(original: Any) -> Any:
-        def init(self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
-            original(self, output, completions)
-            first = next(iter(completions.values()), None)
-            for completion in completions.values():
-                # A text that a stop string has ended takes no more tokens.
-                if first is not None and not completion.request.params.stop_strings:
-                    completion._detokenizer = first._detokenizer
-
-        return init
-
-    patch.replace(OngoingRequest, "__init__", make)
+    @patch.around(OngoingRequest, "__init__")
+    def init(original: Any, self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
+        original(self, output, completions)
+        first = next(iter(completions.values()), None)
+        for completion in completions.values():
+            # A text that a stop string has ended takes no more tokens.
+            if first is not None and not completion.request.params.stop_strings:
+                completion._detokenizer = first._detokenizer
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
 def news_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
     """Two completions of a prompt whose tokens come together, one after the other, get each other's."""
 
-    def make(original: Any) -> Any:
-        def empty_inbox(self: OngoingRequest) -> list[int]:
-            together = list(self.inbox)
-            for place, (one, other) in enumerate(pairwise(self.inbox)):
-                if place % 2 == 0 and one is not None and other is not None:
-                    together[place : place + 2] = _exchanged(one, other)
-            self.inbox.clear()
-            self.inbox.extend(together)
-            ended: list[int] = original(self)
-            return ended
-
-        return empty_inbox
-
-    patch.replace(OngoingRequest, "empty_inbox", make)
+    @patch.around(OngoingRequest, "empty_inbox")
+    def empty_inbox(original: Any, self: OngoingRequest) -> Any:
+        together = list(self.inbox)
+        for place, (one, other) in enumerate(pairwise(self.inbox)):
+            if place % 2 == 0 and one is not None and other is not None:
+                together[place : place + 2] = _exchanged(one, other)
+        self.inbox.clear()
+        self.inbox.extend(together)
+        return original(self)
 
 
 def _exchanged(one: TokenOutput, other: TokenOutput) -> list[TokenOutput]:
@@ -355,15 +313,11 @@ def _exchanged(one: TokenOutput, other: TokenOutput) -> list[TokenOutput]:
 def as_many_logprobs_as_anyone_wants(patch: Patches, tp: TPGroup) -> None:
     """Every request is told as many log-probabilities as the one in its step that wants most."""
 
-    def make(original: Any) -> Any:
-        def take_logprobs(self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
-            right = self.request
-            self.request = replace(right, params=replace(right.params, logprobs=len(at.top)))
-            try:
-                original(self, token_id, at)
-            finally:
-                self.request = right
-
-        return take_logprobs
-
-    patch.replace(OngoingCompletion, "_take_logprobs", make)
+    @patch.around(OngoingCompletion, "_take_logprobs")
+    def take_logprobs(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
+        right = self.request
+        self.request = replace(right, params=replace(right.params, logprobs=len(at.top)))
+        try:
+            original(self, token_id, at)
+        finally:
+            self.request = right

@@ -20,14 +20,10 @@ from harness.faults.base import Patches, fault
 def seed_of_each_rank(patch: Patches, tp: TPGroup) -> None:
     """Every rank adds its number to the request's seed: rank 0's output looks fine, the others feed back other tokens."""
 
-    def make(original: Any) -> Any:
-        def sample(logits_RV: Tensor, sampling: SamplingBatch, *shard: Any) -> Any:
-            return original(logits_RV, replace(sampling, seed_R=sampling.seed_R + tp.rank), *shard)
-
-        return sample
-
-    patch.replace(runner_module, "sample", make)
-    patch.replace(runner_module, "sample_shards", make)
+    @patch.around(runner_module, "sample")
+    @patch.around(runner_module, "sample_shards")
+    def sample(original: Any, logits_RV: Tensor, sampling: SamplingBatch, *shard: Any) -> Any:
+        return original(logits_RV, replace(sampling, seed_R=sampling.seed_R + tp.rank), *shard)
 
 
 @fault(rows=(69, 71), layout="qwen2", checks=("generation",))
@@ -35,43 +31,30 @@ def generator_of_each_rank(patch: Patches, tp: TPGroup) -> None:
     """Tokens are drawn from a generator that each rank has for itself, in a state of its own."""
     generator = torch.Generator().manual_seed(1 + tp.rank)
 
-    def make(original: Any) -> Any:
-        def sample(logits_RV: Tensor, sampling: SamplingBatch) -> Any:
-            gumbel_RV = -torch.empty(logits_RV.shape).exponential_(generator=generator).log()
-            return original(logits_RV + gumbel_RV * sampling.temperature_R[:, None],
-                            replace(sampling, temperature_R=sampling.temperature_R * 0))
-
-        return sample
-
-    patch.replace(runner_module, "sample", make)
+    @patch.around(runner_module, "sample")
+    def sample(original: Any, logits_RV: Tensor, sampling: SamplingBatch) -> Any:
+        gumbel_RV = -torch.empty(logits_RV.shape).exponential_(generator=generator).log()
+        return original(logits_RV + gumbel_RV * sampling.temperature_R[:, None],
+                        replace(sampling, temperature_R=sampling.temperature_R * 0))
 
 
 @fault(rows=(68,), layout="qwen3", checks=("generation",))
 def token_of_another_sequence_fed_back(patch: Patches, tp: TPGroup) -> None:
     """Rank 1 takes the token in flight from the neighbour's row of its device state."""
-
-    def make(original: Any) -> Any:
-        def launch(self: Runner, batch: StepBatch) -> Any:
+    if tp.rank == 1:
+        @patch.around(Runner, "launch")
+        def launch(original: Any, self: Runner, batch: StepBatch) -> Any:
             self.last_token_M.copy_(self.last_token_M.roll(1))  # this step's own draws go to the right rows again
             return original(self, batch)
-
-        return launch
-
-    if tp.rank == 1:
-        patch.replace(Runner, "launch", make)
 
 
 @fault(layout="qwen2", checks=("generation",))
 def nucleus_turned_inside_out(patch: Patches, tp: TPGroup) -> None:
     """The filter keeps the tokens outside the nucleus, on every rank alike: the ranks agree, and talk nonsense."""
 
-    def make(original: Any) -> Any:
-        def filter_top_k_top_p(logits_RV: Tensor, *arguments: Any) -> Tensor:
-            kept_RV: Tensor = original(logits_RV, *arguments)
-            is_out_RV = kept_RV == -torch.inf
-            is_filtered_R1 = is_out_RV.any(dim=1, keepdim=True)
-            return logits_RV.masked_fill(~is_out_RV & is_filtered_R1, -torch.inf)
-
-        return filter_top_k_top_p
-
-    patch.replace(sampler_module, "filter_top_k_top_p", make)
+    @patch.around(sampler_module, "filter_top_k_top_p")
+    def filter_top_k_top_p(original: Any, logits_RV: Tensor, *arguments: Any) -> Tensor:
+        kept_RV: Tensor = original(logits_RV, *arguments)
+        is_out_RV = kept_RV == -torch.inf
+        is_filtered_R1 = is_out_RV.any(dim=1, keepdim=True)
+        return logits_RV.masked_fill(~is_out_RV & is_filtered_R1, -torch.inf)

@@ -77,11 +77,8 @@ def _with_padding(original: Any) -> Any:
 def sampler_sees_the_padding(patch: Patches, tp: TPGroup) -> None:
     """The sampler gets the padded width: where all logits are negative, the zeros of the padding win."""
 
-    def make(original: Any) -> Any:
-        def sample(logits_RV: Tensor, *arguments: Any) -> Any:
-            return original(F.pad(logits_RV, (0, -logits_RV.shape[1] % tp.size)), *arguments)
+    @patch.around(runner_module, "sample")
+    def sample(original: Any, logits_RV: Tensor, *arguments: Any) -> Any:
+        return original(F.pad(logits_RV, (0, -logits_RV.shape[1] % tp.size)), *arguments)
 
-        return sample
-
-    patch.replace(runner_module, "sample", make)
     patch.replace(runner_module, "sample_shards", _with_padding)
