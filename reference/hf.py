@@ -70,17 +70,6 @@ class TopTwo:
     margins: list[float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GreedyResult(TopTwo):
-    """One prompt's greedy continuation; ``token_ids`` ends with the end-of-sequence id where one was met.
-
-    Attributes:
-        finish_reason: "stop" at an end-of-sequence id, "length" at max_new_tokens.
-    """
-
-    finish_reason: str
-
-
 class Reference:
     """A causal language model in eval mode on one device. Sequences run one at a time, whole and unpadded.
 
@@ -160,12 +149,6 @@ class Reference:
         return found
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The model's own end-of-sequence ids, from its generation_config.json or else its config."""
-        ids = self.model.generation_config.eos_token_id
-        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
-
-    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return torch.device(self.model.device)
@@ -195,13 +178,11 @@ class Reference:
         return TopTwo(token_ids=best_ids, runners_up=second_ids, margins=margins)
 
     @torch.no_grad()
-    def greedy(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_ids: Collection[int] = ()
-    ) -> list[GreedyResult]:
-        """Continue each prompt greedily, with a KV cache, until one of ``eos_token_ids`` comes."""
+    def greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[TopTwo]:
+        """The ``max_new_tokens`` tokens that follow each prompt greedily, whatever they are, with a KV cache."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} is below 1")
-        return [self._continue(prompt, max_new_tokens, frozenset(eos_token_ids)) for prompt in prompts]
+        return [self._continue(prompt, max_new_tokens) for prompt in prompts]
 
     @torch.no_grad()
     def activations(
@@ -240,16 +221,14 @@ class Reference:
                 raise CheckpointError(f"{said}: {element} is {weight[element.index].item()}; get another checkpoint")
         raise CheckpointError(f"{said}, though all weights are: choose a dtype of a wider range")
 
-    def _continue(
-        self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]
-    ) -> GreedyResult:
+    def _continue(self, prompt: Sequence[int], max_new_tokens: int) -> TopTwo:
         # What a cache gives is a guess, which one forward without it confirms up to the first token that it would choose
         # otherwise: some models compute otherwise with theirs, and rounding may turn near-ties round.
         found = TopTwo(token_ids=[], runners_up=[], margins=[])
         ids = found.token_ids
-        while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_token_ids):
+        while len(ids) < max_new_tokens:
             known = [*prompt, *ids]
-            guess = self._guess(known, max_new_tokens - len(ids), eos_token_ids)
+            guess = self._guess(known, max_new_tokens - len(ids))
             top = self.margins([*known, *guess[:-1]])
             chosen = top.token_ids[len(known) - 1 :]
             agreed = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guess, chosen, strict=False)))
@@ -257,16 +236,15 @@ class Reference:
             ids.extend(top.token_ids[new])
             found.runners_up.extend(top.runners_up[new])
             found.margins.extend(top.margins[new])
-        reason = "stop" if ids[-1] in eos_token_ids else "length"
-        return GreedyResult(token_ids=ids, runners_up=found.runners_up, margins=found.margins, finish_reason=reason)
+        return found
 
-    def _guess(self, prompt: Sequence[int], max_new_tokens: int, eos_token_ids: frozenset[int]) -> list[int]:
+    def _guess(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The same ids, quickly; none if the model has no KV cache that works."""
         ids: list[int] = []
         cache, new_ids = None, self._ids(prompt)
         if self._cache_name is None:
             return ids
-        while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_token_ids):
+        while len(ids) < max_new_tokens:
             try:
                 step = self.model(input_ids=new_ids, use_cache=True, **{self._cache_name: cache}, **self._last_logits)
                 cache = step[self._cache_name]

@@ -32,12 +32,6 @@ class Ownership:
     indices: tuple[Indices, ...]
     padded_length: int | None = None
 
-    def ranks_of(self, index: tuple[int, ...]) -> list[int]:
-        """The ranks that own element ``index``."""
-        if self.dim is None:
-            return list(range(self.tp_size))
-        return [rank for rank, owned in enumerate(self.indices) if index[self.dim] in owned]
-
     def shard_shape(self, rank: int) -> tuple[int, ...]:
         """The shape of what ``rank`` holds, padding included."""
         if self.dim is None:
@@ -106,15 +100,6 @@ def owners(config: Any, name: str, shape: tuple[int, ...], tp_size: int) -> Owne
         indices=tuple(np.flatnonzero(row).astype(np.int64) for row in flags),
         padded_length=_vocab_rows_per_rank(sizes, tp_size) if flags_of is _vocab_flags else None,
     )
-
-
-def local_bytes(
-    config: Any, name: str, shape: tuple[int, ...], tp_size: int, rank: int, itemsize: int
-) -> int:
-    """Bytes that ``rank`` holds of tensor ``name``, padding included, at ``itemsize`` bytes an element."""
-    if not 0 <= rank < tp_size:
-        raise ValueError(f"rank={rank} is not one of the tp_size={tp_size} ranks")
-    return int(np.prod(owners(config, name, shape, tp_size).shard_shape(rank), dtype=np.int64)) * itemsize
 
 
 def _deal(num_things: int, tp_size: int) -> Flags:

@@ -26,7 +26,7 @@ from harness.verification.budgets import digest
 from harness.verification.simulated import SimulatedRounding
 from reference.checkpoints import CheckpointError, read_config
 from reference.choices import Routes
-from reference.hf import DTYPES, Activations, GreedyResult, Reference
+from reference.hf import DTYPES, Activations, Reference, TopTwo
 from reference.loaded import as_in_files, differences
 
 TEXTS = (
@@ -211,7 +211,7 @@ class ReferenceResults:
         return self._activations[key]
 
     @cached_property
-    def greedy(self) -> list[GreedyResult]:
+    def greedy(self) -> list[TopTwo]:
         """The exact reference's greedy continuation of each prompt, to ``NUM_NEW_TOKENS`` whatever is drawn."""
         return self.exact.greedy(self.prompts, NUM_NEW_TOKENS)
 

@@ -342,6 +342,6 @@ def test_the_real_model_answers_with_paris():
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     reference = Reference.load(folder, "float32")
-    [answer] = reference.greedy([prompt], 20, reference.eos_token_ids)
-    assert answer.finish_reason == "stop"
-    assert tokenizer.decode(answer.token_ids, skip_special_tokens=True) == "The capital of France is Paris."
+    [answer] = reference.greedy([prompt], 20)
+    text = tokenizer.decode(answer.token_ids[: answer.token_ids.index(tokenizer.eos_token_id)])
+    assert text == "The capital of France is Paris."
