@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
 from reports.records import Calibration, CheckRow, Report
-
-CONFIDENCE = 0.95
+from reports.verdict_rows import SURE, at_most
 
 
 def calibration_tables(report: Report) -> dict[str, tuple[str, pd.DataFrame]]:
@@ -24,7 +22,7 @@ def calibration_tables(report: Report) -> dict[str, tuple[str, pd.DataFrame]]:
             "a fraction of its budget.", tolerances_table(calibration)),
         "False alarms": (
             "Whole runs of each check on clean code, as verify runs it, under every setting. Rate at most: red runs, with "
-            f"{100 * CONFIDENCE:g} % confidence (one-sided, Clopper and Pearson).", alarms_table(report.checks)),
+            f"{100 * SURE:g} % confidence (one-sided, Clopper and Pearson).", alarms_table(report.checks)),
         "False alarms by setting": (
             "The same runs, by the instruction sets that torch, oneDNN and MKL were held to, and in drawn orders of summation: "
             "red runs / runs, and the worst error over budget.", settings_table(report.checks)),
@@ -51,8 +49,8 @@ def alarms_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
     lines = []
     for (check, dtype), own in _grouped(rows, lambda row: (row.check, row.dtype)).items():
         runs, cases, red = _runs(own), sum(row.cases for row in own), _red_runs(own)
-        lines.append({"check": check, "dtype": dtype, "runs": runs, "red runs": red, "rate at most": rate_at_most(red, runs),
-                      "cases": cases, "rate a case at most": rate_at_most(red, cases), "worst error / budget": _worst(own)})
+        lines.append({"check": check, "dtype": dtype, "runs": runs, "red runs": red, "rate at most": at_most(red, runs),
+                      "cases": cases, "rate a case at most": at_most(red, cases), "worst error / budget": _worst(own)})
     return _frame(lines)
 
 
@@ -104,28 +102,6 @@ def errors_table(calibration: Calibration) -> pd.DataFrame:
         "kind": row.kind, "statistic": row.statistic, "dtype": row.dtype, "tp": row.tp_size, "samples": row.samples,
         **_quantiles("error", row.candidate), **_quantiles("ratio", row.ratio), "lucky": row.lucky,
         "needs k": row.needs_k, "needs c": row.needs_c} for row in calibration.errors])
-
-
-def rate_at_most(events: int, cases: int, confidence: float = CONFIDENCE) -> float:
-    """The upper end of the one-sided exact interval of a rate (Clopper and Pearson 1934).
-
-    >>> round(rate_at_most(0, 300), 4)  # the rule of three: 3 / 300
-    0.0099
-    """
-    if events >= cases:
-        return 1.0
-    low, high = events / cases, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _at_most(events, cases, middle) > 1 - confidence else (low, middle)
-    return high
-
-
-def _at_most(events: int, cases: int, rate: float) -> float:
-    """The chance of no more than so many events."""
-    logs = (math.lgamma(cases + 1) - math.lgamma(k + 1) - math.lgamma(cases - k + 1) + k * math.log(rate)
-            + (cases - k) * math.log1p(-rate) for k in range(events + 1))
-    return sum(map(math.exp, logs)) if 0 < rate < 1 else float(rate <= 0)
 
 
 def _quantiles(name: str, values: Mapping[str, float]) -> dict[str, object]:

@@ -10,6 +10,7 @@ from reports.rows import Record
 
 ALL_FAULTS = "all faults"
 """In place of a fault's name: all of them together."""
+SURE = 0.95
 Answer = Literal["rounding", "bug", "can't tell"]
 
 
@@ -139,23 +140,23 @@ class ScoreRow(Record):
         return (self.rule, self.planted, self.dtype)
 
 
-def at_most(seen: int, runs: int, sure: float = 0.95) -> float:
-    """Upper end of the one-sided exact interval for a rate (Clopper and Pearson 1934), by bisection.
+def at_most(seen: int, runs: int) -> float:
+    """Upper end of the one-sided exact interval for a rate (Clopper and Pearson 1934), ``SURE`` of the time, by bisection.
 
     >>> round(at_most(0, 3000), 6)
     0.000998
     """
+    if seen >= runs:
+        return 1.0
     low, high = seen / runs, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _at_most_seen(seen, runs, middle) > 1 - sure else (low, middle)
+        low, high = (middle, high) if _at_most_seen(seen, runs, middle) > 1 - SURE else (low, middle)
     return high
 
 
 def _at_most_seen(seen: int, runs: int, rate: float) -> float:
     """Chance of no more than ``seen`` of ``runs``."""
-    if rate in (0.0, 1.0):
-        return 1.0 if rate == 0 or seen == runs else 0.0
     logs = [math.lgamma(runs + 1) - math.lgamma(i + 1) - math.lgamma(runs - i + 1) + i * math.log(rate)
             + (runs - i) * math.log1p(-rate) for i in range(seen + 1)]
     return min(1.0, math.fsum(map(math.exp, logs)))

@@ -128,10 +128,6 @@ class VocabShard:
     local_size: int
     """Rows of the shard, padding included: the same on every rank."""
 
-    @property
-    def num_padding_rows(self) -> int:
-        return self.local_size - len(self.ids)
-
 
 def vocab_shard(vocab_size: int, *, tp_rank: int, tp_size: int) -> VocabShard:
     """Rows of ``tp_rank`` when the vocabulary is padded to ``tp_size`` equal shards.

@@ -42,8 +42,9 @@ from harness.studies.calibrate.run import CalibratePlan, Task, calibrate, in_wor
 from harness.studies.calibrate.samples import Point, Sample, front, measured
 from harness.verification.budgets import CONSTANTS, NARROW, UNIT_ROUNDOFF, WIDE, Constants, Statistic
 from harness.verification.reference_results import ReferenceResults
-from reports.calibration import alarms_table, rate_at_most
+from reports.calibration import alarms_table
 from reports.records import read_report
+from reports.verdict_rows import at_most
 
 REPORT = Path(__file__).parents[2] / "reports" / "baselines" / "cpu-32core-intel-xeon-avx512" / "calibrate.json"
 
@@ -400,6 +401,6 @@ def test_the_committed_report_has_no_red_run_on_clean_code_in_enough_of_them() -
     runs = {check: sum(row.extra["runs"] for row in rows if (row.check, row.dtype) == (check, "float32") and
                        (check != "layers" or row.tp_size <= 4)) for check in least}
     assert all(runs[check] >= number for check, number in least.items()), runs
-    assert rate_at_most(0, runs["layers"]) <= 0.0015
+    assert at_most(0, runs["layers"]) <= 0.0015
     assert {row.model for row in rows} == set(SETTINGS)
     assert not report.not_measured

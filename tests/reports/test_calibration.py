@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from reports.calibration import alarms_table, calibration_tables, rate_at_most, settings_table
+from reports.calibration import alarms_table, calibration_tables, settings_table
 from reports.calibration_plots import calibration_plots, write_calibration_plots
 from reports.markdown import report_markdown
 from reports.pages import report_html
 from reports.records import Calibration, ErrorRow, PowerRow, Report, Tolerance, read_report, write_report
 from reports.typed_json import RecordError
+from reports.verdict_rows import at_most
 from tests.reports.builders import a_check, a_report, a_run
 
 QUANTILES = {"0.5": 1.0, "0.99": 2.0, "1": 3.0}
@@ -60,15 +61,10 @@ def test_red_runs_are_counted_over_all_layouts_and_settings_of_a_check() -> None
             a_check("fit", 1, cases=5)]
     (line,) = alarms_table(rows).to_dict("records")
     assert (line["check"], line["runs"], line["red runs"], line["cases"]) == ("layers", 30, 3, 300)
-    assert line["rate at most"] == rate_at_most(3, 30)
-    assert line["rate a case at most"] == rate_at_most(3, 300)
+    assert line["rate at most"] == at_most(3, 30)
+    assert line["rate a case at most"] == at_most(3, 300)
     (line,) = settings_table(rows).to_dict("records")
     assert (line["AVX2"].split()[0], line["SSE4"].split()[0]) == ("0/10", "3/20")
-
-
-@pytest.mark.parametrize(("events", "cases", "rate"), [(0, 300, 0.009936), (1, 100, 0.046558), (1, 10, 0.394163), (4, 4, 1.0)])
-def test_the_upper_end_of_a_rate_is_the_exact_one(events: int, cases: int, rate: float) -> None:
-    assert rate_at_most(events, cases) == pytest.approx(rate, rel=1e-3)
 
 
 def test_plots_name_what_they_show_and_their_units(tmp_path: Path) -> None:
