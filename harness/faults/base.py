@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal, TypeVar
 
 from engine.parallel.group import SoloGroup, TPGroup
@@ -129,6 +130,16 @@ def fault(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[
         return plant
 
     return register
+
+
+def around(owner: Any, name: str) -> Callable[[Callable[..., Any]], Plant]:
+    """Makes a plant of a function: ``owner.name(...)`` becomes a call of it, whose first argument is what it was."""
+    return lambda function: wraps(function)(lambda patch, tp: patch.around(owner, name)(function) and None)
+
+
+def instead(owner: Any, name: str) -> Callable[[Callable[..., Any]], Plant]:
+    """Makes a plant of a function, which stands in the place of ``owner.name``."""
+    return lambda function: wraps(function)(lambda patch, tp: patch.replace(owner, name, lambda original: function))
 
 
 def control(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,),

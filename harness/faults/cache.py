@@ -19,7 +19,7 @@ from engine.scheduling.batch import StepBatch
 from engine.scheduling.kv_cache import ROOT_HASH, BlockManager
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault
 from harness.faults.layers import BEFORE_O_PROJ
 
 
@@ -74,19 +74,17 @@ def blocks_of_another_sequence(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(73,), checks=("kv",))
-def cache_sized_by_each_rank(patch: Patches, tp: TPGroup) -> None:
+@around(Runner, "make_cache")
+def cache_sized_by_each_rank(original: Any, self: Runner) -> int:
     """Every rank has the blocks that its own memory allows, and rank 1 has less of it."""
-
-    @patch.around(Runner, "make_cache")
-    def make_cache(original: Any, self: Runner) -> int:
-        if self.tp.rank == 1 and self.config.num_kv_blocks is not None and self.config.num_kv_blocks > 1:
-            self.config = replace(self.config, num_kv_blocks=self.config.num_kv_blocks - 1)
-        self.tp.all_reduce_min = lambda value: value  # type: ignore[method-assign]  # of this one group
-        try:
-            num_blocks: int = original(self)
-        finally:
-            del self.tp.all_reduce_min
-        return num_blocks
+    if self.tp.rank == 1 and self.config.num_kv_blocks is not None and self.config.num_kv_blocks > 1:
+        self.config = replace(self.config, num_kv_blocks=self.config.num_kv_blocks - 1)
+    self.tp.all_reduce_min = lambda value: value  # type: ignore[method-assign]  # of this one group
+    try:
+        num_blocks: int = original(self)
+    finally:
+        del self.tp.all_reduce_min
+    return num_blocks
 
 
 @fault(rows=(74,), checks=("kv",))

@@ -11,19 +11,17 @@ from torch import Tensor
 from engine.layers.matmul import linear
 from engine.parallel.group import ProcessTPGroup, TPGroup
 from engine.parallel.linear import RowParallelLinear
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault, instead
 
 EMBEDDING = "model.embed_tokens"
 
 
 @fault(rows=(44,), checks=("collectives", "layers", "logits"), module="lm_head", effect="zeros")
-def gathered_into_a_scratch_tensor(patch: Patches, tp: TPGroup) -> None:
+@around(ProcessTPGroup, "_all_gather")
+def gathered_into_a_scratch_tensor(original: Any, self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
     """The all-gather fills one tensor and returns another, of fresh memory."""
-
-    @patch.around(ProcessTPGroup, "_all_gather")
-    def all_gather(original: Any, self: ProcessTPGroup, x: Tensor, dim: int) -> Tensor:
-        gathered: Tensor = original(self, x, dim)
-        return torch.zeros_like(gathered)
+    gathered: Tensor = original(self, x, dim)
+    return torch.zeros_like(gathered)
 
 
 def _reorder_gathered(patch: Patches, reorder: Any) -> None:
@@ -55,15 +53,12 @@ def gathered_in_another_order(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(54,), checks=("collectives",))
-def minimum_became_a_sum(patch: Patches, tp: TPGroup) -> None:
+@instead(ProcessTPGroup, "_all_reduce_min")
+def minimum_became_a_sum(self: ProcessTPGroup, value: int) -> int:
     """The backend sums integers where their minimum was asked for."""
-
-    def all_reduce_min(self: ProcessTPGroup, value: int) -> int:
-        total = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(total, group=self.process_group)
-        return int(total.item())
-
-    patch.replace(ProcessTPGroup, "_all_reduce_min", lambda original: all_reduce_min)
+    total = torch.tensor([value], dtype=torch.int64, device=self.device)
+    dist.all_reduce(total, group=self.process_group)
+    return int(total.item())
 
 
 @fault(rows=(48, 50), checks=("collectives", "logits"), module=EMBEDDING, effect="lost")
@@ -106,40 +101,32 @@ def logits_of_the_step_before(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(checks=("collectives", "layers", "logits"), module=EMBEDDING, effect="lost")
-def last_rank_left_out(patch: Patches, tp: TPGroup) -> None:
+@around(ProcessTPGroup, "_all_reduce")
+def last_rank_left_out(original: Any, self: ProcessTPGroup, x: Tensor) -> Any:
     """A sum over the ranks ends one rank too early."""
-
-    @patch.around(ProcessTPGroup, "_all_reduce")
-    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Any:
-        return original(self, x * 0 if self.rank == self.size - 1 else x)
+    return original(self, x * 0 if self.rank == self.size - 1 else x)
 
 
 @fault(rows=(42,), layout="llama-odd", checks=("collectives", "layers", "logits"), module=EMBEDDING, effect="multiplied")
-def mean_instead_of_sum(patch: Patches, tp: TPGroup) -> None:
+@around(ProcessTPGroup, "_all_reduce")
+def mean_instead_of_sum(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
     """The all-reduce averages over the ranks, as it would for gradients."""
-
-    @patch.around(ProcessTPGroup, "_all_reduce")
-    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
-        total: Tensor = original(self, x)
-        return (total / self.size).to(x.dtype)
+    total: Tensor = original(self, x)
+    return (total / self.size).to(x.dtype)
 
 
 @fault(layout="llama-odd", checks=("collectives", "logits"), module=EMBEDDING)
-def sums_in_half_precision(patch: Patches, tp: TPGroup) -> None:
+@around(ProcessTPGroup, "_all_reduce")
+def sums_in_half_precision(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
     """Float32 parts travel, and are added, as bfloat16: an error that is rounding, and far too much of it."""
-
-    @patch.around(ProcessTPGroup, "_all_reduce")
-    def all_reduce(original: Any, self: ProcessTPGroup, x: Tensor) -> Tensor:
-        total: Tensor = original(self, x.bfloat16())
-        return total.to(x.dtype)
+    total: Tensor = original(self, x.bfloat16())
+    return total.to(x.dtype)
 
 
 @fault(rows=(79,), checks=("layers", "logits"))
-def one_rank_takes_another_way(patch: Patches, tp: TPGroup) -> None:
+@around(RowParallelLinear, "forward")
+def one_rank_takes_another_way(original: Any, self: RowParallelLinear, x_TI: Tensor) -> Any:
     """For steps of up to four tokens rank 1 decides by itself to leave out an all-reduce, and the others wait for it."""
-
-    @patch.around(RowParallelLinear, "forward")
-    def forward(original: Any, self: RowParallelLinear, x_TI: Tensor) -> Any:
-        if self.tp.rank == 1 and len(x_TI) <= 4:
-            return linear(x_TI, self.weight, self.bias)
-        return original(self, x_TI)
+    if self.tp.rank == 1 and len(x_TI) <= 4:
+        return linear(x_TI, self.weight, self.bias)
+    return original(self, x_TI)

@@ -19,7 +19,7 @@ from engine.parallel.embedding import VocabParallelEmbedding
 from engine.parallel.group import ProcessTPGroup, TPGroup
 from engine.parallel.linear import RowParallelLinear
 from engine.scheduling.kv_cache import BlockManager
-from harness.faults.base import Patches, control
+from harness.faults.base import Patches, around, control, instead
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -28,51 +28,39 @@ def _widened(x: Tensor) -> Tensor:
 
 
 @control(rows=(39,))
-def bias_on_rank_0_before_the_reduce(patch: Patches, tp: TPGroup) -> None:
+@instead(RowParallelLinear, "forward")
+def bias_on_rank_0_before_the_reduce(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
     """Rank 0 alone adds the bias to its part: reported as a bug once, and none."""
-
-    def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
-        return self.tp.all_reduce(linear(x_TI, self.weight, self.bias if self.tp.rank == 0 else None))
-
-    patch.replace(RowParallelLinear, "forward", lambda original: forward)
+    return self.tp.all_reduce(linear(x_TI, self.weight, self.bias if self.tp.rank == 0 else None))
 
 
 @control(layout="llama-cut-group", tp_sizes=(3,))
-def ranks_summed_backwards(patch: Patches, tp: TPGroup) -> None:
+@instead(ProcessTPGroup, "_all_reduce")
+def ranks_summed_backwards(self: ProcessTPGroup, x: Tensor) -> Tensor:
     """The parts are gathered and added from the last rank to the first, rounded at each step."""
-
-    def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x, group=self.process_group)
-        total = parts[-1]
-        for part in reversed(parts[:-1]):
-            total = total + part
-        return x.copy_(total)
-
-    patch.replace(ProcessTPGroup, "_all_reduce", lambda original: all_reduce)
+    parts = [torch.empty_like(x) for _ in range(self.size)]
+    dist.all_gather(parts, x, group=self.process_group)
+    total = parts[-1]
+    for part in reversed(parts[:-1]):
+        total = total + part
+    return x.copy_(total)
 
 
 @control()
-def sums_in_two_messages(patch: Patches, tp: TPGroup) -> None:
+@instead(ProcessTPGroup, "_all_reduce")
+def sums_in_two_messages(self: ProcessTPGroup, x: Tensor) -> Tensor:
     """An all-reduce travels as two, one for each half of the elements."""
-
-    def all_reduce(self: ProcessTPGroup, x: Tensor) -> Tensor:
-        for half in x.view(-1).tensor_split(2):
-            dist.all_reduce(half, group=self.process_group)
-        return x
-
-    patch.replace(ProcessTPGroup, "_all_reduce", lambda original: all_reduce)
+    for half in x.view(-1).tensor_split(2):
+        dist.all_reduce(half, group=self.process_group)
+    return x
 
 
 @control(rows=(47,))
-def residual_kept_in_float32(patch: Patches, tp: TPGroup) -> None:
+@instead(norm_module, "add_rms_norm_torch")
+def residual_kept_in_float32(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **launch: Any) -> tuple[Tensor, Tensor]:
     """The residual is added and handed on in at least float32: other rounding than the baseline's, and no bug."""
-
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **launch: Any) -> tuple[Tensor, Tensor]:
-        total = _widened(x) + _widened(residual)
-        return rms_norm_torch(total, weight, eps).to(x.dtype), total
-
-    patch.replace(norm_module, "add_rms_norm_torch", lambda original: add_rms_norm)
+    total = _widened(x) + _widened(residual)
+    return rms_norm_torch(total, weight, eps).to(x.dtype), total
 
 
 @control(layout="qwen3")
@@ -111,37 +99,30 @@ def one_barrier_more(patch: Patches, tp: TPGroup) -> None:
 
 
 @control(layout="qwen2")
-def blocks_handed_out_backwards(patch: Patches, tp: TPGroup) -> None:
+@around(BlockManager, "__init__")
+def blocks_handed_out_backwards(original: Any, self: BlockManager, *arguments: Any, **options: Any) -> None:
     """The cache's blocks are used from the last to the first."""
-
-    @patch.around(BlockManager, "__init__")
-    def init(original: Any, self: BlockManager, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        for block in sorted(self.free, reverse=True):
-            self.free.move_to_end(block)
+    original(self, *arguments, **options)
+    for block in sorted(self.free, reverse=True):
+        self.free.move_to_end(block)
 
 
 @control(layout="llama-odd")
-def foreign_tokens_add_plain_zeros(patch: Patches, tp: TPGroup) -> None:
+@instead(VocabParallelEmbedding, "forward")
+def foreign_tokens_add_plain_zeros(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
     """Ranks add 0.0 for other ranks' tokens, not -0.0: no value changes."""
-
-    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
-        ids = self.shard.ids
-        is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
-        row_T = (token_ids_T - ids.start).where(is_mine_T, 0)
-        return self.tp.all_reduce(nn.functional.embedding(row_T, self.weight) * is_mine_T.unsqueeze(-1))
-
-    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+    ids = self.shard.ids
+    is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
+    row_T = (token_ids_T - ids.start).where(is_mine_T, 0)
+    return self.tp.all_reduce(nn.functional.embedding(row_T, self.weight) * is_mine_T.unsqueeze(-1))
 
 
 @control(layout="llama-cut-group")
-def keys_copied_for_every_query_head(patch: Patches, tp: TPGroup) -> None:
+@around(attention_module, "_attend")
+def keys_copied_for_every_query_head(original: Any, q: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts: Tensor,
+                                     kv_heads: list[int], scale: float) -> Any:
     """Every query head attends to a copy of its KV head, also where a group could share one."""
-
-    @patch.around(attention_module, "_attend")
-    def attend(original: Any, q: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts: Tensor, kv_heads: list[int],
-               scale: float) -> Any:
-        return original(q, k_ANLH[:, kv_heads], v_ANLH[:, kv_heads], contexts, list(range(len(kv_heads))), scale)
+    return original(q, k_ANLH[:, kv_heads], v_ANLH[:, kv_heads], contexts, list(range(len(kv_heads))), scale)
 
 
 @control()

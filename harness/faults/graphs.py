@@ -15,7 +15,7 @@ from engine.execution.decode_graph import DecodeGraphs, DecodeStep, StepInputs
 from engine.kernels.peer_all_reduce import PeerMemory
 from engine.parallel.group import ProcessTPGroup, TPGroup
 from engine.scheduling.batch import StepBatch
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault
 
 
 @fault(layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
@@ -45,13 +45,11 @@ def inputs_derived_before_capture(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(51,), layout="qwen2", tp_sizes=(1,), checks=("logits", "generation"), device="cuda")
-def length_baked_into_the_graph(patch: Patches, tp: TPGroup) -> None:
+@around(StepInputs, "fill")
+def length_baked_into_the_graph(original: Any, self: StepInputs, batch: StepBatch) -> None:
     """The contexts' length is a number of the host's when the graph is captured: a replay attends to as many tokens."""
-
-    @patch.around(StepInputs, "fill")
-    def fill(original: Any, self: StepInputs, batch: StepBatch) -> None:
-        original(self, batch)
-        self.context_S.clamp_(max=8)
+    original(self, batch)
+    self.context_S.clamp_(max=8)
 
 
 @fault(rows=(52,), tp_sizes=(2,), checks=("logits", "generation"), device="cuda")

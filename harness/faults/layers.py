@@ -15,20 +15,17 @@ from engine.layers.matmul import linear
 from engine.models.decoder import Decoder
 from engine.parallel.group import TPGroup
 from engine.parallel.linear import RowParallelLinear
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault, instead
 from harness.faults.loading import ATTENTION, MLP
 
 BEFORE_O_PROJ = f"{ATTENTION} (attention, before o_proj)"
 
 
 @fault(rows=(35, 36), checks=("layers", "logits"), module=f"{ATTENTION}.o_proj", effect="bias")
-def row_bias_on_every_rank(patch: Patches, tp: TPGroup) -> None:
+@instead(RowParallelLinear, "forward")
+def row_bias_on_every_rank(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
     """The bias of a row-parallel layer is added on each rank, before the all-reduce sums it."""
-
-    def forward(self: RowParallelLinear, x_TI: Tensor) -> Tensor:
-        return self.tp.all_reduce(linear(x_TI, self.weight, self.bias))
-
-    patch.replace(RowParallelLinear, "forward", lambda original: forward)
+    return self.tp.all_reduce(linear(x_TI, self.weight, self.bias))
 
 
 def _in_every_layer(patch: Patches, path: str, forward: Any, *, layers: slice = slice(None)) -> None:
@@ -71,15 +68,13 @@ def branch_counts_for_one_rank(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(30, 31), layout="qwen3", checks=("logits",), module=BEFORE_O_PROJ)
-def norm_over_the_local_heads(patch: Patches, tp: TPGroup) -> None:
+@around(rope_module, "_norm_and_rotate_torch")
+def norm_over_the_local_heads(original: Any, x_TNH: Tensor, cos: Tensor, sin: Tensor, weight_H: Tensor | None, eps: float) -> Any:
     """Queries and keys are normed over all heads of the rank together, so what counts depends on the cut."""
-
-    @patch.around(rope_module, "_norm_and_rotate_torch")
-    def norm_and_rotate(original: Any, x_TNH: Tensor, cos: Tensor, sin: Tensor, weight_H: Tensor | None, eps: float) -> Any:
-        if weight_H is not None:
-            wide = x_TNH.float()
-            x_TNH = (wide * torch.rsqrt(wide.square().mean((1, 2), keepdim=True) + eps) * weight_H.float()).to(x_TNH.dtype)
-        return original(x_TNH, cos, sin, None, eps)
+    if weight_H is not None:
+        wide = x_TNH.float()
+        x_TNH = (wide * torch.rsqrt(wide.square().mean((1, 2), keepdim=True) + eps) * weight_H.float()).to(x_TNH.dtype)
+    return original(x_TNH, cos, sin, None, eps)
 
 
 def _other_groups(patch: Patches, kv_of_q: Any) -> None:

@@ -11,16 +11,14 @@ from engine.parallel.group import TPGroup
 from engine.ranks.failures import RankError
 from engine.ranks.pool import ConnectedPool
 from engine.ranks.process_ranks import ProcessHandle, ProcessPool
-from harness.faults.base import Patches, control, fault
+from harness.faults.base import Patches, around, control, fault
 
 
 @fault(where="driver", rows=(86,), checks=("lifecycle",))
-def killed_rank_not_seen(patch: Patches, tp: TPGroup) -> None:
+@around(ProcessPool, "_rank_died")
+def killed_rank_not_seen(original: Any, self: Any, handle: ProcessHandle, deliver: Any) -> None:
     """Nobody looks whether a rank's process is still there: its death shows only as an answer that never comes."""
-
-    @patch.around(ProcessPool, "_rank_died")
-    def rank_died(original: Any, self: Any, handle: ProcessHandle, deliver: Any) -> None:
-        del self._actions[handle.process.sentinel]
+    del self._actions[handle.process.sentinel]
 
 
 @fault(where="driver", rows=(84,), checks=("lifecycle",))
@@ -42,19 +40,16 @@ def ranks_outlive_their_driver(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(where="driver", checks=("lifecycle",))
-def consequence_taken_for_a_cause(patch: Patches, tp: TPGroup) -> None:
+@around(jobs_module, "make_failure")
+def consequence_taken_for_a_cause(original: Any, job: str, errors: Mapping[int, RankError], *arguments: Any,
+                                  **options: Any) -> Any:
     """A rank whose connection broke because another one died is blamed like that one."""
-
-    @patch.around(jobs_module, "make_failure")
-    def make_failure(original: Any, job: str, errors: Mapping[int, RankError], *arguments: Any, **options: Any) -> Any:
-        return original(
-            job, {rank: replace(error, consequence=False) for rank, error in errors.items()}, *arguments, **options)
+    return original(
+        job, {rank: replace(error, consequence=False) for rank, error in errors.items()}, *arguments, **options)
 
 
 @control(where="driver")
-def answers_awaited_in_short_naps(patch: Patches, tp: TPGroup) -> None:
+@around(ConnectedPool, "poll")
+def answers_awaited_in_short_naps(original: Any, self: Any, deliver: Any, timeout_s: float | None) -> None:
     """The driver wakes up every 20 ms to see whether ranks have said something: wasteful, and right."""
-
-    @patch.around(ConnectedPool, "poll")
-    def poll(original: Any, self: Any, deliver: Any, timeout_s: float | None) -> None:
-        original(self, deliver, 0.02 if timeout_s is None else min(timeout_s, 0.02))
+    original(self, deliver, 0.02 if timeout_s is None else min(timeout_s, 0.02))

@@ -12,33 +12,28 @@ from engine.parallel.group import TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.parameter import LoadedWeight, ShardParameter, columns_of, rows_of
 from engine.parallel.sharding import HeadShard
-from harness.faults.base import LOAD, Patches, fault
+from harness.faults.base import LOAD, Patches, around, fault, instead
 
 ATTENTION = "model.layers.0.self_attn"
 MLP = "model.layers.0.mlp"
 
 
 @fault(rows=(1,), checks=("weights", "layers", "logits"), module=f"{ATTENTION}.q_proj", effect="repeated")
-def same_rows_on_every_rank(patch: Patches, tp: TPGroup) -> None:
+@around(MergedColumnParallelLinear, "weight_loader")
+def same_rows_on_every_rank(original: Any, self: MergedColumnParallelLinear, *arguments: Any) -> None:
     """The loader of column-parallel weights takes rank 0's rows on every rank."""
-
-    @patch.around(MergedColumnParallelLinear, "weight_loader")
-    def weight_loader(original: Any, self: MergedColumnParallelLinear, *arguments: Any) -> None:
-        right, self.output_ranges = self.output_ranges, tuple(range(len(owned)) for owned in self.output_ranges)
-        try:
-            original(self, *arguments)
-        finally:
-            self.output_ranges = right
+    right, self.output_ranges = self.output_ranges, tuple(range(len(owned)) for owned in self.output_ranges)
+    try:
+        original(self, *arguments)
+    finally:
+        self.output_ranges = right
 
 
 @fault(rows=(1,), layout="qwen2", checks=("weights", "layers", "logits"), module=f"{ATTENTION}.o_proj", effect="repeated")
-def same_columns_on_every_rank(patch: Patches, tp: TPGroup) -> None:
+@instead(RowParallelLinear, "weight_loader")
+def same_columns_on_every_rank(self: RowParallelLinear, param: ShardParameter, loaded: LoadedWeight) -> None:
     """The loader of row-parallel weights takes rank 0's columns on every rank."""
-
-    def weight_loader(self: RowParallelLinear, param: ShardParameter, loaded: LoadedWeight) -> None:
-        param.write(columns_of(loaded, range(param.shape[1])), rows=range(param.shape[0]))
-
-    patch.replace(RowParallelLinear, "weight_loader", lambda original: weight_loader)
+    param.write(columns_of(loaded, range(param.shape[1])), rows=range(param.shape[0]))
 
 
 def _cut_naively(layer: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight, part: int) -> None:
@@ -90,30 +85,26 @@ def gate_up_fused_on_disk_cut_naively(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(7,), layout="qwen3", checks=("weights", "layers", "logits"), module=f"{MLP}.gate_proj", effect="permuted")
-def gate_and_up_interleaved(patch: Patches, tp: TPGroup) -> None:
+@around(MergedColumnParallelLinear, "weight_loader")
+def gate_and_up_interleaved(original: Any, self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
+                            shard_id: str | int | None = None) -> None:
     """Gate and up are written row by row in turn, where the activation takes the first half and the second."""
-
-    @patch.around(MergedColumnParallelLinear, "weight_loader")
-    def weight_loader(original: Any, self: MergedColumnParallelLinear, param: ShardParameter, loaded: LoadedWeight,
-                      shard_id: str | int | None = None) -> None:
-        if isinstance(self, QKVParallelLinear) or len(self.output_sizes) != 2 or shard_id is None:
-            original(self, param, loaded, shard_id)
-            return
-        part = self.shard_ids.index(shard_id)
-        for index, row in enumerate(self.output_ranges[part]):
-            param.write(rows_of(loaded, range(row, row + 1)), rows=range(2 * index + part, 2 * index + part + 1))
+    if isinstance(self, QKVParallelLinear) or len(self.output_sizes) != 2 or shard_id is None:
+        original(self, param, loaded, shard_id)
+        return
+    part = self.shard_ids.index(shard_id)
+    for index, row in enumerate(self.output_ranges[part]):
+        param.write(rows_of(loaded, range(row, row + 1)), rows=range(2 * index + part, 2 * index + part + 1))
 
 
 @fault(rows=(10,), checks=("weights", "layers", "logits"), module="lm_head", effect="repeated")
-def head_loader_ignores_the_rank(patch: Patches, tp: TPGroup) -> None:
+@around(ParallelLMHead.__mro__[1], "weight_loader")
+def head_loader_ignores_the_rank(original: Any, self: Any, param: ShardParameter, loaded: LoadedWeight) -> None:
     """The LM head's loader takes the vocabulary's first rows on every rank."""
-
-    @patch.around(ParallelLMHead.__mro__[1], "weight_loader")
-    def weight_loader(original: Any, self: Any, param: ShardParameter, loaded: LoadedWeight) -> None:
-        if not isinstance(self, ParallelLMHead):
-            original(self, param, loaded)
-            return
-        param.write(rows_of(loaded, range(param.shape[0])), rows=range(param.shape[0]))
+    if not isinstance(self, ParallelLMHead):
+        original(self, param, loaded)
+        return
+    param.write(rows_of(loaded, range(param.shape[0])), rows=range(param.shape[0]))
 
 
 @fault(rows=(3,), layout="llama-odd", checks=("weights", "logits"), module=f"{MLP}.gate_proj", effect="shape")
@@ -199,14 +190,12 @@ def row_bias_cut_and_tiled(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(14,), checks=(LOAD, "layers"))
-def row_bias_through_the_weights_loader(patch: Patches, tp: TPGroup) -> None:
+@around(RowParallelLinear, "__init__")
+def row_bias_through_the_weights_loader(original: Any, self: RowParallelLinear, *arguments: Any, **options: Any) -> None:
     """The bias of a row-parallel layer goes through its weight's loader, which asks for two dimensions."""
-
-    @patch.around(RowParallelLinear, "__init__")
-    def init(original: Any, self: RowParallelLinear, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        if self.bias is not None:
-            self.bias.weight_loader = self.weight_loader
+    original(self, *arguments, **options)
+    if self.bias is not None:
+        self.bias.weight_loader = self.weight_loader
 
 
 def _forget_the_head(patch: Patches) -> None:
@@ -288,10 +277,8 @@ def key_norm_cut_by_the_rank(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(rows=(20,), checks=("weights", "layers", "logits"), module=f"{ATTENTION}.o_proj")
-def columns_in_a_local_order(patch: Patches, tp: TPGroup) -> None:
+@around(RowParallelLinear, "weight_loader")
+def columns_in_a_local_order(original: Any, self: RowParallelLinear, param: ShardParameter, loaded: LoadedWeight) -> None:
     """Row-parallel weights are reordered after they are cut, each rank by itself, and their inputs are not."""
-
-    @patch.around(RowParallelLinear, "weight_loader")
-    def weight_loader(original: Any, self: RowParallelLinear, param: ShardParameter, loaded: LoadedWeight) -> None:
-        original(self, param, loaded)
-        param.data.copy_(param.data.flip(-1))
+    original(self, param, loaded)
+    param.data.copy_(param.data.flip(-1))

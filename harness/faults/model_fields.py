@@ -16,7 +16,7 @@ import torch
 from engine.config import ModelConfig
 from engine.frontend.requests import Admission
 from engine.parallel.group import TPGroup
-from harness.faults.base import LOAD, Patches, Plant, fault
+from harness.faults.base import LOAD, Patches, Plant, around, fault
 from harness.faults.layers import BEFORE_O_PROJ
 
 Change = dict[str, Any]
@@ -140,9 +140,7 @@ _declare("eos-never-read", "eos_token_ids", "A list of end-of-sequence tokens is
 
 
 @fault(checks=("generation",), where="driver", field="ModelConfig.vocab_size")
-def last_token_refused(patch: Patches, tp: TPGroup) -> None:
+@around(Admission, "__init__")
+def last_token_refused(original: Any, self: Admission, model_config: ModelConfig, *arguments: Any, **options: Any) -> None:
     """Admission takes the vocabulary to end before its last token: a prompt or a stop token with that one is refused."""
-
-    @patch.around(Admission, "__init__")
-    def init(original: Any, self: Admission, model_config: ModelConfig, *arguments: Any, **options: Any) -> None:
-        original(self, replace(model_config, vocab_size=model_config.vocab_size - 1), *arguments, **options)
+    original(self, replace(model_config, vocab_size=model_config.vocab_size - 1), *arguments, **options)

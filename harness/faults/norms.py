@@ -8,7 +8,7 @@ from typing import Any
 from engine.layers.norm import RMSNorm
 from engine.models.decoder import SelfAttention
 from engine.parallel.group import TPGroup
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault
 from harness.faults.layers import BEFORE_O_PROJ
 
 FIRST_NORM = "model.layers.0.input_layernorm"
@@ -35,12 +35,10 @@ def eps_by_default(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(layout="qwen3", checks=("logits",), module=BEFORE_O_PROJ)
-def head_norms_with_another_eps(patch: Patches, tp: TPGroup) -> None:
+@around(SelfAttention, "__init__")
+def head_norms_with_another_eps(original: Any, self: SelfAttention, *arguments: Any, **options: Any) -> None:
     """The norms of queries and keys have a tenth of the config's eps, the others the whole of it."""
-
-    @patch.around(SelfAttention, "__init__")
-    def init(original: Any, self: SelfAttention, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.eps /= 10
+    original(self, *arguments, **options)
+    for norm in (self.q_norm, self.k_norm):
+        if norm is not None:
+            norm.eps /= 10

@@ -20,7 +20,7 @@ from engine.parallel.group import TPGroup
 from engine.scheduling.batch import SamplingBatch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, TokenLogprobs
-from harness.faults.base import Patches, Plant, fault
+from harness.faults.base import Patches, Plant, around, fault
 from harness.faults.edits import edit
 from harness.faults.parameters import CHECKS, declare
 
@@ -82,14 +82,12 @@ def _with_rank(right: LogprobTensors, rank_of: Callable[[LogprobTensors], Tensor
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.logprobs")
-def drawn_token_missing_among_the_best(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingCompletion, "_take_logprobs")
+def drawn_token_missing_among_the_best(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
     """Only the best tokens are told: a drawn token that is none of them has no log-probability."""
-
-    @patch.around(OngoingCompletion, "_take_logprobs")
-    def take_logprobs(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
-        original(self, token_id, at)
-        if token_id not in [best for best, _, _ in at.top[: self.request.params.logprobs]]:
-            _logprobs(self)[-1].pop(token_id)
+    original(self, token_id, at)
+    if token_id not in [best for best, _, _ in at.top[: self.request.params.logprobs]]:
+        _logprobs(self)[-1].pop(token_id)
 
 
 def _logprobs(completion: OngoingCompletion) -> list[Any]:
@@ -98,27 +96,23 @@ def _logprobs(completion: OngoingCompletion) -> list[Any]:
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.logprobs")
-def sum_misses_the_last_token(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingCompletion, "_take_logprobs")
+def sum_misses_the_last_token(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
     """The sum of log-probabilities is brought up to date before each token's own is known: the last is never added."""
-
-    @patch.around(OngoingCompletion, "_take_logprobs")
-    def take_logprobs(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
-        told = [logprobs[drawn].logprob for logprobs, drawn in zip(_logprobs(self), self.output.token_ids, strict=False)]
-        original(self, token_id, at)
-        self.output.cumulative_logprob = sum(told)
+    told = [logprobs[drawn].logprob for logprobs, drawn in zip(_logprobs(self), self.output.token_ids, strict=False)]
+    original(self, token_id, at)
+    self.output.cumulative_logprob = sum(told)
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
-def logprobs_of_the_first_completion_for_all(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingRequest, "empty_inbox")
+def logprobs_of_the_first_completion_for_all(original: Any, self: OngoingRequest) -> list[int]:
     """All completions of a prompt tell the first one's log-probabilities."""
-
-    @patch.around(OngoingRequest, "empty_inbox")
-    def empty_inbox(original: Any, self: OngoingRequest) -> list[int]:
-        ended: list[int] = original(self)
-        first, *others = self.output.outputs
-        for other in others:
-            other.logprobs = None if first.logprobs is None else list(first.logprobs)
-        return ended
+    ended: list[int] = original(self)
+    first, *others = self.output.outputs
+    for other in others:
+        other.logprobs = None if first.logprobs is None else list(first.logprobs)
+    return ended
 
 
 # Log-probabilities of the prompt.
@@ -214,28 +208,24 @@ declare("include_stop_str_in_output", "The text of the stop token is cut off als
 
 
 @fault(rows=(105,), checks=CHECKS, where="driver", field="SamplingParams.stop")
-def stop_string_within_one_token_alone(patch: Patches, tp: TPGroup) -> None:
+@around(Detokenizer, "_take")
+def stop_string_within_one_token_alone(original: Any, self: Detokenizer, new: str) -> None:
     """A stop string is looked for in what each token adds to the text: one that spans two tokens is not found."""
-
-    @patch.around(Detokenizer, "_take")
-    def take(original: Any, self: Detokenizer, new: str) -> None:
-        wanted, self._stop = self._stop, tuple(stop for stop in self._stop if stop in new)
-        try:
-            original(self, new)
-        finally:
-            self._stop = wanted
+    wanted, self._stop = self._stop, tuple(stop for stop in self._stop if stop in new)
+    try:
+        original(self, new)
+    finally:
+        self._stop = wanted
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.stop")
-def held_back_text_lost(patch: Patches, tp: TPGroup) -> None:
+@around(Detokenizer, "finish")
+def held_back_text_lost(original: Any, self: Detokenizer) -> None:
     """What was held back, because a stop string could have begun with it, is lost where the completion ends otherwise."""
-
-    @patch.around(Detokenizer, "finish")
-    def finish(original: Any, self: Detokenizer) -> None:
-        num_safe, is_held = self.num_safe, bool(self._stop) and self.stop_string is None
-        original(self)
-        if is_held and self.stop_string is None:
-            self.text, self.num_safe = self.text[:num_safe], num_safe
+    num_safe, is_held = self.num_safe, bool(self._stop) and self.stop_string is None
+    original(self)
+    if is_held and self.stop_string is None:
+        self.text, self.num_safe = self.text[:num_safe], num_safe
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.stop")
@@ -304,11 +294,9 @@ def abort_ends_one_completion_alone(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(checks=CHECKS, where="driver")
-def abort_leaves_the_text_empty(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingCompletion, "finish")
+def abort_leaves_the_text_empty(original: Any, self: OngoingCompletion, reason: str) -> None:
     """An aborted completion has its tokens, but no text."""
-
-    @patch.around(OngoingCompletion, "finish")
-    def finish(original: Any, self: OngoingCompletion, reason: str) -> None:
-        original(self, reason)
-        if reason == "abort":
-            self.output.text = ""
+    original(self, reason)
+    if reason == "abort":
+        self.output.text = ""

@@ -24,7 +24,7 @@ from engine.parallel.sharding import HeadShard
 from engine.scheduling.kv_cache import ROOT_HASH, BlockManager, hash_block
 from engine.scheduling.scheduler import Chunk, Scheduler
 from engine.scheduling.sequence import Sequence
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault, instead
 from harness.faults.collectives import EMBEDDING
 from harness.faults.layers import BEFORE_O_PROJ
 from harness.faults.loading import ATTENTION
@@ -33,118 +33,99 @@ PIECE_BYTES = 2048
 
 
 @fault(layout="llama-nine-heads", checks=("attention", "logits"), module=BEFORE_O_PROJ)
-def even_counts_taken_for_even_groups(patch: Patches, tp: TPGroup) -> None:
+@around(HeadShard, "__init__")
+def even_counts_taken_for_even_groups(original: Any, self: HeadShard, *, q_heads: range, kv_heads: range,
+                                      kv_of_q: tuple[int, ...]) -> None:
     """Four query heads on two KV heads are taken for two and two, though the cut left one and three of them."""
-
-    @patch.around(HeadShard, "__init__")
-    def init(original: Any, self: HeadShard, *, q_heads: range, kv_heads: range, kv_of_q: tuple[int, ...]) -> None:
-        per_kv_head, rest = divmod(len(q_heads), len(kv_heads))
-        if not rest:
-            kv_of_q = tuple(local // per_kv_head for local in range(len(q_heads)))
-        original(self, q_heads=q_heads, kv_heads=kv_heads, kv_of_q=kv_of_q)
+    per_kv_head, rest = divmod(len(q_heads), len(kv_heads))
+    if not rest:
+        kv_of_q = tuple(local // per_kv_head for local in range(len(q_heads)))
+    original(self, q_heads=q_heads, kv_heads=kv_heads, kv_of_q=kv_of_q)
 
 
 @fault(checks=("collectives",))
-def reduced_copy_thrown_away(patch: Patches, tp: TPGroup) -> None:
+@around(TPGroup, "all_reduce")
+def reduced_copy_thrown_away(original: Any, self: TPGroup, x: Tensor) -> Tensor:
     """What is not contiguous is copied, the copy is reduced, and the tensor itself is given back as it was."""
-
-    @patch.around(TPGroup, "all_reduce")
-    def all_reduce(original: Any, self: TPGroup, x: Tensor) -> Tensor:
-        total: Tensor = original(self, x)
-        return total if x.is_contiguous() else x
+    total: Tensor = original(self, x)
+    return total if x.is_contiguous() else x
 
 
 @fault(checks=("layers", "logits"), module=f"{ATTENTION}.o_proj", effect="bias")
-def single_row_without_bias(patch: Patches, tp: TPGroup) -> None:
+@around(RowParallelLinear, "forward")
+def single_row_without_bias(original: Any, self: RowParallelLinear, x_TI: Tensor) -> Any:
     """A row-parallel layer has a path of its own for one row, a matrix-vector product, which forgets the bias."""
-
-    @patch.around(RowParallelLinear, "forward")
-    def forward(original: Any, self: RowParallelLinear, x_TI: Tensor) -> Any:
-        if x_TI.shape[0] == 1:
-            return self.tp.all_reduce(torch.mv(self.weight, x_TI[0]))[None]
-        return original(self, x_TI)
+    if x_TI.shape[0] == 1:
+        return self.tp.all_reduce(torch.mv(self.weight, x_TI[0]))[None]
+    return original(self, x_TI)
 
 
 @fault(checks=("layers", "logits"), module=EMBEDDING)
-def border_token_on_two_ranks(patch: Patches, tp: TPGroup) -> None:
+@instead(VocabParallelEmbedding, "forward")
+def border_token_on_two_ranks(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
     """A token at the border of two shards counts for both: the first of them adds its last row."""
-
-    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
-        ids = self.shard.ids
-        is_mine_T = (token_ids_T >= ids.start) & (token_ids_T <= ids.stop)
-        row_T = (token_ids_T - ids.start).clamp(0, self.shard.local_size - 1)
-        return self.tp.all_reduce(F.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), -0.0))
-
-    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+    ids = self.shard.ids
+    is_mine_T = (token_ids_T >= ids.start) & (token_ids_T <= ids.stop)
+    row_T = (token_ids_T - ids.start).clamp(0, self.shard.local_size - 1)
+    return self.tp.all_reduce(F.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), -0.0))
 
 
 @fault(checks=("weights", "logits"), module=EMBEDDING, effect="lost")
-def last_piece_of_a_large_tensor_not_read(patch: Patches, tp: TPGroup) -> None:
+@around(CheckpointTensor, "__getitem__")
+def last_piece_of_a_large_tensor_not_read(original: Any, self: CheckpointTensor, index: Any) -> Tensor:
     """Large tensors are read in pieces of as many rows as fit, and the rows that do not fill a piece stay zero."""
-
-    @patch.around(CheckpointTensor, "__getitem__")
-    def getitem(original: Any, self: CheckpointTensor, index: Any) -> Tensor:
-        value: Tensor = original(self, index)
-        if isinstance(index, slice) and value.dim() == 2 and value.nbytes > PIECE_BYTES:
-            piece = max(1, PIECE_BYTES // value[0].nbytes)
-            value = value.clone()
-            value[len(value) // piece * piece :] = 0
-        return value
+    value: Tensor = original(self, index)
+    if isinstance(index, slice) and value.dim() == 2 and value.nbytes > PIECE_BYTES:
+        piece = max(1, PIECE_BYTES // value[0].nbytes)
+        value = value.clone()
+        value[len(value) // piece * piece :] = 0
+    return value
 
 
 @fault(checks=("kv",))
-def second_block_forgets_the_first(patch: Patches, tp: TPGroup) -> None:
+@instead(BlockManager, "_hash_known_blocks")
+def second_block_forgets_the_first(self: BlockManager, sequence: Sequence) -> None:
     """The chain of hashes begins anew at a sequence's second block, so two blocks of the same words are taken for one."""
-
-    def hash_known_blocks(self: BlockManager, sequence: Sequence) -> None:
-        hashes, size = sequence.block_hashes, self.block_size
-        for index in range(len(hashes), len(sequence.token_ids) // size):
-            parent = hashes[index - 1] if index > 1 else ROOT_HASH
-            hashes.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
-
-    patch.replace(BlockManager, "_hash_known_blocks", lambda original: hash_known_blocks)
+    hashes, size = sequence.block_hashes, self.block_size
+    for index in range(len(hashes), len(sequence.token_ids) // size):
+        parent = hashes[index - 1] if index > 1 else ROOT_HASH
+        hashes.append(hash_block(parent, sequence.token_ids[index * size : (index + 1) * size]))
 
 
 @fault(checks=("kv",))
-def drawn_as_soon_as_past_the_prompt(patch: Patches, tp: TPGroup) -> None:
+@instead(Scheduler, "_take")
+def drawn_as_soon_as_past_the_prompt(self: Scheduler, sequence: Sequence, num_tokens: int) -> Chunk:
     """Whatever chunk reaches past the prompt draws a token: also the first of several when a preempted sequence starts over."""
-
-    def take(self: Scheduler, sequence: Sequence, num_tokens: int) -> Chunk:
-        start = sequence.num_computed
-        self.blocks.grow(sequence, start + num_tokens)
-        sequence.num_computed += num_tokens
-        self.blocks.register(sequence)
-        chunk = Chunk(sequence, start, num_tokens, samples=sequence.num_computed >= sequence.num_prompt_tokens,
-                      in_flight=sequence.num_computed > len(sequence.token_ids))
-        sequence.num_in_flight += chunk.samples
-        return chunk
-
-    patch.replace(Scheduler, "_take", lambda original: take)
+    start = sequence.num_computed
+    self.blocks.grow(sequence, start + num_tokens)
+    sequence.num_computed += num_tokens
+    self.blocks.register(sequence)
+    chunk = Chunk(sequence, start, num_tokens, samples=sequence.num_computed >= sequence.num_prompt_tokens,
+                  in_flight=sequence.num_computed > len(sequence.token_ids))
+    sequence.num_in_flight += chunk.samples
+    return chunk
 
 
 @fault(checks=("generation",), field="SamplingParams.top_k")
-def nucleus_of_the_whole_vocabulary(patch: Patches, tp: TPGroup) -> None:
+@around(sampler_module, "filter_top_k_top_p")
+def nucleus_of_the_whole_vocabulary(original: Any, logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor,
+                                    top_p_R: Tensor) -> Tensor:
     """With top_k and top_p both, top_p is held against the probability of all tokens, not of the top_k that are left."""
-
-    @patch.around(sampler_module, "filter_top_k_top_p")
-    def filter_top_k_top_p(original: Any, logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-        in_k_RV = original(logits_RV, temperature_R, top_k_R, torch.ones_like(top_p_R))
-        in_p_RV = original(logits_RV, temperature_R, torch.zeros_like(top_k_R), top_p_R)
-        return torch.minimum(in_k_RV, in_p_RV)
+    in_k_RV = original(logits_RV, temperature_R, top_k_R, torch.ones_like(top_p_R))
+    in_p_RV = original(logits_RV, temperature_R, torch.zeros_like(top_k_R), top_p_R)
+    return torch.minimum(in_k_RV, in_p_RV)
 
 
 @fault(checks=("attention",))
-def later_parts_of_a_prompt_start_over(patch: Patches, tp: TPGroup) -> None:
+@around(attention_module, "_attend")
+def later_parts_of_a_prompt_start_over(original: Any, q_AIQH: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts_A: Tensor,
+                                       kv_heads: list[int], scale: float) -> Any:
     """Queries that are too many for one score tensor are handled in parts, and each part is masked as if it were the first."""
-
-    @patch.around(attention_module, "_attend")
-    def attend(original: Any, q_AIQH: Tensor, k_ANLH: Tensor, v_ANLH: Tensor, contexts_A: Tensor, kv_heads: list[int],
-               scale: float) -> Any:
-        num_queries = q_AIQH.shape[1]
-        step = max(1, attention_module._MAX_SCORES // (q_AIQH.shape[0] * len(kv_heads) * k_ANLH.shape[2]))
-        # A part of i queries that end at contexts + i - num_queries begins where the first part does.
-        return torch.cat([original(part, k_ANLH, v_ANLH, contexts_A - num_queries + part.shape[1], kv_heads, scale)
-                          for part in q_AIQH.split(step, dim=1)], dim=1)
+    num_queries = q_AIQH.shape[1]
+    step = max(1, attention_module._MAX_SCORES // (q_AIQH.shape[0] * len(kv_heads) * k_ANLH.shape[2]))
+    # A part of i queries that end at contexts + i - num_queries begins where the first part does.
+    return torch.cat([original(part, k_ANLH, v_ANLH, contexts_A - num_queries + part.shape[1], kv_heads, scale)
+                      for part in q_AIQH.split(step, dim=1)], dim=1)
 
 
 @fault(layout="llama-yarn", checks=("attention",))

@@ -23,7 +23,7 @@ from engine.parallel.group import TPGroup
 from engine.scheduling.batch import SamplingBatch
 from engine.scheduling.scheduler import Chunk
 from engine.scheduling.sequence import Request, Sequence
-from harness.faults.base import Patches, Plant, Where, fault
+from harness.faults.base import Patches, Plant, Where, around, fault
 from harness.faults.edits import edit
 
 Change = dict[str, Any]
@@ -208,14 +208,12 @@ def completions_share_one_seed(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
-def first_completion_not_that_of_one(patch: Patches, tp: TPGroup) -> None:
+@around(requests_module, "Request")
+def first_completion_not_that_of_one(original: Any, **fields: Any) -> Any:
     """Where several completions are asked for, the first one's seed is derived too: it is not the one that n=1 gives."""
-
-    @patch.around(requests_module, "Request")
-    def request(original: Any, **fields: Any) -> Any:
-        if fields["params"].n > 1 and fields["seed"] == fields["params"].seed:
-            fields["seed"] = requests_module.derive_seed("completion", fields["seed"], 0)
-        return original(**fields)
+    if fields["params"].n > 1 and fields["seed"] == fields["params"].seed:
+        fields["seed"] = requests_module.derive_seed("completion", fields["seed"], 0)
+    return original(**fields)
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.seed")
@@ -306,24 +304,21 @@ def nucleus_of_the_raw_logits(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(checks=CHECKS, field="SamplingParams.top_p")
-def nucleus_without_its_last_token(patch: Patches, tp: TPGroup) -> None:
+@around(sampler_module, "filter_top_k_top_p")
+def nucleus_without_its_last_token(original: Any, logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor,
+                                   top_p_R: Tensor) -> Tensor:
     """The token with which the nucleus reaches top_p is left out of it, unless it is the best."""
-
-    @patch.around(sampler_module, "filter_top_k_top_p")
-    def filter_short(original: Any, logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
-        kept_RV: Tensor = original(logits_RV, temperature_R, top_k_R, top_p_R)
-        worst_R1 = kept_RV.masked_fill(kept_RV == -torch.inf, torch.inf).min(dim=-1, keepdim=True).values
-        is_last_RV = (kept_RV == worst_R1) & (top_p_R[:, None] < 1) & (kept_RV < kept_RV.max(dim=-1, keepdim=True).values)
-        return kept_RV.masked_fill(is_last_RV, -torch.inf)
+    kept_RV: Tensor = original(logits_RV, temperature_R, top_k_R, top_p_R)
+    worst_R1 = kept_RV.masked_fill(kept_RV == -torch.inf, torch.inf).min(dim=-1, keepdim=True).values
+    is_last_RV = (kept_RV == worst_R1) & (top_p_R[:, None] < 1) & (kept_RV < kept_RV.max(dim=-1, keepdim=True).values)
+    return kept_RV.masked_fill(is_last_RV, -torch.inf)
 
 
 @fault(checks=CHECKS, field="SamplingParams.max_tokens")
-def stop_at_the_limit_told_as_length(patch: Patches, tp: TPGroup) -> None:
+@around(Sequence, "append")
+def stop_at_the_limit_told_as_length(original: Any, self: Sequence, token_id: int) -> bool:
     """The limit is looked at before the stop tokens: a completion whose last token is one ends by "length"."""
-
-    @patch.around(Sequence, "append")
-    def append(original: Any, self: Sequence, token_id: int) -> bool:
-        is_last: bool = original(self, token_id)
-        if self.finish_reason == "stop" and len(self.token_ids) - self.num_prompt_tokens >= self.request.max_tokens:
-            self.finish_reason = "length"
-        return is_last
+    is_last: bool = original(self, token_id)
+    if self.finish_reason == "stop" and len(self.token_ids) - self.num_prompt_tokens >= self.request.max_tokens:
+        self.finish_reason = "length"
+    return is_last

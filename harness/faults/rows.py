@@ -25,7 +25,7 @@ from engine.parallel.group import TPGroup
 from engine.scheduling.batch import SamplingBatch, StepBatch
 from engine.scheduling.scheduler import Chunk, Scheduler
 from engine.scheduling.sequence import Request, TokenLogprobs
-from harness.faults.base import Patches, Plant, fault
+from harness.faults.base import Patches, Plant, around, fault
 from harness.faults.parameters import CHECKS, Change, banned_tokens, bans, drawn_with
 
 T = TypeVar("T")
@@ -152,35 +152,29 @@ def in_flight_looked_up_in_the_last_row(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(checks=KV_TOO)
-def tokens_committed_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
+@around(Scheduler, "commit")
+def tokens_committed_to_the_neighbour(original: Any, self: Scheduler, chunks: list[Chunk], token_ids: list[int]) -> Any:
     """Each sequence of a step gets the token that was drawn for the one before it."""
-
-    @patch.around(Scheduler, "commit")
-    def commit(original: Any, self: Scheduler, chunks: list[Chunk], token_ids: list[int]) -> Any:
-        return original(self, chunks, _rolled(token_ids))
+    return original(self, chunks, _rolled(token_ids))
 
 
 @fault(checks=CHECKS)
-def logprobs_handed_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
+@around(Runner, "collect_logprobs")
+def logprobs_handed_to_the_neighbour(original: Any, self: Runner, drawn: Any) -> list[TokenLogprobs]:
     """Each row that wants log-probabilities gets those of the one before it."""
-
-    @patch.around(Runner, "collect_logprobs")
-    def collect_logprobs(original: Any, self: Runner, drawn: Any) -> list[TokenLogprobs]:
-        return _rolled(original(self, drawn))
+    return _rolled(original(self, drawn))
 
 
 @fault(checks=CHECKS)
-def token_in_flight_of_the_neighbour(patch: Patches, tp: TPGroup) -> None:
+@around(Runner, "forward")
+def token_in_flight_of_the_neighbour(original: Any, self: Runner, batch: StepBatch) -> Tensor:
     """On every rank a sequence goes on from the token in flight of the row before it in the device's state."""
-
-    @patch.around(Runner, "forward")
-    def forward(original: Any, self: Runner, batch: StepBatch) -> Tensor:
-        right, self.last_token_M = self.last_token_M, self.last_token_M.roll(1)
-        try:
-            hidden_TE: Tensor = original(self, batch)
-        finally:
-            self.last_token_M = right
-        return hidden_TE
+    right, self.last_token_M = self.last_token_M, self.last_token_M.roll(1)
+    try:
+        hidden_TE: Tensor = original(self, batch)
+    finally:
+        self.last_token_M = right
+    return hidden_TE
 
 
 @fault(checks=CHECKS)
@@ -247,61 +241,54 @@ def parameters_in_reverse(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.stop")
-def stop_strings_of_the_neighbour(patch: Patches, tp: TPGroup) -> None:
+@around(Admission, "admit")
+def stop_strings_of_the_neighbour(original: Any, self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
     """Each text ends at the stop strings of the one that was admitted before it."""
-
-    @patch.around(Admission, "admit")
-    def admit(original: Any, self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
-        requests: list[OngoingRequest] = original(self, *arguments, **options)
-        texts = [completion._detokenizer for request in requests for completion in request.completions.values()
-                 if completion._detokenizer is not None]
-        for text, stop in zip(texts, _rolled([text._stop for text in texts]), strict=True):
-            text._stop = stop
-        return requests
+    requests: list[OngoingRequest] = original(self, *arguments, **options)
+    texts = [completion._detokenizer for request in requests for completion in request.completions.values()
+             if completion._detokenizer is not None]
+    for text, stop in zip(texts, _rolled([text._stop for text in texts]), strict=True):
+        text._stop = stop
+    return requests
 
 
 # What the driver makes of it.
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
-def completions_in_reverse(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingRequest, "__init__")
+def completions_in_reverse(original: Any, self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
     """The completions of a prompt are numbered, and listed, from the last to the first."""
-
-    @patch.around(OngoingRequest, "__init__")
-    def init(original: Any, self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
-        original(self, output, completions)
-        output.outputs.reverse()
-        for index, completion in enumerate(output.outputs):
-            completion.index = index
+    original(self, output, completions)
+    output.outputs.reverse()
+    for index, completion in enumerate(output.outputs):
+        completion.index = index
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
-def completions_share_one_text(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingRequest, "__init__")
+def completions_share_one_text(original: Any, self: OngoingRequest, output: Any,
+                               completions: dict[int, OngoingCompletion]) -> None:
     """The completions of a prompt have one detokenizer between them: what one has begun, the next one's tokens go on with."""
-
-    @patch.around(OngoingRequest, "__init__")
-    def init(original: Any, self: OngoingRequest, output: Any, completions: dict[int, OngoingCompletion]) -> None:
-        original(self, output, completions)
-        first = next(iter(completions.values()), None)
-        for completion in completions.values():
-            # A text that a stop string has ended takes no more tokens.
-            if first is not None and not completion.request.params.stop_strings:
-                completion._detokenizer = first._detokenizer
+    original(self, output, completions)
+    first = next(iter(completions.values()), None)
+    for completion in completions.values():
+        # A text that a stop string has ended takes no more tokens.
+        if first is not None and not completion.request.params.stop_strings:
+            completion._detokenizer = first._detokenizer
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingParams.n")
-def news_to_the_neighbour(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingRequest, "empty_inbox")
+def news_to_the_neighbour(original: Any, self: OngoingRequest) -> Any:
     """Two completions of a prompt whose tokens come together, one after the other, get each other's."""
-
-    @patch.around(OngoingRequest, "empty_inbox")
-    def empty_inbox(original: Any, self: OngoingRequest) -> Any:
-        together = list(self.inbox)
-        for place, (one, other) in enumerate(pairwise(self.inbox)):
-            if place % 2 == 0 and one is not None and other is not None:
-                together[place : place + 2] = _exchanged(one, other)
-        self.inbox.clear()
-        self.inbox.extend(together)
-        return original(self)
+    together = list(self.inbox)
+    for place, (one, other) in enumerate(pairwise(self.inbox)):
+        if place % 2 == 0 and one is not None and other is not None:
+            together[place : place + 2] = _exchanged(one, other)
+    self.inbox.clear()
+    self.inbox.extend(together)
+    return original(self)
 
 
 def _exchanged(one: TokenOutput, other: TokenOutput) -> list[TokenOutput]:
@@ -310,14 +297,12 @@ def _exchanged(one: TokenOutput, other: TokenOutput) -> list[TokenOutput]:
 
 
 @fault(checks=CHECKS, where="driver", field="SamplingBatch.num_logprobs")
-def as_many_logprobs_as_anyone_wants(patch: Patches, tp: TPGroup) -> None:
+@around(OngoingCompletion, "_take_logprobs")
+def as_many_logprobs_as_anyone_wants(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
     """Every request is told as many log-probabilities as the one in its step that wants most."""
-
-    @patch.around(OngoingCompletion, "_take_logprobs")
-    def take_logprobs(original: Any, self: OngoingCompletion, token_id: int, at: TokenLogprobs) -> None:
-        right = self.request
-        self.request = replace(right, params=replace(right.params, logprobs=len(at.top)))
-        try:
-            original(self, token_id, at)
-        finally:
-            self.request = right
+    right = self.request
+    self.request = replace(right, params=replace(right.params, logprobs=len(at.top)))
+    try:
+        original(self, token_id, at)
+    finally:
+        self.request = right

@@ -13,7 +13,7 @@ import engine.layers.sampler as sampler_module
 from engine.execution.runner import Runner
 from engine.parallel.group import TPGroup
 from engine.scheduling.batch import SamplingBatch, StepBatch
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, around, fault
 
 
 @fault(rows=(68,), checks=("generation",))
@@ -49,12 +49,10 @@ def token_of_another_sequence_fed_back(patch: Patches, tp: TPGroup) -> None:
 
 
 @fault(layout="qwen2", checks=("generation",))
-def nucleus_turned_inside_out(patch: Patches, tp: TPGroup) -> None:
+@around(sampler_module, "filter_top_k_top_p")
+def nucleus_turned_inside_out(original: Any, logits_RV: Tensor, *arguments: Any) -> Tensor:
     """The filter keeps the tokens outside the nucleus, on every rank alike: the ranks agree, and talk nonsense."""
-
-    @patch.around(sampler_module, "filter_top_k_top_p")
-    def filter_top_k_top_p(original: Any, logits_RV: Tensor, *arguments: Any) -> Tensor:
-        kept_RV: Tensor = original(logits_RV, *arguments)
-        is_out_RV = kept_RV == -torch.inf
-        is_filtered_R1 = is_out_RV.any(dim=1, keepdim=True)
-        return logits_RV.masked_fill(~is_out_RV & is_filtered_R1, -torch.inf)
+    kept_RV: Tensor = original(logits_RV, *arguments)
+    is_out_RV = kept_RV == -torch.inf
+    is_filtered_R1 = is_out_RV.any(dim=1, keepdim=True)
+    return logits_RV.masked_fill(~is_out_RV & is_filtered_R1, -torch.inf)

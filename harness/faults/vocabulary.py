@@ -14,44 +14,35 @@ from engine.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.parallel.group import TPGroup
 from engine.parallel.sharding import VocabShard
 from engine.scheduling.batch import SamplingBatch
-from harness.faults.base import Patches, fault
+from harness.faults.base import Patches, fault, instead
 from harness.faults.collectives import EMBEDDING
 
 
 @fault(rows=(3, 62), layout="llama-odd", checks=("weights", "layers", "logits"), module=EMBEDDING, effect="lost")
-def last_tokens_on_no_rank(patch: Patches, tp: TPGroup) -> None:
+@instead(embedding_module, "vocab_shard")
+def last_tokens_on_no_rank(vocab_size: int, *, tp_rank: int, tp_size: int) -> VocabShard:
     """Every rank gets vocab_size // tp_size rows, and the rest is nobody's."""
-
-    def vocab_shard(vocab_size: int, *, tp_rank: int, tp_size: int) -> VocabShard:
-        size = vocab_size // tp_size
-        return VocabShard(ids=range(tp_rank * size, (tp_rank + 1) * size), local_size=size)
-
-    patch.replace(embedding_module, "vocab_shard", lambda original: vocab_shard)
+    size = vocab_size // tp_size
+    return VocabShard(ids=range(tp_rank * size, (tp_rank + 1) * size), local_size=size)
 
 
 @fault(rows=(62,), checks=("layers", "logits"), module=EMBEDDING, effect="lost")
-def border_token_on_no_rank(patch: Patches, tp: TPGroup) -> None:
+@instead(VocabParallelEmbedding, "forward")
+def border_token_on_no_rank(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
     """The lookup takes a rank's first token to be the last of the rank before, which does not have it."""
-
-    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
-        ids = self.shard.ids
-        is_mine_T = (token_ids_T > ids.start) & (token_ids_T < ids.stop) | (token_ids_T == 0) & (self.tp.rank == 0)
-        row_T = (token_ids_T - ids.start).where(is_mine_T, 0)
-        return self.tp.all_reduce(F.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), 0.0))
-
-    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+    ids = self.shard.ids
+    is_mine_T = (token_ids_T > ids.start) & (token_ids_T < ids.stop) | (token_ids_T == 0) & (self.tp.rank == 0)
+    row_T = (token_ids_T - ids.start).where(is_mine_T, 0)
+    return self.tp.all_reduce(F.embedding(row_T, self.weight).masked_fill_(~is_mine_T.unsqueeze(-1), 0.0))
 
 
 @fault(checks=("layers", "logits"), module=EMBEDDING)
-def foreign_tokens_not_masked(patch: Patches, tp: TPGroup) -> None:
+@instead(VocabParallelEmbedding, "forward")
+def foreign_tokens_not_masked(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
     """For tokens of other ranks every rank adds its own first row."""
-
-    def forward(self: VocabParallelEmbedding, token_ids_T: Tensor) -> Tensor:
-        ids = self.shard.ids
-        is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
-        return self.tp.all_reduce(F.embedding((token_ids_T - ids.start).where(is_mine_T, 0), self.weight))
-
-    patch.replace(VocabParallelEmbedding, "forward", lambda original: forward)
+    ids = self.shard.ids
+    is_mine_T = (token_ids_T >= ids.start) & (token_ids_T < ids.stop)
+    return self.tp.all_reduce(F.embedding((token_ids_T - ids.start).where(is_mine_T, 0), self.weight))
 
 
 @fault(rows=(59,), checks=("layers", "logits", "generation"), module="lm_head", effect="shape")
