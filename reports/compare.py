@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ CheckVerdict = Literal[
     "broken", "new finding", "worse error", "no longer compared", "still failing", "fixed", "now compared",
     "same", "only in baseline", "only in candidate",
 ]  # fmt: skip
+_Row = TypeVar("_Row", CheckRow, AtlasRow)
 AtlasChangeVerdict = Literal["broken", "other verdict", "mended", "same", "only in baseline", "only in candidate"]
 
 HARDWARE = "hardware"
@@ -283,8 +284,7 @@ def _compare_speeds(
             verdict = _speed_verdict(gain, low, high, effect) if sure else "too noisy"
         changes.append(
             SpeedChange(
-                **{name: getattr(row, name) for name in ("workload", "case", "model", "engine", "dtype", "fabric")},
-                tp_size=row.tp_size,
+                **{name: getattr(row, name) for name in BenchRow.KEY},
                 metric=metric,
                 verdict=verdict,
                 baseline_median=float(np.median(before)) if before else None,
@@ -311,29 +311,29 @@ def _speed_verdict(gain: float, low: float, high: float, effect: float) -> Speed
 def _compare_checks(old_rows: Sequence[CheckRow], new_rows: Sequence[CheckRow], spread: float) -> list[CheckChange]:
     # Where one side has no kinds (an older record, a check that could not run), the other side's are taken together.
     whole = {row.layout for row in (*old_rows, *new_rows) if not row.kind}
-    old, new = ({row.key: row for row in _with_whole(rows, whole)} for rows in (old_rows, new_rows))
-    changes = []
-    for key in dict.fromkeys((*old, *new)):
-        before, after = old.get(key), new.get(key)
-        row = after or old[key]
-        changes.append(
-            CheckChange(
-                **{name: getattr(row, name) for name in ("check", "kind", "fault", "model", "dtype", "fabric")},
-                tp_size=row.tp_size,
-                verdict=_check_verdict(before, after, spread),
-                baseline=before.verdict if before else "",
-                candidate=after.verdict if after else "",
-                baseline_error=before.error_over_budget if before else None,
-                candidate_error=after.error_over_budget if after else None,
-                message=after.message if after else "",
-                replay=after.replay if after else None,
-                traceback=after.traceback if after else "",
-            )
-        )
-    return changes
+    return [CheckChange(**_both_sides(before, after), verdict=_check_verdict(before, after, spread),
+                        replay=after.replay if after else None, traceback=after.traceback if after else "")
+            for before, after in _pairs(_with_whole(old_rows, whole), _with_whole(new_rows, whole))]
 
 
-def _with_whole(rows: Sequence[CheckRow], layouts: Set[tuple[str, str, str, str, str, int]]) -> Iterator[CheckRow]:
+def _pairs(old_rows: Iterable[_Row], new_rows: Iterable[_Row]) -> Iterator[tuple[_Row | None, _Row | None]]:
+    """Each row of either side beside the same row of the other; None where it has none."""
+    old: dict[Any, _Row] = {row.key: row for row in old_rows}
+    new: dict[Any, _Row] = {row.key: row for row in new_rows}
+    return ((old.get(key), new.get(key)) for key in dict.fromkeys((*old, *new)))
+
+
+def _both_sides(before: _Row | None, after: _Row | None) -> dict[str, Any]:
+    """What a change of a check's or an atlas's row tells of both."""
+    row = after or before
+    assert row is not None, "one of the two is there"
+    return {name: getattr(row, name) for name in row.KEY} | {
+        "baseline": before.verdict if before else "", "candidate": after.verdict if after else "",
+        "baseline_error": before.error_over_budget if before else None,
+        "candidate_error": after.error_over_budget if after else None, "message": after.message if after else ""}
+
+
+def _with_whole(rows: Sequence[CheckRow], layouts: Set[tuple[Any, ...]]) -> Iterator[CheckRow]:
     """The rows, those of each of ``layouts`` as one."""
     wholes = {row.layout: row for row in whole_checks(rows)}
     return (wholes.pop(row.layout) if row.layout in layouts else row for row in rows
@@ -361,19 +361,8 @@ def _check_verdict(old: CheckRow | None, new: CheckRow | None, spread: float) ->
 
 
 def _compare_atlas(old_rows: Sequence[AtlasRow], new_rows: Sequence[AtlasRow]) -> list[AtlasChange]:
-    old, new = ({row.key: row for row in rows} for rows in (old_rows, new_rows))
-    changes = []
-    for key in dict.fromkeys((*old, *new)):
-        before, after = old.get(key), new.get(key)
-        row = after or old[key]
-        changes.append(AtlasChange(
-            **{name: getattr(row, name) for name in ("architecture", "layout", "subject", "dtype")}, tp_size=row.tp_size,
-            verdict=_atlas_verdict(before, after),
-            baseline=before.verdict if before else "", candidate=after.verdict if after else "",
-            baseline_error=before.error_over_budget if before else None,
-            candidate_error=after.error_over_budget if after else None,
-            message=after.message if after else "", replay=after.replay if after else ""))
-    return changes
+    return [AtlasChange(**_both_sides(before, after), verdict=_atlas_verdict(before, after), replay=after.replay if after else "")
+            for before, after in _pairs(old_rows, new_rows)]
 
 
 def _atlas_verdict(old: AtlasRow | None, new: AtlasRow | None) -> AtlasChangeVerdict:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from reports.metrics import direction
 from reports.typed_json import RecordError, conform
@@ -19,17 +19,41 @@ Verdict = Literal["pass", "finding", "skipped", "error"]
 AtlasVerdict = Literal["wrong", "crashed", "refused unclearly", "refused clearly", "not compared", "right"]
 
 
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tp_size": (lambda value: value is None or value >= 1, "must be at least 1"),
+    "cases": (lambda value: value >= 0, "cannot be negative"),
+    "compared": (lambda value: value >= 0, "cannot be negative"),
+    "seconds": (lambda value: 0 <= value < math.inf, "must be finite and not negative"),
+    "error_over_budget": (lambda value: value is None or not value < 0, "cannot be negative"),
+    **dict.fromkeys(("excused", "sharded", "sharded_flops"),
+                    (lambda value: value is None or 0 <= value <= 1, "a share is between 0 and 1")),
+}
+"""Of fields by these names, whatever the record."""
+
+
 class Record:
-    """Base of all records: field types are checked and containers copied when one is made."""
+    """Base of all records: field types are checked and containers copied when one is made.
+
+    KEY  of rows: the fields that make two of them the same row
+    """
 
     __slots__ = ()
+    KEY: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for item in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             value = conform(hints[item.name], getattr(self, item.name), item.name)
             object.__setattr__(self, item.name, value)
+        for name, (ok, rule) in _RULES.items():
+            if name in hints:
+                self._require(ok(getattr(self, name)), name, rule)
         self._check()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows the same row."""
+        return tuple(getattr(self, name) for name in self.KEY)
 
     def _check(self) -> None:
         """Raise RecordError for values that fit their types and yet make no sense."""
@@ -111,7 +135,6 @@ class RunInfo(Record):
 
     def _check(self) -> None:
         self._require(self.command != "", "command", "a run has a command")
-        self._require(0 <= self.seconds < math.inf, "seconds", "must be finite and not negative")
         try:
             offset = datetime.fromisoformat(self.started_at).utcoffset()
         except ValueError:
@@ -139,6 +162,7 @@ class CheckRow(Record):
     extra              whatever else the check has to tell; ``traceback``: where an error came from
     """
 
+    KEY: ClassVar[tuple[str, ...]] = ("check", "fault", "model", "dtype", "fabric", "tp_size", "kind")
     check: str
     model: str
     tp_size: int
@@ -161,14 +185,8 @@ class CheckRow(Record):
     def _check(self) -> None:
         error = self.error_over_budget
         self._require(self.check != "", "check", "a check has a name")
-        self._require(self.tp_size >= 1, "tp_size", "must be at least 1")
-        self._require(self.cases >= 0, "cases", "cannot be negative")
-        self._require(self.compared >= 0, "compared", "cannot be negative")
-        self._require(0 <= self.seconds < math.inf, "seconds", "must be finite and not negative")
-        self._require(error is None or not error < 0, "error_over_budget", "cannot be negative")
         if self.rank is not None:
             self._require(0 <= self.rank < self.tp_size, "rank", f"no such rank in tp_size={self.tp_size}")
-        self._require(self.excused is None or 0 <= self.excused <= 1, "excused", "a share is between 0 and 1")
         if self.verdict == "pass":
             self._require(self.compared > 0, "compared", "a check that compared nothing has not passed")
             within = error is None or error <= 1
@@ -187,14 +205,9 @@ class CheckRow(Record):
         return ": ".join(part for part in (self.check, self.kind, self.fault) if part)
 
     @property
-    def layout(self) -> tuple[str, str, str, str, str, int]:
+    def layout(self) -> tuple[Any, ...]:
         """What the rows of one check that differ in kind alone have in common."""
-        return (self.check, self.fault, self.model, self.dtype, self.fabric, self.tp_size)
-
-    @property
-    def key(self) -> tuple[str, str, str, str, str, int, str]:
-        """What makes two rows the same row."""
-        return (*self.layout, self.kind)
+        return self.key[:-1]
 
 
 def whole_checks(rows: Iterable[CheckRow]) -> list[CheckRow]:
@@ -229,6 +242,7 @@ class AtlasRow(Record):
     replay             the one command that runs it again
     """
 
+    KEY: ClassVar[tuple[str, ...]] = ("architecture", "layout", "subject", "dtype", "tp_size")
     architecture: str
     layout: str
     subject: str
@@ -249,10 +263,6 @@ class AtlasRow(Record):
     def _check(self) -> None:
         error = self.error_over_budget
         self._require(self.architecture != "", "architecture", "a row has an architecture")
-        self._require(self.tp_size >= 1, "tp_size", "must be at least 1")
-        self._require(0 <= self.seconds < math.inf, "seconds", "must be finite and not negative")
-        for name in ("sharded", "sharded_flops"):
-            self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "a share is between 0 and 1")
         if self.verdict == "right":
             self._require(error is not None and error <= 1, "error_over_budget", "what is right is within budget")
         else:
@@ -262,11 +272,6 @@ class AtlasRow(Record):
     def name(self) -> str:
         """For people: ``llama``, ``llama: tied``."""
         return self.architecture if self.layout == "base" else f"{self.architecture}: {self.layout}"
-
-    @property
-    def key(self) -> tuple[str, str, str, str, int]:
-        """What makes two rows the same row."""
-        return (self.architecture, self.layout, self.subject, self.dtype, self.tp_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +286,7 @@ class BenchRow(Record):
     axes     what was varied, for plots: ``batch_size``, ``message_bytes``
     """
 
+    KEY: ClassVar[tuple[str, ...]] = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
     workload: str
     case: str
     model: str
@@ -295,7 +301,6 @@ class BenchRow(Record):
 
     def _check(self) -> None:
         self._require(self.workload != "", "workload", "a workload has a name")
-        self._require(self.tp_size >= 1, "tp_size", "must be at least 1")
         self._require(bool(self.samples), "samples", "a benchmark row has at least one metric")
         for metric, values in self.samples.items():
             where = f"samples.{metric}"
@@ -312,11 +317,6 @@ class BenchRow(Record):
             for metric, value in getattr(self, name).items():
                 if not math.isfinite(value):
                     raise RecordError(f"{value} is not finite", where=f"{name}.{metric}")
-
-    @property
-    def key(self) -> tuple[str, str, str, str, str, str, int]:
-        """What makes two rows the same row."""
-        return (self.workload, self.case, self.model, self.engine, self.dtype, self.fabric, self.tp_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,6 +377,7 @@ class ErrorRow(Record):
     cloud                [b, e, samples] with a baseline's error of about ``2 ** (b / 4)`` and a candidate's of ``2 ** (e / 4)``
     """
 
+    KEY: ClassVar[tuple[str, ...]] = ("kind", "statistic", "dtype", "tp_size")
     kind: str
     statistic: str
     dtype: str
@@ -394,11 +395,6 @@ class ErrorRow(Record):
         self._require(self.samples > 0, "samples", "a distribution has samples")
         self._require(all(len(bin_) == 3 for bin_ in self.cloud), "cloud", "each bin is [baseline, candidate, samples]")
 
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What makes two rows the same row."""
-        return (self.kind, self.statistic, self.dtype, self.tp_size)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerRow(Record):
@@ -412,6 +408,7 @@ class PowerRow(Record):
                of its cases at least; None if no error that was tried is
     """
 
+    KEY: ClassVar[tuple[str, ...]] = ("check", "values", "dtype", "tp_size")
     check: str
     values: str
     dtype: str
@@ -427,11 +424,6 @@ class PowerRow(Record):
         self._require(self.cases > 0, "cases", "a share is one of cases")
         self._require(self.per_run > 0, "per_run", "a run has a case")
         self._require(all(len(point) == 2 for point in self.seen), "seen", "each point is [error, share]")
-
-    @property
-    def key(self) -> tuple[str, str, str, int]:
-        """What makes two rows the same row."""
-        return (self.check, self.values, self.dtype, self.tp_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,9 @@ CHECK_COLUMNS = (
     "excused", "seconds", "rank", "module", "message", "replay",
 )  # fmt: skip
 BOUND_NOTE = "(≤1): a bound that right sums reach, so that 1 is no near miss"
+_Change = TypeVar("_Change", CheckChange, AtlasChange, SpeedChange)
 # (key of a row, metric) -> median over its rounds
-_Medians = dict[tuple[tuple[str, str, str, str, str, str, int], str], float]
-
-BENCH_KEYS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size")
+_Medians = dict[tuple[tuple[Any, ...], str], float]
 
 
 def checks_table(rows: Sequence[CheckRow]) -> pd.DataFrame:
@@ -99,7 +98,7 @@ def bench_table(rows: Sequence[BenchRow], *, peers: Sequence[str] = ()) -> pd.Da
         if rows and peer not in engines:
             raise ValueError(f"peer={peer!r} is not among the engines of this report: {', '.join(engines)}")
     medians = {(row.key, m): float(np.median(v)) for row in rows for m, v in row.samples.items()}
-    columns = [*BENCH_KEYS, "metric", "rounds", "median", "iqr", "p99", "first"]
+    columns = [*BenchRow.KEY, "metric", "rounds", "median", "iqr", "p99", "first"]
     columns += [f"times_{peer}" for peer in peers]
     columns += ["scaling_efficiency", "percent_of_bound", "memory_gib"]
     lines: list[dict[str, object]] = []
@@ -107,7 +106,7 @@ def bench_table(rows: Sequence[BenchRow], *, peers: Sequence[str] = ()) -> pd.Da
         for metric, values in row.samples.items():
             median = medians[row.key, metric]
             low, high = np.percentile(values, [25, 75])
-            line: dict[str, object] = {name: getattr(row, name) for name in BENCH_KEYS}
+            line: dict[str, object] = {name: getattr(row, name) for name in BenchRow.KEY}
             line |= {"metric": metric, "rounds": len(values), "median": median, "iqr": float(high - low)}
             has_tail = metrics.is_time(metric) and not metrics.is_percentile(metric)
             line["p99"] = float(np.percentile(values, 99)) if has_tail else None
@@ -125,12 +124,19 @@ def bench_table(rows: Sequence[BenchRow], *, peers: Sequence[str] = ()) -> pd.Da
 def check_changes_table(changes: Sequence[CheckChange]) -> pd.DataFrame:
     """One row a `CheckChange`, what needs attention first."""
     columns = ("verdict", "check", "tp_size", "baseline", "candidate", "model", "dtype", "fabric")
-    return _frame([
-        {name: getattr(change, name) for name in columns} | {
-            "check": change.name,
-            "baseline": verdict_cell(change.baseline, change.baseline_error) or None,
-            "candidate": verdict_cell(change.candidate, change.candidate_error) or None}
-        for change in sorted(changes, key=lambda change: get_args(CheckVerdict).index(change.verdict))], columns)
+    return _frame([_change_line(change, columns) | {"check": change.name}
+                   for change in _worst_first(changes, CheckVerdict)], columns)
+
+
+def _change_line(change: CheckChange | AtlasChange, columns: Sequence[str]) -> dict[str, object]:
+    return {name: getattr(change, name) for name in columns} | {
+        "baseline": verdict_cell(change.baseline, change.baseline_error) or None,
+        "candidate": verdict_cell(change.candidate, change.candidate_error) or None}
+
+
+def _worst_first(changes: Sequence[_Change], verdicts: Any) -> list[_Change]:
+    """In the order in which the type of their verdicts lists these."""
+    return sorted(changes, key=lambda change: get_args(verdicts).index(change.verdict))
 
 
 def atlas_table(rows: Sequence[AtlasRow]) -> pd.DataFrame:
@@ -177,11 +183,8 @@ def _percent(share: float | None) -> float | None:
 def atlas_changes_table(changes: Sequence[AtlasChange]) -> pd.DataFrame:
     """One row an `AtlasChange`, what needs attention first."""
     columns = ("verdict", "architecture", "layout", "tp_size", "baseline", "candidate", "subject", "dtype", "message")
-    return _frame([
-        {name: getattr(change, name) for name in columns} | {
-            "baseline": verdict_cell(change.baseline, change.baseline_error) or None,
-            "candidate": verdict_cell(change.candidate, change.candidate_error) or None, "message": change.message or None}
-        for change in sorted(changes, key=lambda change: get_args(AtlasChangeVerdict).index(change.verdict))], columns)
+    return _frame([_change_line(change, columns) | {"message": change.message or None}
+                   for change in _worst_first(changes, AtlasChangeVerdict)], columns)
 
 
 def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
@@ -191,10 +194,10 @@ def speed_changes_table(changes: Sequence[SpeedChange]) -> pd.DataFrame:
         "baseline", "candidate", "rounds", "model", "dtype", "fabric",
     )  # fmt: skip
     return _frame([
-        {name: getattr(change, name) for name in (*BENCH_KEYS, "metric", "verdict", "low", "high")} | {
+        {name: getattr(change, name) for name in (*BenchRow.KEY, "metric", "verdict", "low", "high")} | {
             "times_better": change.gain, "baseline": change.baseline_median, "candidate": change.candidate_median,
             "rounds": f"{change.baseline_rounds} / {change.candidate_rounds}"}
-        for change in sorted(changes, key=lambda change: get_args(SpeedVerdict).index(change.verdict))], columns)
+        for change in _worst_first(changes, SpeedVerdict)], columns)
 
 
 def not_measured_table(rows: Sequence[NotMeasured]) -> pd.DataFrame:

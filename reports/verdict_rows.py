@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from reports.rows import Record
 
@@ -97,7 +97,6 @@ class VerdictRow(Record):
 
     def _check(self) -> None:
         self._require(self.why.strip() != "", "why", "an answer has a reason")
-        self._require(self.compared >= 0, "compared", "cannot be negative")
         self._require(self.answer == "can't tell" or self.compared > 0, "compared", "an answer rests on tokens")
         over = any(not test.value <= 1 for test in self.tests)
         self._require(over == (self.answer == "bug"), "answer", "a bug is a test over what is allowed, and such a test is a bug")
@@ -120,6 +119,7 @@ class ScoreRow(Record):
     models     different ones among the pairs
     """
 
+    KEY: ClassVar[tuple[str, ...]] = ("rule", "planted", "dtype")
     rule: str
     planted: str
     dtype: str
@@ -133,11 +133,6 @@ class ScoreRow(Record):
         self._require(self.runs > 0, "runs", "a share is one of runs")
         self._require(0 <= self.bug <= self.runs - self.cant_tell, "bug", "cannot be more than the runs")
         self._require(len(self.tokens) == 2, "tokens", "the fewest and the most")
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes two rows the same row."""
-        return (self.rule, self.planted, self.dtype)
 
 
 def at_most(seen: int, runs: int) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reports.compare import compare
@@ -197,6 +197,7 @@ def test_every_row_of_a_csv_names_its_commit_and_date(tmp_path: Path) -> None:
 cells = st.one_of(st.none(), st.integers(), st.floats(), st.booleans(), st.text(max_size=12))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(cells, cells), min_size=1, max_size=5))
 def test_any_table_is_aligned_markdown_with_the_same_columns_on_every_line(
     rows: list[tuple[Any, Any]],
