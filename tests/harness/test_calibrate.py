@@ -189,6 +189,7 @@ def test_the_judge_finds_nothing_in_clean_code(setting: str, pools: Pools, monke
     assert rows["layers"].model == setting
 
 
+@pytest.mark.endurance
 def test_a_task_has_an_interpreter_of_its_own_with_its_environment() -> None:
     tasks = [Task(what="", name=name, function=environment, args=("ATEN_CPU_CAPABILITY",), environ=environ)
              for name, environ in (("a", {}), ("b", {"ATEN_CPU_CAPABILITY": "default"}))]

@@ -187,7 +187,7 @@ TAKES_RANKS = """
 """
 
 
-@pytest.mark.parametrize("conftest", ["", 'pytest_plugins = ["harness.plugin"]\n'])
+@pytest.mark.parametrize("conftest", ["", pytest.param('pytest_plugins = ["harness.plugin"]\n', marks=pytest.mark.endurance)])
 def test_a_plain_project_takes_ranks_of_its_sizes(conftest: str, pytester: pytest.Pytester, installed: Installed) -> None:
     pytester.makeconftest(conftest)
     pytester.makepyfile(**{"reports/__init__": "mine = True"}, test_ranks=TAKES_RANKS)  # reports has no part in this
@@ -213,10 +213,12 @@ def test_ranks_taken_in_the_middle_of_a_test_are_refused_likewise(pytester: pyte
     result.stdout.fnmatch_lines(["*UsageError: package=engine is found at *"])
 
 
-@pytest.mark.parametrize(("conftest", "arguments"), [
-    ("", "ranks"), ('pytest_plugins = ["harness.plugin"]\n', ""),
-], ids=["a test that takes ranks", "a project that loads harness.plugin"])
-@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "two workers"])
+@pytest.mark.parametrize(("conftest", "arguments", "workers"), [
+    ("", "ranks", ()), ('pytest_plugins = ["harness.plugin"]\n', "", ("-p", "xdist", "-n", "2")),
+    pytest.param("", "ranks", ("-p", "xdist", "-n", "2"), marks=pytest.mark.endurance),
+    pytest.param('pytest_plugins = ["harness.plugin"]\n', "", (), marks=pytest.mark.endurance),
+], ids=["by a test that takes ranks", "by loading harness.plugin, two workers", "by a test that takes ranks, two workers",
+        "by loading harness.plugin"])
 def test_who_asks_has_multigpu_tests_skipped_below_two_gpus(conftest: str, arguments: str, workers: tuple[str, ...],
                                                             pytester: pytest.Pytester, installed: Installed,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:

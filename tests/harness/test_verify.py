@@ -57,7 +57,7 @@ def green(folder: Path, tp_sizes: tuple[int, ...], fabric: str, **options: Any) 
     ("llama", 9, 3, "bfloat16", (2, 5)),  # KV heads shared by two ranks, and fewer than ranks; one each is below
     pytest.param("qwen2", 10, 5, "float32", (4,), marks=pytest.mark.endurance),
     pytest.param("qwen3", 8, 8, "bfloat16", (8,), marks=pytest.mark.endurance),
-    ("qwen3", 4, 4, "bfloat16", (4,)),
+    pytest.param("qwen3", 4, 4, "bfloat16", (4,), marks=pytest.mark.endurance),
     ("llama", 8, 1, "float16", (3,)),
     ("mistral", 8, 2, "float32", (3,)),
     ("phi3", 8, 8, "bfloat16", (2,)),  # Phi-3-mini's layout; Phi-4-mini's is below

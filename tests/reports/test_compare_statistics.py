@@ -39,13 +39,13 @@ def test_each_row_judged_as_if_it_were_alone_would_cry_wolf() -> None:
         return timings(seed, 15).benches
 
     alarms = 0
-    for seed in range(NUM_COMPARISONS):
+    for seed in range(NUM_COMPARISONS // 4):
         alone = [
             compare(a_report(old), a_report(new), confidence=0.9, smallest_effect=1e-6).counts
             for old, new in zip(rows(seed), rows(seed + 1000), strict=True)
         ]
         alarms += any(counts["slower"] for counts in alone)
-    assert alarms > 20
+    assert alarms > 5
 
 
 def test_30_rounds_a_side_show_a_slow_down_of_a_tenth_in_95_of_a_hundred() -> None:
