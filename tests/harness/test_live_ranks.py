@@ -52,8 +52,8 @@ def sum_or_hang(rank: RankContext, rows: int, features: int) -> None:
     rank.tp.all_reduce(torch.ones(rows, features))
 
 
-def shrink(test: Any) -> tuple[BaseException, list[tuple[int, int]], float]:
-    """What the test raised in the end, the examples that ran, the seconds it took."""
+def shrink(test: Any) -> tuple[BaseException, list[tuple[int, int]]]:
+    """What the test raised in the end, and the examples that ran: they are counted, since seconds are the machine's."""
     ran: list[tuple[int, int]] = []
 
     @patient
@@ -68,10 +68,9 @@ def shrink(test: Any) -> tuple[BaseException, list[tuple[int, int]], float]:
             raise
         ran.append((rows, features))
 
-    started = time.monotonic()
     with pytest.raises((AssertionError, RankFailure)) as caught:
         run()
-    return caught.value, ran, time.monotonic() - started
+    return caught.value, ran
 
 
 @pytest.mark.multirank
@@ -80,27 +79,26 @@ def test_a_wrong_value_on_one_rank_shrinks_to_the_smallest_example(ranks: RankPo
         for rank, y in enumerate(ranks(TP_SIZE).run(sum_wrongly, rows, features)):
             assert y.eq(TP_SIZE).all(), f"rank {rank} is wrong at {rows}×{features}"
 
-    failure, _, seconds = shrink(sums_agree)
+    failure, ran = shrink(sums_agree)
     assert f"rank 1 is wrong at {ROWS}×{FEATURES}" in str(failure)
-    assert seconds < 15
+    assert len(ran) <= 40
 
 
 @pytest.mark.multirank
 def test_an_exception_on_one_rank_shrinks_to_the_smallest_example(ranks: RankPools) -> None:
-    failure, _, seconds = shrink(lambda rows, features: ranks(TP_SIZE).run(sum_or_raise, rows, features))
+    failure, ran = shrink(lambda rows, features: ranks(TP_SIZE).run(sum_or_raise, rows, features))
     assert f"rank 1, in phase 'sum_or_raise': ValueError: rows={ROWS} features={FEATURES}" in str(failure)
     assert NEVER_ENTERED.search(str(failure))
-    assert seconds < 15
+    assert len(ran) <= 40
 
 
 @pytest.mark.multirank
 def test_a_hang_shrinks_in_few_attempts(ranks: RankPools) -> None:
-    failure, ran, seconds = shrink(lambda rows, features: ranks(TP_SIZE).run(sum_or_hang, rows, features, timeout_s=1.0))
+    failure, ran = shrink(lambda rows, features: ranks(TP_SIZE).run(sum_or_hang, rows, features, timeout_s=1.0))
     assert NEVER_ENTERED.search(str(failure))
     assert "in sum_or_hang\n    time.sleep(60)" in str(failure)
     first = next(number for number, example in enumerate(ran) if is_wrong(*example))
     assert len(ran[first:]) <= 30
-    assert seconds < 60
 
 
 SLOW_MODULE = """

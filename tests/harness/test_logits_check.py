@@ -59,7 +59,8 @@ def test_the_tokens_on_both_sides_of_every_shard_border_are_among_the_inputs(tin
     assert all(vocab_size - 1 in sequence for sequence in sequences)
 
 
-@pytest.mark.parametrize(("dtype", "tp_size"), [("float32", 1), pytest.param("bfloat16", 1, marks=pytest.mark.endurance), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "tp_size"), [
+    ("float32", 1), pytest.param("bfloat16", 1, marks=pytest.mark.endurance), ("bfloat16", 2)])
 @pytest.mark.parametrize("family", FAMILIES)
 @FEW_THEN_ALL
 def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: MakeModel, family: str, dtype: str, tp_size: int,

@@ -99,7 +99,8 @@ def _check(compiled: list[Any], count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "block_size"),
-    [(torch.bfloat16, 128, 256), pytest.param(torch.float16, 40, 48, marks=pytest.mark.endurance), pytest.param(torch.bfloat16, 256, 16, marks=pytest.mark.endurance),
+    [(torch.bfloat16, 128, 256), pytest.param(torch.float16, 40, 48, marks=pytest.mark.endurance),
+     pytest.param(torch.bfloat16, 256, 16, marks=pytest.mark.endurance),
      pytest.param(torch.float32, 64, 16, marks=pytest.mark.endurance)],
 )
 def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: int, block_size: int) -> None:
