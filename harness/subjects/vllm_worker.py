@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 EXPERT = re.compile(r"(?P<parent>.*\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight$")
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+"""Of a rank's cache, by device: GPUs run models as they are, and CPUs tiny ones."""
+ARIA_TEXT = "AriaTextForCausalLM"
+ROUTERS = ("FusedTopKRouter", "FusedTopKBiasRouter")
+"""Classes of routers that take the best of all experts, as one choice of the reference's: not those of groups, nor of CPUs."""
 UNSEEN = ("rotary_emb", "attn", "routed_experts", "quant_method", "act_fn", "logits_processor", "lm_head")
 """Last names of modules that the reference has no counterpart of, or that are called past their hooks."""
 
@@ -41,12 +47,17 @@ class Place:
 
 
 class Served:
-    """One rank of vLLM. A model is loaded by ``load``, in place of the one before."""
+    """One rank of vLLM. A model is loaded by ``load``, in place of the one before.
 
-    def __init__(self, tp_rank: int, tp_size: int) -> None:
-        self.tp_rank, self.tp_size = tp_rank, tp_size
+    Args:
+        tp_rank: this one, and the number of its GPU.
+        tp_size: how many there are.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, tp_rank: int, tp_size: int, device: str) -> None:
+        self.tp_rank, self.tp_size, self.device = tp_rank, tp_size, device
         os.environ.update(RANK=str(tp_rank), LOCAL_RANK=str(tp_rank), WORLD_SIZE=str(tp_size), MASTER_ADDR="127.0.0.1")
-        from vllm.distributed.device_communicators import cpu_communicator
         from vllm.model_executor.model_loader import register_model_loader
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -65,10 +76,13 @@ class Served:
                 super().load_weights(model, model_config)
                 served.loaded(model)
 
-        shared = cpu_communicator._CPUSHMDistributed
-        named = shared.make_group_name
-        # Under `external_launcher` all models of all jobs of a machine would have memory of the same name.
-        shared.make_group_name = staticmethod(lambda own: f"{named(own)}-{os.environ['MASTER_PORT']}")
+        if device == "cpu":
+            from vllm.distributed.device_communicators import cpu_communicator
+
+            shared = cpu_communicator._CPUSHMDistributed
+            named = shared.make_group_name
+            # Under `external_launcher` all models of all jobs of a machine would have memory of the same name.
+            shared.make_group_name = staticmethod(lambda own: f"{named(own)}-{os.environ['MASTER_PORT']}")
         self.llm: Any = None
         self.parameters: dict[str, Tensor] = {}
         self._is_flipped = False
@@ -83,7 +97,7 @@ class Served:
         self.parameters = {name: parameter.detach().clone() for name, parameter in (
             *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
 
-    def load(self, folder: str, dtype: str, port: int, max_model_len: int, max_num_batched_tokens: int) -> None:
+    def load(self, folder: str, dtype: str, port: int, max_model_len: int, max_num_batched_tokens: int, is_eager: bool) -> None:
         """Load a checkpoint.
 
         Args:
@@ -92,22 +106,24 @@ class Served:
             port: free, for the ranks to find each other; another one for each model.
             max_model_len: tokens of the longest sequence.
             max_num_batched_tokens: of a step.
+            is_eager: module by module, so that hooks run; else compiled and in CUDA graphs, as vLLM does by default.
         """
         self.unload()
         os.environ["MASTER_PORT"] = str(port)
         import vllm
 
-        _know_text_parts()
-        _seen_in_this_process(folder)
+        architectures = _architectures(folder)
+        if ARIA_TEXT in architectures:
+            _know_aria_text()
+        _seen_in_this_process(architectures)
         try:
             self.llm = vllm.LLM(
-                folder, tokenizer=None, skip_tokenizer_init=True, dtype=dtype, tensor_parallel_size=self.tp_size,
-                seed=0, model_impl="vllm",
-                distributed_executor_backend="external_launcher", load_format="shardproof", enforce_eager=True,
-                trust_remote_code=False, enable_prefix_caching=False, max_model_len=max_model_len, max_num_seqs=8,
-                max_num_batched_tokens=max_num_batched_tokens, kv_cache_memory_bytes=CACHE_BYTES, gpu_memory_utilization=0.02,
-                max_logprobs=-1, logprobs_mode="raw_logits", logits_processors=[_forced_class()], generation_config="vllm",
-                disable_log_stats=True, async_scheduling=False)
+                folder, tokenizer=None, skip_tokenizer_init=True, dtype=dtype, tensor_parallel_size=self.tp_size, seed=0,
+                model_impl="vllm", distributed_executor_backend="external_launcher", load_format="shardproof",
+                enforce_eager=is_eager, trust_remote_code=False, enable_prefix_caching=False, max_model_len=max_model_len,
+                max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens, gpu_memory_utilization=0.02,
+                kv_cache_memory_bytes=CACHE_BYTES[self.device], max_logprobs=-1, logprobs_mode="raw_logits",
+                logits_processors=[_forced_class()], generation_config="vllm", disable_log_stats=True, async_scheduling=False)
         except BaseException:
             self.unload()
             raise
@@ -128,8 +144,8 @@ class Served:
 
     @property
     def model(self) -> nn.Module:
-        """The loaded model."""
-        model: nn.Module = self.runner.model
+        """The loaded model, out of what holds its graphs."""
+        model: nn.Module = self.runner.get_model()
         return model
 
     # What it holds.
@@ -191,7 +207,11 @@ class Served:
     def own_name(self, name: str) -> str:
         """A tensor's name in the files -> in vLLM, fused ones apart still."""
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
-        return name if mapper is None else mapper.get_rename_mapper().map_name(name) or name
+        if mapper is None:
+            return name
+        if hasattr(mapper, "get_rename_mapper"):
+            return str(mapper.get_rename_mapper().map_name(name) or name)
+        return str(mapper.get_unstacked_mapper()._map_name(name) or name)  # up to 0.26
 
     def packed(self) -> dict[str, list[str]]:
         """Which modules are fused into which, by the model's own ``packed_modules_mapping``."""
@@ -260,7 +280,7 @@ class Served:
 
     def activations(self, prompts: list[list[int]], forced: list[list[int]], sequence: int,
                     names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Of one of these sequences what went into and came out of each module, rows in token order.
+        """Of one of these sequences what went into and came out of each module, rows in token order, and the chosen experts.
 
         Args:
             prompts: as in ``logits``.
@@ -269,7 +289,7 @@ class Served:
             names: the checkpoint's tensors, by which modules are found (see ``held``).
         """
         modules = self._modules_of(names)
-        taken: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "outputs": {}}
+        taken: dict[str, dict[str, list[Tensor]]] = {"inputs": {}, "outputs": {}, "choices": {}}
         with self._recording(modules, sequence, len(prompts[sequence]) + len(forced[sequence]), taken):
             self._run(prompts, forced, logits=False)
         own = {name: path for path, entries in modules.items() for name, part in entries if part is None and name != path}
@@ -335,6 +355,9 @@ class Served:
                     sizes = _sizes(module)
                     note("outputs", name, value.split(sizes, -1)[part])
 
+        routers = self._routers(modules)
+        for block, router in routers.items():
+            router.set_capture_fn(lambda chosen, block=block: note("choices", block, chosen.long()))
         for path in modules:
             module = self._module(path)
             hooks.append(module.register_forward_pre_hook(
@@ -345,6 +368,18 @@ class Served:
         finally:
             for hook in hooks:
                 hook.remove()
+            for router in routers.values():
+                router.set_capture_fn(None)
+
+    def _routers(self, modules: Mapping[str, list[tuple[str, int | None]]]) -> dict[str, Any]:
+        """What chooses experts in one go, by the reference's name of the block around them."""
+        found: dict[str, Any] = {}
+        for path, module in self.model.named_modules():
+            router: Any = getattr(module, "router", None)
+            if type(module).__name__ == "MoERunner" and type(router).__name__ in ROUTERS:
+                entries = modules.get(path.rpartition(".")[0]) or modules.get(path) or []
+                found |= {name: router for name, part in entries[:1] if part is None}
+        return found
 
     def _rows(self, sequence: int, num_rows: int) -> slice | None:
         """The rows of one sequence in the step that runs; None if it has none there, or these are no rows of tokens."""
@@ -362,11 +397,17 @@ class Served:
         self.unload()
 
 
-def _know_text_parts() -> None:
+def _architectures(folder: str) -> list[str]:
+    """Those of a model's config."""
+    found: list[str] = json.loads((Path(folder) / "config.json").read_text()).get("architectures") or []
+    return found
+
+
+def _know_aria_text() -> None:
     """Aria's text model by itself, which vLLM has inside of the model with vision alone: put together as it is there."""
     from vllm import ModelRegistry
 
-    if "AriaTextForCausalLM" in ModelRegistry.models:
+    if ARIA_TEXT in ModelRegistry.models:
         return
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -397,17 +438,14 @@ def _know_text_parts() -> None:
         def load_weights(self, weights: Any) -> Any:
             return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
-    ModelRegistry.register_model("AriaTextForCausalLM", AriaTextForCausalLM)
+    ModelRegistry.register_model(ARIA_TEXT, AriaTextForCausalLM)
 
 
-def _seen_in_this_process(folder: str) -> None:
+def _seen_in_this_process(architectures: Sequence[str]) -> None:
     """Have vLLM look at the model's class here: by itself it starts another interpreter for that, which takes long."""
-    import json
-    from pathlib import Path
-
     from vllm import ModelRegistry
 
-    for architecture in json.loads((Path(folder) / "config.json").read_text()).get("architectures") or ():
+    for architecture in architectures:
         known = ModelRegistry.models.get(architecture)
         if known is not None and hasattr(known, "module_name"):
             ModelRegistry.register_model(architecture, known.load_model_cls())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 
 from engine.config import ModelConfig
 from harness.bench.bench import BenchRun, Watcher, Workers
+from harness.bench.engines import EngineSpec
+from harness.bench.engines.vllm_engine import cache_bytes
 from harness.bench.plan import BenchPlan
+from harness.bench.workloads import Limits
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import tiny_config
 
@@ -65,3 +69,15 @@ def test_workloads_without_requests_and_small_models_are_never_refused(
 ) -> None:
     bench = run_of(tiny_model(tiny_config()), 4, monkeypatch, workloads=("quick", "layers", "load"))
     assert not [item for item in bench.missing if "memory" in item.reason]
+
+
+def test_vllm_gets_room_for_the_workload_on_each_rank_and_no_more(tiny_model: MakeModel) -> None:
+    folder = tiny_model(tiny_config(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2))
+    limits = Limits(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
+    spec = EngineSpec(folder=folder, tp_size=1, fabric="auto", device="cuda", dtype="bfloat16", limits=limits,
+                      sequence_lens=(65, 10))
+    a_token = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, features, bytes
+    assert cache_bytes(spec) == (128 + 64 + 64) * a_token  # in blocks, and one that stays empty
+    assert cache_bytes(replace(spec, tp_size=2)) == cache_bytes(spec) // 2
+    assert cache_bytes(replace(spec, tp_size=4)) == cache_bytes(spec) // 2  # two ranks keep a KV head each
+    assert cache_bytes(replace(spec, sequence_lens=(1,))) == (128 + 64) * a_token  # a sequence may be longer than any is

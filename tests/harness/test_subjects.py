@@ -339,7 +339,7 @@ def test_a_case_that_another_version_saved_is_an_error_that_says_so(folder: Path
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("engin", "there are: engine, transformers, transformers-ep, vllm, torch:package.module:function, or your own"),
+    ("engin", "there are: engine, transformers, transformers-ep, vllm, vllm-graphs, torch:package.module:function, or your own"),
     ("no.such.module:Class", "can't be imported"),
     ("my_tp:Other", "can't be imported"),
     ("json:JSONDecoder", "must be a subclass of harness.subjects.base.Subject"),

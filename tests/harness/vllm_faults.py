@@ -13,6 +13,9 @@ from torch import nn
 
 worker = runpy.run_path(str(Path(__file__).parents[2] / "harness" / "subjects" / "vllm_worker.py"), run_name="worker")
 
+SCALES = {"scaled": 1.05, "doubled": 2.0}
+"""The second one shows in 16 bits, too."""
+
 
 class Served(worker["Served"]):  # type: ignore[misc]
     """Plants the fault when the weights are loaded and not yet packed."""
@@ -26,8 +29,8 @@ class Served(worker["Served"]):  # type: ignore[misc]
 
     def loaded(self, model: nn.Module) -> None:
         layer: Any = model.get_submodule("model.layers.1") if self.fault else None
-        if self.fault == "scaled" and self.tp_rank == 1:
-            layer.mlp.gate_up_proj.weight.data.mul_(1.05)
+        if self.fault in SCALES and self.tp_rank == self.tp_size - 1:
+            layer.mlp.gate_up_proj.weight.data.mul_(SCALES[self.fault])
         elif self.fault == "not reduced":
             layer.self_attn.o_proj.reduce_results = False
         elif self.fault == "swapped" and self.tp_rank == 1:

@@ -8,9 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine.config import DTYPES, ModelConfig
+from engine.parallel.sharding import head_shard
+from harness.bench.bounds import kv_bytes_per_token
 from harness.bench.engines import EngineSpec
 from harness.bench.figures import Answered, TokenTimes
 from harness.bench.workloads import Requests
+
+_BLOCK = 64
+"""Tokens by which a sequence's room is rounded up: its own blocks are smaller, or as large."""
+_LEAST_FREE = 0.01
+"""Share of a GPU that must be free when it starts. It sizes nothing where the cache's bytes are given."""
 
 
 class VllmEngine:
@@ -25,7 +33,7 @@ class VllmEngine:
             str(folder), skip_tokenizer_init=True, tensor_parallel_size=spec.tp_size, dtype=spec.dtype,
             max_model_len=spec.limits.max_model_len, max_num_seqs=spec.limits.max_num_seqs,
             max_num_batched_tokens=spec.limits.max_num_batched_tokens, enable_prefix_caching=False,
-            gpu_memory_utilization=spec.memory_share,
+            kv_cache_memory_bytes=cache_bytes(spec), gpu_memory_utilization=_LEAST_FREE,
         )
 
     def generate(self, requests: Requests, temperature: float) -> Answered:
@@ -60,3 +68,15 @@ class VllmEngine:
 
     def close(self) -> None:
         del self._llm
+
+
+def cache_bytes(spec: EngineSpec) -> int:
+    """Of one rank's cache: what the workload needs and no more, as ours is given.
+
+    Engines that share a GPU must all find room, and one that looks how much is free while others start finds chance.
+    """
+    config = ModelConfig.from_folder(spec.folder)
+    num_kv_heads = head_shard(config.num_q_heads, config.num_kv_heads, tp_rank=0, tp_size=spec.tp_size).local_num_kv_heads
+    lengths = [*spec.sequence_lens, _BLOCK]  # one block stays empty
+    num_tokens = max(sum(-(-length // _BLOCK) for length in lengths) * _BLOCK, spec.limits.max_model_len + _BLOCK)
+    return num_tokens * kv_bytes_per_token(config, DTYPES[spec.dtype].itemsize, num_kv_heads)
