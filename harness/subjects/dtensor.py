@@ -112,7 +112,7 @@ class DTensorSubject(OnRanks):
     def layout(self, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Ownership:
         """Where the placements say that the elements are, of what is loaded."""
         if self._layout is None:
-            self._layout = self._ask(_held_on_rank)
+            self._layout = self._ask("held")
         held = [of_rank[name] for of_rank in self._layout if name in of_rank]
         if not held:
             raise CheckpointError(f"tensor={name}: the loaded model has no parameter that it went to")
@@ -175,7 +175,3 @@ def _held(name: str, mask: Tensor) -> Held:
         if torch.equal(some, every):
             return Held(shape=shape, dim=dim, indices=some.nonzero().flatten().numpy())
     raise ValueError(f"tensor={name}: what this rank holds of it is no set of rows of one dimension")
-
-
-def _held_on_rank(rank: DTensorRank) -> dict[str, Held]:
-    return rank.held()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,7 +59,7 @@ class EngineSubject(OnRanks):
         self._close_llm()
         super().load(folder, dtype=dtype, options=options)
 
-    def _ask(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+    def _ask(self, job: Callable[..., Any] | str, *args: Any) -> list[Any]:
         self._close_llm()
         return super()._ask(job, *args)
 
@@ -107,7 +107,7 @@ class EngineSubject(OnRanks):
             self._llm = None
 
 
-class EngineRequests:
+class EngineRequests(AbstractContextManager["EngineRequests"]):
     """``LLM`` itself, on the subject's ranks. A context manager; its end frees the ranks."""
 
     def __init__(self, subject: EngineSubject, folder: Path, options: Mapping[str, Any]) -> None:
@@ -134,9 +134,6 @@ class EngineRequests:
 
     def close(self) -> None:
         self._llm.close()
-
-    def __enter__(self) -> EngineRequests:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

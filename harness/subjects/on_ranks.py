@@ -116,20 +116,21 @@ class OnRanks(Subject):
                 batch = []
 
     def logits(self, schedule: Schedule) -> list[list[Tensor]]:
-        return self._ask(_logits, schedule)
+        return self._ask("logits", schedule)
 
     def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
-        return self._ask(_activations, schedule, sequence)
+        return self._ask("activations", schedule, sequence)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
                  options: Mapping[str, Any] | None = None) -> list[list[int]]:
         """By each rank's own ``generate``, with the cache that was loaded."""
-        by_rank: list[list[list[int]]] = self._ask(_generate, prompts, params)
+        by_rank: list[list[list[int]]] = self._ask("generate", prompts, params)
         if differing := [rank for rank, ids in enumerate(by_rank) if ids != by_rank[0]]:
             raise SubjectFailure(f"ranks {differing} generated other tokens than rank 0")
         return by_rank[0]
 
-    def run(self, job: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
+    def run(self, job: Callable[..., Any] | str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        """As ``Subject.run``; ``job`` may also name a method of the ranks."""
         with as_subject_failure():
             return self.ranks.run(OnRank(self.rank_class, job), *args, timeout_s=timeout_s)
 
@@ -141,7 +142,7 @@ class OnRanks(Subject):
         if self.placement.ranks is None:
             self.ranks.close()
 
-    def _ask(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+    def _ask(self, job: Callable[..., Any] | str, *args: Any) -> list[Any]:
         """``run`` with what was loaded there."""
         with as_subject_failure():
             if self.loaded is not None and not all(self.ranks.run(_is_loaded)):
@@ -177,18 +178,21 @@ def subject_failure(failure: RankFailure) -> SubjectFailure:
 
 @dataclass(frozen=True, slots=True)
 class OnRank:
-    """A job that gets this rank's implementation, loaded or not, in place of its context. Goes by the name of what it runs."""
+    """A job that gets this rank's implementation, loaded or not, in place of its context. Goes by the name of what it runs.
+
+    ``job`` may be the name of a method of the implementation.
+    """
 
     rank_class: type[LiveRank]
-    job: Callable[..., Any]
+    job: Callable[..., Any] | str
 
     @property
     def __name__(self) -> str:
-        return str(getattr(self.job, "__name__", "job"))
+        return self.job if isinstance(self.job, str) else str(getattr(self.job, "__name__", "job"))
 
     def __call__(self, context: RankContext, *args: Any) -> Any:
         rank: Rank = context.state.get("subject") or self.rank_class(context)
-        return self.job(rank, *args)
+        return getattr(rank, self.job)(*args) if isinstance(self.job, str) else self.job(rank, *args)
 
 
 def load_on(context: RankContext, rank_class: type[LiveRank], loaded: Loaded) -> None:
@@ -228,15 +232,3 @@ def _shard_sizes(rank: Rank) -> dict[str, int]:
 
 def _shards(rank: Rank, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {name: shard.cpu() for name, shard in rank.shards().items() if name in names}
-
-
-def _logits(rank: Rank, schedule: Schedule) -> list[Tensor]:
-    return rank.logits(schedule)
-
-
-def _activations(rank: Rank, schedule: Schedule, sequence: int) -> Activations:
-    return rank.activations(schedule, sequence)
-
-
-def _generate(rank: Rank, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    return rank.generate(prompts, params)

@@ -226,7 +226,7 @@ class TransformersSubject(DTensorSubject):
 
     def sharded(self) -> Sharded:
         """How much of the loaded model is sharded."""
-        found: Sharded = self._ask(_sharded)[0]
+        found: Sharded = self._ask("sharded")[0]
         return found
 
     def said(self) -> list[str]:
@@ -243,10 +243,6 @@ class ExpertParallelSubject(TransformersSubject):
 
 def _share(parts: Sequence[tuple[float, bool]]) -> float:
     return sum(size for size, is_sharded in parts if is_sharded) / max(1.0, sum(size for size, _ in parts))
-
-
-def _sharded(rank: TransformersRank) -> Sharded:
-    return rank.sharded()
 
 
 def _said(rank: TransformersRank) -> list[str]:
