@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
-class LLM:
+class LLM(AbstractContextManager["LLM"]):
     """A language model on one or several ranks. A context manager; without ``with``, call :meth:`close`.
 
     Calls may be made from several threads, and while a stream is open: all that is under way shares the ranks' steps.
@@ -205,14 +205,11 @@ class LLM:
         """
         self._driver.close()
 
-    def __enter__(self) -> LLM:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
 
-class Stream(Iterator[RequestOutput]):
+class Stream(Iterator[RequestOutput], AbstractContextManager["Stream"]):
     """What prompts bring, piece by piece. Each item holds what is new for one prompt.
 
     The texts of a completion's items make up the text that :meth:`LLM.generate` gives, and so do the token ids, which may run
@@ -235,9 +232,6 @@ class Stream(Iterator[RequestOutput]):
     def close(self) -> None:
         """Abort what still runs."""
         self._items.close()
-
-    def __enter__(self) -> Stream:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()

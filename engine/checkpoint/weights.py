@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,7 +45,7 @@ class CheckpointTensor:
         return str(self.stored)
 
 
-class Checkpoint(Mapping[str, CheckpointTensor]):
+class Checkpoint(Mapping[str, CheckpointTensor], AbstractContextManager["Checkpoint"]):
     """The tensors of a Hugging Face model folder by name, from its one file or several. A context manager.
 
     Args:
@@ -78,9 +78,6 @@ class Checkpoint(Mapping[str, CheckpointTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-    def __enter__(self) -> Checkpoint:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()

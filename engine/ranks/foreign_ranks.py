@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +38,7 @@ _OURS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "RANK", "LO
 """Variables that are about this interpreter, or a job that it belongs to."""
 
 
-class ForeignRanks:
+class ForeignRanks(AbstractContextManager["ForeignRanks"]):
     """Processes of ``python`` that serve one file. A context manager, whose end ends them and all that they started.
 
     Args:
@@ -155,9 +156,6 @@ class ForeignRanks:
         for rank in self._ranks:
             rank.release()
         self._ranks = []
-
-    def __enter__(self) -> ForeignRanks:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

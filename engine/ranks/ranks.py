@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -49,7 +50,7 @@ class JobHandle:
     job: str
 
 
-class Ranks:
+class Ranks(AbstractContextManager["Ranks"]):
     """tp_size live ranks. A context manager; ``close`` leaves no process, port or thread behind.
 
     tp_size               number of ranks, at least 1
@@ -107,9 +108,6 @@ class Ranks:
         self._broken_by: str | None = None
         self._dead: dict[int, RankError] = {}
         self._start()
-
-    def __enter__(self) -> Ranks:
-        return self
 
     def __exit__(self, kind: object, *exc_info: object) -> None:
         self.close(exit_code=0 if kind is None else 1)

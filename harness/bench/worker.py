@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,7 @@ class WorkerError(RuntimeError):
         self.kind = kind
 
 
-class Worker:
+class Worker(AbstractContextManager["Worker"]):
     """A started process. A context manager; ``close`` leaves nothing behind.
 
     Args:
@@ -112,9 +113,6 @@ class Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._log.close()
-
-    def __enter__(self) -> Worker:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close(grace_s=CLOSE_S if kind is None else 0)

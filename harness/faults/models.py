@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -41,7 +41,7 @@ class Size:
 FULL = Size(num_layers=2, schedule_lengths=SCHEDULE_LENGTHS)
 
 
-class FaultModels:
+class FaultModels(AbstractContextManager["FaultModels"]):
     """A context manager; its end ends all ranks and removes all models."""
 
     def __init__(self, *, seed: int = 0, device: str = "cpu") -> None:
@@ -77,9 +77,6 @@ class FaultModels:
         while self._subjects:
             self._subjects.popitem()[1].close()
         self._scratch.cleanup()
-
-    def __enter__(self) -> FaultModels:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()

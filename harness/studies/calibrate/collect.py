@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -23,7 +23,7 @@ OPTIONS = {"block_size": 16, "num_kv_blocks": 24, "max_num_batched_tokens": 64, 
 """Of the engine, for tiny models."""
 
 
-class Pools:
+class Pools(AbstractContextManager["Pools"]):
     """Thread ranks by tp_size, started on first use. A context manager."""
 
     def __init__(self) -> None:
@@ -35,9 +35,6 @@ class Pools:
             self._ranks[tp_size] = Ranks(tp_size, fabric="solo" if tp_size == 1 else "threads")
         self._ranks[tp_size].run(arrange, order)
         return self._ranks[tp_size]
-
-    def __enter__(self) -> Pools:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
