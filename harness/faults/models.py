@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ from harness.faults.base import Fault, Patches, plant, planted_in_driver, remove
 from harness.faults.layouts import LAYOUTS
 from harness.subjects.base import Placement, SubjectFailure
 from harness.subjects.engine import EngineSubject
-from harness.verification.reference_results import SCHEDULE_LENGTHS, ReferenceResults
+from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import CheckpointError, random_checkpoint
 
 FABRIC = "gloo"
@@ -24,21 +23,8 @@ FABRICS = {"cpu": FABRIC, "cuda": "auto"}
 """By device. Ranks that are threads share what a fault patches, and capture no graphs."""
 COLLECTIVE_TIMEOUT_S = 10.0
 """A fault that makes ranks wait for each other is seen after this at the latest."""
-BROKE = "broke_the_ranks"
-"""In an outcome's ``extra``: the ranks had to be replaced after it."""
 JOB_TIMEOUT_S = 120.0
 """The same where ranks wait in a captured graph, whose collectives have no deadline of their own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """How large a case is: layers of the model, tokens of the schedule's sequences."""
-
-    num_layers: int
-    schedule_lengths: tuple[int, ...]
-
-
-FULL = Size(num_layers=2, schedule_lengths=SCHEDULE_LENGTHS)
 
 
 class FaultModels(AbstractContextManager["FaultModels"]):
@@ -59,18 +45,17 @@ class FaultModels(AbstractContextManager["FaultModels"]):
                 job_timeout_s=JOB_TIMEOUT_S, auto_restart=False))
         return self._subjects[tp_size]
 
-    def _make_context(self, layout_name: str, tp_size: int, size: Size = FULL) -> CheckContext:
+    def _make_context(self, layout_name: str, tp_size: int) -> CheckContext:
         """What the checks get for a model of this layout, on these ranks."""
-        return CheckContext(results=self._results(layout_name, size), subject=self.subject(tp_size), seed=self.seed,
+        return CheckContext(results=self._results(layout_name), subject=self.subject(tp_size), seed=self.seed,
                             options={"block_size": 16, "num_kv_blocks": 20, "max_num_batched_tokens": 64, "max_num_seqs": 8})
 
-    def _results(self, layout_name: str, size: Size) -> ReferenceResults:
+    def _results(self, layout_name: str) -> ReferenceResults:
         layout = LAYOUTS[layout_name]
-        folder = Path(self._scratch.name) / f"{layout_name}-{size.num_layers}"
+        folder = Path(self._scratch.name) / layout_name
         if not folder.is_dir():
-            random_checkpoint(folder, layout.config | {"num_hidden_layers": size.num_layers}, dtype=layout.dtype, seed=self.seed)
-        return ReferenceResults(folder, dtype=layout.dtype, seed=self.seed, device=self.device,
-                                schedule_lengths=size.schedule_lengths)
+            random_checkpoint(folder, layout.config, dtype=layout.dtype, seed=self.seed)
+        return ReferenceResults(folder, dtype=layout.dtype, seed=self.seed, device=self.device)
 
     def close(self) -> None:
         """End the ranks and remove the models."""
@@ -113,12 +98,9 @@ class Planted:
         try:
             if check.needs_model:
                 self._load(context)
-            outcomes = list(check.run(context))
+            return list(check.run(context))
         except SubjectFailure as failure:
-            outcomes = [Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))]
-        if not self._ranks.healthy:
-            outcomes = [replace(outcome, extra={**outcome.extra, BROKE: True}) for outcome in outcomes]
-        return outcomes
+            return [Outcome(cases=1, compared=0, finding=str(failure), rank=min(failure.failures, default=None))]
 
     def plant(self) -> None:
         """Plant it, unless it is planted already; new ranks take the place of broken ones."""

@@ -22,7 +22,6 @@ from harness.faults import FAULTS, Fault
 from harness.faults.base import LOAD
 from harness.faults.catalogue import BUGS, NOT_PLANTED
 from harness.faults.models import FABRIC, FaultModels, Planted
-from harness.faults.shrink import smallest_case
 from harness.interrupted import WHY, Interrupted
 from harness.machine import run_info
 from harness.verification.verify import refuse_repeats
@@ -138,12 +137,17 @@ class Examination:
     outcomes: Mapping[str, Outcome]
     crashed: Mapping[str, Outcome]
     """Of checks that raised instead of answering: a fault must make them red, not break them."""
-    smallest: str
     seconds: float
 
     @property
     def red(self) -> dict[str, str]:
         return {name: outcome.finding for name, outcome in self.outcomes.items() if outcome.finding is not None}
+
+    @property
+    def smallest(self) -> str:
+        """The smallest case that is red, of a check that tells its own; else what the first red check found, if any is."""
+        told = {name: case for name, outcome in self.outcomes.items() if (case := outcome.extra.get("smallest_case"))}
+        return next((f"{name}: {text.splitlines()[0]}" for name, text in (told or self.red).items()), "")
 
 
 def _examine(models: FaultModels, fault: Fault, tp_size: int) -> Examination:
@@ -151,7 +155,6 @@ def _examine(models: FaultModels, fault: Fault, tp_size: int) -> Examination:
     context = models.context(fault.layout, tp_size)
     outcomes: dict[str, Outcome] = {}
     crashed: dict[str, Outcome] = {}
-    smallest = ""
     with Planted(models.subject(tp_size), fault) as planted:
         refusal = planted.load(context)
         if refusal is not None:
@@ -160,9 +163,7 @@ def _examine(models: FaultModels, fault: Fault, tp_size: int) -> Examination:
             if refusal is None or not all_checks()[name].needs_model:
                 outcome = together(planted.run(name, context))
                 (crashed if outcome.error is not None and outcome.finding is None else outcomes)[name] = outcome
-        if not fault.is_control:
-            smallest = smallest_case(models, planted, fault, tp_size, outcomes)
-    return Examination(outcomes=outcomes, crashed=crashed, smallest=smallest, seconds=time.perf_counter() - started)
+    return Examination(outcomes=outcomes, crashed=crashed, seconds=time.perf_counter() - started)
 
 
 def checks_of(fault: Fault) -> list[str]:

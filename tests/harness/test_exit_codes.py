@@ -394,17 +394,17 @@ def test_ranks_that_cannot_start_are_the_reason_of_what_is_missing(model: Path, 
 @pytest.mark.multirank
 @pytest.mark.slow
 def test_exceptions_in_faults_are_error_rows_and_the_other_faults_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fault_run.smallest_case
+    real = fault_run.checks_of
     monkeypatch.setitem(all_checks(), "weights", check_of(raises))
     quick = {name: all_checks()[name] for name in ("collectives", "weights")}
     monkeypatch.setattr(fault_run, "all_checks", lambda: quick)
 
-    def raises_once(models: Any, planted: Any, fault: Any, *rest: Any) -> str:
+    def raises_once(fault: Any) -> list[str]:
         if fault.name == "minimum-became-a-sum":
             raise KeyError("planted beside the checks")
-        return real(models, planted, fault, *rest)
+        return real(fault)
 
-    monkeypatch.setattr(fault_run, "smallest_case", raises_once)
+    monkeypatch.setattr(fault_run, "checks_of", raises_once)
     only = ("minimum-became-a-sum", "one-barrier-more")
     result = run("faults", *(word for name in only for word in ("--only", name)), "--out", tmp_path)
     assert result.exit_code == 3, result.output

@@ -25,8 +25,7 @@ from harness.faults import FAULTS, base
 from harness.faults.base import LOAD, Fault, Patches, Where
 from harness.faults.catalogue import BUGS, NOT_PLANTED
 from harness.faults.layouts import LAYOUTS
-from harness.faults.run import LOCALISATION, FaultPlan, checks_of, run_faults
-from harness.faults.shrink import LADDER, describe, smallest_case
+from harness.faults.run import LOCALISATION, Examination, FaultPlan, checks_of, run_faults
 from harness.interrupted import WHY
 from harness.subjects.engine import EngineSubject
 from harness.verification.classify import Kind
@@ -227,17 +226,11 @@ def test_what_is_not_visible_at_the_sizes_asked_for_is_skipped_and_told() -> Non
     assert report.exit_code == 3
 
 
-def test_sizes_are_told_in_words() -> None:
-    assert describe(LADDER[0]) == "1 layer, one sequence of 1 token"
-    assert describe(LADDER[-1]) == "2 layers, 3 sequences of 41, 37, 23 tokens"
-
-
-def test_only_the_logits_climb_the_ladder() -> None:
-    models: Any = None  # no smaller model is made
+def test_the_smallest_case_is_what_a_check_tells_of_it() -> None:
     red = Outcome(cases=1, compared=1, finding="other ids\nat step 3")
     for outcome, smallest in ((red, "generation: other ids"),
                               (replace(red, extra={"smallest_case": "two requests"}), "generation: two requests")):
-        assert smallest_case(models, models, FAULTS["seeds-in-reverse"], 2, {"generation": outcome}) == smallest
+        assert Examination(outcomes={"generation": outcome}, crashed={}, seconds=0.0).smallest == smallest
 
 
 # One of each layer of the engine, caught by different checks.
@@ -280,12 +273,6 @@ def test_a_control_turns_nothing_red(report: Report, name: str) -> None:
     row = row_of(report, name)
     assert (row.verdict, row.extra["red"]) == ("pass", {})
     assert row.compared >= 5
-
-
-@pytest.mark.multirank
-def test_the_smallest_case_is_the_smallest(report: Report) -> None:
-    assert row_of(report, "reduced-twice").extra["smallest"] == "logits: 1 layer, one sequence of 1 token"
-    assert row_of(report, "last-slot-of-a-block-missed").extra["smallest"].startswith("logits: 1 layer, ")
 
 
 @pytest.mark.multirank
