@@ -19,13 +19,11 @@ from harness.cli import app
 from harness.strategies import random_config
 from harness.studies.calibrate import judge as judge_module
 from harness.studies.calibrate import run as run_module
-from harness.studies.calibrate.collect import OPTIONS, Pools, sample_models
-from harness.studies.calibrate.collect import ORDERS as SAMPLED_ORDERS
-from harness.studies.calibrate.collect import TP_SIZES as FITTED_TP_SIZES
-from harness.studies.calibrate.draws import drawn_models, sizes_alone
-from harness.studies.calibrate.fit import MARGIN, fit, needs, over_budget, worst
-from harness.studies.calibrate.groups import SpoilingGroup, ring_sum
-from harness.studies.calibrate.jobs import ORDERS, Spoiled, arrange, load_model
+from harness.studies.calibrate.draws import OPTIONS, Pools, drawn_models, sample_models, sizes_alone
+from harness.studies.calibrate.draws import ORDERS as SAMPLED_ORDERS
+from harness.studies.calibrate.draws import TP_SIZES as FITTED_TP_SIZES
+from harness.studies.calibrate.fit import MARGIN, Point, Sample, fit, front, measured, needs, over_budget, worst
+from harness.studies.calibrate.jobs import ORDERS, Spoiled, SpoilingGroup, arrange, load_model, ring_sum
 from harness.studies.calibrate.judge import DRAWN, SETTINGS, TP_SIZES, context_of, judge_models, judged, loaded
 from harness.studies.calibrate.power import (
     Threshold,
@@ -39,7 +37,6 @@ from harness.studies.calibrate.power import (
 )
 from harness.studies.calibrate.report import cloud, error_rows, judged_rows, quantiles
 from harness.studies.calibrate.run import CalibratePlan, Task, calibrate, in_workers
-from harness.studies.calibrate.samples import Point, Sample, front, measured
 from harness.verification.budgets import CONSTANTS, NARROW, UNIT_ROUNDOFF, WIDE, Constants, Statistic
 from harness.verification.reference_results import ReferenceResults
 from reports.calibration import alarms_table
@@ -143,7 +140,7 @@ def test_what_is_judged_has_other_seeds_than_what_is_fitted() -> None:
 
 
 def test_the_same_model_is_off_by_other_numbers_in_drawn_orders(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.studies.calibrate.collect.TP_SIZES", (2,))
+    monkeypatch.setattr("harness.studies.calibrate.draws.TP_SIZES", (2,))
     usual, drawn = (next(sample_models(pools, random.Random(7), "float32", orders, 1)) for orders in SAMPLED_ORDERS)
     assert (usual.orders, drawn.orders) == SAMPLED_ORDERS
     assert usual.dtype == drawn.dtype == "float32"

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from harness.faults.layouts import LAYOUTS
-from harness.studies.calibrate.collect import OPTIONS
-from harness.studies.calibrate.draws import drawn_models
+from harness.studies.calibrate.draws import OPTIONS, drawn_models
 from harness.subjects.engine import EngineSubject
 from harness.subjects.engine_rank import EngineRank
 from harness.verification.budgets import SEARCH_MARGIN, computation

@@ -15,8 +15,7 @@ from typing import Any, cast
 from engine.ranks.ranks import Ranks
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, together
-from harness.studies.calibrate.collect import OPTIONS, Pools, orders_of
-from harness.studies.calibrate.draws import drawn_models
+from harness.studies.calibrate.draws import OPTIONS, Pools, drawn_models, orders_of
 from harness.studies.calibrate.jobs import load_model
 from harness.studies.calibrate.orders import InDrawnOrders
 from harness.subjects.base import Loaded, Placement

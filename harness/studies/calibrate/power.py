@@ -22,8 +22,7 @@ from harness.checks.base import CheckContext
 from harness.checks.collectives import CollectiveCase
 from harness.checks.layer_cases import LayerCase
 from harness.strategies import random_config
-from harness.studies.calibrate.collect import Pools, orders_of
-from harness.studies.calibrate.draws import drawn_models, sizes_alone, value_seed
+from harness.studies.calibrate.draws import Pools, drawn_models, orders_of, sizes_alone, value_seed
 from harness.studies.calibrate.jobs import Spoiled, arrange, run_logits
 from harness.studies.calibrate.judge import context_of, judged, loaded
 from harness.subjects.base import Schedule

@@ -9,10 +9,9 @@ from typing import get_args
 
 import numpy as np
 
-from harness.studies.calibrate.fit import MARGIN, fit, needs, points_of, worst
+from harness.studies.calibrate.fit import MARGIN, Point, Sample, fit, needs, points_of, worst
 from harness.studies.calibrate.judge import Verdict
 from harness.studies.calibrate.power import Threshold, power_rows
-from harness.studies.calibrate.samples import Point, Sample
 from harness.verification.budgets import CONSTANTS, Statistic, constants, precision
 from reports.records import Calibration, CheckRow, ErrorRow, NotMeasured, Report, RunInfo, Tolerance
 

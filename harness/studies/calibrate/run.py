@@ -15,7 +15,7 @@ from typing import Any
 from harness.bench.worker import Worker
 from harness.machine import run_info
 from harness.studies.calibrate import DEFAULT_MODELS
-from harness.studies.calibrate.collect import DTYPES, ORDERS, Pools, sample_models
+from harness.studies.calibrate.draws import DTYPES, ORDERS, Pools, sample_models
 from harness.studies.calibrate.judge import DRAWN, SETTINGS, judge_models
 from harness.studies.calibrate.power import TP_SIZES as POWER_TP_SIZES
 from harness.studies.calibrate.power import power_of_drawn, power_of_logits
