@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, TypeVar
 
 from engine.parallel.group import SoloGroup, TPGroup
@@ -56,7 +56,7 @@ class Patches:
         self._undo.close()
 
 
-Plant = Callable[[Patches, TPGroup], None]
+Plant = Callable[[Patches, TPGroup], object]
 """Patches one process. A rank gives its group; the driver, which has no place in it, one of its own."""
 Where = Literal["ranks", "driver", "both"]
 
@@ -66,20 +66,20 @@ class Fault:
     """A bug to plant; without ``checks`` a control: a change that is right, or mere rounding, and must stay green."""
 
     name: str
-    rows: tuple[int, ...]
-    """Rows of the catalogue of public bugs (``catalogue.BUGS``) that it recreates; none for bugs of our own making."""
     what: str
     plant: Plant
+    checks: tuple[str, ...]
+    """Those that must see it, or ``LOAD`` where the model must not even load."""
+    rows: tuple[int, ...] = ()
+    """Rows of the catalogue of public bugs (``catalogue.BUGS``) that it recreates; none for bugs of our own making."""
     where: Where = "ranks"
     """Who plants: all ranks, each for itself, the driver while it runs the checks, or all of them."""
-    layout: str
+    layout: str = "llama"
     """The model of ``layouts.LAYOUTS`` on which it is visible."""
-    tp_sizes: tuple[int, ...]
+    tp_sizes: tuple[int, ...] = (2,)
     """Where it is visible."""
-    checks: tuple[str, ...]
-    """Those that must go red."""
     module: str | None = None
-    """The first module that goes wrong, if one does."""
+    """The first module that goes wrong, where localisation must place it, if one does."""
     effect: Kind | None = None
     """What arithmetic tells of it, if it does."""
     device: str = "cpu"
@@ -101,51 +101,37 @@ FAULTS: dict[str, Fault] = {}
 """By name, in the order in which they are defined."""
 
 
-def fault(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,), checks: tuple[str, ...],
-          module: str | None = None, effect: Kind | None = None, device: str = "cpu", where: Where = "ranks", field: str = "",
-          name: str | None = None, what: str | None = None) -> Callable[[Plant], Plant]:
+def fault(*, name: str | None = None, what: str | None = None, **fields: Any) -> Callable[[Plant], Plant]:
     """Register a function that plants a fault. Its name is the fault's, its docstring says what goes wrong.
 
     Args:
-        rows: the public bugs that it recreates, by number in ``harness.faults.catalogue``.
-        layout: the tiny model on which it is planted.
-        tp_sizes: at which it shows.
-        checks: those that must see it, or ``LOAD`` where the model must not even load.
-        module: where localisation must place it.
-        effect: what the classification must call it.
-        device: "cuda" for what only a GPU runs.
-        where: in the ranks, in the driver, or in both.
-        field: the field of ``ModelConfig`` that it misreads.
         name: instead of the function's, for a function that a table makes.
         what: instead of its docstring, likewise.
+        **fields: the other fields of ``Fault``.
     """
 
     def register(plant: Plant) -> Plant:
         own_name, own_what = name or plant.__name__.replace("_", "-"), what or plant.__doc__
         assert own_what, f"fault {own_name} must say what it does"
         assert own_name not in FAULTS, f"there are two faults of the name {own_name}"
-        FAULTS[own_name] = Fault(name=own_name, rows=rows, what=" ".join(own_what.split()), plant=plant, where=where,
-                                 layout=layout, tp_sizes=tp_sizes, checks=checks, module=module, effect=effect, device=device,
-                                 field=field)
+        FAULTS[own_name] = Fault(name=own_name, what=" ".join(own_what.split()), plant=plant, **fields)
         return plant
 
     return register
 
 
+control = partial(fault, checks=())
+"""Registers a change that no check may mind."""
+
+
 def around(owner: Any, name: str) -> Callable[[Callable[..., Any]], Plant]:
     """Makes a plant of a function: ``owner.name(...)`` becomes a call of it, whose first argument is what it was."""
-    return lambda function: wraps(function)(lambda patch, tp: patch.around(owner, name)(function) and None)
+    return lambda function: wraps(function)(lambda patch, tp: patch.around(owner, name)(function))
 
 
 def instead(owner: Any, name: str) -> Callable[[Callable[..., Any]], Plant]:
     """Makes a plant of a function, which stands in the place of ``owner.name``."""
     return lambda function: wraps(function)(lambda patch, tp: patch.replace(owner, name, lambda original: function))
-
-
-def control(*, rows: tuple[int, ...] = (), layout: str = "llama", tp_sizes: tuple[int, ...] = (2,),
-            where: Where = "ranks") -> Callable[[Plant], Plant]:
-    """Register a change that no check may mind."""
-    return fault(rows=rows, layout=layout, tp_sizes=tp_sizes, checks=(), where=where)
 
 
 def plant(rank: RankContext, name: str) -> None:

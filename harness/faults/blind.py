@@ -29,7 +29,7 @@ def _declare(name: str, what: str, checks: tuple[str, ...], *edits: Edit, where:
     def plant(patch: Patches, tp: TPGroup) -> None:
         edit(patch, *edits)
 
-    fault(name=name, what=what, checks=checks, where=where, **how)(plant)  # type: ignore[arg-type]
+    fault(name=name, what=what, checks=checks, where=where, **how)(plant)
 
 
 _declare(
