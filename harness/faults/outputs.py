@@ -163,12 +163,11 @@ def first_prompt_token_left_out(patch: Patches, tp: TPGroup) -> None:
 
 
 def _detokenized_with(**changed: Any) -> Plant:
-    def plant(patch: Patches, tp: TPGroup) -> None:
-        @patch.around(Detokenizer, "__init__")
-        def init(original: Any, self: Detokenizer, *arguments: Any, **options: Any) -> None:
-            original(self, *arguments, **{**options, **changed})
+    @around(Detokenizer, "__init__")
+    def init(original: Any, self: Detokenizer, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **{**options, **changed})
 
-    return plant
+    return init
 
 
 for _name, _field, _what, _changed in (

@@ -49,12 +49,11 @@ def declare(field: str, what: str, name: str, plant: Plant, where: Where) -> Non
 
 
 def _read_as(change: Callable[[SamplingParams], Change]) -> Plant:
-    def plant(patch: Patches, tp: TPGroup) -> None:
-        @patch.around(Admission, "_admit")
-        def admit(original: Any, self: Admission, place: int, prompt: Any, params: SamplingParams, streams: bool) -> Any:
-            return original(self, place, prompt, replace(params, **change(params)), streams)
+    @around(Admission, "_admit")
+    def admit(original: Any, self: Admission, place: int, prompt: Any, params: SamplingParams, streams: bool) -> Any:
+        return original(self, place, prompt, replace(params, **change(params)), streams)
 
-    return plant
+    return admit
 
 
 READ_AS: dict[str, tuple[str, str, Callable[[SamplingParams], Change]]] = {
@@ -129,13 +128,12 @@ def first_prompt_tokens_kept(patch: Patches, tp: TPGroup) -> None:
 
 
 def _sent_as(change: Callable[[Request], Change]) -> Plant:
-    def plant(patch: Patches, tp: TPGroup) -> None:
-        @patch.around(requests_module, "Request")
-        def request(original: Any, **fields: Any) -> Request:
-            right: Request = original(**fields)
-            return replace(right, **change(right))
+    @around(requests_module, "Request")
+    def request(original: Any, **fields: Any) -> Request:
+        right: Request = original(**fields)
+        return replace(right, **change(right))
 
-    return plant
+    return request
 
 
 SENT_AS: dict[str, tuple[str, str, Callable[[Request], Change]]] = {
@@ -229,13 +227,12 @@ def requests_without_a_seed_share_one(patch: Patches, tp: TPGroup) -> None:
 def drawn_with(change: Callable[[SamplingBatch, list[Chunk]], Change]) -> Plant:
     """A step that draws does so with ``change(right, chunks)``, from the chunks after which it draws, row by row."""
 
-    def plant(patch: Patches, tp: TPGroup) -> None:
-        @patch.around(batch_module, "_build_sampling")
-        def build_sampling(original: Any, chunks: list[Chunk]) -> SamplingBatch:
-            right: SamplingBatch = original(chunks)
-            return replace(right, **change(right, chunks)) if chunks else right
+    @around(batch_module, "_build_sampling")
+    def build_sampling(original: Any, chunks: list[Chunk]) -> SamplingBatch:
+        right: SamplingBatch = original(chunks)
+        return replace(right, **change(right, chunks)) if chunks else right
 
-    return plant
+    return build_sampling
 
 
 def bans(chunks: list[Chunk], token_ids_of: Callable[[int], Collection[int]]) -> Change:

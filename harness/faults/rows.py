@@ -94,13 +94,12 @@ for _name, (_field, _what, _sampling) in IN_SAMPLING.items():
 
 
 def _step_with(change: Callable[[StepBatch], Change]) -> Plant:
-    def plant(patch: Patches, tp: TPGroup) -> None:
-        @patch.around(core_module, "build_batch")
-        def build_batch(original: Any, *arguments: Any) -> StepBatch:
-            right: StepBatch = original(*arguments)
-            return replace(right, **change(right))
+    @around(core_module, "build_batch")
+    def build_batch(original: Any, *arguments: Any) -> StepBatch:
+        right: StepBatch = original(*arguments)
+        return replace(right, **change(right))
 
-    return plant
+    return build_batch
 
 
 def _lengths_rolled(right: StepBatch) -> Change:
@@ -199,17 +198,16 @@ def prefix_hits_of_the_one_before(patch: Patches, tp: TPGroup) -> None:
 def _requests_with(change: Callable[[Request, Request, int], Change]) -> Plant:
     """``change(request, the one before, max_model_len)``, of all completions that are admitted together."""
 
-    def plant(patch: Patches, tp: TPGroup) -> None:
-        @patch.around(Admission, "admit")
-        def admit(original: Any, self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
-            requests: list[OngoingRequest] = original(self, *arguments, **options)
-            completions = [completion for request in requests for completion in request.completions.values()]
-            right = [completion.request for completion in completions]
-            for completion, own, other in zip(completions, right, _rolled(right), strict=True):
-                completion.request = replace(own, **change(own, other, self.max_model_len))
-            return requests
+    @around(Admission, "admit")
+    def admit(original: Any, self: Admission, *arguments: Any, **options: Any) -> list[OngoingRequest]:
+        requests: list[OngoingRequest] = original(self, *arguments, **options)
+        completions = [completion for request in requests for completion in request.completions.values()]
+        right = [completion.request for completion in completions]
+        for completion, own, other in zip(completions, right, _rolled(right), strict=True):
+            completion.request = replace(own, **change(own, other, self.max_model_len))
+        return requests
 
-    return plant
+    return admit
 
 
 ADMITTED: dict[str, tuple[str, str, Callable[[Request, Request, int], Change]]] = {
