@@ -5,7 +5,6 @@ with an index), written from names and shapes alone: no model is ever built in m
 """
 
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from engine.checkpoint.hub import SMOLLM2, find_model
 from reference.building import read_config
 from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2
-from reference.writing import DTYPES, as_config, shapes_and_ties, weight_shapes, write_checkpoint
+from reference.writing import DTYPES, as_config, generator_of, shapes_and_ties, weight_shapes, write_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -77,10 +76,7 @@ def random_checkpoint(
 
 def _random_values(name: str, shape: tuple[int, ...], *, tied: bool, seed: int) -> torch.Tensor:
     """[*shape] float32."""
-    # crc32, because Python's hash of a str differs from process to process; and the seed inside it, because
-    # torch's CPU generator looks at the lowest 32 bits alone.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    draw = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
+    draw = torch.empty(shape, dtype=torch.float32).normal_(generator=generator_of(name, seed))
     if name.endswith(".bias"):
         return draw.mul_(0.25)
     if len(shape) <= 1:
@@ -92,7 +88,7 @@ def _random_values(name: str, shape: tuple[int, ...], *, tied: bool, seed: int) 
     return draw.mul_(1.0 / math.sqrt(shape[-1]))
 
 
-def index_checkpoint(folder: str | Path, config: Any, *, max_shard_size: int | str | None = None) -> Path:
+def index_checkpoint(folder: str | Path, config: Any) -> Path:
     """Write a checkpoint whose every value is its element's number in ``ElementIndex``; return the folder.
 
     float32 while that is exact (2^24 elements), float64 above. So a rank that shows a value tells which
@@ -105,7 +101,7 @@ def index_checkpoint(folder: str | Path, config: Any, *, max_shard_size: int | s
     def values(name: str) -> torch.Tensor:
         return torch.from_numpy(index.values(name)).to(DTYPES[index.dtype])
 
-    return write_checkpoint(folder, config, shapes, values, dtype=index.dtype, max_shard_size=max_shard_size)
+    return write_checkpoint(folder, config, shapes, values, dtype=index.dtype)
 
 
 def resolve(model: str | Path) -> Path:

@@ -7,7 +7,6 @@ the next release mostly needs nothing here; what names don't tell stands by ``mo
 """
 
 import re
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from engine.checkpoint.checkpoint_files import CONFIG_FILE, CheckpointError
 from engine.checkpoint.hub import find_config
 from reference.building import building, read_config
-from reference.writing import DTYPES
+from reference.writing import DTYPES, generator_of
 
 HEADS = 12  # goes into 2, 3 and 4 ranks; half as many KV heads go into 2 and 3
 HEAD_DIM = 8
@@ -189,7 +188,7 @@ def tiny_model(config: PretrainedConfig, *, seed: int = 0) -> Any:
 
 
 def _random_like(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    draw = torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=_generator(name, seed))
+    draw = torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator_of(name, seed))
     if tensor.dim() < 2 or name.endswith("bias"):
         start = tensor.float()
         return torch.where(start.isfinite(), start, 0.0) + draw * 0.2
@@ -200,14 +199,8 @@ def _random_like(name: str, tensor: torch.Tensor, seed: int) -> torch.Tensor:
 
 def _random_table(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """Of a fixed table of experts by token, ``[vocabulary, experts a token]``: different experts in each row."""
-    order = torch.rand(shape[0], EXPERTS, generator=_generator(name, seed)).argsort(-1)
+    order = torch.rand(shape[0], EXPERTS, generator=generator_of(name, seed)).argsort(-1)
     return order[:, : shape[1]]
-
-
-def _generator(name: str, seed: int) -> torch.Generator:
-    # crc32, because Python's hash of a str differs from process to process; the seed inside it, because torch's generator
-    # looks at the lowest 32 bits alone.
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def _config_of(model: str | Path | Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,13 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Of the random values of the tensor ``name``, which depend on that and the seed alone."""
+    # crc32, because Python's hash of a str differs from process to process; and the seed inside it, because
+    # torch's CPU generator looks at the lowest 32 bits alone.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def as_config(config: Any) -> Any:
