@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine.checkpoint.checkpoint_files import INDEX_FILE, read_headers
 from harness.bench import figures, measuring, serving
-from harness.bench.engines import ENGINES, EngineKind, EngineSpec
+from harness.bench.engines import ENGINES, EngineKind, EngineSpec, shardproof_engine
 from harness.bench.measurement import Task
 from harness.bench.serving import ServingMeasurement
 from harness.bench.workloads import GenerateWork, Limits, Requests, equal_requests
@@ -167,3 +168,19 @@ def test_an_engine_gets_the_files_of_the_checkpoint_wherever_they_lie_and_no_tok
     linked = serving._weights_alone(whole, scratch)
     assert not (linked / "tokenizer.json").exists()
     assert read_headers(linked).keys() == read_headers(whole).keys()
+
+
+@pytest.mark.parametrize(("name", "tp_invariant"), [("shardproof", False), ("shardproof-invariant", True)])
+def test_our_engine_in_its_other_mode_is_a_peer(monkeypatch: pytest.MonkeyPatch, name: str, tp_invariant: bool) -> None:
+    started: dict[str, Any] = {}
+
+    class Recorded:
+        def __init__(self, folder: Path, **options: Any) -> None:
+            started.update(options)
+            self._ranks = SimpleNamespace(fabric="solo")
+
+    monkeypatch.setattr(shardproof_engine, "LLM", Recorded)
+    limits = Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64)
+    ENGINES[name].load()(EngineSpec(folder=Path(), tp_size=1, fabric="auto", device="cpu", dtype="float32", limits=limits,
+                                    sequence_lens=(13, 13)), Path())
+    assert started["tp_invariant"] is tp_invariant

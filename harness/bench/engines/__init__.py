@@ -94,6 +94,8 @@ class EngineKind:
 _HERE = "harness.bench.engines"
 ENGINES: dict[str, EngineKind] = {
     OWN: EngineKind(target=f"{_HERE}.shardproof_engine:ShardproofEngine", needs="engine", devices=("cpu", "cuda")),
+    "shardproof-invariant": EngineKind(target=f"{_HERE}.shardproof_engine:InvariantEngine", needs="engine",
+                                       devices=("cpu", "cuda")),
     "transformers": EngineKind(target=f"{_HERE}.transformers_engine:GenerateEngine", needs="transformers",
                                devices=("cpu", "cuda"), largest_tp_size=1),
     "transformers-cb": EngineKind(target=f"{_HERE}.transformers_engine:ContinuousBatchingEngine", needs="transformers",

@@ -17,6 +17,8 @@ from harness.bench.workloads import Requests
 class ShardproofEngine:
     """``LLM``, with no more cache than the workload needs."""
 
+    tp_invariant = False
+
     def __init__(self, spec: EngineSpec, folder: Path) -> None:
         block_size = 256 if spec.device == "cuda" else 16
         num_blocks = sum(-(-length // block_size) for length in spec.sequence_lens)
@@ -26,6 +28,7 @@ class ShardproofEngine:
             max_num_batched_tokens=spec.limits.max_num_batched_tokens, block_size=block_size,
             # What the workload needs and no more: engines that share a GPU must all find room.
             num_kv_blocks=max(num_blocks + 1, -(-spec.limits.max_model_len // block_size)), enable_prefix_caching=False,
+            tp_invariant=self.tp_invariant,
         )
         self.fabric = self._llm._ranks.fabric
 
@@ -53,6 +56,12 @@ class ShardproofEngine:
 
     def close(self) -> None:
         self._llm.close()
+
+
+class InvariantEngine(ShardproofEngine):
+    """The same in the mode that gives equal bits at any tp_size: what those cost."""
+
+    tp_invariant = True
 
 
 def _split(requests: Requests, temperature: float) -> tuple[list[list[int]], list[SamplingParams]]:
