@@ -54,6 +54,15 @@ def parts_of(config: EngineConfig, device: torch.device) -> Parts:
     return INVARIANT
 
 
+def step_sizes(max_num_batched_tokens: int, tp_size: int) -> list[int]:
+    """Numbers of tokens whose steps, run at the start, compile all that steps of up to the first need.
+
+    On one rank no kernel depends on how many tokens a prefill has; all-reduces have variants by powers of two.
+    """
+    smaller = [2**power for power in range(7, 32) if 2**power < max_num_batched_tokens] if tp_size > 1 else []
+    return [max_num_batched_tokens, *reversed(smaller)]
+
+
 class Runner:
     """Loads this rank's shards, then launches steps: decode steps as CUDA graphs where there are any.
 
@@ -169,13 +178,17 @@ class Runner:
         return left // num_sharing
 
     def _run_largest_step(self) -> None:
-        """One step of ``max_num_batched_tokens``, to see what activations take. Its cache is one block that nobody reads."""
+        """One step of ``max_num_batched_tokens``, to see what activations take. Its cache is one block that nobody reads.
+
+        Several ranks run smaller ones behind it, so that no request waits until their all-reduces are compiled.
+        """
         assert self.config.max_num_batched_tokens is not None, "config must be resolved"
         self.caches = self._allocate(1)
         longest = self.config.max_model_len or self.model_config.max_position_embeddings
-        length = min(longest, self.config.max_num_batched_tokens)
-        num_seqs = max(1, min(self.config.max_num_seqs, self.config.max_num_batched_tokens // length))
-        self.launch(profiling_batch(num_seqs, length))
+        for num_tokens in step_sizes(self.config.max_num_batched_tokens, self.tp.size):
+            length = min(longest, num_tokens)
+            num_seqs = max(1, min(self.config.max_num_seqs, num_tokens // length))
+            self.launch(profiling_batch(num_seqs, length))
         self.caches = []
 
     @torch.inference_mode()

@@ -218,7 +218,8 @@ def _two_shot_kernel(
     _leave(calls, call, MAX)
 
 
-@triton.jit
+# Steps have any number of rows: a variant for those that 16 divides would stall the first step that has another one.
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm_kernel(
     x, residual, weight, out, new_residual, bases, calls, num_rows, half_bytes, eps,
     D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SETTLED: tl.constexpr,
@@ -257,7 +258,7 @@ def _add_rms_norm_kernel(
     _leave(calls, call, MAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _argmax_kernel(
     values, indices, bases, calls, out, num_rows, half_bytes,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
@@ -372,13 +373,18 @@ def peer_add_rms_norm(
     num_rows, dim = x.shape
     overlap, dim_padded = may_overlap(x, overlap), next_power_of_2(dim)
     for piece in _row_pieces(num_rows, memory.half_bytes // (dim * x.element_size())):
-        rows = min(next_power_of_2(cdiv(len(x[piece]), num_programs)), max(1, _MAX_NORM_TILE // dim_padded))
+        rows = rows_of_tile(len(x[piece]), dim, num_programs)
         _add_rms_norm_kernel[(min(cdiv(len(x[piece]), rows), num_programs),)](
             x[piece], residual[piece], weight, out[piece], new_residual[piece], memory.addresses, memory.calls, len(x[piece]),
             memory.half_bytes, eps, dim, dim_padded, rows, settled, num_warps=min(16, max(4, rows * dim_padded // 512)),
             **_constants(memory, overlap),
         )  # fmt: skip
     return out, new_residual
+
+
+def rows_of_tile(num_rows: int, dim: int, num_programs: int = MAX_PROGRAMS) -> int:
+    """Rows that a program of :func:`peer_add_rms_norm` takes at a time. There is a variant of the kernel for each number."""
+    return min(next_power_of_2(cdiv(num_rows, num_programs)), max(1, _MAX_NORM_TILE // next_power_of_2(dim)))
 
 
 def _check_dtype(x: torch.Tensor) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from engine.execution.runner import step_sizes
 from engine.kernels import peer_all_reduce as module
-from engine.kernels.peer_all_reduce import PeerMemory, Way, peer_all_reduce_torch, peer_argmax_torch, way_of
+from engine.kernels.peer_all_reduce import PeerMemory, Way, peer_all_reduce_torch, peer_argmax_torch, rows_of_tile, way_of
 from tests.engine.kernels.peers import dawdle, integers, on_ranks, shared_memory
 
 WAYS = [Way(two_shot=False), Way(two_shot=True)]
@@ -148,3 +149,13 @@ def test_late_readers_do_no_harm(monkeypatch: pytest.MonkeyPatch, way: Way) -> N
     monkeypatch.setattr(module, "_sum_torch", late_sum)
     for right in on_ranks(shared_memory(2), lambda memory: sums(memory, way, torch.float32, num_calls=60)):
         assert all(right)
+
+
+@pytest.mark.parametrize("hidden", [576, 1024, 4096, 5120])
+@pytest.mark.parametrize("most_tokens", [64, 2048, 10_000, 16_384])
+def test_steps_at_the_start_compile_the_norm_for_all_numbers_of_tokens(hidden: int, most_tokens: int) -> None:
+    at_the_start = step_sizes(most_tokens, tp_size=2)
+    assert at_the_start[0] == most_tokens == max(at_the_start)
+    assert {rows_of_tile(num_tokens, hidden) for num_tokens in range(1, most_tokens + 1)} == {
+        rows_of_tile(num_tokens, hidden) for num_tokens in at_the_start}
+    assert step_sizes(most_tokens, tp_size=1) == [most_tokens]
