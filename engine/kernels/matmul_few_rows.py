@@ -5,7 +5,8 @@ as :mod:`engine.kernels.overlap` describes has nothing to do until its inputs ar
 L2 cache meanwhile: each program asks for its part of it, or for the beginning, and waits then.
 
 Each program has some output features and some rows, and sums over all input features. Nothing is split over programs, so the
-same inputs give the same bits, run after run.
+same inputs give the same bits, run after run. A program may have the gates and the ups of the same features, and multiply them:
+``silu(gate) * up`` then needs no launch of its own.
 """
 
 from typing import NamedTuple
@@ -49,14 +50,27 @@ _TILES: dict[int, dict[int, Tiles]] = {
     256: {1024: Tiles(64, 32, 256, num_stages=3, weight_first=False), 2048: Tiles(64, 64, 128, fetch=0)},
 }
 """For up to so many rows, and up to so many output features."""
+_GATED_TILES: dict[int, Tiles] = {
+    16: Tiles(16, 64, 256, num_stages=3), 32: Tiles(32, 64, 128), 64: Tiles(64, 32, 128, weight_first=False),
+    128: Tiles(128, 64, 128, num_warps=8, num_stages=3, weight_first=False, fetch=0),
+    256: Tiles(128, 128, 64, num_warps=8, fetch=0),
+}
+"""For up to so many rows, of the one shape that was looked at and what is little smaller."""
+_MIN_GATED_OUTPUTS = 4097
 _MAX_INPUTS, _MAX_WEIGHTS = 3072, 6144 * 1024
 MAX_ROWS = max(_TILES)
 
 
-def tiles_for(num_rows: int, num_outputs: int, num_inputs: int) -> Tiles | None:
-    """Tiles with which the product is faster than cuBLAS's in captured decode steps of an H200; None where there are none."""
+def tiles_for(num_rows: int, num_outputs: int, num_inputs: int, *, gated: bool = False) -> Tiles | None:
+    """Tiles with which the product is faster than cuBLAS's in captured decode steps of an H200; None where there are none.
+
+    gated   with ``silu(gate) * up`` behind it
+    """
     if num_inputs > _MAX_INPUTS or num_outputs * num_inputs > _MAX_WEIGHTS:
         return None
+    if gated:
+        fitting = (tiles for most, tiles in _GATED_TILES.items() if num_rows <= most and num_outputs >= _MIN_GATED_OUTPUTS)
+        return next(fitting, None)
     by_outputs = next((of for most, of in _TILES.items() if num_rows <= most), {})
     return next((tiles for most, tiles in by_outputs.items() if num_outputs <= most), None)
 
@@ -83,10 +97,15 @@ def _fetch(weight_at, keep_outputs, num_inputs, LINES: tl.constexpr, LINE: tl.co
 def _few_rows_kernel(
     x, weight, bias, out, num_rows, num_inputs, num_outputs, x_stride, weight_stride,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
-    BIAS: tl.constexpr, FETCH: tl.constexpr, LINE: tl.constexpr, OVERLAP: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, FETCH: tl.constexpr, LINE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program per (OUTPUTS output features, ROWS rows); INPUTS input features at a time. With EVEN, that divides them."""
+    """One program per (OUTPUTS output features, ROWS rows); INPUTS input features at a time. With EVEN, that divides them.
+
+    With GATED, the OUTPUTS are half gates and half ups.
+    """
     outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    if GATED:  # feature after feature, its gate and its up
+        outputs = outputs // 2 + outputs % 2 * (num_outputs // 2)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, INPUTS)
     weight_at = weight + outputs.to(tl.int64)[:, None] * weight_stride
@@ -117,8 +136,16 @@ def _few_rows_kernel(
         acc = tl.trans(acc)
     if BIAS:
         acc += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
-    keep = keep_rows & (outputs < num_outputs)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :], acc.to(out.dtype.element_ty), mask=keep)
+    product = acc.to(out.dtype.element_ty)
+    if GATED:
+        gate, up = tl.split(tl.reshape(product.to(tl.float32), [ROWS, OUTPUTS // 2, 2]))
+        values = gate / (1.0 + tl.exp(-gate)) * up
+        features = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)[None, :]
+        tl.store(out + rows.to(tl.int64)[:, None] * (num_outputs // 2) + features, values.to(out.dtype.element_ty),
+                 mask=keep_rows & (features < num_outputs // 2))  # fmt: skip
+    else:
+        keep = keep_rows & (outputs < num_outputs)[None, :]
+        tl.store(out + rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :], product, mask=keep)
 
 
 def matmul_few_rows(
@@ -127,6 +154,7 @@ def matmul_few_rows(
     bias_O: torch.Tensor | None = None,
     *,
     tiles: Tiles,
+    gated: bool = False,
     settled: bool = False,
     overlap: bool | None = None,
 ) -> torch.Tensor:
@@ -135,10 +163,12 @@ def matmul_few_rows(
     x_TI, weight_OI   ``[T, I]`` and ``[O, I]``, both bfloat16 or both float16; rows may be strided
     bias_O            ``[O]`` of that dtype
     tiles             powers of two from 16 on
+    gated             output features are gates, then as many ups, of which ``silu(gate) * up`` is given, with the bits of
+                      :func:`engine.kernels.silu_mul.silu_mul` on the product
     settled           the kernel launched just before this one does not write the weight, so it may be read early
     overlap           whether to start before the kernel ahead is done (default: where the device can)
 
-    Returns ``[T, O]``, contiguous. Raises ``ValueError`` for other dtypes and for shapes that do not fit.
+    Returns ``[T, O]``, gated ``[T, O / 2]``, contiguous. Raises ``ValueError`` for other dtypes and for shapes that do not fit.
     """
     check_kernel_inputs(x=x_TI, weight=weight_OI)
     num_rows, num_inputs = x_TI.shape
@@ -148,7 +178,7 @@ def matmul_few_rows(
             f"x {tuple(x_TI.shape)} {x_TI.dtype} by weight {tuple(weight_OI.shape)} {weight_OI.dtype}: one 16-bit dtype and "
             "one number of input features is asked for; use torch's linear for others"
         )
-    out_TO = torch.empty((num_rows, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
+    out_TO = torch.empty((num_rows, num_outputs // 2 if gated else num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     if out_TO.numel() == 0:
         return out_TO
     overlap = may_overlap(x_TI, overlap)
@@ -159,7 +189,7 @@ def matmul_few_rows(
     _few_rows_kernel[(cdiv(num_outputs, tiles.outputs), cdiv(num_rows, tiles.rows))](
         x_TI, weight_OI, bias, out_TO, num_rows, num_inputs, num_outputs, x_TI.stride(0), weight_OI.stride(0),
         tiles.rows, tiles.outputs, tiles.inputs, num_inputs % tiles.inputs == 0, tiles.weight_first,
-        bias_O is not None, fetch, line, overlap,
+        bias_O is not None, gated, fetch, line, overlap,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, **early_launch(overlap),
     )  # fmt: skip
     return out_TO

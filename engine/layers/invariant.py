@@ -27,7 +27,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.sampler import Drawing, filter_top_k_top_p
 from engine.models.parts import Parts
 from engine.parallel.embedding import ParallelLMHead
-from engine.parallel.group import PartialSum, TPGroup
+from engine.parallel.group import TPGroup
 from engine.parallel.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from engine.parallel.parameter import LoadedWeight, ShardParameter
 from engine.parallel.sharding import leaf_range
@@ -37,8 +37,8 @@ from engine.scheduling.batch import StepBatch
 class InvariantMergedColumnParallelLinear(MergedColumnParallelLinear):
     """No rank cuts K: an element is one sum in a fixed order, wherever it is computed."""
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        return linear_in_order_torch(x_TI, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_in_order_torch(x, self.weight, self.bias)
 
 
 class InvariantQKVParallelLinear(InvariantMergedColumnParallelLinear, QKVParallelLinear):
@@ -81,7 +81,7 @@ class InvariantRowParallelLinear(RowParallelLinear):
 class InvariantRMSNorm(RMSNorm):
     """A row's squares are summed in the order of a tree, which its width fixes."""
 
-    def forward(self, x: Tensor | PartialSum, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Any, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert isinstance(x, Tensor), "an invariant layer gives whole sums"
         x = x if residual is None else x + residual
         return self.normed(x).to(x.dtype), x

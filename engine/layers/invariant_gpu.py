@@ -46,8 +46,8 @@ CAPABILITY = (9, 0)
 class OrderedMergedColumnParallelLinear(MergedColumnParallelLinear):
     """No rank cuts K: an element is one chain of sums, wherever it is computed."""
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        return linear_in_order(x_TI, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_in_order(x, self.weight, self.bias)
 
 
 class OrderedQKVParallelLinear(OrderedMergedColumnParallelLinear, QKVParallelLinear):

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.kernels.common import HAVE_TRITON
-from engine.kernels.gemv import gemv
+from engine.kernels.gemv import HalfNormed, gemv, gemv_add_norm
 from engine.kernels.matmul_few_rows import MAX_ROWS, matmul_few_rows, tiles_for
 from engine.kernels.overlap import may_overlap
 
 _FEW_ROWS = 8  # on a CPU
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | HalfNormed, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, ``[T, I]`` by ``[O, I]`` to ``[T, O]``, in the operands' dtype.
 
     A parameter may be read before the kernels ahead of this one are done: who writes into one must not launch this next.
+    A row whose norm is half done is for layers that :func:`fuses_norm` names.
     """
     settled = isinstance(weight_OI, nn.Parameter)
+    if isinstance(x, HalfNormed):
+        return gemv(x, weight_OI, bias_O, settled=settled)
+    x_TI = x
     if is_ours(x_TI, weight_OI):
         if x_TI.shape[0] == 1:
             return gemv(x_TI, weight_OI, bias_O, settled=settled)
@@ -34,6 +39,50 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
             and prefers_weight_first()):
         return _linear_of_few_rows(x_TI, weight_OI, bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
+
+
+class Product(NamedTuple):
+    """A product that its layer leaves to who takes it, for both to be one launch."""
+
+    x: Tensor | HalfNormed
+    weight_OI: Tensor
+    bias_O: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """``[T, O]``, in a launch of its own."""
+        return linear(*self)
+
+    def silu_mul(self) -> Tensor:
+        """``silu(gate) * up`` of a product that is gates, then as many ups. Where :func:`fuses_silu_mul` says so."""
+        settled = isinstance(self.weight_OI, nn.Parameter)
+        if isinstance(self.x, HalfNormed) or self.x.shape[0] == 1:
+            return gemv(*self, gated=True, settled=settled)
+        tiles = tiles_for(self.x.shape[0], *self.weight_OI.shape, gated=True)
+        assert tiles is not None, "fuses_silu_mul says no"
+        return matmul_few_rows(self.x, self.weight_OI, self.bias_O, gated=True, tiles=tiles, settled=settled)
+
+    def add_norm(self, residual_TO: Tensor, norm_weight_O: Tensor, eps: float) -> tuple[HalfNormed, Tensor]:
+        """``add_rms_norm`` of it but for the division by the row's rms, and the new residual; where :func:`fuses_norm` says."""
+        assert isinstance(self.x, Tensor), "a norm stands ahead of this product"
+        assert self.bias_O is None, "a row-parallel layer with a bias gives its whole output"
+        return gemv_add_norm(self.x, self.weight_OI, residual_TO, norm_weight_O, eps,
+                             settled=isinstance(self.weight_OI, nn.Parameter))
+
+
+def fuses_silu_mul(x: Tensor | HalfNormed, weight_OI: Tensor) -> bool:
+    """Whether ``silu(gate) * up`` behind ``linear(x, weight)`` is faster in its launch."""
+    if isinstance(x, HalfNormed):
+        return True
+    return is_ours(x, weight_OI) and may_overlap(x) and (
+        x.shape[0] == 1 or tiles_for(x.shape[0], *weight_OI.shape, gated=True) is not None)
+
+
+def fuses_norm(x_TI: Tensor, weight_OI: Tensor) -> bool:
+    """Whether half of a norm behind or ahead of ``linear(x, weight)`` is faster in its launch: of one row, if of any.
+
+    Not divided, values may be too large for float16.
+    """
+    return x_TI.shape[0] == 1 and x_TI.dtype is torch.bfloat16 and is_ours(x_TI, weight_OI) and may_overlap(x_TI)
 
 
 def is_ours(x_TI: Tensor, weight_OI: Tensor) -> bool:

@@ -61,7 +61,7 @@ class MLP(nn.Module):
         leaf = leaf_width(width, num_q_heads=config.num_q_heads)
         mine = parts.features(width, leaf, tp)
         self.gate_up_proj = parts.merged(config.hidden_size, (width, width), bias=bias, tp=tp, dtype=dtype, device=device,
-                                         output_ranges=None if mine is None else (mine, mine))
+                                         output_ranges=None if mine is None else (mine, mine), silu_mul_follows=True)
         self.silu_mul = parts.silu_mul
         self.down_proj = parts.row(width, config.hidden_size, leaf=leaf, bias=bias, tp=tp, dtype=dtype, device=device,
                                    input_range=mine, norm_follows=True)
@@ -106,6 +106,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = SelfAttention(config, tp=tp, dtype=dtype, device=device, backend=backend, parts=parts)
         self.post_attention_layernorm = parts.norm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
         self.mlp = MLP(config, tp=tp, dtype=dtype, device=device, parts=parts)
+        self.input_layernorm.followed_by = (self.self_attn.qkv_proj,)
+        self.post_attention_layernorm.followed_by = (self.mlp.gate_up_proj,)
 
     def forward(self, x_TE: Tensor | PartialSum, residual_TE: Tensor | None, cache: LayerCache, batch: StepBatch,
                 rope: RopeTables) -> tuple[Tensor | PartialSum, Tensor]:

@@ -13,6 +13,7 @@ from engine.layers.attention import Attention
 from engine.layers.attention_backends import select_backend
 from engine.layers.attention_layout import AttentionBackend, AttentionLayout
 from engine.layers.dispatch import pick
+from engine.layers.matmul import Product
 from engine.layers.norm import RMSNorm
 from engine.parallel.embedding import ParallelLMHead
 from engine.parallel.group import TPGroup
@@ -35,7 +36,7 @@ class Parts:
     head: type[ParallelLMHead]
     norm: type[RMSNorm]
     attention: type[Attention]
-    silu_mul: Callable[[Tensor], Tensor]
+    silu_mul: Callable[[Any], Tensor]
     features: Callable[[int, int, TPGroup], range | None]
     backend: Callable[[str, AttentionLayout], AttentionBackend]
     rope_options: Mapping[str, Any]
@@ -47,7 +48,9 @@ def _row(*sizes: int, leaf: int, **options: Any) -> RowParallelLinear:
     return RowParallelLinear(*sizes, **options)
 
 
-def _silu_mul(gate_up_TG: Tensor) -> Tensor:
+def _silu_mul(gate_up_TG: Tensor | Product) -> Tensor:
+    if isinstance(gate_up_TG, Product):
+        return gate_up_TG.silu_mul()
     return pick(gate_up_TG, silu_mul, silu_mul_torch)(gate_up_TG)
 
 

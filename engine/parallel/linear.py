@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.layers.matmul import linear
+from engine.layers.matmul import Product, fuses_norm, fuses_silu_mul, linear
 from engine.parallel.group import PartialSum, TPGroup
 from engine.parallel.parameter import (
     LoadedWeight,
@@ -62,15 +63,18 @@ class MergedColumnParallelLinear(nn.Module):
 
     Args:
         output_ranges: for each output its whole size and the rows of it that this rank owns.
+        silu_mul_follows: ``silu(gate) * up`` takes the output, and nothing else does: where that is faster, the output is a
+            ``Product``.
     """
 
     def __init__(self, input_size: int, output_sizes: Sequence[int], *, bias: bool = False, tp: TPGroup,
                  dtype: torch.dtype, device: torch.device | str = "cpu", output_ranges: Sequence[range] | None = None,
-                 shard_ids: Sequence[str | int] | None = None) -> None:
+                 shard_ids: Sequence[str | int] | None = None, silu_mul_follows: bool = False) -> None:
         super().__init__()
         _check_sizes(input_size=input_size, **{f"output_sizes[{i}]": size for i, size in enumerate(output_sizes)})
         self.tp = tp
         self.input_size = input_size
+        self.silu_mul_follows = silu_mul_follows
         self.output_sizes = tuple(output_sizes)
         self.output_ranges = tuple(
             output_ranges or (even_range(size, tp_rank=tp.rank, tp_size=tp.size, what="output_size") for size in output_sizes)
@@ -103,8 +107,11 @@ class MergedColumnParallelLinear(nn.Module):
             source = range(source_start + owned.start, source_start + owned.stop)
             param.write(rows_of(loaded_weight, source), rows=range(local_start, local_start + len(owned)))
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        return linear(x_TI, self.weight, self.bias)
+    def forward(self, x: Any) -> Any:
+        # Who looks at a layer's output by a hook is to see all of it.
+        if self.silu_mul_follows and not self._forward_hooks and fuses_silu_mul(x, self.weight):
+            return Product(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -152,7 +159,7 @@ class RowParallelLinear(nn.Module):
 
     Args:
         norm_follows: an RMSNorm takes the output, and nothing else does: where the group is faster so, the output is a
-            ``PartialSum``, and the all-reduce the norm's.
+            ``PartialSum``, and the all-reduce the norm's; of one rank it is a ``Product`` where that is faster.
         input_range: this rank's input features, where another rule than the even split decides them
             (an attention output follows the query heads).
     """
@@ -179,10 +186,13 @@ class RowParallelLinear(nn.Module):
         check_shape(loaded_weight, (param.shape[0], self.input_size))
         param.write(columns_of(loaded_weight, self.input_range), rows=range(param.shape[0]))
 
-    def forward(self, x_TI: Tensor) -> Tensor | PartialSum:
-        y_TO = linear(x_TI, self.weight)
+    def forward(self, x_TI: Tensor) -> Tensor | PartialSum | Product:
         # Who looks at a layer's output by a hook is to see all of it.
-        if self.norm_follows and not self._forward_hooks and self.tp.fuses_norm(y_TO):
+        norm_may_finish = self.norm_follows and not self._forward_hooks
+        if norm_may_finish and self.tp.size == 1 and fuses_norm(x_TI, self.weight):
+            return Product(x_TI, self.weight)
+        y_TO = linear(x_TI, self.weight)
+        if norm_may_finish and self.tp.fuses_norm(y_TO):
             return PartialSum(y_TO, self.tp)
         y_TO = self.tp.all_reduce(y_TO)
         # Added before the all-reduce, the bias would be summed once per rank.

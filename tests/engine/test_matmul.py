@@ -40,3 +40,12 @@ def test_few_rows_have_tiles_of_at_least_their_number_up_to_64_where_ours_is_fas
     assert (tiles is not None) == is_ours
     # No tile is twice as high as the rows that there are.
     assert tiles is None or tiles.rows <= max(16, 2 * num_rows - 1)
+
+
+@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs", "is_gated"), [
+    (2, 6144, 1024, True), (MAX_ROWS, 6144, 1024, True), (MAX_ROWS + 1, 6144, 1024, False), (64, 6145, 1024, False),
+    (64, 3072, 1024, False),
+])
+def test_gated_products_have_tiles_where_they_were_measured(num_rows: int, num_outputs: int, num_inputs: int,
+                                                            is_gated: bool) -> None:
+    assert (tiles_for(num_rows, num_outputs, num_inputs, gated=True) is not None) == is_gated

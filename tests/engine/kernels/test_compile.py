@@ -196,6 +196,9 @@ def _launch_all(overlap: bool) -> int:
         rope.rope_store_kv(x, ids, angles, angles, k_cache, v_cache, ids, angles[0], settled=settled, overlap=overlap)
         gemv.gemv(x[:1], x, settled=settled, overlap=overlap)
         matmul_few_rows.matmul_few_rows(x, x, tiles=matmul_few_rows.Tiles(16, 16, 64), settled=settled, overlap=overlap)
+    half = gemv.gemv_add_norm(x[:1], x, x[:1, :4], x[0, :4], 1e-6, settled=True, overlap=overlap)[0]
+    gemv.gemv(half, x[:, :4], gated=True, settled=True, overlap=overlap)
+    matmul_few_rows.matmul_few_rows(x, x, tiles=matmul_few_rows.Tiles(16, 16, 64), gated=True, settled=True, overlap=overlap)
     silu_mul.silu_mul(x, overlap=overlap)
     q, table = x.view(4, 8, 128)[:, :4], torch.zeros(4, 8, dtype=torch.int32)
     for num_programs in (None, 2):  # more than there are sequences, and fewer: they are combined by another rule
@@ -203,7 +206,7 @@ def _launch_all(overlap: bool) -> int:
                                   overlap=overlap)  # fmt: skip
     philox.gumbel_argmax(x, torch.ones(4), ids, ids, overlap=overlap)
     decode_inputs.decode_inputs(ids, ids, ints, table, ids, 16, overlap=overlap)
-    return 18 + _launch_peers(x, overlap)
+    return 21 + _launch_peers(x, overlap)
 
 
 def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
@@ -236,6 +239,16 @@ def test_kernels_on_shared_memory_release_what_they_wrote_and_acquire_what_they_
                 assert order[number - 1 : number + 3] == meeting, kernel.name
         if "argmax" not in kernel.name:
             assert "ld.global.v4" in kernel.asm["ptx"], f"{kernel.name} should read 16 bytes at a time"
+
+
+def test_no_number_of_rows_compiles_kernels_on_shared_memory_anew(compiled: list[Any]) -> None:
+    x, ids = torch.zeros(48, 64, dtype=torch.bfloat16), torch.zeros(48).long()
+    memory = shared_memory(2, half_bytes=x.numel() * x.element_size())[1]
+    for num_rows in (48, 47, 1):
+        peer_all_reduce.peer_add_rms_norm(x[:num_rows], x[:num_rows], x[0], 1e-6, memory, overlap=True)
+        peer_all_reduce.peer_argmax(ids[:num_rows].float(), ids[:num_rows], memory, overlap=True)
+    _check(compiled, 6)
+    assert len({kernel.hash for kernel in compiled}) == 2
 
 
 def _assert_waits_first(name: str, ptx: str) -> None:

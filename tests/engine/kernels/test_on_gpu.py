@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from engine.kernels.common import HAVE_TRITON
 from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
-from engine.kernels.gemv import gemv, gemv_torch
+from engine.kernels.gemv import HalfNormed, gemv, gemv_add_norm, gemv_torch
 from engine.kernels.matmul_few_rows import Tiles, matmul_few_rows, tiles_for
 from engine.kernels.paged_decode import paged_decode
 from engine.kernels.paged_prefill import paged_prefill
@@ -225,6 +226,43 @@ def test_products_of_few_rows_stay_within_their_budget(dtype: torch.dtype, shape
         assert _matmul_share_of_budget(y, x, weight, None) > 2, "a missing bias must be seen"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(6144, 1024), (24_576, 4096), (1280, 640), (70, 1000)])
+def test_a_gated_product_has_the_bits_of_silu_mul_on_the_product(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    weight, bias = _normal(*shape, dtype=dtype, seed=1) / 16, _normal(shape[0], dtype=dtype, seed=2)
+    torch.cuda.synchronize()  # the weight is settled
+    for num_rows in (1, 2, 16, 17, 48, 64, 65, 128, 200, 256):
+        x = _normal(num_rows, shape[1], dtype=dtype, seed=num_rows)
+        tiles = tiles_for(num_rows, *shape, gated=True) or Tiles(32, 64, 64)
+        product = partial(gemv, rows=2) if num_rows == 1 else partial(matmul_few_rows, tiles=tiles)
+        for b in (None, bias):
+            assert torch.equal(product(x, weight, b, gated=True, settled=True), silu_mul(product(x, weight, b)))
+
+
+@pytest.mark.parametrize("hidden", [1024, 4096, 1000])
+def test_a_norm_that_two_products_share_stays_within_its_budget(hidden: int) -> None:
+    dtype = torch.bfloat16
+    first, second = _normal(hidden, 2048, dtype=dtype, seed=1) / 64, _normal(2048, hidden, dtype=dtype, seed=2) / 32
+    norm = _normal(hidden, dtype=dtype, seed=3)
+    x, residual = _normal(1, 2048, dtype=dtype, seed=4), _normal(1, hidden, dtype=dtype, seed=5)
+    torch.cuda.synchronize()  # weights are settled
+    half, new_residual = gemv_add_norm(x, first, residual, norm, EPS, settled=True)
+    assert torch.equal(new_residual, gemv(x, first) + residual)
+    wide = HalfNormed(half.values_TI.double(), half.squares_TP.double(), EPS)
+    exact = rms_norm_torch(new_residual.double(), norm.double(), EPS)
+    divided = wide.values_TI * torch.rsqrt(wide.squares_TP.sum() / hidden + EPS)
+    assert over_budget(divided, exact, rounding_budget(exact, exact, dtype)) <= 1
+    y = gemv(half, second, settled=True)
+    exact = gemv_torch(wide, second.double())
+    budget = rounding_budget(exact, gemv_torch(wide._replace(values_TI=wide.values_TI.abs()), second.double().abs()), dtype,
+                             steps=16)
+    assert over_budget(y, exact, budget) <= 1
+    assert over_budget(y * 1.02, exact, budget) > 1, "a wrong rms must be seen"
+    again = gemv_add_norm(x, first, residual, norm, EPS, overlap=False)[0]
+    assert all(torch.equal(one, other) for one, other in zip(half[:2], again[:2], strict=True))
+    assert torch.equal(y, gemv(half, second, overlap=False))
+
+
 def test_linear_takes_our_kernels_for_few_rows_and_torchs_for_what_they_do_not_serve() -> None:
     weight = torch.nn.Parameter(_normal(1024, 576, dtype=torch.bfloat16), requires_grad=False)
     x = _normal(300, 576, dtype=torch.bfloat16, seed=1)
@@ -248,8 +286,8 @@ def test_linear_takes_our_kernels_for_few_rows_and_torchs_for_what_they_do_not_s
     assert [name for name, operands in refused.items() if is_ours(*operands)] == []
 
 
-@pytest.mark.parametrize("num_seqs", [1, 5, 40])
-def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_seqs: int) -> None:
+@pytest.mark.parametrize(("num_seqs", "fused"), [(1, False), (1, True), (5, False), (5, True), (40, False)])
+def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_seqs: int, fused: bool) -> None:
     """Sixteen small layers, each kernel of which reads what the one before wrote, and buffers that are used again."""
     dtype, hidden, heads = torch.bfloat16, 512, 8
     weights = [
@@ -273,20 +311,24 @@ def test_a_captured_chain_of_early_launches_gives_the_bits_of_one_in_turn(num_se
     kept = caches.clone()
 
     def run(overlap: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            if num_seqs > 1:
-                return matmul_few_rows(x, weight, tiles=Tiles(16, 64, 64), settled=True, overlap=overlap)
-            return gemv(x, weight, settled=True, overlap=overlap)
+        launch: dict[str, Any] = {"settled": True, "overlap": overlap}
+        matmul = partial(matmul_few_rows, tiles=Tiles(16, 64, 64), **launch) if num_seqs > 1 else partial(gemv, **launch)
 
-        x, residual = x_in, x_in
+        def add_norm(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> tuple[Any, torch.Tensor]:
+            if fused and num_seqs == 1:
+                return gemv_add_norm(x, weight, residual, norm, EPS, **launch)
+            return add_rms_norm(matmul(x, weight), residual, norm, EPS, **launch)
+
+        x, residual = add_rms_norm(x_in, x_in, norm, EPS, **launch)
         for qkv_proj, o_proj, gate_up_proj, down_proj in weights:
-            x, residual = add_rms_norm(x, residual, norm, EPS, settled=True, overlap=overlap)
             qkv = matmul(x, qkv_proj)
             q = rope_store_kv(qkv, positions, cos, sin, k_cache, v_cache, slots, head_norm, head_norm, EPS, settled=True,
                               overlap=overlap)  # fmt: skip
             x = paged_decode(q, k_cache, v_cache, table, lengths, starts, counts, 0.09, max_group=2, overlap=overlap)
-            x, residual = add_rms_norm(matmul(x.flatten(1), o_proj), residual, norm, EPS, settled=True, overlap=overlap)
-            x = matmul(silu_mul(matmul(x, gate_up_proj), overlap=overlap), down_proj)
+            x, residual = add_norm(x.flatten(1), o_proj, residual)
+            x = matmul(x, gate_up_proj, gated=True) if fused else silu_mul(matmul(x, gate_up_proj), overlap=overlap)
+            x, residual = add_norm(x, down_proj, residual)
+        x = residual
         return x, gumbel_argmax(x, heat, ids, ids, overlap=overlap)[1]
 
     expected = run(overlap=False)

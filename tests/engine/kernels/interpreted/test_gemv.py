@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels.gemv import gemv, gemv_torch
+from engine.kernels.gemv import HalfNormed, gemv, gemv_add_norm, gemv_add_norm_torch, gemv_torch
+from engine.kernels.rms_norm import rms_norm_torch
+from engine.kernels.silu_mul import silu_mul
 from tests.engine.kernels.problems import over_budget, rounding_budget
 
 
@@ -69,3 +71,39 @@ def test_what_does_not_fit_is_refused(num_rows: int, num_inputs: int, dtype: tor
     weight = torch.zeros(4, 16, dtype=torch.float64 if dtype is torch.float64 else torch.float16)
     with pytest.raises(ValueError, match="float64" if dtype is torch.float64 else "one row of x"):
         gemv(torch.zeros(num_rows, num_inputs, dtype=dtype), weight)
+
+
+@pytest.mark.parametrize(("num_features", "num_inputs"), [(1, 8), (21, 72)])
+def test_a_gated_product_has_the_bits_of_silu_mul_on_the_product(num_features: int, num_inputs: int) -> None:
+    x, weight, bias = (_normal(seed, *shape, dtype=torch.float16) for seed, shape in enumerate(
+        ((1, num_inputs), (2 * num_features, num_inputs), (2 * num_features,))))
+    weight /= num_inputs**0.5
+    for b in (None, bias):
+        assert torch.equal(gemv(x, weight, b, gated=True, settled=True), silu_mul(gemv(x, weight, b)))
+
+
+@pytest.mark.parametrize("hidden", [1, 300])
+def test_two_products_share_the_norm_between_them(hidden: int) -> None:
+    """In float32, where the twin's roundings are as many."""
+    x, first, residual, norm, second = (_normal(seed, *shape, dtype=torch.float32) for seed, shape in enumerate(
+        ((1, 72), (hidden, 72), (1, hidden), (hidden,), (24, hidden))))
+    second /= hidden**0.5
+    half, new_residual = gemv_add_norm(x, first, residual, norm, 1e-6, settled=True)
+    twin, same_residual = gemv_add_norm_torch(x, first, residual, norm, 1e-6)
+    torch.testing.assert_close(new_residual, same_residual)
+    assert torch.equal(half.values_TI, new_residual * norm)
+    torch.testing.assert_close(half.squares_TP.sum(dim=1, keepdim=True), twin.squares_TP)
+    for gated in (False, True):
+        torch.testing.assert_close(gemv(half, second, gated=gated), gemv_torch(half, second, gated=gated), rtol=1e-5,
+                                   atol=1e-4)
+    too_much = HalfNormed(half.values_TI, half.squares_TP * 1.05, half.eps)
+    expected = gemv_torch(half, second)
+    assert (gemv(too_much, second) - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def test_the_twins_share_the_norm_alike() -> None:
+    x, first, residual, norm, second = (_normal(seed, *shape, dtype=torch.float64) for seed, shape in enumerate(
+        ((5, 48), (40, 48), (5, 40), (40,), (24, 40))))
+    half, new_residual = gemv_add_norm_torch(x, first, residual, norm, 1e-6)
+    torch.testing.assert_close(new_residual, x @ first.T + residual)
+    torch.testing.assert_close(gemv_torch(half, second), rms_norm_torch(new_residual, norm, 1e-6) @ second.T)

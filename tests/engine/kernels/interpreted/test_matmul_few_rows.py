@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.kernels.matmul_few_rows import Tiles, matmul_few_rows, matmul_few_rows_torch
+from engine.kernels.silu_mul import silu_mul
 from tests.engine.kernels.problems import over_budget, rounding_budget
 
 
@@ -48,3 +49,20 @@ def test_what_does_not_fit_is_refused(num_inputs: int, dtype: torch.dtype, messa
     weight = torch.zeros(4, 16, dtype=dtype)
     with pytest.raises(ValueError, match=message):
         matmul_few_rows(torch.zeros(2, num_inputs, dtype=dtype), weight, tiles=Tiles(16, 16, 16))
+
+
+@pytest.mark.parametrize("weight_first", [False, True])
+@pytest.mark.parametrize(("num_rows", "num_features", "num_inputs"), [(0, 4, 32), (2, 8, 32), (17, 21, 40)])
+def test_a_gated_product_has_the_bits_of_silu_mul_on_the_product(num_rows: int, num_features: int, num_inputs: int,
+                                                                 weight_first: bool) -> None:
+    """Of quarters, whose products are exact: the interpreter sums each variant in an order of its own."""
+    x, weight, bias = (torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).half() / 4 for seed, shape in
+                       enumerate(((num_rows, num_inputs), (2 * num_features, num_inputs), (2 * num_features,))))
+    tiles = Tiles(16, 16, 32, weight_first=weight_first)
+    for b in (None, bias):
+        gated = matmul_few_rows(x, weight / 4, b, tiles=tiles, gated=True, settled=True)
+        assert gated.shape == (num_rows, num_features)
+        assert torch.equal(gated, silu_mul(matmul_few_rows(x, weight / 4, b, tiles=tiles)))
+        if num_rows:
+            exchanged = silu_mul(matmul_few_rows(x, weight.roll(num_features, 0) / 4, b, tiles=tiles))
+            assert not torch.equal(gated, exchanged)
