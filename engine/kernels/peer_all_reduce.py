@@ -44,7 +44,7 @@ MAX_PROGRAMS = 128
 """Programs that can meet at once: fewer than a GPU has multiprocessors, so that all of them run."""
 _STAGES = 2
 FLAG_BYTES = 8 * MAX_RANKS * MAX_PROGRAMS * _STAGES
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32)
 _BYTES_PER_THREAD = 16
 
 
@@ -156,11 +156,17 @@ def _data(base, call, half_bytes, FLAGS: tl.constexpr, like):
 
 
 @triton.jit
-def _sum_of_ranks(bases, call, half_bytes, at, keep, like, SIZE: tl.constexpr, FLAGS: tl.constexpr):
-    """In rank order, beginning with rank 0's own bits: -0.0 stays -0.0."""
-    total = tl.load(_data(bases[0], call, half_bytes, FLAGS, like) + at, mask=keep, other=0.0).to(tl.float32)
+def _sum_of_ranks(bases, call, half_bytes, at, keep, like, SIZE: tl.constexpr, FLAGS: tl.constexpr,
+                  LARGEST: tl.constexpr = False):  # fmt: skip
+    """In rank order, beginning with rank 0's own bits: -0.0 stays -0.0. Integers are added as such.
+
+    With LARGEST, it is the largest instead.
+    """
+    WIDE: tl.constexpr = tl.int32 if like.dtype.element_ty == tl.int32 else tl.float32
+    total = tl.load(_data(bases[0], call, half_bytes, FLAGS, like) + at, mask=keep, other=0).to(WIDE)
     for peer in tl.static_range(1, SIZE):
-        total += tl.load(_data(bases[peer], call, half_bytes, FLAGS, like) + at, mask=keep, other=0.0).to(tl.float32)
+        other = tl.load(_data(bases[peer], call, half_bytes, FLAGS, like) + at, mask=keep, other=0).to(WIDE)
+        total = tl.maximum(total, other) if LARGEST else total + other
     return total
 
 
@@ -168,7 +174,7 @@ def _sum_of_ranks(bases, call, half_bytes, at, keep, like, SIZE: tl.constexpr, F
 def _one_shot_kernel(
     x, bases, calls, numel, half_bytes,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
-    OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
+    LARGEST: tl.constexpr, OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Program after program takes BLOCK elements, and as many again further on."""
     first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
@@ -181,7 +187,7 @@ def _one_shot_kernel(
     _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
     for start in range(first, numel, step):
         at = start + tl.arange(0, BLOCK)
-        total = _sum_of_ranks(bases, call, half_bytes, at, at < numel, x, SIZE, FLAGS)
+        total = _sum_of_ranks(bases, call, half_bytes, at, at < numel, x, SIZE, FLAGS, LARGEST)
         tl.store(x + at, total.to(x.dtype.element_ty), mask=at < numel)
     _leave(calls, call, MAX)
 
@@ -190,7 +196,7 @@ def _one_shot_kernel(
 def _two_shot_kernel(
     x, bases, calls, numel, half_bytes,
     RANK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
-    OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
+    LARGEST: tl.constexpr, OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Of SIZE blocks of BLOCK elements, one for each rank to add up, program after program takes the next."""
     first, step = tl.program_id(0) * (SIZE * BLOCK), tl.num_programs(0) * (SIZE * BLOCK)
@@ -204,7 +210,7 @@ def _two_shot_kernel(
     _meet(bases, call, 0, RANK, SIZE, MAX, LANES, INTERPRETED)
     for start in range(first, numel, step):
         at = start + RANK * BLOCK + tl.arange(0, BLOCK)
-        total = _sum_of_ranks(bases, call, half_bytes, at, at < numel, x, SIZE, FLAGS).to(x.dtype.element_ty)
+        total = _sum_of_ranks(bases, call, half_bytes, at, at < numel, x, SIZE, FLAGS, LARGEST).to(x.dtype.element_ty)
         # Over this rank's part of the block, which nobody else reads before the next meeting.
         tl.store(own + at, total, mask=at < numel)
         tl.store(x + at, total, mask=at < numel)
@@ -321,7 +327,8 @@ def _wants_two_shots(num_bytes: int, size: int) -> bool:
 def fuses_norm(x: torch.Tensor, memory: PeerMemory) -> bool:
     """Whether :func:`peer_add_rms_norm` is faster than a sum and a norm on ``x`` ``[T, D]``. The same on every rank."""
     num_bytes = x.numel() * x.element_size()
-    return x.dtype in DTYPES and 0 < num_bytes <= _LARGEST_FUSED_BYTES and not _wants_two_shots(num_bytes, memory.size)
+    return (x.dtype in DTYPES and x.is_floating_point() and 0 < num_bytes <= _LARGEST_FUSED_BYTES
+            and not _wants_two_shots(num_bytes, memory.size))
 
 
 _SMALL_BYTES = 2**16
@@ -334,11 +341,13 @@ _MEETING_BYTES = 1.2e6
 """3 us at 395 GB/s."""
 
 
-def peer_all_reduce(x: torch.Tensor, memory: PeerMemory, way: Way, *, overlap: bool | None = None) -> torch.Tensor:
+def peer_all_reduce(x: torch.Tensor, memory: PeerMemory, way: Way, *, largest: bool = False,
+                    overlap: bool | None = None) -> torch.Tensor:
     """The sum of the ranks' ``x``, in their order in float32, rounded once. ``x`` is overwritten, and returned.
 
-    x        contiguous, bfloat16, float16 or float32, of one shape and dtype on all ranks
+    x        contiguous, bfloat16, float16, float32 or int32 (whose sums wrap), of one shape and dtype on all ranks
     way      the same on all ranks; :func:`way_of` knows a good one
+    largest  give the largest of the ranks' elements instead
     overlap  as in :mod:`engine.kernels.overlap`, by default where the device can
 
     An ``x`` that is larger than half of the memory goes in pieces. Raises ``ValueError`` for other dtypes.
@@ -350,7 +359,7 @@ def peer_all_reduce(x: torch.Tensor, memory: PeerMemory, way: Way, *, overlap: b
     for piece in _pieces(x, memory):
         wanted = cdiv(piece.numel(), block * memory.size if way.two_shot else block)
         kernel[(min(wanted, way.num_programs),)](
-            piece, memory.addresses, memory.calls, piece.numel(), memory.half_bytes, BLOCK=block,
+            piece, memory.addresses, memory.calls, piece.numel(), memory.half_bytes, BLOCK=block, LARGEST=largest,
             num_warps=way.num_warps, **_constants(memory, overlap),
         )  # fmt: skip
     return x
@@ -389,7 +398,7 @@ def rows_of_tile(num_rows: int, dim: int, num_programs: int = MAX_PROGRAMS) -> i
 
 def _check_dtype(x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise ValueError(f"x.dtype={x.dtype}: must be one of bfloat16, float16, float32")
+        raise ValueError(f"x.dtype={x.dtype}: must be one of bfloat16, float16, float32, int32")
 
 
 def _pieces(x: torch.Tensor, memory: PeerMemory) -> Iterator[torch.Tensor]:
@@ -437,8 +446,9 @@ def _meet_torch(memory: PeerMemory, call: int, stage: int) -> None:
         time.sleep(_PAUSE_S)
 
 
-def peer_all_reduce_torch(x: torch.Tensor, memory: PeerMemory, way: Way) -> torch.Tensor:
+def peer_all_reduce_torch(x: torch.Tensor, memory: PeerMemory, way: Way, *, largest: bool = False) -> torch.Tensor:
     """Plain-torch twin of :func:`peer_all_reduce` on a memory of the host's, one thread a rank: step by step the same."""
+    combine = _largest_torch if largest else _sum_torch
     _check_dtype(x)
     for piece in _pieces(x, memory):
         call = _enter_torch(memory)
@@ -449,19 +459,23 @@ def peer_all_reduce_torch(x: torch.Tensor, memory: PeerMemory, way: Way) -> torc
         if way.two_shot:
             shares = [part.tensor_split(memory.size) for part in parts]
             mine = [share[memory.rank] for share in shares]
-            mine[memory.rank].copy_(_sum_torch(mine))
+            mine[memory.rank].copy_(combine(mine))
             _meet_torch(memory, call, 1)
             piece.copy_(torch.cat([share[peer] for peer, share in enumerate(shares)]))
         else:
-            piece.copy_(_sum_torch(parts))
+            piece.copy_(combine(parts))
     return x
 
 
 def _sum_torch(parts: list[torch.Tensor]) -> torch.Tensor:
-    total = parts[0].float()
+    total = parts[0] if parts[0].dtype is torch.int32 else parts[0].float()
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _largest_torch(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(parts).amax(0)
 
 
 def peer_argmax_torch(value_R: torch.Tensor, index_R: torch.Tensor, memory: PeerMemory) -> torch.Tensor:

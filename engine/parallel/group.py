@@ -83,6 +83,13 @@ class TPGroup:
         self.log.finish()
         return results
 
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The largest of the ranks' elements, on every rank. ``x`` holds integers, equally many on all; it may be overwritten."""
+        self.log.enter("all_reduce_max", x.shape, x.dtype)
+        x = self._all_reduce_max(x.contiguous())
+        self.log.finish()
+        return x
+
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
         """Every rank's ``x``, concatenated along ``dim`` in rank order. All have one shape and dtype."""
         if not -x.ndim <= dim < x.ndim:
@@ -122,6 +129,10 @@ class TPGroup:
 
     def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+    def _all_reduce_max(self, x: Tensor) -> Tensor:
+        """``x`` is contiguous and may be overwritten."""
+        return self._all_gather(x[None], 0).amax(0)
 
     def _all_gather(self, x: Tensor, dim: int) -> Tensor:
         """``dim`` is in 0 to x.ndim-1."""
@@ -370,6 +381,11 @@ class ProcessTPGroup(TPGroup):
     def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         assert self.peers is not None, "fuses_norm says whether there is shared memory"
         return peer_add_rms_norm(x_TE.contiguous(), residual_TE.contiguous(), weight_E, eps, self.peers, settled=True)
+
+    def _all_reduce_max(self, x: Tensor) -> Tensor:
+        if self.peers is not None and (way := way_of(x, self.peers)) is not None:
+            return peer_all_reduce(x, self.peers, way, largest=True)
+        return super()._all_reduce_max(x)
 
     def _argmax(self, value_R: Tensor, index_R: Tensor) -> Tensor:
         if self.peers is not None and value_R.dtype is torch.float32:

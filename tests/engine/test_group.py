@@ -150,6 +150,16 @@ def test_all_reduce_min_is_the_smallest_of_all(ranks: Ranks) -> None:
     assert ranks.run(smallest, timeout_s=30) == [[10, 10 - last, 2**62, -last]] * ranks.tp_size
 
 
+def largest(context: RankContext) -> list[int]:
+    x = torch.tensor([context.tp.rank, -context.tp.rank, 2**31 - 1 - context.tp.rank], dtype=torch.int32, device=context.device)
+    found: list[int] = context.tp.all_reduce_max(x).tolist()
+    return found
+
+
+def test_all_reduce_max_is_the_largest_of_all_element_by_element(ranks: Ranks) -> None:
+    assert ranks.run(largest, timeout_s=30) == [[ranks.tp_size - 1, 0, 2**31 - 1]] * ranks.tp_size
+
+
 def meet_in_order(context: RankContext) -> list[float]:
     """Nobody passes a barrier before all have reached it. The clock is the same for all ranks."""
     times = []

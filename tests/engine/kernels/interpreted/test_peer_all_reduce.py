@@ -3,6 +3,8 @@
 The interpreter runs one thread, so nobody writes while a rank waits.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,9 +37,8 @@ def after_the_others(memories: list[PeerMemory], rank: int) -> list[PeerMemory]:
 
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("count", [1, 37, 128, 2000])
-@pytest.mark.parametrize("calls_before", [0, 1, 6])
+@pytest.mark.parametrize(("dtype", "count", "calls_before"), [
+    *itertools.product((torch.float32, torch.float16), (1, 37, 128, 2000), (0, 1, 6)), (torch.int32, 128, 1)])
 def test_one_shot_gives_what_the_twin_gives(dtype: torch.dtype, count: int, calls_before: int) -> None:
     memories = shared_memory(SIZE, half_bytes=8192)
     for memory in memories:
@@ -53,6 +54,20 @@ def test_one_shot_gives_what_the_twin_gives(dtype: torch.dtype, count: int, call
         assert (memories[rank].calls == calls_before + 1).all(), "counted for every program of the next call"
         for peer in set(range(SIZE)) - {rank}:
             assert memories[rank].flags(peer)[0, 0, rank] == calls_before + 1
+
+
+@pytest.mark.parametrize(("largest", "wanted"), [(False, [2**25 + 4, -2**31 + 1, -1]), (True, [2**24 + 2, 2**31 - 1, 3])])
+def test_integers_are_added_as_such_and_compared_as_such(largest: bool, wanted: list[int]) -> None:
+    """Those that float32 does not tell apart, and sums that wrap."""
+    parts = torch.tensor([[2**24 + 1, 2**31 - 1, -5], [2**24 + 2, 1, 3], [1, 1, 1]], dtype=torch.int32)
+    for two_shot in (True, False):
+        way, memories = Way(two_shot=two_shot, num_warps=1), shared_memory(SIZE)
+        found = on_ranks(memories, lambda memory, way=way: peer_all_reduce_torch(parts[memory.rank].clone(), memory, way,
+                                                                                largest=largest))
+        assert [each.tolist() for each in found] == [wanted] * SIZE
+    for rank in range(SIZE):
+        after_the_others(memories, rank)
+        assert peer_all_reduce(parts[rank].clone(), memories[rank], way, largest=largest).tolist() == wanted
 
 
 @pytest.mark.parametrize("count", [5, 384, 1500])
