@@ -13,21 +13,47 @@ block, K = tiles of keys, G = query heads of a KV head.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.kernels.common import cdiv, next_power_of_2, rows_adjacent, tl, triton
+from engine.kernels.matmul_few_rows import _fetch
 from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
 from engine.kernels.paged_prefill import sequence_of_tile
 
 TILE = 64
 _ROWS = 64
-"""The least rows of a tile that are multiplied by Hopper's instruction, the same one for all."""
-_TOGETHER = 8  # tiles whose results are on their way at once
+"""The least rows of a tile for Hopper's instruction. The older one takes 16, and gives the same bits."""
+_LINE_BYTES = 128  # what the L2 cache fetches at a time
 _NUM_SMS = 132  # of an H200; a guess elsewhere costs speed, not bits
-_PROGRAMS_PER_SM = 2
-_STAGES = 3  # tiles on their way, or at work
+
+
+class DecodeLaunch(NamedTuple):
+    """How decode steps are cut and launched: for speed alone.
+
+    rows              of a tensor core's tile, of which a warp has 16
+    programs_per_sm   that run at once
+    num_stages        tiles on their way, or at work
+    together          tiles whose results are on their way at once
+    fetches           whether a program asks for its first keys and values while the kernels ahead still work
+    """
+
+    rows: int = _ROWS
+    programs_per_sm: int = 2
+    num_stages: int = 3
+    together: int = 8
+    fetches: bool = True
+
+
+def decode_launch_of(num_seqs: int, num_kv_heads: int) -> DecodeLaunch:
+    """The fastest on an H200 of those that were measured."""
+    if num_seqs * num_kv_heads < _NUM_SMS // 8:
+        return DecodeLaunch(programs_per_sm=1, together=16)
+    if num_seqs * num_kv_heads < _NUM_SMS:
+        return DecodeLaunch(rows=16, programs_per_sm=4, num_stages=2, together=16)
+    return DecodeLaunch(num_stages=2)
 
 
 @triton.jit
@@ -131,13 +157,13 @@ def _decode_kernel(
     q_stride_s, q_stride_h, out_stride_s, out_stride_h, table_stride,
     STRIDE_P: tl.constexpr, STRIDE_N: tl.constexpr, STRIDE_B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     H: tl.constexpr, H_PAD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    FETCH: tl.constexpr, LINE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (s, n, w) of (S, N, W): every W-th tile from w on of sequence s, for the query heads of KV head n.
 
     With WHOLE, W is 1: all tiles, put together. Else each tile's result is left for :func:`_combine_kernel`.
     """
-    wait_for_inputs(OVERLAP)
+    # Lengths and tables are a step's inputs, written before its first kernel: only queries and cache are waited for.
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     context = tl.load(context_lens + seq)
@@ -147,9 +173,17 @@ def _decode_kernel(
     keep = keep_rows[:, None] & (dims < H)[None, :]
     heads = tl.load(q_start + kv_head) + rows
     q_at = q + seq * q_stride_s + heads[:, None] * q_stride_h + dims[None, :]
-    q_rows = tl.load(q_at, mask=keep, other=0.0)
     table = block_tables + seq * table_stride
     k_head, v_head = k_cache + kv_head.to(tl.int64) * STRIDE_N, v_cache + kv_head.to(tl.int64) * STRIDE_N
+    if FETCH:
+        keys = tl.program_id(2) * TILE + tl.arange(0, TILE)
+        old = keys < context  # the last of them may not be there yet: what is asked for twice is right the second time
+        blocks = tl.load(table + keys // BLOCK_SIZE, mask=old, other=0).to(tl.int64)
+        lines_at = (blocks * STRIDE_P + keys % BLOCK_SIZE * STRIDE_B)[:, None]
+        _fetch(k_head + lines_at, old[:, None], H, FETCH, LINE)
+        _fetch(v_head + lines_at, old[:, None], H, FETCH, LINE)
+    wait_for_inputs(OVERLAP)
+    q_rows = tl.load(q_at, mask=keep, other=0.0)
     last_seen = tl.zeros([ROWS], tl.int32) + (context - 1)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -179,13 +213,15 @@ def _combine_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (s, n, g): query head g of KV head n, one tile after the other, of which TOGETHER are loaded at a time."""
-    wait_for_inputs(OVERLAP)
     seq = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     row = tl.program_id(2)
-    if row >= tl.load(q_count + kv_head):
-        return
     tiles = tl.cdiv(tl.load(context_lens + seq), TILE)
+    num_rows = tl.load(q_count + kv_head)
+    head = tl.load(q_start + kv_head) + row
+    wait_for_inputs(OVERLAP)
+    if row >= num_rows:
+        return
     one = tl.arange(0, 1)
     dims = tl.arange(0, H_PAD)
     first = (seq * tl.num_programs(1) + kv_head) * max_tiles * GROUP + row
@@ -201,7 +237,6 @@ def _combine_kernel(
             tile_total = tl.load(stats + 2 * at, mask=keep, other=0.0)
             tile_top = tl.load(stats + 2 * at + 1, mask=keep, other=float("-inf"))
             acc, total, top = _put_together(acc, total, top, tile_acc, tile_total, tile_top)
-    head = tl.load(q_start + kv_head) + row
     out_at = out + seq * out_stride_s + head * out_stride_h + dims[None, :]
     tl.store(out_at, _result(acc, total).to(out.dtype.element_ty), mask=(dims < H)[None, :])
 
@@ -239,23 +274,26 @@ def decode_in_order(q_SQH: Tensor, k_cache_PNBH: Tensor, v_cache_PNBH: Tensor, b
     block_tables_SB = rows_adjacent(block_tables_SB)
     num_kv_heads, block_size = k_cache_PNBH.shape[1], k_cache_PNBH.shape[2]
     max_tiles = max(1, cdiv(max_context, TILE))
-    programs = programs or max(1, min(max_tiles, _PROGRAMS_PER_SM * _NUM_SMS // (num_seqs * num_kv_heads)))
+    cut = decode_launch_of(num_seqs, num_kv_heads)
+    programs = programs or max(1, min(max_tiles, cut.programs_per_sm * _NUM_SMS // (num_seqs * num_kv_heads)))
     whole = programs == 1
     overlap = may_overlap(q_SQH)
     partial = torch.empty((0 if whole else num_seqs, num_kv_heads, max_tiles, max_group, head_dim), dtype=torch.float32,
                           device=q_SQH.device)
     stats = torch.empty((*partial.shape[:-1], 2), dtype=torch.float32, device=q_SQH.device)
-    head_dim_padded, rows = max(16, next_power_of_2(head_dim)), max(_ROWS, next_power_of_2(max_group))
+    head_dim_padded, rows = max(16, next_power_of_2(head_dim)), max(cut.rows, next_power_of_2(max_group))
+    line = _LINE_BYTES // k_cache_PNBH.element_size()
     _decode_kernel[(num_seqs, num_kv_heads, programs)](
         q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables_SB, context_lens_S, q_start_N, q_count_N, out_SQH, partial, stats,
         scale * math.log2(math.e), max_tiles, q_SQH.stride(0), q_SQH.stride(1), out_SQH.stride(0), out_SQH.stride(1),
         block_tables_SB.stride(0), *k_cache_PNBH.stride()[:3], block_size, head_dim, head_dim_padded, rows, max_group, TILE,
-        whole, overlap, num_warps=rows // 16, num_stages=_STAGES if head_dim <= 128 else 2, enable_fp_fusion=False,
+        whole, cdiv(head_dim_padded, line) if overlap and cut.fetches else 0, line, overlap,
+        num_warps=rows // 16, num_stages=cut.num_stages if head_dim <= 128 else 2, enable_fp_fusion=False,
         **early_launch(overlap),
     )  # fmt: skip
     if not whole:
         _combine_kernel[(num_seqs, num_kv_heads, max_group)](
             context_lens_S, q_start_N, q_count_N, partial, stats, out_SQH, max_tiles, out_SQH.stride(0), out_SQH.stride(1),
-            head_dim, head_dim_padded, max_group, TILE, _TOGETHER, overlap, num_warps=1, enable_fp_fusion=False,
+            head_dim, head_dim_padded, max_group, TILE, cut.together, overlap, num_warps=1, enable_fp_fusion=False,
             **early_launch(overlap),
         )  # fmt: skip

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.kernels.common import cdiv, next_power_of_2, tl, triton
 from engine.kernels.ieee import exponent_of, tree_sum
@@ -31,7 +31,9 @@ MAX_LEAVES = 256
 _ROWS_AT_ONCE = 1024  # of a weight whose magnitudes are summed: bounds memory
 _TILE_COLUMNS = 1024
 _LONGEST_TILE = 4096
+_FEW_ROWS = 16  # what the instruction takes at least
 _LINES_AHEAD = 16  # of a row of the weight, 128 bytes each
+_LARGE_OUTPUTS = 16384  # of a head, or of the MLP of a large model
 _NUM_SMS = 132  # of an H200; a guess elsewhere costs speed, not bits
 
 
@@ -49,6 +51,17 @@ class Launch(NamedTuple):
     """Tiles come by the bulk copy engine, where the layout allows it."""
     persistent: bool = False
     """As many programs as multiprocessors, each of which takes tile after tile."""
+    ahead: int = 0
+    """Lines of each row of the weight that come to the cache while the kernels ahead still work on ``x``."""
+
+
+class FewRows(NamedTuple):
+    """A product of at most 16 rows, of which each program has all of K: a settled weight's first tile is in registers early."""
+
+    outputs: int
+    inputs: int
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 @triton.jit
@@ -75,7 +88,7 @@ def quanta_value(totals, exponents, units, bias):
     return tl.where((exponents <= 100) & (exponents - units <= 96), values, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "leaves_each"])
 def _product_kernel(
     x, weight, peaks, units, bias, out, num_rows, num_outputs, num_inputs, x_stride, weight_stride, leaves_each,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr, LEAF: tl.constexpr,
@@ -150,7 +163,7 @@ def _product_kernel(
             else:
                 acc = tl.dot(values, tl.trans(weights), acc)
             if LEAF > 0:  # noqa: SIM102 -- only what is compiled away may name STEPS
-                if step % STEPS == STEPS - 1:
+                if STEPS == 1 or step % STEPS == STEPS - 1:
                     rounded = tl.fma(acc, scales, rounder)
                     totals += rounded.to(tl.int32, bitcast=True) - rounder.to(tl.int32, bitcast=True)
                     acc = tl.zeros(acc.shape, tl.float32)
@@ -169,28 +182,202 @@ def _product_kernel(
             tl.store(at, (acc + biases).to(out.dtype.element_ty), mask=keep)
 
 
-def launch_of(num_rows: int, num_outputs: int, leaves: bool) -> Launch:
+def few_rows_of(num_rows: int, num_outputs: int, num_inputs: int, leaf: int) -> FewRows | None:
+    """The fastest cut on an H200 of one row, of one chain (leaf 0) or of leaves; None where :func:`launch_of` knows better."""
+    if num_rows != 1:
+        return None
+    if leaf:
+        if leaf < 128 or leaf & (leaf - 1):  # many small leaves take long to compile, and the compiler wants powers of two
+            return None
+        if num_inputs <= 2048:
+            return FewRows(8, 2048, 4, 1)
+        return FewRows(8, 4096, 8, 1) if num_inputs <= 4096 and num_outputs < 2048 else FewRows(8, 1024)
+    if num_outputs >= _LARGE_OUTPUTS:
+        return FewRows(32, 256, 4, 3) if num_inputs <= 1024 else FewRows(32, 512)
+    if num_inputs > 1024:
+        return FewRows(32, 256, 4, 4)
+    return FewRows(16, 1024, 2 if num_outputs <= 4096 else 4)
+
+
+def launch_of(num_rows: int, num_outputs: int, num_inputs: int, leaves: bool) -> Launch:
     """The fastest on an H200 of those that were measured."""
+    if num_rows <= 16:
+        if leaves:
+            is_small = num_outputs < 2048
+            return Launch(16, 64, 128, 4, 3 if is_small else 5, weight_first=True, ahead=4 if is_small else 0)
+        return (Launch(16, 64, 256, 4, 3, weight_first=True, ahead=_LINES_AHEAD) if num_inputs <= 1024
+                else Launch(16, 64, 128, 4, 6, weight_first=True))
     if num_rows <= 32:
-        return Launch(16 if num_rows <= 16 else 32, 64, 128, 4, 5 if num_rows <= 16 else 4, weight_first=True)
+        return Launch(32, 64, 128, 4, 4, weight_first=True, ahead=_LINES_AHEAD)
     if num_rows <= 64:
-        return Launch(64, 64, 64, 4, 5)
+        if leaves:
+            return Launch(64, 32, 128, 4, 4, bulk=True)
+        return Launch(64, 64, 128, 4, 4, bulk=True) if num_outputs < _LARGE_OUTPUTS else Launch(64, 128, 64, 4, 4, bulk=True)
     tiles = cdiv(num_rows, 128) * cdiv(num_outputs, 128)
-    if tiles < _NUM_SMS // 4 or (tiles < _NUM_SMS // 2 and not leaves):
-        return Launch(64, 64, 64, 4, 4, bulk=True)
-    if tiles < _NUM_SMS and leaves:
-        return Launch(128, 64, 64, 4, 4, bulk=True)
+    if tiles < (_NUM_SMS if leaves else _NUM_SMS // 2):
+        return Launch(64, 64, 128, 4, 3, bulk=True)
+    if leaves:
+        return Launch(128, 128, 128, 8, 3, bulk=True, persistent=tiles >= 4 * _NUM_SMS)
     if tiles < 4 * _NUM_SMS:
-        return Launch(128, 128, 64, 8, 4, bulk=True)
-    # One chain and its tile's integers are as many registers as there are.
-    return Launch(128, 128 if leaves else 256, 64, 8, 4 if leaves else 3, bulk=True, persistent=True)
+        return Launch(128, 128, 64, 8, 4, bulk=True, persistent=tiles > _NUM_SMS)
+    if num_rows <= 256:
+        return Launch(256, 128, 64, 8, 4, bulk=True)
+    # One chain and its tile are as many registers as there are.
+    return Launch(128, 256, 64, 8, 3, bulk=True, persistent=True)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _few_rows_kernel(
+    x, weight, bias, out, num_rows, num_outputs, num_inputs, x_stride, weight_stride,
+    ROWS: tl.constexpr, ONE: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, EVEN: tl.constexpr, MORE: tl.constexpr,
+    BIAS: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One chain over K for OUTPUTS outputs of at most ROWS rows; INPUTS of K at a time, which with MORE are not all of them.
+
+    With ONE there is one row, which stands for all of them: it is read once, and what the others give is not stored.
+    """
+    rows = tl.arange(0, ROWS)
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inputs = tl.arange(0, INPUTS)
+    weight_at = weight + (outputs % num_outputs).to(tl.int64)[:, None] * weight_stride + inputs[None, :]
+    x_at = x + rows[:, None] * x_stride + inputs[None, :]
+    keep_rows = (rows < num_rows)[:, None]
+    if not SETTLED:
+        wait_for_inputs(OVERLAP)
+    if EVEN:
+        weights = tl.load(weight_at)
+    else:
+        weights = tl.load(weight_at, mask=(inputs < num_inputs)[None, :], other=0.0)
+    if SETTLED:
+        wait_for_inputs(OVERLAP)
+    if ONE:
+        values = tl.broadcast_to(tl.load(x + inputs, mask=inputs < num_inputs, other=0.0)[None, :], [ROWS, INPUTS])
+    else:
+        values = tl.load(x_at, mask=keep_rows & (inputs < num_inputs)[None, :], other=0.0)
+    acc = tl.dot(values, tl.trans(weights))
+    if MORE:
+        for start in range(INPUTS, num_inputs, INPUTS):
+            keep = (start + inputs < num_inputs)[None, :]
+            if EVEN:
+                weights = tl.load(weight_at + start)
+                values = tl.load(x_at + start, mask=keep_rows, other=0.0)
+            else:
+                weights = tl.load(weight_at + start, mask=keep, other=0.0)
+                values = tl.load(x_at + start, mask=keep_rows & keep, other=0.0)
+            acc = tl.dot(values, tl.trans(weights), acc)
+    biases = 0.0
+    if BIAS:
+        biases = tl.load(bias + outputs % num_outputs).to(tl.float32)[None, :]
+    keep_out = keep_rows & (outputs < num_outputs)[None, :]
+    tl.store(out + rows[:, None] * num_outputs + outputs[None, :], (acc + biases).to(out.dtype.element_ty), mask=keep_out)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _few_rows_leaves_kernel(
+    x, weight, peaks, units, sums, num_rows, num_outputs, num_inputs, x_stride, weight_stride,
+    ROWS: tl.constexpr, ONE: tl.constexpr, OUTPUTS: tl.constexpr, LEAVES: tl.constexpr, LEAF: tl.constexpr,
+    EVEN: tl.constexpr, MORE: tl.constexpr, PEAK: tl.constexpr, SETTLED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The sum of all leaves for OUTPUTS outputs of at most ROWS rows; LEAVES leaves at a time, which with MORE are not all.
+
+    With PEAK, every program looks for the rows' largest magnitudes, of which the first leaves them in ``peaks``.
+    """
+    rows = tl.arange(0, ROWS)
+    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inputs = tl.arange(0, LEAVES)[:, None] * LEAF + tl.arange(0, LEAF)[None, :]
+    weight_at = weight + (outputs % num_outputs).to(tl.int64)[None, :, None] * weight_stride + inputs[:, None, :]
+    x_at = x + rows[None, :, None] * x_stride + inputs[:, None, :]
+    keep_rows = (rows < num_rows)[None, :, None]
+    if not SETTLED:
+        wait_for_inputs(OVERLAP)
+    if EVEN:
+        weights = tl.load(weight_at)
+    else:
+        weights = tl.load(weight_at, mask=(inputs < num_inputs)[:, None, :], other=0.0)
+    unit = tl.load(units + outputs % num_outputs)
+    if SETTLED:
+        wait_for_inputs(OVERLAP)
+    if ONE:
+        row = tl.load(x + inputs, mask=inputs < num_inputs, other=0.0)
+        values = tl.broadcast_to(row[:, None, :], [LEAVES, ROWS, LEAF])
+    else:
+        row = tl.load(x_at, mask=keep_rows & (inputs < num_inputs)[:, None, :], other=0.0)
+        values = row
+    if PEAK:
+        bits = row.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        if MORE:
+            for start in range(LEAVES * LEAF, num_inputs, LEAVES * LEAF):
+                if ONE:
+                    others = tl.load(x + start + inputs, mask=start + inputs < num_inputs, other=0.0)
+                else:
+                    others = tl.load(x_at + start, mask=keep_rows & (start + inputs < num_inputs)[:, None, :], other=0.0)
+                bits = tl.maximum(bits, others.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        if ONE:
+            peak = tl.max(tl.max(bits, axis=1), axis=0) + tl.zeros([ROWS], tl.int32)
+        else:
+            peak = tl.max(tl.max(bits, axis=2), axis=0)
+        if tl.program_id(0) == 0:
+            tl.store(peaks + rows, peak, mask=rows < num_rows)
+    else:
+        peak = tl.load(peaks + rows, mask=rows < num_rows, other=0)
+    scales = tl.broadcast_to(_power_of_two(unit)[None, None, :], [LEAVES, ROWS, OUTPUTS])
+    rounder = tl.broadcast_to(_rounder(quanta_exponents(peak))[None, :, None], [LEAVES, ROWS, OUTPUTS])
+    rounded = tl.fma(tl.dot(values, tl.permute(weights, (0, 2, 1))), scales, rounder)
+    totals = rounded.to(tl.int32, bitcast=True) - rounder.to(tl.int32, bitcast=True)
+    if MORE:
+        for start in range(LEAVES * LEAF, num_inputs, LEAVES * LEAF):
+            keep = (start + inputs < num_inputs)[:, None, :]
+            if EVEN:
+                weights = tl.load(weight_at + start)
+            else:
+                weights = tl.load(weight_at + start, mask=keep, other=0.0)
+            if ONE:
+                row = tl.load(x + start + inputs, mask=start + inputs < num_inputs, other=0.0)
+                values = tl.broadcast_to(row[:, None, :], [LEAVES, ROWS, LEAF])
+            else:
+                values = tl.load(x_at + start, mask=keep_rows & keep, other=0.0)
+            rounded = tl.fma(tl.dot(values, tl.permute(weights, (0, 2, 1))), scales, rounder)
+            totals += rounded.to(tl.int32, bitcast=True) - rounder.to(tl.int32, bitcast=True)
+    keep_out = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
+    tl.store(sums + rows[:, None] * num_outputs + outputs[None, :], tl.sum(totals, axis=0), mask=keep_out)
 
 
 def linear_in_order(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, summed in float32 in one order over I, rounded once. bfloat16; rows may be strided."""
-    out_TO = torch.empty((x_TI.shape[0], weight_OI.shape[0]), dtype=x_TI.dtype, device=x_TI.device)
-    _launch(x_TI, weight_OI, None, None, bias_O, out_TO, 0, 1)
+    num_rows, num_inputs = x_TI.shape
+    num_outputs = weight_OI.shape[0]
+    out_TO = torch.empty((num_rows, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
+    cut = few_rows_of(num_rows, num_outputs, num_inputs, 0)
+    if cut is None:
+        _launch(x_TI, weight_OI, None, None, bias_O, out_TO, 0, 1)
+        return out_TO
+    overlap = may_overlap(x_TI)
+    _few_rows_kernel[(cdiv(num_outputs, cut.outputs),)](
+        x_TI, weight_OI, out_TO if bias_O is None else bias_O, out_TO, num_rows, num_outputs, num_inputs,
+        x_TI.stride(0), weight_OI.stride(0), _FEW_ROWS, num_rows == 1, cut.outputs, cut.inputs, num_inputs % cut.inputs == 0,
+        num_inputs > cut.inputs, bias_O is not None, isinstance(weight_OI, nn.Parameter), overlap,
+        num_warps=cut.num_warps, num_stages=cut.num_stages, enable_fp_fusion=False, **early_launch(overlap),
+    )  # fmt: skip
     return out_TO
+
+
+def sums_of_few_rows(x_TI: Tensor, weight_OI: Tensor, unit_O: Tensor, cut: FewRows, *, leaf: int,
+                     peak_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`add_leaves` in one launch, and the rows' peaks: those of ``x`` where none are given."""
+    num_rows, num_inputs = x_TI.shape
+    num_outputs = weight_OI.shape[0]
+    sums_TO = torch.empty((num_rows, num_outputs), dtype=torch.int32, device=x_TI.device)
+    finds = peak_T is None
+    if peak_T is None:
+        peak_T = torch.empty(num_rows, dtype=torch.int32, device=x_TI.device)
+    overlap = may_overlap(x_TI)
+    _few_rows_leaves_kernel[(cdiv(num_outputs, cut.outputs),)](
+        x_TI, weight_OI, peak_T, unit_O, sums_TO, num_rows, num_outputs, num_inputs, x_TI.stride(0), weight_OI.stride(0),
+        _FEW_ROWS, num_rows == 1, cut.outputs, cut.inputs // leaf, leaf, num_inputs % cut.inputs == 0, num_inputs > cut.inputs,
+        finds, isinstance(weight_OI, nn.Parameter), overlap,
+        num_warps=cut.num_warps, num_stages=cut.num_stages, enable_fp_fusion=False, **early_launch(overlap),
+    )  # fmt: skip
+    return sums_TO, peak_T
 
 
 @triton.jit
@@ -250,11 +437,9 @@ def unit_exponents(weight_OI: Tensor, leaf: int) -> Tensor:
 
 def shares_leaves(num_rows: int, num_outputs: int, num_leaves: int) -> int:
     """How many programs share the leaves of an element: as many as keep the device busy. Integers are added in any order."""
-    launch = launch_of(num_rows, num_outputs, True)
+    launch = launch_of(num_rows, num_outputs, 0, True)
     tiles = cdiv(num_rows, launch.rows) * cdiv(num_outputs, launch.outputs)
-    if num_rows > 64:
-        return max(1, min(2, num_leaves // 4, 2 * _NUM_SMS // tiles))
-    return max(1, min(8, num_leaves, 2 * _NUM_SMS // tiles))
+    return max(1, min(8 if launch.weight_first else 4, num_leaves, 2 * _NUM_SMS // tiles))
 
 
 def add_leaves(x_TI: Tensor, weight_OI: Tensor, peak_T: Tensor, unit_O: Tensor, sums_TO: Tensor, *, leaf: int,
@@ -314,7 +499,7 @@ def _launch(x_TI: Tensor, weight_OI: Tensor, peak_T: Tensor | None, unit_O: Tens
         return
     num_rows, num_inputs = x_TI.shape
     num_outputs = weight_OI.shape[0]
-    launch = launch_of(num_rows, num_outputs, leaf > 0)
+    launch = launch_of(num_rows, num_outputs, num_inputs, leaf > 0)
     inputs, num_stages = launch.inputs, launch.num_stages
     # A leaf is some whole steps, or one step that is wider than it.
     if leaf % inputs:
@@ -338,7 +523,7 @@ def _launch(x_TI: Tensor, weight_OI: Tensor, peak_T: Tensor | None, unit_O: Tens
         cdiv(cdiv(num_inputs, leaf), shares) if leaf else 0,
         launch.rows, launch.outputs, inputs, 8, leaf, launch.weight_first, bulk,
         num_inputs % (leaf or inputs) == 0 and (leaf or inputs) % inputs == 0, bias_O is not None, shares > 1,
-        _LINES_AHEAD if overlap and launch.weight_first else 0, overlap,
+        launch.ahead if overlap else 0, overlap,
         num_warps=launch.num_warps, num_stages=num_stages, enable_fp_fusion=False, **early_launch(overlap),
     )  # fmt: skip
 

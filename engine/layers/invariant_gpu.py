@@ -18,10 +18,12 @@ from torch import Tensor
 from engine.kernels.invariant_attention_gpu import decode_in_order, prefill_in_order
 from engine.kernels.invariant_matmul_gpu import (
     add_leaves,
+    few_rows_of,
     linear_in_leaves,
     linear_in_order,
     row_peaks,
     shares_leaves,
+    sums_of_few_rows,
     unit_exponents,
     value_of_sums,
 )
@@ -87,14 +89,20 @@ class LeafRowParallelLinear(RowParallelLinear):
         # Who looks at a layer's output by a hook is to see all of it.
         gives_quanta = self.norm_follows and not self._forward_hooks
         shape = (x_TI.shape[0], self.weight.shape[0])
+        cut = few_rows_of(*shape, x_TI.shape[1], self.leaf)
         shares = shares_leaves(*shape, -(-x_TI.shape[1] // self.leaf))
-        if self.tp.size == 1 and shares == 1 and not gives_quanta:
+        if self.tp.size == 1 and shares == 1 and cut is None and not gives_quanta:
             return linear_in_leaves(x_TI, self.weight, row_peaks(x_TI), self.unit_O, self.bias, leaf=self.leaf)
-        sums_TO = torch.empty(shape, dtype=torch.int32, device=x_TI.device)
-        peak_T = row_peaks(x_TI, sums_TO if shares > 1 else None)
-        if self.tp.size > 1:
-            peak_T = self.tp.all_gather(peak_T[None], 0).amax(0)
-        add_leaves(x_TI, self.weight, peak_T, self.unit_O, sums_TO, leaf=self.leaf, shares=shares)
+        if cut is not None:
+            # One rank has whole rows of x, and finds their peaks on the way.
+            peak_T = self.tp.all_reduce_max(row_peaks(x_TI)) if self.tp.size > 1 else None
+            sums_TO, peak_T = sums_of_few_rows(x_TI, self.weight, self.unit_O, cut, leaf=self.leaf, peak_T=peak_T)
+        else:
+            sums_TO = torch.empty(shape, dtype=torch.int32, device=x_TI.device)
+            peak_T = row_peaks(x_TI, sums_TO if shares > 1 else None)
+            if self.tp.size > 1:
+                peak_T = self.tp.all_reduce_max(peak_T)
+            add_leaves(x_TI, self.weight, peak_T, self.unit_O, sums_TO, leaf=self.leaf, shares=shares)
         sums_TO = self.tp.all_reduce(sums_TO)
         if gives_quanta:
             return Quanta(sums_TO, peak_T, self.unit_O)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from functools import partial
@@ -14,15 +15,19 @@ from torch import Tensor
 
 from engine import LLM, SamplingParams
 from engine.kernels import invariant_attention_gpu, invariant_matmul_gpu
+from engine.kernels.invariant_attention_gpu import DecodeLaunch
 from engine.kernels.invariant_matmul_gpu import (
+    FewRows,
     Launch,
     add_leaves,
     linear_in_leaves,
     linear_in_order,
     row_peaks,
+    sums_of_few_rows,
     unit_exponents,
     value_of_sums,
 )
+from engine.kernels.peer_all_reduce import FLAG_BYTES, MAX_PROGRAMS, PeerMemory, Way, peer_all_reduce
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_of_quanta
 from engine.kernels.rope import rope_store_kv
 from engine.parallel.group import SoloGroup, TPGroup
@@ -71,7 +76,7 @@ def test_a_product_has_the_same_bits_in_every_tile_and_in_any_company(monkeypatc
     peak, unit = row_peaks(x), unit_exponents(weight, 256)
     expected = (linear_in_order(x, weight), leaf_sums(x, weight, peak, unit),
                 linear_in_leaves(x, weight, peak, unit, None, leaf=256))
-    monkeypatch.setattr(invariant_matmul_gpu, "launch_of", lambda rows, outputs, leaves: launch)
+    monkeypatch.setattr(invariant_matmul_gpu, "launch_of", lambda *sizes: launch)
     for rows, outputs in ((300, 520), (1, 520), (7, 33), (65, 104)):
         assert same(linear_in_order(x[:rows], weight[:outputs]), expected[0][:rows, :outputs])
         if launch.outputs == 256:  # which has registers for one chain alone
@@ -81,6 +86,21 @@ def test_a_product_has_the_same_bits_in_every_tile_and_in_any_company(monkeypatc
             assert torch.equal(sums, expected[1][:rows, :outputs])
         y = linear_in_leaves(x[:rows], weight[:outputs], peak[:rows], unit[:outputs], None, leaf=256)
         assert same(y, expected[2][:rows, :outputs])
+
+
+@pytest.mark.parametrize("cut", [FewRows(8, 512), FewRows(16, 1024), FewRows(32, 1024, 8), FewRows(64, 256, 4, 3),
+                                 FewRows(8, 2048, 8, 1)], ids=str)
+def test_few_rows_get_the_same_bits_in_programs_of_their_own(monkeypatch: pytest.MonkeyPatch, cut: FewRows) -> None:
+    x, weight = drawn(300, 3840), torch.nn.Parameter(drawn(520, 3840, seed=1), requires_grad=False)
+    peak, unit = row_peaks(x), unit_exponents(weight, 256)
+    expected, expected_sums = linear_in_order(x, weight), leaf_sums(x, weight, peak, unit)
+    monkeypatch.setattr(invariant_matmul_gpu, "few_rows_of", lambda *sizes: cut)
+    for rows in (1, 2, 7, 16):
+        assert same(linear_in_order(x[:rows], weight), expected[:rows])
+        for given in (None, peak[:rows]):
+            sums, found = sums_of_few_rows(x[:rows], weight, unit, cut, leaf=256, peak_T=given)
+            assert torch.equal(sums, expected_sums[:rows])
+            assert torch.equal(found, peak[:rows])
 
 
 def test_another_order_of_sums_gives_other_bits() -> None:
@@ -124,7 +144,8 @@ def test_every_row_is_as_accurate_as_the_library_s_but_for_half_a_quantum_a_leaf
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("block_size", [5, 64, 256])
-def test_a_query_gets_the_same_from_prompts_and_decode_steps(head_dim: int, block_size: int) -> None:
+def test_a_query_gets_the_same_from_prompts_and_decode_steps(monkeypatch: pytest.MonkeyPatch, head_dim: int,
+                                                             block_size: int) -> None:
     lengths = (1000, 5, 129)
     problem = attention_problem(query_lens=lengths, context_lens=lengths, head_dim=head_dim, block_size=block_size,
                                 dtype=torch.bfloat16, device=DEVICE)
@@ -144,7 +165,9 @@ def test_a_query_gets_the_same_from_prompts_and_decode_steps(head_dim: int, bloc
     seqs = [draw.randrange(3) for _ in range(100)]
     contexts = [draw.randint(1, lengths[seq]) for seq in seqs]
     rows = [sum(lengths[:seq]) + context - 1 for seq, context in zip(seqs, contexts, strict=True)]
-    for programs in (1, 3, 40):
+    launches = (DecodeLaunch(), DecodeLaunch(rows=16, num_stages=2, together=16, fetches=False))
+    for programs, launch in itertools.product((1, 3, 40), launches):
+        monkeypatch.setattr(invariant_attention_gpu, "decode_launch_of", lambda *sizes, launch=launch: launch)
         step = torch.full((100, *out.shape[1:]), math.nan, dtype=out.dtype, device=DEVICE)
         invariant_attention_gpu.decode_in_order(
             problem.q[rows], *cache, problem.block_tables[seqs], torch.tensor(contexts, dtype=torch.int32, device=DEVICE),
@@ -163,6 +186,36 @@ def test_a_head_s_norm_is_summed_alike_however_many_heads_a_rank_has() -> None:
         return rope_store_kv(fused, positions, tables[0], tables[1], k_cache, v_cache, positions, weight, weight, heads=8)
 
     assert all(same(rotated(num_q), rotated(8)[:, :num_q]) for num_q in (1, 2, 3, 5))
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+@pytest.mark.parametrize("largest", [False, True])
+def test_integers_in_memory_that_ranks_share_are_added_and_compared_as_such(two_shot: bool, largest: bool) -> None:
+    """Two ranks on two streams of one GPU. Of integers that float32 does not tell apart, whose sums wrap."""
+    half_bytes = 2**18
+    parts = tuple(torch.zeros(FLAG_BYTES + 2 * half_bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    memories = [PeerMemory(rank, 2, half_bytes, parts, torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=DEVICE))
+                for rank in range(2)]
+    way, streams = Way(two_shot=two_shot, num_programs=8), [torch.cuda.Stream() for _ in range(2)]
+    counts = (1, 1000, 65_536, 7)
+    for count in counts:  # compiled and loaded before ranks wait for each other: as if all others were far ahead
+        for memory in memories:
+            memory.flags(memory.rank).fill_(2**40)
+            peer_all_reduce(torch.zeros(count, dtype=torch.int32, device=DEVICE), memory, way, largest=largest)
+            torch.cuda.synchronize()
+    for memory in memories:
+        memory.flags(memory.rank).zero_()
+        memory.calls.zero_()
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for count in counts:
+        x = torch.randint(-2**31, 2**31 - 1, (2, count), generator=generator, device=DEVICE).int()
+        torch.cuda.synchronize()
+        found = []
+        for rank in range(2):
+            with torch.cuda.stream(streams[rank]):
+                found.append(peer_all_reduce(x[rank].clone(), memories[rank], way, largest=largest))
+        torch.cuda.synchronize()
+        assert all(torch.equal(each, x.amax(0) if largest else x[0] + x[1]) for each in found)
 
 
 def expected_and_found(folder: Path, vocab_size: int, cases: Any, **options: Any) -> None:

@@ -118,16 +118,38 @@ def test_attention_compiles(compiled: list[Any], dtype: torch.dtype, head_dim: i
             assert "cp.async" in kernel.asm["ptx"], "keys should be copied ahead of their use"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_rows", [pytest.param(1, marks=pytest.mark.endurance), 1024])
-def test_invariant_kernels_compile_to_hopper_s_instruction_and_to_no_fused_one(compiled: list[Any], num_rows: int) -> None:
-    x, weight = (torch.zeros(rows, 256, dtype=torch.bfloat16) for rows in (num_rows, 96))
-    peaks, units = torch.zeros(num_rows, dtype=torch.int32), torch.zeros(96, dtype=torch.int32)
+def _launch_invariant(num_rows: int) -> int:
+    """The products of TP invariance. Returns how many kernels there are."""
+    weight, bias = torch.nn.Parameter(torch.zeros(96, 256, dtype=torch.bfloat16)), torch.zeros(96, dtype=torch.bfloat16)
+    x, units = torch.zeros(num_rows, 256, dtype=torch.bfloat16), torch.zeros(96, dtype=torch.int32)
     invariant_matmul_gpu.linear_in_order(x, weight)
-    invariant_matmul_gpu.linear_in_leaves(x, weight, invariant_matmul_gpu.row_peaks(x), units, None, leaf=128)
-    invariant_matmul_gpu.add_leaves(x, weight, peaks, units, torch.zeros(num_rows, 96, dtype=torch.int32), leaf=128, shares=2)
-    invariant_matmul_gpu.value_of_sums(torch.zeros(num_rows, 96, dtype=torch.int32), peaks, units, weight[:, 0], x.dtype)
-    log_softmax.log_softmax(torch.zeros(2, 5000))
+    peaks, sums = invariant_matmul_gpu.row_peaks(x), torch.zeros(num_rows, 96, dtype=torch.int32)
+    invariant_matmul_gpu.linear_in_leaves(x, weight, peaks, units, None, leaf=128)
+    invariant_matmul_gpu.add_leaves(x, weight, peaks, units, sums, leaf=128, shares=2)
+    invariant_matmul_gpu.value_of_sums(sums, peaks, units, bias, x.dtype)
+    cut = invariant_matmul_gpu.few_rows_of(num_rows, 96, 256, 128)
+    if cut is not None:
+        for given in (None, peaks):
+            invariant_matmul_gpu.sums_of_few_rows(x, weight, units, cut, leaf=128, peak_T=given)
+    return 5 if cut is None else 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [1, pytest.param(1024, marks=pytest.mark.endurance)])
+def test_invariant_products_compile_and_wait_for_their_inputs(compiled: list[Any], monkeypatch: pytest.MonkeyPatch,
+                                                              num_rows: int) -> None:
+    monkeypatch.setattr(invariant_matmul_gpu, "may_overlap", lambda x: True)
+    _check(compiled, _launch_invariant(num_rows))
+    for kernel in compiled:
+        assert kernel.metadata.launch_pdl, f"{kernel.name} is launched in turn"
+        _assert_waits_first(kernel.name, kernel.asm["ptx"])
+
+
+@pytest.mark.slow
+def test_invariant_attention_has_no_fused_sums_and_products_and_waits(compiled: list[Any],
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and decode steps must round alike."""
+    monkeypatch.setattr(invariant_attention_gpu, "may_overlap", lambda x: True)
     q = torch.zeros(4, 6, 128, dtype=torch.bfloat16)
     caches, table = torch.zeros(2, 3, 2, 256, 128, dtype=torch.bfloat16), torch.zeros(4, 8, dtype=torch.int32)
     ints = torch.zeros(6, dtype=torch.int32)
@@ -135,14 +157,13 @@ def test_invariant_kernels_compile_to_hopper_s_instruction_and_to_no_fused_one(c
     for programs in (1, 2):
         invariant_attention_gpu.decode_in_order(q, *caches, table, ints[:4], ints[:2], ints[:2], 0.1, out_SQH=q,
                                                 max_context=512, max_group=3, programs=programs)
-    _check(compiled, 10)
-    for kernel in compiled:
-        ptx = kernel.asm["ptx"]
-        assert not re.search(r"\bmma\.sync", ptx), f"{kernel.name} takes another instruction than Hopper's"
-        if kernel.name in ("_prefill_kernel", "_decode_kernel", "_combine_kernel"):  # which must round alike
-            assert not re.search(r"\bfma\.rn", ptx), f"{kernel.name} has fused sums and products"
-        if kernel.name in ("_product_kernel", "_prefill_kernel", "_decode_kernel"):
-            assert "wgmma" in ptx
+    log_softmax.log_softmax(torch.zeros(2, 5000))
+    _check(compiled, 5)
+    for kernel in compiled[:4]:
+        assert not re.search(r"\bfma\.rn", kernel.asm["ptx"]), f"{kernel.name} has fused sums and products"
+    for kernel in compiled[1:4]:
+        _assert_waits_first(kernel.name, kernel.asm["ptx"])
+    assert "wgmma" in compiled[0].asm["ptx"], "prompts should use Hopper's instruction"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.endurance)])
@@ -220,7 +241,9 @@ def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
     # One program for all of it takes tile after tile.
     peer_all_reduce.peer_add_rms_norm(rows, rows, x[0], 1e-6, memory, num_programs=1, settled=True, overlap=overlap)
     peer_all_reduce.peer_argmax(ids.float(), ids, memory, overlap=overlap)
-    return 6
+    for largest in (False, True):
+        peer_all_reduce.peer_all_reduce(x.int(), memory, peer_all_reduce.Way(two_shot=False), largest=largest, overlap=overlap)
+    return 8
 
 
 @pytest.mark.parametrize("dtype", [

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from engine.kernels.invariant_attention_gpu import decode_in_order, prefill_in_order
 from engine.kernels.invariant_matmul_gpu import (
+    FewRows,
     add_leaves,
     linear_in_leaves,
     linear_in_order,
     row_peaks,
+    sums_of_few_rows,
     unit_exponents,
     value_of_sums,
 )
@@ -61,6 +63,22 @@ def test_products_are_right(rows: int, outputs: int, inputs: int, leaf: int) -> 
     for added in (None, bias):
         assert share_of_budget(linear_in_order(x, weight, added), x, weight, added) <= 1
         assert share_of_budget(linear_in_leaves(x, weight, peak, unit, added, leaf=leaf), x, weight, added, rounded) <= 1
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 40, 300), (2, 9, 96), (16, 33, 130)])
+def test_few_rows_get_what_many_get(monkeypatch: pytest.MonkeyPatch, rows: int, outputs: int, inputs: int) -> None:
+    """The interpreter's own sums within a leaf go by the shape of its arrays, which may be a quantum."""
+    x, weight, bias = drawn(rows, inputs), drawn(outputs, inputs, seed=1), drawn(outputs, seed=2)
+    peak, unit = row_peaks(x), unit_exponents(weight, 16)
+    expected = leaf_sums(x, weight, peak, unit, leaf=16, shares=1)
+    for cut in (FewRows(8, 64), FewRows(16, 512, num_stages=1)):
+        for given in (None, peak):
+            sums, found = sums_of_few_rows(x, weight, unit, cut, leaf=16, peak_T=given)
+            assert torch.equal(found, peak)
+            assert ((sums - expected).abs() <= -(-inputs // 16)).all()
+        monkeypatch.setattr("engine.kernels.invariant_matmul_gpu.few_rows_of", lambda *sizes, cut=cut: cut)
+        for added in (None, bias):
+            assert share_of_budget(linear_in_order(x, weight, added), x, weight, added) <= 1
 
 
 @pytest.mark.parametrize("tp_size", [1, 3])
