@@ -234,7 +234,7 @@ def _name(value: float, index: ElementIndex | None) -> str:
     if np.isnan(value):
         return "NaN, never written,"
     if value == 0:
-        return "zero padding"
+        return "a zero"
     try:
         return str(index.decode(value))
     except ValueError:
