@@ -409,7 +409,8 @@ def draw_requests(draw: random.Random, talker: Talker) -> list[Asked]:
                for n, after in ((1, 1), (1, 4), (2, 3))]
     counted = [(some(), {"n": NUM_DRAWS, "max_tokens": 1, "seed": seed(), **params}) for params in (
         {"temperature": 0.5}, {"temperature": 5.0, "top_k": -1}, {"temperature": 3.0, "top_k": 6},
-        {"temperature": 4.0, "top_p": 0.6}, {"temperature": 4.0, "top_k": 12, "top_p": 0.5})]
+        {"temperature": 4.0, "top_p": 0.6}, {"temperature": 4.0, "top_k": 12, "top_p": 0.5},
+        {"temperature": 5.0, "min_p": 0.2})]  # above 1, a temperature that is forgotten leaves a few of many tokens
     requests = [*(Asked(prompt=prompt, params=params) for prompt, params in (*asked, *counted)),
                 *(Asked(prompt=prompt, params=params, abort_after=after) for prompt, params, after in aborted)]
     draw.shuffle(requests)
