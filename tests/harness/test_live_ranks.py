@@ -152,7 +152,7 @@ def run_within(budget: HangBudget, ran: list[tuple[int, int]], rows: int, featur
 def test_when_the_attempts_are_spent_the_smallest_hang_so_far_is_told(attempts: int) -> None:
     ran: list[tuple[int, int]] = []
     budget = HangBudget(attempts)
-    failure, _, _ = shrink(lambda rows, features: run_within(budget, ran, rows, features))
+    failure, _ = shrink(lambda rows, features: run_within(budget, ran, rows, features))
     hung = [example for example in ran if example[0] > 20 and (example[0] * 64 + example[1]) % 3 == 0]
     first = ran.index(hung[0])
     assert len(set(ran[first:]) - set(ran[:first])) <= attempts + 1

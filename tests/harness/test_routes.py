@@ -30,6 +30,8 @@ Reroute = Callable[[int, Mapping[str, Tensor]], Routes]
 class Routed:
     """One rank that computes as transformers does, with other choices."""
 
+    shown_as = ""
+
     def __init__(self, results: ReferenceResults, reroute: Reroute = lambda sequence, choices: {}) -> None:
         self.reference = Reference.load(results.folder, results.dtype)
         self.reroute = reroute
