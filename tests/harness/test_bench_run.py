@@ -161,6 +161,7 @@ def test_what_could_not_be_measured_is_named_with_its_reason(result: BenchResult
 
 
 @pytest.mark.multirank
+@pytest.mark.endurance
 def test_two_checkouts_take_turns_and_give_two_reports(tiny_workloads: None, tiny_model: MakeModel) -> None:
     said: list[str] = []
     plan = BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("tiny-layers",), device="cpu", against=CHECKOUT,

@@ -25,6 +25,7 @@ CONFIG = small_config("llama", num_q_heads=4, num_kv_heads=2)
 
 
 @pytest.mark.multirank
+@pytest.mark.endurance
 def test_verify_runs_on_the_ranks_of_two_hosts(tiny_model: MakeModel, tmp_path: Path) -> None:
     words = ["-m", "harness", "verify", str(tiny_model(CONFIG, "bfloat16")), "--check", "weights", "--check", "collectives",
              "--check", "logits", "--out", str(tmp_path)]

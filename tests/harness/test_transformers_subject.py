@@ -161,6 +161,7 @@ def outcome(check: str, subject: Subject, folder: Path, dtype: str = "float32", 
 
 
 @pytest.mark.slow
+@pytest.mark.endurance
 def test_llama_is_right_on_ranks_that_get_unequal_parts(tiny_model: MakeModel) -> None:
     report = verify(VerifyPlan(model="tiny", folder=tiny_model(LLAMA), tp_sizes=(1, 2, 3), subject="transformers"))
     assert [row.message for row in report.checks if row.verdict not in ("pass", "skipped")] == []

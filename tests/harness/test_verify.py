@@ -87,6 +87,7 @@ def test_heads_that_turn_in_part_and_by_longrope_are_green(tiny_model: MakeModel
 @pytest.mark.multirank
 @pytest.mark.parametrize(("family", "checks"), [
     ("llama", QUICK), pytest.param("qwen3", WITHOUT_GENERATION, marks=pytest.mark.endurance)])
+@pytest.mark.endurance
 def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tuple[str, ...]) -> None:
     folder = tiny_model(small_config(family, num_q_heads=9, num_kv_heads=3), "bfloat16")
     report = green(folder, (1, 3), "auto", checks=checks)
@@ -95,6 +96,7 @@ def test_processes_are_green_too(tiny_model: MakeModel, family: str, checks: tup
 
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data(), tp_size=st.sampled_from(MANY_SIZES), dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
+@pytest.mark.endurance
 def test_drawn_models_are_green(data: st.DataObject, tp_size: int, dtype: str) -> None:
     config = data.draw(model_configs(tp_size))
     with tempfile.TemporaryDirectory() as folder:
