@@ -18,7 +18,7 @@ import torch
 
 from engine.kernels.common import cdiv, check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
 from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
-from engine.kernels.silu_mul import silu_mul_torch
+from engine.kernels.silu_mul import silu_mul_16, silu_mul_torch
 
 # Shape suffixes: T = tokens (rows of x), I = input features, O = output features
 
@@ -95,7 +95,7 @@ def _gemv_kernel(
     if GATED:
         gate, up = tl.split(tl.reshape(product.to(tl.float32), [ROWS // 2, 2]))
         features = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-        tl.store(out + features, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=features < num_outputs // 2)
+        tl.store(out + features, silu_mul_16(gate, up).to(out.dtype.element_ty), mask=features < num_outputs // 2)
     elif ADD:
         new_residual = (product.to(tl.float32) + added.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + rows, new_residual, mask=rows < num_outputs)

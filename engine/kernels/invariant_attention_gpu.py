@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.common import cdiv, next_power_of_2, rows_adjacent, tl, triton
-from engine.kernels.matmul_few_rows import _fetch
-from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
+from engine.kernels.overlap import LINE_BYTES, early_launch, fetch_lines, may_overlap, wait_for_inputs
 from engine.kernels.paged_prefill import sequence_of_tile
 
 TILE = 64
 _ROWS = 64
 """The least rows of a tile for Hopper's instruction. The older one takes 16, and gives the same bits."""
-_LINE_BYTES = 128  # what the L2 cache fetches at a time
 _NUM_SMS = 132  # of an H200; a guess elsewhere costs speed, not bits
 
 
@@ -180,8 +178,8 @@ def _decode_kernel(
         old = keys < context  # the last of them may not be there yet: what is asked for twice is right the second time
         blocks = tl.load(table + keys // BLOCK_SIZE, mask=old, other=0).to(tl.int64)
         lines_at = (blocks * STRIDE_P + keys % BLOCK_SIZE * STRIDE_B)[:, None]
-        _fetch(k_head + lines_at, old[:, None], H, FETCH, LINE)
-        _fetch(v_head + lines_at, old[:, None], H, FETCH, LINE)
+        fetch_lines(k_head + lines_at, old[:, None], H, FETCH, LINE)
+        fetch_lines(v_head + lines_at, old[:, None], H, FETCH, LINE)
     wait_for_inputs(OVERLAP)
     q_rows = tl.load(q_at, mask=keep, other=0.0)
     last_seen = tl.zeros([ROWS], tl.int32) + (context - 1)
@@ -282,7 +280,7 @@ def decode_in_order(q_SQH: Tensor, k_cache_PNBH: Tensor, v_cache_PNBH: Tensor, b
                           device=q_SQH.device)
     stats = torch.empty((*partial.shape[:-1], 2), dtype=torch.float32, device=q_SQH.device)
     head_dim_padded, rows = max(16, next_power_of_2(head_dim)), max(cut.rows, next_power_of_2(max_group))
-    line = _LINE_BYTES // k_cache_PNBH.element_size()
+    line = LINE_BYTES // k_cache_PNBH.element_size()
     _decode_kernel[(num_seqs, num_kv_heads, programs)](
         q_SQH, k_cache_PNBH, v_cache_PNBH, block_tables_SB, context_lens_S, q_start_N, q_count_N, out_SQH, partial, stats,
         scale * math.log2(math.e), max_tiles, q_SQH.stride(0), q_SQH.stride(1), out_SQH.stride(0), out_SQH.stride(1),

@@ -15,13 +15,12 @@ import torch
 
 from engine.kernels.common import cdiv, check_kernel_inputs, next_power_of_2, tl, triton
 from engine.kernels.gemv import gemv_torch as matmul_few_rows_torch
-from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
+from engine.kernels.overlap import LINE_BYTES, early_launch, fetch_lines, may_overlap, wait_for_inputs
+from engine.kernels.silu_mul import silu_mul_16
 
 __all__ = ["MAX_ROWS", "Tiles", "matmul_few_rows", "matmul_few_rows_torch", "tiles_for"]
 
 # Shape suffixes: T = tokens (rows of x), I = input features, O = output features
-
-_LINE_BYTES = 128  # what the L2 cache fetches at a time
 
 
 class Tiles(NamedTuple):
@@ -75,24 +74,6 @@ def tiles_for(num_rows: int, num_outputs: int, num_inputs: int, *, gated: bool =
     return next((tiles for most, tiles in by_outputs.items() if num_outputs <= most), None)
 
 
-@triton.jit
-def _fetch(weight_at, keep_outputs, num_inputs, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Ask for LINES lines of each row of the weight, ``weight_at`` ``[outputs, 1]``, without waiting for them."""
-    cols = (tl.arange(0, LINES) * LINE)[None, :]
-    at = weight_at + cols
-    tl.inline_asm_elementwise(
-        """
-        {
-            .reg .pred go;
-            setp.ne.s32 go, $2, 0;
-            @go prefetch.global.L2 [$1];
-            mov.u32 $0, 0;
-        }
-        """,
-        "=r,l,r", [at, (keep_outputs & (cols < num_inputs)).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _few_rows_kernel(
     x, weight, bias, out, num_rows, num_inputs, num_outputs, x_stride, weight_stride,
@@ -111,7 +92,7 @@ def _few_rows_kernel(
     weight_at = weight + outputs.to(tl.int64)[:, None] * weight_stride
     keep_outputs, keep_rows = (outputs < num_outputs)[:, None], (rows < num_rows)[:, None]
     if FETCH:
-        _fetch(weight_at, keep_outputs, num_inputs, FETCH, LINE)
+        fetch_lines(weight_at, keep_outputs, num_inputs, FETCH, LINE)
     wait_for_inputs(OVERLAP)
     weight_at += cols[None, :]
     x_at = x + rows.to(tl.int64)[:, None] * x_stride + cols[None, :]
@@ -139,7 +120,7 @@ def _few_rows_kernel(
     product = acc.to(out.dtype.element_ty)
     if GATED:
         gate, up = tl.split(tl.reshape(product.to(tl.float32), [ROWS, OUTPUTS // 2, 2]))
-        values = gate / (1.0 + tl.exp(-gate)) * up
+        values = silu_mul_16(gate, up)
         features = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)[None, :]
         tl.store(out + rows.to(tl.int64)[:, None] * (num_outputs // 2) + features, values.to(out.dtype.element_ty),
                  mask=keep_rows & (features < num_outputs // 2))  # fmt: skip
@@ -182,7 +163,7 @@ def matmul_few_rows(
     if out_TO.numel() == 0:
         return out_TO
     overlap = may_overlap(x_TI, overlap)
-    line = _LINE_BYTES // x_TI.element_size()
+    line = LINE_BYTES // x_TI.element_size()
     fetch = next_power_of_2(cdiv(min(num_inputs, tiles.fetch), line)) if settled and overlap and tiles.fetch else 0
     # An argument that a variant never reads still needs a tensor in its place.
     bias = out_TO if bias_O is None else bias_O.contiguous()

@@ -19,6 +19,9 @@ import torch
 
 from engine.kernels.common import tl, triton
 
+LINE_BYTES = 128
+"""What the L2 cache fetches at a time."""
+
 
 @triton.jit
 def wait_for_inputs(OVERLAP: tl.constexpr):
@@ -26,6 +29,24 @@ def wait_for_inputs(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch_lines(rows_at, keep_rows, num_columns, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Ask for LINES lines of each row, ``rows_at`` ``[rows, 1]``, without waiting for them."""
+    cols = (tl.arange(0, LINES) * LINE)[None, :]
+    at = rows_at + cols
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred go;
+            setp.ne.s32 go, $2, 0;
+            @go prefetch.global.L2 [$1];
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r", [at, (keep_rows & (cols < num_columns)).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 def may_overlap(x: torch.Tensor, overlap: bool | None = None) -> bool:

@@ -25,6 +25,12 @@ def _one_plus_exp(x):
 
 
 @triton.jit
+def silu_mul_16(gate, up):
+    """``silu(gate) * up`` of float32, to be rounded to 16 bits: that hides the error of the fast exponential."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _silu_mul_kernel(gate_up, out, row_stride, INTERMEDIATE: tl.constexpr, TILE: tl.constexpr, OVERLAP: tl.constexpr):
     """One program per row and tile of columns."""
     wait_for_inputs(OVERLAP)
@@ -35,8 +41,8 @@ def _silu_mul_kernel(gate_up, out, row_stride, INTERMEDIATE: tl.constexpr, TILE:
     up = tl.load(gate_up + row * row_stride + INTERMEDIATE + cols, mask=keep, other=0.0).to(tl.float32)
     if out.dtype.element_ty == tl.float32:
         values = tl.div_rn(gate, _one_plus_exp(-gate)) * up
-    else:  # the fast exponential's error disappears in the rounding to 16 bits
-        values = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        values = silu_mul_16(gate, up)
     tl.store(out + row * INTERMEDIATE + cols, values.to(out.dtype.element_ty), mask=keep)
 
 
