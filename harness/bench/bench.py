@@ -27,8 +27,8 @@ from harness.bench.workloads import (
     GenerateWork,
     HardwareWork,
     LayersWork,
+    Limits,
     Work,
-    works_of,
 )
 from harness.errors import UsageError, usage
 from reports.compare import HARDWARE
@@ -207,7 +207,8 @@ class BenchRun:
         self.missing: list[NotMeasured] = []
         self.hardware: dict[str, Figures] = {}
         self.failed = False
-        unfit = self._unfit(works := works_of(plan.workloads))
+        self._limits: Limits | None = None  # of the engines that are at work
+        unfit = self._unfit(works := plan.works)
         self.works = [work for work in works if work not in unfit]
         for work, reason in unfit.items():
             self.miss(work, OWN, reason)
@@ -250,8 +251,7 @@ class BenchRun:
         """
         everyone: list[Participant] = []
         try:
-            if not isinstance(work, GenerateWork) or work.is_fresh:
-                self.workers.close(but_micro=True)
+            self._make_room(work)
             everyone += self.participants(work)
             with ExitStack() as stack:
                 for participant in everyone:
@@ -274,6 +274,13 @@ class BenchRun:
             if not everyone:
                 self.miss(work, OWN, "interrupted before it began")
             raise
+
+    def _make_room(self, work: Work) -> None:
+        """End the engines that ``work`` can't go on with, all of them before the first of its own starts."""
+        limits = work.limits if isinstance(work, GenerateWork) and not work.is_fresh else None
+        if limits is None or limits != self._limits:
+            self.workers.close(but_micro=True)
+        self._limits = limits
 
     def participants(self, work: Work) -> list[Participant]:
         """All who can take part, once for each tp_size: both sides' own engine, and peers on the candidate's side."""

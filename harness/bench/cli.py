@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,15 +33,15 @@ from reports.typed_json import RecordError
 _CONSTANTS = ("workload", "case", "model", "engine", "dtype", "fabric", "tp_size", "metric", "rounds")
 
 
-def bench(*, model: str, names: tuple[str, ...], tp: str, peers: tuple[str, ...] | None, fabric: str, dtype: str, device: str,
-          rounds: int | None, against: Path | None, save_baseline: bool, out: Path) -> int:
+def bench(*, model: str, names: tuple[str, ...], cases: tuple[str, ...], tp: str, peers: tuple[str, ...] | None, fabric: str,
+          dtype: str, device: str, rounds: int | None, against: Path | None, save_baseline: bool, out: Path) -> int:
     """Run it, show how it goes and what came of it. Returns the exit code."""
     if tp == "auto":
         tp = "1" if device != "cpu" and torch.cuda.device_count() == 1 else "1,2"
     check_device(device)
     with usage():  # all that can be wrong about the plan is found before a checkpoint is written
-        plan = BenchPlan(model=model, folder=Path(), workloads=names, tp_sizes=numbers("tp", tp), fabric=fabric, device=device,
-                         dtype=dtype, peers=peers, rounds=rounds, against=against)
+        plan = BenchPlan(model=model, folder=Path(), workloads=names, cases=cases, tp_sizes=numbers("tp", tp), fabric=fabric,
+                         device=device, dtype=dtype, peers=peers, rounds=rounds, against=against)
     prepare_out(out)
     if against is not None:
         prepare_out(out / BASELINE)
@@ -57,10 +58,10 @@ def bench(*, model: str, names: tuple[str, ...], tp: str, peers: tuple[str, ...]
                                                       soft_wrap=True),
         )
         result = run_bench(replace(plan, folder=model_folder(model, dtype=dtype)), watcher)
-    return _finish(result, names, out, save_baseline=save_baseline)
+    return _finish(result, (*names, *cases), out, save_baseline=save_baseline)
 
 
-def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_baseline: bool) -> int:
+def _finish(result: BenchResult, measured: tuple[str, ...], out: Path, *, save_baseline: bool) -> int:
     report = result.reports[CANDIDATE]
     sys.stdout.write(_report_text(report))
     for name, side in result.reports.items():
@@ -74,7 +75,7 @@ def _finish(result: BenchResult, workloads: tuple[str, ...], out: Path, *, save_
             errors.print("no baseline was saved", highlight=False)
         return COULD_NOT_RUN
     if save_baseline:
-        sys.stdout.write(f"baseline: {write_report(_baseline_path(report, workloads), report)}\n")
+        sys.stdout.write(f"baseline: {write_report(_baseline_path(report, measured), report)}\n")
     compared = 0
     if BASELINE in result.reports:
         # Both sides took turns on one machine, so a slower row is no accident of the day.
@@ -129,9 +130,10 @@ def _report_path(path: Path) -> Path:
     return path / there[0]
 
 
-def _baseline_path(report: Report, workloads: tuple[str, ...]) -> Path:
+def _baseline_path(report: Report, measured: tuple[str, ...]) -> Path:
     models = dict.fromkeys(row.model for row in report.benches if row.model)
-    name = "-".join((*(Path(model).name for model in models), *workloads))
+    words = (re.sub(r"\W+", "-", text).strip("-") for text in measured)
+    name = "-".join((*(Path(model).name for model in models), *words))
     return BASELINES / report.run.machine.folder / f"{name}.json"
 
 

@@ -20,6 +20,7 @@ class BenchPlan:
     Args:
         model: as the user named it, for the report; ``folder`` is where it lies.
         peers: engines beside our own; None: the Hugging Face reference, where it takes reasonable time.
+        cases: only works whose case holds one of these texts, and none of those that are several cases; empty: all.
         rounds: instead of each workload's own number.
         against: another checkout of this project, which takes turns with this one, round by round.
         slower: layer -> share of its work that the candidate does on top, to see whether a comparison finds it.
@@ -33,13 +34,17 @@ class BenchPlan:
     device: str = "auto"
     dtype: str = "auto"
     peers: tuple[str, ...] | None = None
+    cases: tuple[str, ...] = ()
     rounds: int | None = None
     against: Path | None = None
     seed: int = 0
     slower: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        works_of(self.workloads)
+        names = [work.case for work in works_of(self.workloads) if work.case is not None]
+        if unknown := [text for text in self.cases if not any(text in name for name in names)]:
+            raise ValueError(f"cases={unknown} are in no case of workloads={list(self.workloads)}; cases that can be had alone: "
+                             f"{'; '.join(names) or 'none'}")
         if not self.tp_sizes or min(self.tp_sizes) < 1 or len(set(self.tp_sizes)) != len(self.tp_sizes):
             raise ValueError(f"tp_sizes={self.tp_sizes} must be one or several different numbers of at least 1")
         if self.fabric not in FABRICS:
@@ -57,6 +62,12 @@ class BenchPlan:
         if self.against is not None and not (self.against / "harness" / "bench" / "measuring.py").is_file():
             raise ValueError(f"against={self.against} is no checkout of this project with benchmarks that this one can drive "
                              "(harness/bench/measuring.py): name another, or compare two reports")
+
+    @property
+    def works(self) -> list[Work]:
+        """What is to be measured, in order."""
+        return [work for work in works_of(self.workloads)
+                if not self.cases or any(text in (work.case or "") for text in self.cases)]
 
     def peers_of(self, work: GenerateWork) -> tuple[str, ...]:
         """The engines that run it beside our own."""

@@ -20,6 +20,7 @@ def bench_command(
         f"A shape with random weights: {', '.join(SHAPES)}; or smollm2, a Hugging Face folder, or a hub id."))] = "smollm2",
     workload: Annotated[list[str] | None, typer.Option(autocompletion=lambda: list(WORKLOADS), help=(
         f"Again for more: {', '.join(WORKLOADS)}. Default: quick."))] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only cases with this in their name; again for more.")] = None,
     tp: Annotated[str, typer.Option(help="Numbers of ranks, as 1,2. auto: 1,2, or 1 where there is one GPU.")] = "auto",
     peer: Annotated[list[str] | None, typer.Option(autocompletion=lambda: [*PEERS, "none"], help=(
         f"Another engine to hold it against, again for more: {', '.join(PEERS)}; or none. Default: the Hugging Face reference "
@@ -41,12 +42,13 @@ def bench_command(
     """
     from harness.bench.cli import bench
 
-    for name, values in (("workload", workload or []), ("peer", peer or [])):
+    for name, values in (("workload", workload or []), ("case", case or []), ("peer", peer or [])):
         if len(set(values)) < len(values):
             raise UsageError(f"{name}={','.join(values)} names one more than once: name it once")
     peers = None if peer is None else tuple(name for name in peer if name != "none")
-    raise typer.Exit(bench(model=model, names=tuple(workload or ["quick"]), tp=tp, peers=peers, fabric=fabric, dtype=dtype,
-                           device=device, rounds=rounds, against=against, save_baseline=save_baseline, out=out))
+    raise typer.Exit(bench(model=model, names=tuple(workload or ["quick"]), cases=tuple(case or []), tp=tp, peers=peers,
+                           fabric=fabric, dtype=dtype, device=device, rounds=rounds, against=against,
+                           save_baseline=save_baseline, out=out))
 
 
 def compare_command(

@@ -201,12 +201,18 @@ def test_ctrl_c_leaves_a_report_and_no_process(tiny_workloads: None, tiny_model:
     ({"device": "tpu"}, "device='tpu' is unknown"),
     ({"dtype": "int8"}, "dtype='int8' is unknown"),
     ({"rounds": 0}, "rounds=0 must be at least 1"),
+    ({"cases": ("batch 1,",)}, r"cases=\['batch 1,'\] are in no case of .* cases that can be had alone: 256 requests"),
     ({"peers": ("sglang",)}, r"peers=\['sglang'\] are unknown"),
     ({"against": Path("/nowhere")}, "against=/nowhere is no checkout"),
 ])
 def test_a_plan_that_makes_no_sense_is_refused_before_anything_starts(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BenchPlan(**({"model": "m", "folder": Path(), "workloads": ("w1",)} | changes))  # type: ignore[arg-type]
+
+
+def test_cases_are_picked_by_a_part_of_their_names() -> None:
+    plan = BenchPlan(model="m", folder=Path(), workloads=("decode", "prefill", "collectives"), cases=("batch 1,", "16 ×"))
+    assert [work.case for work in plan.works] == ["batch 1, context 1024", "16 × 1024"]
 
 
 def test_more_ranks_than_query_heads_are_refused(tiny_model: MakeModel) -> None:

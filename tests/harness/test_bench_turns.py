@@ -172,3 +172,14 @@ def test_a_work_that_never_began_is_named(bench: BenchRun) -> None:
 def test_the_best_of_the_hardwares_rounds_is_its_ceiling(bench: BenchRun) -> None:
     run(bench, scripted([], "torch"), workload=HARDWARE)
     assert bench.hardware == {"a case": {"step_ms": 101.0}}
+
+
+def test_engines_of_other_limits_end_before_the_next_ones_start(bench: BenchRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(bench.workers, "close", lambda *, but_micro: log.append("engines end"))
+    bench.participants = lambda work: scripted(log, work.workload, rounds=1)  # type: ignore[method-assign]
+    first, second = a_work("first"), a_work("second")
+    assert isinstance(second, GenerateWork)
+    bench.measure_all([first, first, replace(second, limits=replace(LIMITS, max_num_seqs=2))])
+    of_first, of_second = (["first", "first", "finish first"], ["second", "second", "finish second"])
+    assert log == ["engines end", *of_first, *of_first, "engines end", *of_second]
