@@ -79,6 +79,7 @@ class VllmSubject(Subject):
         self._restarts = placement.auto_restart
         self._held: list[dict[str, Any]] | None = None
         self._own: dict[str, str] = {}
+        self._is_loaded_eagerly = self.is_eager
         self._ranks = self._started()
 
     def _started(self) -> ForeignRanks:
@@ -142,10 +143,11 @@ class VllmSubject(Subject):
         self._stored = stored_tensors(folder, config.to_dict())
         if not self._ranks.healthy:
             self._ranks = self._started()
+        self._is_loaded_eagerly = self.is_eager if is_eager is None else is_eager
         try:
             self._ranks.call("load", {"folder": str(folder.resolve()), "dtype": self.loaded.dtype, "port": _free_port(),
                                       "max_model_len": min(limit, LONGEST), "max_num_batched_tokens": CHUNK,
-                                      "is_eager": self.is_eager if is_eager is None else is_eager},
+                                      "is_eager": self._is_loaded_eagerly},
                              timeout_s=self._timeout_s)
         except RankFailure as failure:
             said = {error.summary for error in failure.failures.values()}
@@ -241,11 +243,22 @@ class VllmGraphsSubject(VllmSubject):
     is_eager: ClassVar[bool] = False
 
     def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
-        """Of the same checkpoint, loaded eagerly for this one answer."""
-        self._load(is_eager=True)
-        try:
-            return super().activations(schedule, sequence)
-        finally:
+        """Of the same checkpoint, loaded eagerly, which then stays: routers are asked for one sequence after the other."""
+        if not (self._ranks.healthy and self._is_loaded_eagerly):
+            self._load(is_eager=True)
+        return super().activations(schedule, sequence)
+
+    def logits(self, schedule: Schedule) -> list[list[Tensor]]:
+        self._in_graphs()
+        return super().logits(schedule)
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
+                 options: Mapping[str, Any] | None = None) -> list[list[int]]:
+        self._in_graphs()
+        return super().generate(prompts, params, options)
+
+    def _in_graphs(self) -> None:
+        if self._is_loaded_eagerly:
             self._load()
 
 

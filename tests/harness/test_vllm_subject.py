@@ -161,10 +161,10 @@ class Served:
     """Holds each tensor of the file whole, and fails over logits as the model's folder says."""
 
     def __init__(self, tp_rank, tp_size, device):
-        self.device = device
+        self.device, self.loads = device, 0
 
     def load(self, folder, is_eager, **args):
-        self.is_eager = is_eager
+        self.is_eager, self.loads = is_eager, self.loads + 1
         self.file = str(Path(folder) / "model.safetensors")
         fault = Path(folder) / "fault.txt"
         self.fault = fault.read_text() if fault.is_file() else ""
@@ -183,6 +183,9 @@ class Served:
         rows = torch.arange(len(prompts[sequence]) + len(forced[sequence]))[:, None]
         return {"inputs": {}, "outputs": {f"{self.device} {self.is_eager}": rows.float()}, "own": {},
                 "choices": {"model.layers.0.mlp": rows}}
+
+    def generate(self, prompts, params):
+        return [[int(self.is_eager), self.loads]]
 
     def logits(self, prompts, forced):
         if self.fault == "dies":
@@ -254,8 +257,10 @@ def test_a_model_in_graphs_shows_the_modules_of_the_eager_one(
         (shown,) = subject.activations(schedule, 1)
         assert list(shown.outputs) == ["cuda True"]
         assert shown.choices["model.layers.0.mlp.gate: top-k 0"].tolist() == [[0], [1], [2], [3], [4], [5]]
-        again = subject._ask("activations", prompts=[[0]], forced=[[]], sequence=0, names={})
-        assert list(again[0]["outputs"]) == ["cuda False"]
+        assert subject.generate([[0]], [{}]) == [[0, 3]]  # in graphs again
+        for sequence in (0, 1):
+            subject.activations(schedule, sequence)
+        assert subject._ask("generate", prompts=[], params=[]) == [[[1, 4]]]  # the second answer took no load
         assert subject.shown_as
 
 

@@ -1,5 +1,7 @@
 """What runs in a rank of vLLM under test: the worker, with the fault that ``fault.txt`` of the model's folder names.
 
+A fault of one rank is the last one's, also where that is the only one; with `` on rank 1`` behind its name it is that one's.
+
 In vLLM's interpreter: it imports nothing of the project.
 """
 
@@ -28,12 +30,16 @@ class Served(worker["Served"]):  # type: ignore[misc]
         super().load(folder, **args)
 
     def loaded(self, model: nn.Module) -> None:
-        layer: Any = model.get_submodule("model.layers.1") if self.fault else None
-        if self.fault in SCALES and self.tp_rank == self.tp_size - 1:
-            layer.mlp.gate_up_proj.weight.data.mul_(SCALES[self.fault])
-        elif self.fault == "not reduced":
+        name, _, rank = self.fault.partition(" on rank ")
+        is_here = self.tp_rank == (int(rank) if rank else self.tp_size - 1)
+        layer: Any = model.get_submodule("model.layers.1") if name else None
+        if name in SCALES and is_here:
+            layer.mlp.gate_up_proj.weight.data.mul_(SCALES[name])
+        elif name == "experts doubled" and is_here:
+            layer.mlp.experts.routed_experts.w2_weight.data.mul_(2.0)
+        elif name == "not reduced":
             layer.self_attn.o_proj.reduce_results = False
-        elif self.fault == "swapped" and self.tp_rank == 1:
+        elif name == "swapped" and is_here:
             qkv = layer.self_attn.qkv_proj
             keys = qkv.num_heads * qkv.head_size
             size = qkv.num_kv_heads * qkv.head_size
