@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.studies.scoreboard", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--first", type=int, default=0, help="number of the first clean model; those of a record are not fresh")
     parser.add_argument("--models", type=int, default=300, help="number of clean models")
+    parser.add_argument("--single", action="store_true", help="of each model one pair, judged once by each form of verdict")
     parser.add_argument("--fitted", action="store_true", help="also the models that the bounds were fitted on, counted apart")
     parser.add_argument("--seeds", type=int, default=1, help="times that each fault is planted in each dtype")
     parser.add_argument("--minutes", type=float, default=1e6, help="end after so long; the same command goes on")
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _drawn(options: argparse.Namespace, done: set[str]) -> Generator[Line, None, None]:
     """What is not done yet. Each in its turn: a clean pair, then a fault."""
     numbers = range(options.first, options.first + options.models)
-    clean = _clean(numbers, (JUDGED_SEED, FITTED_SEED) if options.fitted else (JUDGED_SEED,), done)
+    clean = _clean(numbers, (JUDGED_SEED, FITTED_SEED) if options.fitted else (JUDGED_SEED,), done, single=options.single)
     faulty = _faulty(options.seeds, done)
     while True:
         several = [line for source in (clean, faulty) if (line := next(source, None)) is not None]
@@ -80,12 +81,13 @@ def _drawn(options: argparse.Namespace, done: set[str]) -> Generator[Line, None,
         yield from several
 
 
-def _clean(numbers: Sequence[int], seeds: Sequence[int], done: set[str]) -> Iterator[Line]:
+def _clean(numbers: Sequence[int], seeds: Sequence[int], done: set[str], *, single: bool) -> Iterator[Line]:
     with Subjects() as subjects:
         for number in numbers:
             for seed in seeds:
-                if not {f"clean-{seed}-{number}-{tp_size}" for tp_size in TP_SIZES} <= done:
-                    yield from (line_of(pair, number) for pair in clean_pairs(subjects, seed, number) if pair.name not in done)
+                if len(done & {f"clean-{seed}-{number}-{tp_size}" for tp_size in TP_SIZES}) < (1 if single else len(TP_SIZES)):
+                    yield from (line_of(pair, number, whole=single) for pair in clean_pairs(subjects, seed, number, single=single)
+                                if pair.name not in done)
 
 
 def _faulty(seeds: int, done: set[str]) -> Iterator[Line]:

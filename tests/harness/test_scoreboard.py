@@ -43,6 +43,16 @@ def test_clean_pairs_are_called_rounding_whole_and_in_parts(clean: list[Pair]) -
         assert sum(map(len, parts)) == pair.a.num_tokens
 
 
+def test_a_single_pair_shares_its_model_with_no_other_verdict() -> None:
+    with Subjects() as subjects:
+        pairs = list(clean_pairs(subjects, 1, 7, single=True))
+    assert len(pairs) == 1
+    assert pairs[0].reference is not None
+    assert pairs[0].tp_size != pairs[0].noise.info.tp_size
+    said = line_of(pairs[0], 7, whole=True)["said"]
+    assert all([tokens for tokens, _ in said[rule]] == [pairs[0].a.num_tokens] for rule in VERDICTS)
+
+
 @pytest.mark.slow
 @pytest.mark.multirank
 def test_a_fault_is_called_a_bug_and_one_that_changes_no_bit_is_left_out() -> None:

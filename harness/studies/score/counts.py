@@ -19,10 +19,10 @@ nothing."""
 SAME_ALARMS = "with no false alarm here"
 
 
-def line_of(pair: Pair, model: int | None = None) -> Line:
-    """What the rules say of a pair."""
+def line_of(pair: Pair, model: int | None = None, *, whole: bool = False) -> Line:
+    """What the rules say of a pair; ``whole`` as in ``rules.called``."""
     return {"pair": pair.name, "planted": pair.planted, "dtype": pair.dtype, "model": model, "tokens": pair.a.num_tokens,
-            "said": called(pair), "values": values_of(pair)}
+            "said": called(pair, whole=whole), "values": values_of(pair)}
 
 
 def scores(lines: Sequence[Mapping[str, Any]], by_fault: Collection[str] = VERDICTS) -> list[ScoreRow]:

@@ -44,6 +44,9 @@ FITTED_SEED, JUDGED_SEED = 0, 1
 """Of clean models: those that the bounds of ``verdict`` were fitted on, which are counted apart, and others."""
 NUM_TOKENS = 300
 """Of a pair with a fault, at least."""
+CLEAN_TOKENS = (128, 256, 512)
+SINGLE_TOKENS = (128, 256)
+"""Of a clean pair, at least: one of these; fewer where a pair is judged whole, not in parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,15 +161,22 @@ class Subjects(ExitStack):
         return self._subjects[tp_size]
 
 
-def clean_pairs(subjects: Subjects, seed: int, number: int) -> Iterator[Pair]:
-    """The engine on one rank against the engine on each of ``TP_SIZES``, with one model; every fourth has a reference."""
+def clean_pairs(subjects: Subjects, seed: int, number: int, *, single: bool = False) -> Iterator[Pair]:
+    """The engine on one rank against the engine on each of ``TP_SIZES``, with one model; every fourth has a reference.
+
+    Args:
+        subjects: live ranks.
+        seed: of all models.
+        number: of this one.
+        single: one pair alone, on a number of ranks that is drawn, a noise run on another, and always a reference.
+    """
     draw = random.Random(f"{seed}/{number}")
     dtype = DTYPES[number % len(DTYPES)]
     config = random_config(draw, LARGEST_TP, max_width=draw.choice(WIDTHS)) | {"num_hidden_layers": draw.choice(LAYERS),
                                                                                "vocab_size": draw.choice(VOCABULARIES)}
     with written(draw, config, dtype, draw.randrange(2**31)) as folder:
         _sharpen(folder, draw.choice(SHARPNESS))
-        sequences = draw_sequences(draw, config["vocab_size"], draw.choice((128, 256, 512)), 120)
+        sequences = draw_sequences(draw, config["vocab_size"], draw.choice(SINGLE_TOKENS if single else CLEAN_TOKENS), 120)
         if draw.random() < SAMPLED:
             sequences = sampled(subjects(1), folder, sequences, dtype)
         info = {"model": f"random {config['model_type']}", "dtype": dtype, "block_size": BLOCK_SIZE,
@@ -177,13 +187,15 @@ def clean_pairs(subjects: Subjects, seed: int, number: int) -> Iterator[Pair]:
             logits = logits_of(subjects(tp_size), sequences, way)
             return logits, stream_of(logits, sequences, way, StreamInfo(source=f"engine, tp {tp_size}", tp_size=tp_size, **info))
 
+        tp_sizes = draw.sample(TP_SIZES, 2) if single else TP_SIZES
         runs = {}
-        for tp_size in (1, *TP_SIZES):
+        for tp_size in (1, *tp_sizes):
             load(subjects(tp_size), folder, sequences, dtype)
             runs[tp_size] = of(tp_size)
         a_logits, a = runs[1]
-        reference = reference_stream(folder, sequences, dtype, info) if number % 4 == 0 and a.num_tokens < 600 else None
-        for tp_size, other in zip(TP_SIZES, (*TP_SIZES[1:], TP_SIZES[0]), strict=True):
+        with_reference = single or (number % 4 == 0 and a.num_tokens < 600)
+        reference = reference_stream(folder, sequences, dtype, info) if with_reference else None
+        for tp_size, other in list(zip(tp_sizes, (*tp_sizes[1:], tp_sizes[0]), strict=True))[: 1 if single else None]:
             b_logits, b = runs[tp_size]
             yield Pair(name=f"clean-{seed}-{number}-{tp_size}", planted="", dtype=dtype, tp_size=tp_size,
                        num_layers=config["num_hidden_layers"], a=a, b=b, noise=runs[other][1], reference=reference,

@@ -53,8 +53,11 @@ def values_of(pair: Pair) -> dict[str, float]:
     return {name: value(pair, tokens) for name, value in VALUES.items()}
 
 
-def called(pair: Pair) -> dict[str, list[tuple[int, Called]]]:
-    """What each form of ``verdict`` says of a pair: (tokens, answer), on clean code once for each of several parts of it."""
+def called(pair: Pair, *, whole: bool = False) -> dict[str, list[tuple[int, Called]]]:
+    """What each form of ``verdict`` says of a pair: (tokens, answer), on clean code once for each of several parts of it.
+
+    ``whole``: once for all of it.
+    """
     if pair.b is None:  # NaN: everybody sees that
         return {rule: [(pair.a.num_tokens, "bug")] for rule in VERDICTS}
     tokens, noise = align(pair.a, pair.b), align(pair.a, pair.noise)
@@ -63,7 +66,7 @@ def called(pair: Pair) -> dict[str, list[tuple[int, Called]]]:
         sides["verdict by reference"] = (align(pair.b, pair.reference), None)
     said: dict[str, list[tuple[int, Called]]] = {}
     for rule, (of_side, beside) in sides.items():
-        parts = {rule: [of_side] if pair.planted else splits(of_side)}
+        parts = {rule: [of_side] if whole or pair.planted else splits(of_side)}
         parts |= {f"{rule}, {count} tokens": [select(of_side, np.arange(len(of_side)) < count)] for count in FEW_TOKENS}
         for name, of_name in parts.items():
             said[name] = [(len(part), judge(part, dtype=pair.dtype, noise=beside, vocab_size=pair.a.info.vocab_size).answer)
