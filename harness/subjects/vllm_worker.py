@@ -130,12 +130,14 @@ class Served:
 
     def unload(self) -> None:
         """Let go of the model, its process groups and what they share."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        from vllm.distributed import parallel_state
 
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
         self.llm, self.parameters = None, {}
-        cleanup_dist_env_and_memory()
+        parallel_state.cleanup_dist_env_and_memory()
+        # Compiled models have the names of groups in them, and vLLM keeps them on disk: the next groups get the same names again.
+        parallel_state._group_name_counter.clear()
 
     @property
     def runner(self) -> Any:
