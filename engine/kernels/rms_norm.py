@@ -7,8 +7,8 @@ Both compute ``x / rms(x) * weight`` in float32 and round once, at the end. The 
 import torch
 
 from engine.kernels.common import check_kernel_inputs, compute_dtype, next_power_of_2, tl, triton
-from engine.kernels.invariant_matmul_gpu import quanta_exponents, quanta_value
 from engine.kernels.overlap import early_launch, may_overlap, wait_for_inputs
+from engine.kernels.quanta import quanta_exponents, quanta_value
 
 
 @triton.jit

@@ -16,19 +16,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels.invariant_attention_gpu import decode_in_order, prefill_in_order
-from engine.kernels.invariant_matmul_gpu import (
-    add_leaves,
-    few_rows_of,
-    linear_in_leaves,
-    linear_in_order,
-    row_peaks,
-    shares_leaves,
-    sums_of_few_rows,
-    unit_exponents,
-    value_of_sums,
-)
+from engine.kernels.invariant_matmul_gpu import add_leaves, linear_in_leaves, linear_in_order, shares_leaves
+from engine.kernels.invariant_row_gpu import leaves_cut_of, sums_of_row
 from engine.kernels.log_softmax import log_softmax
 from engine.kernels.philox import gumbel_argmax
+from engine.kernels.quanta import row_peaks, unit_exponents, value_of_sums
 from engine.kernels.rms_norm import add_rms_norm_of_quanta
 from engine.layers.attention import Attention
 from engine.layers.attention_layout import AttentionLayout, LayerCache
@@ -89,14 +81,14 @@ class LeafRowParallelLinear(RowParallelLinear):
         # Who looks at a layer's output by a hook is to see all of it.
         gives_quanta = self.norm_follows and not self._forward_hooks
         shape = (x_TI.shape[0], self.weight.shape[0])
-        cut = few_rows_of(*shape, x_TI.shape[1], self.leaf)
+        cut = leaves_cut_of(*shape, x_TI.shape[1], self.leaf)
         shares = shares_leaves(*shape, -(-x_TI.shape[1] // self.leaf))
         if self.tp.size == 1 and shares == 1 and cut is None and not gives_quanta:
             return linear_in_leaves(x_TI, self.weight, row_peaks(x_TI), self.unit_O, self.bias, leaf=self.leaf)
         if cut is not None:
-            # One rank has whole rows of x, and finds their peaks on the way.
+            # One rank has the whole row of x, and finds its peak on the way.
             peak_T = self.tp.all_reduce_max(row_peaks(x_TI)) if self.tp.size > 1 else None
-            sums_TO, peak_T = sums_of_few_rows(x_TI, self.weight, self.unit_O, cut, leaf=self.leaf, peak_T=peak_T)
+            sums_TO, peak_T = sums_of_row(x_TI, self.weight, self.unit_O, cut, leaf=self.leaf, peak_T=peak_T)
         else:
             sums_TO = torch.empty(shape, dtype=torch.int32, device=x_TI.device)
             peak_T = row_peaks(x_TI, sums_TO if shares > 1 else None)

@@ -16,18 +16,10 @@ from torch import Tensor
 from engine import LLM, SamplingParams
 from engine.kernels import invariant_attention_gpu, invariant_matmul_gpu
 from engine.kernels.invariant_attention_gpu import DecodeLaunch
-from engine.kernels.invariant_matmul_gpu import (
-    FewRows,
-    Launch,
-    add_leaves,
-    linear_in_leaves,
-    linear_in_order,
-    row_peaks,
-    sums_of_few_rows,
-    unit_exponents,
-    value_of_sums,
-)
+from engine.kernels.invariant_matmul_gpu import Launch, add_leaves, linear_in_leaves, linear_in_order
+from engine.kernels.invariant_row_gpu import RowCut, row_in_order, sums_of_row
 from engine.kernels.peer_all_reduce import FLAG_BYTES, MAX_PROGRAMS, PeerMemory, Way, peer_all_reduce
+from engine.kernels.quanta import row_peaks, unit_exponents, value_of_sums
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_of_quanta
 from engine.kernels.rope import rope_store_kv
 from engine.parallel.group import SoloGroup, TPGroup
@@ -88,19 +80,19 @@ def test_a_product_has_the_same_bits_in_every_tile_and_in_any_company(monkeypatc
         assert same(y, expected[2][:rows, :outputs])
 
 
-@pytest.mark.parametrize("cut", [FewRows(8, 512), FewRows(16, 1024), FewRows(32, 1024, 8), FewRows(64, 256, 4, 3),
-                                 FewRows(8, 2048, 8, 1)], ids=str)
-def test_few_rows_get_the_same_bits_in_programs_of_their_own(monkeypatch: pytest.MonkeyPatch, cut: FewRows) -> None:
+@pytest.mark.parametrize("cut", [RowCut(8, 512), RowCut(16, 1024), RowCut(32, 1024, 8), RowCut(64, 256, 4, 3),
+                                 RowCut(8, 2048, 8, 1)], ids=str)
+def test_one_row_gets_the_same_bits_in_programs_of_its_own(cut: RowCut) -> None:
     x, weight = drawn(300, 3840), torch.nn.Parameter(drawn(520, 3840, seed=1), requires_grad=False)
     peak, unit = row_peaks(x), unit_exponents(weight, 256)
     expected, expected_sums = linear_in_order(x, weight), leaf_sums(x, weight, peak, unit)
-    monkeypatch.setattr(invariant_matmul_gpu, "few_rows_of", lambda *sizes: cut)
-    for rows in (1, 2, 7, 16):
-        assert same(linear_in_order(x[:rows], weight), expected[:rows])
-        for given in (None, peak[:rows]):
-            sums, found = sums_of_few_rows(x[:rows], weight, unit, cut, leaf=256, peak_T=given)
-            assert torch.equal(sums, expected_sums[:rows])
-            assert torch.equal(found, peak[:rows])
+    for row in range(0, 300, 23):
+        own = slice(row, row + 1)
+        assert same(row_in_order(x[own], weight, cut=cut), expected[own])
+        for given in (None, peak[own]):
+            sums, found = sums_of_row(x[own], weight, unit, cut, leaf=256, peak_T=given)
+            assert torch.equal(sums, expected_sums[own])
+            assert torch.equal(found, peak[own])
 
 
 def test_another_order_of_sums_gives_other_bits() -> None:

@@ -19,12 +19,14 @@ from engine.kernels import (
     gemv,
     invariant_attention_gpu,
     invariant_matmul_gpu,
+    invariant_row_gpu,
     log_softmax,
     matmul_few_rows,
     paged_decode,
     paged_prefill,
     peer_all_reduce,
     philox,
+    quanta,
     rms_norm,
     rope,
     silu_mul,
@@ -38,8 +40,8 @@ if not HAVE_TRITON:
     pytest.skip("Triton cannot be imported here, hence nothing compiled", allow_module_level=True)
 
 _MODULES = (
-    decode_inputs, gemv, invariant_attention_gpu, invariant_matmul_gpu, log_softmax, matmul_few_rows, paged_decode,
-    paged_prefill, peer_all_reduce, philox, rms_norm, rope, silu_mul, store_kv,
+    decode_inputs, gemv, invariant_attention_gpu, invariant_matmul_gpu, invariant_row_gpu, log_softmax, matmul_few_rows,
+    paged_decode, paged_prefill, peer_all_reduce, philox, quanta, rms_norm, rope, silu_mul, store_kv,
 )  # fmt: skip
 _SHARED_MEMORY_BYTES = 227 * 1024  # of one block on compute capability 9.0
 
@@ -123,14 +125,14 @@ def _launch_invariant(num_rows: int) -> int:
     weight, bias = torch.nn.Parameter(torch.zeros(96, 256, dtype=torch.bfloat16)), torch.zeros(96, dtype=torch.bfloat16)
     x, units = torch.zeros(num_rows, 256, dtype=torch.bfloat16), torch.zeros(96, dtype=torch.int32)
     invariant_matmul_gpu.linear_in_order(x, weight)
-    peaks, sums = invariant_matmul_gpu.row_peaks(x), torch.zeros(num_rows, 96, dtype=torch.int32)
+    peaks, sums = quanta.row_peaks(x), torch.zeros(num_rows, 96, dtype=torch.int32)
     invariant_matmul_gpu.linear_in_leaves(x, weight, peaks, units, None, leaf=128)
     invariant_matmul_gpu.add_leaves(x, weight, peaks, units, sums, leaf=128, shares=2)
-    invariant_matmul_gpu.value_of_sums(sums, peaks, units, bias, x.dtype)
-    cut = invariant_matmul_gpu.few_rows_of(num_rows, 96, 256, 128)
+    quanta.value_of_sums(sums, peaks, units, bias, x.dtype)
+    cut = invariant_row_gpu.leaves_cut_of(num_rows, 96, 256, 128)
     if cut is not None:
         for given in (None, peaks):
-            invariant_matmul_gpu.sums_of_few_rows(x, weight, units, cut, leaf=128, peak_T=given)
+            invariant_row_gpu.sums_of_row(x, weight, units, cut, leaf=128, peak_T=given)
     return 5 if cut is None else 7
 
 
@@ -138,7 +140,8 @@ def _launch_invariant(num_rows: int) -> int:
 @pytest.mark.parametrize("num_rows", [1, pytest.param(1024, marks=pytest.mark.endurance)])
 def test_invariant_products_compile_and_wait_for_their_inputs(compiled: list[Any], monkeypatch: pytest.MonkeyPatch,
                                                               num_rows: int) -> None:
-    monkeypatch.setattr(invariant_matmul_gpu, "may_overlap", lambda x: True)
+    for module in (invariant_matmul_gpu, invariant_row_gpu, quanta):
+        monkeypatch.setattr(module, "may_overlap", lambda x: True)
     _check(compiled, _launch_invariant(num_rows))
     for kernel in compiled:
         assert kernel.metadata.launch_pdl, f"{kernel.name} is launched in turn"

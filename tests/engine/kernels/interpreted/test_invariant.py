@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.kernels.invariant_attention_gpu import decode_in_order, prefill_in_order
-from engine.kernels.invariant_matmul_gpu import (
-    FewRows,
-    add_leaves,
-    linear_in_leaves,
-    linear_in_order,
-    row_peaks,
-    sums_of_few_rows,
-    unit_exponents,
-    value_of_sums,
-)
+from engine.kernels.invariant_matmul_gpu import add_leaves, linear_in_leaves, linear_in_order
+from engine.kernels.invariant_row_gpu import RowCut, row_in_order, sums_of_row
 from engine.kernels.log_softmax import log_softmax, log_softmax_torch
+from engine.kernels.quanta import row_peaks, unit_exponents, value_of_sums
 from engine.kernels.rms_norm import add_rms_norm, add_rms_norm_of_quanta
 from engine.parallel.sharding import leaf_range
 from tests.engine.kernels.problems import (
@@ -65,20 +58,19 @@ def test_products_are_right(rows: int, outputs: int, inputs: int, leaf: int) -> 
         assert share_of_budget(linear_in_leaves(x, weight, peak, unit, added, leaf=leaf), x, weight, added, rounded) <= 1
 
 
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 40, 300), (2, 9, 96), (16, 33, 130)])
-def test_few_rows_get_what_many_get(monkeypatch: pytest.MonkeyPatch, rows: int, outputs: int, inputs: int) -> None:
+@pytest.mark.parametrize(("outputs", "inputs"), [(40, 300), (9, 96), (33, 130)])
+def test_one_row_gets_what_it_gets_among_many(outputs: int, inputs: int) -> None:
     """The interpreter's own sums within a leaf go by the shape of its arrays, which may be a quantum."""
-    x, weight, bias = drawn(rows, inputs), drawn(outputs, inputs, seed=1), drawn(outputs, seed=2)
+    x, weight, bias = drawn(1, inputs), drawn(outputs, inputs, seed=1), drawn(outputs, seed=2)
     peak, unit = row_peaks(x), unit_exponents(weight, 16)
     expected = leaf_sums(x, weight, peak, unit, leaf=16, shares=1)
-    for cut in (FewRows(8, 64), FewRows(16, 512, num_stages=1)):
+    for cut in (RowCut(8, 64), RowCut(16, 512, num_stages=1)):
         for given in (None, peak):
-            sums, found = sums_of_few_rows(x, weight, unit, cut, leaf=16, peak_T=given)
+            sums, found = sums_of_row(x, weight, unit, cut, leaf=16, peak_T=given)
             assert torch.equal(found, peak)
             assert ((sums - expected).abs() <= -(-inputs // 16)).all()
-        monkeypatch.setattr("engine.kernels.invariant_matmul_gpu.few_rows_of", lambda *sizes, cut=cut: cut)
         for added in (None, bias):
-            assert share_of_budget(linear_in_order(x, weight, added), x, weight, added) <= 1
+            assert share_of_budget(row_in_order(x, weight, added, cut=cut), x, weight, added) <= 1
 
 
 @pytest.mark.parametrize("tp_size", [1, 3])
