@@ -8,12 +8,12 @@ of it and threads for what threads can do: raise.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -33,6 +33,7 @@ SLACK_S = 15.0
 """How much later than it could a report may come, on a machine that does other things too."""
 GONE_S = 5.0
 """How long what is left of a rank may take to go away."""
+_LISTEN = "0A"  # a state of TCP, as the kernel's tables have it
 
 How = Literal["raise", "exit", "kill", "hang"]
 Phase = Literal["load", "prefill", "decode"]
@@ -68,7 +69,8 @@ class Traces:
 
     pid: int
     started: float
-    ports: tuple[int, ...]
+    sockets: tuple[tuple[int, int], ...]
+    """(inode, port) of those that listen. Another program may listen at the same port, of another address, or later."""
     shared_memory: tuple[str, ...]
 
 
@@ -101,8 +103,7 @@ def check_lifecycle(context: CheckContext) -> Outcome:
 def run_cases(make: type[Subject], cases: Sequence[LifecycleCase], folder: Path, *,
               device: str = "cpu") -> tuple[LifecycleCase, str] | None:
     """The first case that goes wrong, and how. All of one fabric."""
-    # The machine's, not this process's alone: every process with NCCL answers at the port of its RAS service.
-    ports_before = _ports_of(psutil.net_connections(kind="tcp"))
+    before = _listening(os.getpid())
     with make(Placement(tp_size=TP_SIZE, fabric=cases[0].fabric, device=device, auto_restart=False)) as subject:
         expected = subject.run(load_and_generate, folder)
         for case in cases:
@@ -116,16 +117,16 @@ def run_cases(make: type[Subject], cases: Sequence[LifecycleCase], folder: Path,
                 problem = "the job succeeded, and nobody noticed"
             if not subject.is_healthy:
                 # Threads are this process: they leave what it has.
-                problem = problem or (left_behind(traces, ports_before) if case.fabric != "threads" else None)
+                problem = problem or (left_behind(traces) if case.fabric != "threads" else None)
                 subject.restart()
             if problem is None and subject.run(load_and_generate, folder) != expected:
                 problem = "the next job gave other token ids than the one before"
             if problem is not None:
                 return case, problem
         traces = subject.run(traces_of)
-    problem = left_behind(traces, ports_before) if cases[-1].fabric != "threads" else None
-    if problem is None and (ports := _listening(os.getpid()) - ports_before):
-        problem = f"this process still listens on ports {sorted(ports)}"
+    problem = left_behind(traces) if cases[-1].fabric != "threads" else None
+    if problem is None and (sockets := _listening(os.getpid()) - before):
+        problem = f"this process still listens on ports {sorted(port for _, port in sockets)}"
     return None if problem is None else (cases[-1], f"after the ranks were closed, {problem}")
 
 
@@ -185,17 +186,18 @@ def traces_of(rank: Rank) -> Traces:
     """Job: what this rank has of the machine. Of a thread: of its process."""
     process = psutil.Process()
     maps = {mapped.path.removesuffix(" (deleted)") for mapped in process.memory_maps()}
-    return Traces(pid=process.pid, started=process.create_time(), ports=tuple(sorted(_listening(process.pid))),
+    return Traces(pid=process.pid, started=process.create_time(), sockets=tuple(sorted(_listening(process.pid))),
                   shared_memory=tuple(sorted(path for path in maps if path.startswith("/dev/shm/"))))
 
 
-def left_behind(traces: Sequence[Traces], inherited: Collection[int] = ()) -> str | None:
-    """What is still there of ranks that are gone, after a moment. ``inherited`` ports were open before there were ranks."""
+def left_behind(traces: Sequence[Traces]) -> str | None:
+    """What is still there of ranks that are gone, after a moment."""
     deadline = time.monotonic() + GONE_S
     while True:
         left = [f"process {trace.pid}" for trace in traces if _is_alive(trace)]
         left += [f"shared memory {path}" for trace in traces for path in trace.shared_memory if os.path.exists(path)]
-        left += [f"port {port}" for trace in traces for port in trace.ports if port not in inherited and _answers(port)]
+        open_now = _listening_sockets()
+        left += [f"port {port}" for trace in traces for inode, port in trace.sockets if inode in open_now]
         if not left:
             return None
         if time.monotonic() > deadline:
@@ -210,18 +212,20 @@ def _is_alive(trace: Traces) -> bool:
         return False
 
 
-def _listening(pid: int) -> set[int]:
-    return _ports_of(psutil.Process(pid).net_connections(kind="tcp"))
+def _listening(pid: int) -> set[tuple[int, int]]:
+    """(inode, port) of the process's sockets that listen."""
+    links = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed by now
+            links.add(os.readlink(entry))
+    return {(inode, port) for inode, port in _listening_sockets().items() if f"socket:[{inode}]" in links}
 
 
-def _ports_of(connections: Iterable[Any]) -> set[int]:
-    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.2)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _listening_sockets() -> dict[int, int]:
+    """Of this machine: the port of each inode. See proc(5) and ``Documentation/networking/proc_net_tcp.rst``."""
+    rows = [line.split() for table in ("tcp", "tcp6") if (path := Path(f"/proc/net/{table}")).exists()
+            for line in path.read_text(encoding="ascii").splitlines()[1:]]
+    return {int(row[9]): int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == _LISTEN}
 
 
 CHECK = Check(

@@ -80,13 +80,15 @@ def open_port() -> Iterator[int]:
 @pytest.mark.usefixtures("quick")
 def test_what_is_left_behind_is_named(tmp_path: Path, open_port: int) -> None:
     me = psutil.Process()
-    gone = Traces(pid=me.pid, started=me.create_time() - 1, ports=(), shared_memory=(str(tmp_path / "none"),))
+    gone = Traces(pid=me.pid, started=me.create_time() - 1, sockets=(), shared_memory=(str(tmp_path / "none"),))
     assert left_behind([gone]) is None
     assert left_behind([replace(gone, started=me.create_time())]) == f"left behind: process {os.getpid()}"
     segment = tmp_path / "segment"
     segment.touch()
     assert left_behind([replace(gone, shared_memory=(str(segment),))]) == f"left behind: shared memory {segment}"
-    assert left_behind([replace(gone, ports=(open_port,))]) == f"left behind: port {open_port}"
+    mine = next(found for found in lifecycle._listening(os.getpid()) if found[1] == open_port)
+    assert left_behind([replace(gone, sockets=(mine,))]) == f"left behind: port {open_port}"
+    assert left_behind([replace(gone, sockets=((mine[0] + 2**40, open_port),))]) is None, "another program's, at that port"
 
 
 def test_every_failure_is_tried_in_every_phase_where_ranks_are_processes() -> None:
