@@ -2,8 +2,9 @@
 
 What is right is what one rank gives to each sequence by itself, in one piece. Held against it, bit by bit: the ranks under test,
 in drawn batches, chunks, decode steps and block sizes (*layouts*, on drawn models; *model*, on the model at hand), and through
-the front door, where prompts share prefixes and a small cache makes sequences give way (*served*). Run when it is asked for by
-name: it loads with ``tp_invariant=True``, which is another mode of the subject than the one that the other checks verify.
+the front door, where prompts share prefixes and a small cache makes sequences give way (*served*), and where what was drawn is
+scored as a trainer would, each sequence as a prompt (*rollout*). Run when it is asked for by name: it loads with
+``tp_invariant=True``, which is another mode of the subject than the one that the other checks verify.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ CROWDED: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 14, "max_num_batche
 """Prompts come in chunks of up to 9 tokens, and the answers of four sequences do not fit together."""
 ROOMY: dict[str, Any] = {"block_size": 16, "num_kv_blocks": 12, "max_num_batched_tokens": 128, "max_num_seqs": 4,
                          "enable_prefix_caching": False, "max_model_len": MAX_MODEL_LEN, "tp_invariant": True}
+
+ROLLOUT, LARGE_ROLLOUT = (4, 16), (256, 400)
+"""Requests and tokens of each: of a drawn model; of the model at hand where ranks on GPUs of their own replay decode steps."""
+PROMPT_TOKENS = (3, 20)
 
 
 def check_layouts(context: CheckContext) -> Outcome:
@@ -159,6 +164,34 @@ def check_served(context: CheckContext) -> Outcome:
     return Outcome(cases=len(prompts), compared=2 * sum(map(len, right)))
 
 
+def check_rollout(context: CheckContext) -> Outcome:
+    """Tokens that are drawn together, decoding, with the log-probabilities that one rank gives them in prompts."""
+    is_large = context.results.device.startswith("cuda") and context.subject.fabric in ("solo", "nccl")
+    num_requests, num_tokens = LARGE_ROLLOUT if is_large else ROLLOUT
+    with nullcontext((context.results.folder, context.dtype)) if is_large else drawn_model(context, 0) as (folder, dtype):
+        config, draw = read_config(folder).get_text_config(decoder=True), random.Random(context.seed)
+        num_tokens = min(num_tokens, config.max_position_embeddings - max(PROMPT_TOKENS) - 1)
+        length = num_tokens + max(PROMPT_TOKENS) + 1
+        options = {"block_size": 16, "num_kv_blocks": num_requests * (-(-length // 16) + 1), "max_num_seqs": num_requests,
+                   "max_model_len": length, "dtype": dtype, "tp_invariant": True}
+        prompts = [[draw.randrange(config.vocab_size) for _ in range(draw.randint(*PROMPT_TOKENS))] for _ in range(num_requests)]
+        params: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True, "max_tokens": num_tokens, "logprobs": 0}
+        with context.subject.requests(folder, options) as door:
+            drawn = _answers(door, prompts, [{**params, "seed": draw.randrange(2**31)} for _ in prompts])
+        sequences = [prompt + [token for token, _ in answer] for prompt, answer in zip(prompts, drawn, strict=True)]
+        with context.subject.alone() as one, one.requests(folder, options) as door:
+            scored = door.generate([{"prompt_token_ids": sequence} for sequence in sequences],
+                                   [door.params({"max_tokens": 1, "prompt_logprobs": 0})] * num_requests)
+    for number, (prompt, answer, output) in enumerate(zip(prompts, drawn, scored, strict=True)):
+        right = [(token, (token, at[token].logprob)) for (token, _), at in
+                 zip(answer, output.prompt_logprobs[len(prompt) :], strict=True)]
+        if (row := _other(answer, right)) is not None:
+            return Outcome(cases=1, compared=1, module="lm_head", finding=(
+                f"request {number} of {len(prompt)} prompt tokens: its token {row} was drawn with another log-probability than "
+                f"one rank gives it in a prompt: {answer[row][1]} for {right[row][1]}"))
+    return Outcome(cases=num_requests, compared=num_requests * num_tokens)
+
+
 def _requests(draw: random.Random, vocab_size: int) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """Prompts that share a beginning, and parameters greedy, sampled and filtered."""
     start = [draw.randrange(vocab_size) for _ in range(11)]
@@ -190,4 +223,4 @@ CHECK = Check(
     name="invariance", needs_model=False,
     question="Are logits, tokens and log-probabilities the same to the bit at any tp_size and in any batch?",
     parts=tuple(Whole(judge=judge, kind=kind, needs="invariance") for kind, judge in (
-        ("layouts", check_layouts), ("served", check_served), ("model", check_model))))
+        ("layouts", check_layouts), ("served", check_served), ("rollout", check_rollout), ("model", check_model))))

@@ -41,7 +41,7 @@ def red_kinds(folder: Path, *, seed: int = 0, tp_size: int = 3, kind: str | None
 @pytest.mark.parametrize("tp_size", [1, 3])
 def test_the_invariant_mode_is_green(folder: Path, tp_size: int) -> None:
     outcomes = run_kinds("invariance", folder, tp_size=min(tp_size, 6), seed=tp_size)
-    assert [outcome.kind for outcome in outcomes] == ["layouts", "served", "model"]
+    assert [outcome.kind for outcome in outcomes] == ["layouts", "served", "rollout", "model"]
     for outcome in outcomes:
         assert_green(outcome)
 
@@ -101,6 +101,11 @@ def test_what_makes_it_invariant_is_missed_where_it_is_taken_away(folder: Path, 
                                                                   ) -> None:
     plant(monkeypatch)
     assert red_kinds(folder)
+
+
+def test_the_ordinary_engine_s_rollout_is_not_what_one_rank_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything(monkeypatch)
+    assert "was drawn with another log-probability than" in (red_kinds(folder, kind="rollout")["rollout"].finding or "")
 
 
 @pytest.mark.endurance
