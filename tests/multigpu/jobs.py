@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import time
 
@@ -48,6 +49,65 @@ def wrong_sums(rank: RankContext) -> list[str]:
         if not torch.equal(found.cpu().double(), total):
             wrong.append(f"{way} of {count} {dtype}")
     return wrong
+
+
+def wrong_integers(rank: RankContext) -> list[str]:
+    """Sums that wrap and maxima of integers that float32 does not tell apart, every way and a group's own; what was not exact."""
+    assert isinstance(rank.tp, ProcessTPGroup)
+    memory = rank.tp.peers
+    assert memory is not None, "these GPUs share no memory"
+    wrong, generator = [], torch.Generator().manual_seed(0)
+    ways = [None, Way(two_shot=False), Way(two_shot=True), Way(two_shot=True, num_warps=16, per_thread=4, num_programs=7)]
+    for way, count, largest in itertools.product(ways, (1, 7, 1000, 4097, 262_144, 1_048_577), (False, True)):
+        parts = torch.randint(-2**31, 2**31, (memory.size, count), generator=generator).int()
+        own = parts[rank.tp.rank].to(rank.device)
+        if way is None:
+            found = rank.tp.all_reduce_max(own) if largest else rank.tp.all_reduce(own)
+        else:
+            found = peer_all_reduce(own, memory, way, largest=largest)
+        right = parts.amax(0) if largest else parts.sum(0, dtype=torch.int32)
+        if not torch.equal(found.cpu(), right):
+            wrong.append(f"{'maximum' if largest else 'sum'} of {count} by {way}")
+    return wrong
+
+
+@torch.inference_mode()
+def wrong_back_to_back(rank: RankContext, dtype: str, largest: bool, num_calls: int) -> tuple[int, int]:
+    """(calls, wrong ones) of replays of a graph of 500 reductions of all sizes, with other numbers in each replay.
+
+    Nothing waits for a call but the next one; a rank is late now and then. What each gives is held against what it must be, on
+    the device, behind them all.
+    """
+    draw, per_replay, largest_count = random.Random(0), 500, 65_536
+    sizes = [max(1, int(largest_count ** draw.random())) for _ in range(per_replay)]
+    late = [draw.randrange(rank.tp.size) if draw.random() < 0.05 else None for _ in sizes]
+    index = torch.arange(largest_count, device=rank.device)
+    turn, num_wrong = (torch.zeros((), dtype=torch.int64, device=rank.device) for _ in range(2))
+
+    def given(by: int, call: int) -> Tensor:
+        """No two calls or turns have the same, and none of another rank's. Every dtype counts so far."""
+        return (index[: sizes[call]] * 7 + 5 * by + 3 * call + turn * (2 * by + 1)) % 61
+
+    def one_turn() -> None:
+        own = [given(rank.tp.rank, call).to(getattr(torch, dtype)) for call in range(per_replay)]
+        found = []
+        for call, x in enumerate(own):
+            if late[call] == rank.tp.rank:
+                torch.cuda._sleep(50_000)
+            found.append(rank.tp.all_reduce_max(x) if largest else rank.tp.all_reduce(x))
+        for call, each in enumerate(found):
+            parts = torch.stack([given(by, call) for by in range(rank.tp.size)])
+            num_wrong.add_((each.to(torch.int64) != (parts.amax(0) if largest else parts.sum(0))).any())
+        turn.add_(1)
+
+    one_turn()
+    torch.cuda.synchronize(rank.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one_turn()
+    for _ in range(num_calls // per_replay):
+        graph.replay()
+    return per_replay * int(turn), int(num_wrong)
 
 
 def norms_of_sums(rank: RankContext, num_rows: int, dim: int) -> tuple[bool, float]:

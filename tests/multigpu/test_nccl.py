@@ -36,6 +36,8 @@ from tests.multigpu.jobs import (
     hang_after_replays,
     norms_of_sums,
     sum_of_ranks,
+    wrong_back_to_back,
+    wrong_integers,
     wrong_sums,
 )
 from tests.reference.tiny import small_config
@@ -128,6 +130,17 @@ def test_two_engines_side_by_side_do_not_disturb_each_other(small_model: MakeMod
 
 def test_sums_on_shared_memory_are_exact(two_ranks: Ranks) -> None:
     assert two_ranks.run(wrong_sums, timeout_s=120.0) == [[], []]
+
+
+def test_sums_and_maxima_of_integers_on_shared_memory_are_exact(two_ranks: Ranks) -> None:
+    assert two_ranks.run(wrong_integers, timeout_s=120.0) == [[], []]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("bfloat16", False), ("int32", False), ("int32", True)])
+def test_a_hundred_thousand_reductions_back_to_back_are_right(two_ranks: Ranks, dtype: str, largest: bool) -> None:
+    for calls, wrong in two_ranks.run(wrong_back_to_back, dtype, largest, 100_000, timeout_s=120.0):
+        assert calls >= 100_000
+        assert wrong == 0
 
 
 @pytest.mark.parametrize(("num_rows", "dim"), [(1, 4096), (3, 576), (256, 1024), (300, 4096), (16_387, 1024), (20_000, 4096)])
