@@ -129,10 +129,14 @@ def _score(rank: Rank, schedules: Sequence[Schedule], num_top: int) -> list[list
 
 def score_exactly(exact: Reference, sequences: Sequence[Sequence[int]], *, dtype: str, seed: int = 0,
                   num_top: int = 0) -> Iterator[Scored]:
-    """Each sequence in float64, with how far off the rounding of ``dtype`` puts each token, by simulation."""
+    """Each sequence in float64, with how far off the rounding of ``dtype`` puts each token, by simulation.
+
+    Whatever the dtype, log-softmax is one of float32, as engines take it: its sum over the vocabulary loses what is small beside
+    the largest term, so a token that is all but certain is off by more than a last digit.
+    """
     for token_ids in sequences:
         row = logprobs_of(exact.logits([token_ids])[0], token_ids, num_top)
         with SimulatedRounding(dtype, seed=seed):
             draws_DTV = exact.copies_of_logits(token_ids, NUM_SIMULATED)
-        error_DT = torch.stack([logprobs_of(draw_TV, token_ids, 0).logprob_T for draw_TV in draws_DTV]) - row.logprob_T
+        error_DT = torch.stack([logprobs_of(draw_TV.float(), token_ids, 0).logprob_T for draw_TV in draws_DTV]) - row.logprob_T
         yield scored(token_ids, row, batch_size=1, rounding=[0.0, *error_DT.square().mean(0).sqrt().tolist()])

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.verdict.tokens import DECODE, UNKNOWN, Floats, Tokens
+from harness.verdict.tokens import DECODE, UNKNOWN, Floats, Integers, Tokens
 from harness.verification.budgets import UNIT_ROUNDOFF, VERDICT_CHANCE, VERDICT_LIMITS, VERDICT_TYPICAL, precision
 
 Answer = Literal["rounding", "bug", "can't tell"]
@@ -212,7 +212,8 @@ def _shift(ratio_N: Floats, tokens: Tokens, limit: float) -> Test:
     size = _size_of(ratio_N)
     mean = float(np.mean(ratio_N)) / size
     # Tokens of one sequence share a part of their error.
-    independent = max(len(np.unique(tokens.sequence)), len(ratio_N) / SHARING)
+    context = np.unique(tokens.context, return_inverse=True)[1]
+    independent = min(_independent(context), max(len(np.unique(tokens.sequence)), len(ratio_N) / SHARING))
     allowed = limit + _reach_of_chance(1) / math.sqrt(independent)
     side = "A" if mean > 0 else "B"
     return Test(name="shift", value=abs(mean) / allowed, statistic=abs(mean),
@@ -238,6 +239,7 @@ def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_s
     """Of all parts the one whose differences are most unlike the others': larger, or to one side."""
     found = [part for part in parts(tokens, vocab_size)
              if FEWEST_IN_GROUP <= part.inside.sum() <= len(tokens) - FEWEST_IN_GROUP]
+    context = np.unique(tokens.context, return_inverse=True)[1]
     kinds = {"side": ratio_N / _size_of(ratio_N)}
     if expected_N is not None:
         kinds["where"] = _logarithms(ratio_N) - expected_N
@@ -245,11 +247,13 @@ def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_s
     best = Test(name="where", value=0.0, statistic=0.0, says="no part stands out", tried=tried)
     for part in found:
         for kind, values in kinds.items():
-            within, outside = (one[~np.isnan(one)] for one in (values[part.inside], values[~part.inside]))
-            if min(len(within), len(outside)) < FEWEST_IN_GROUP:
+            known = ~np.isnan(values)
+            within, outside = part.inside & known, ~part.inside & known
+            n_within, n_outside = (_independent(context[side]) for side in (within, outside))
+            if min(n_within, n_outside) < FEWEST_IN_GROUP:
                 continue
-            difference = float(within.mean() - outside.mean())
-            error = math.sqrt(float(within.var() / len(within) + outside.var() / len(outside)))
+            difference = float(values[within].mean() - values[outside].mean())
+            error = math.sqrt(float(values[within].var() / n_within + values[outside].var() / n_outside))
             value = (difference if kind == "where" else abs(difference)) / (limits[kind] + _reach_of_chance(tried) * error)
             if value > best.value:
                 words = (f"{math.exp(difference):.3g} times as large in {part.name} as elsewhere" if kind == "where" else
@@ -257,6 +261,14 @@ def _where(ratio_N: Floats, tokens: Tokens, limits: Mapping[str, float], vocab_s
                 best = Test(name="where", value=value, statistic=difference, says=f"differences are {words}", group=part.name,
                             tried=tried)
     return best
+
+
+def _independent(context: Integers) -> float:
+    """How many values tell as much as these, of which those of one context are the same: ``n² / sum of squared counts``.
+
+    Contexts are numbered from 0.
+    """
+    return len(context) ** 2 / max(1, int(np.sum(np.bincount(context) ** 2)))
 
 
 def _size_of(ratio_N: Floats) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Tokens:
     chunk        place within the prefill chunk of the side that has chunks; UNKNOWN
     block        place within a block of the cache; UNKNOWN
     repeated     1 within a prefix that an earlier sequence has too, so that a prefix cache may serve it
+    context      equal for tokens that are the same and follow the same tokens: their differences are one, told again
     rounding     of a reference on one side: how far off rounding puts the token; else zeros
     flip         margin that a different most probable token had to overcome, the smaller of both sides'; NaN where both agree, or
                  nobody knows
@@ -51,6 +53,7 @@ class Tokens:
     chunk: Integers
     block: Integers
     repeated: Integers
+    context: Integers
     rounding: Floats
     flip: Floats
     has_top: bool
@@ -142,9 +145,15 @@ def _columns(number: int, one: Scored, other: Scored, length: int, block_size: i
         "chunk": before % min(chunks) if chunks else constant(None),
         "block": before % block_size if block_size else constant(None),
         "repeated": (position < shared).astype(np.int64),
+        "context": _contexts(one.token_ids)[kept],
         "rounding": np.array([rounding[at] for at in kept]) if rounding else np.zeros(size),
         "flip": np.array([_flip(one, other, at) for at in kept], dtype=np.float64),
     }
+
+
+def _contexts(token_ids: Sequence[int]) -> Integers:
+    """Of each token a number that is another one wherever it or a token before it is."""
+    return np.array(list(accumulate(token_ids, lambda before, token_id: hash((before, token_id)), initial=0))[1:], dtype=np.int64)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

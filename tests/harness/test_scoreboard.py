@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def test_a_fault_is_called_a_bug_and_one_that_changes_no_bit_is_left_out() -> No
         assert seen is not None
         said = line_of(seen)["said"]
         assert all(answer == "bug" for rule in VERDICTS for _, answer in said[rule])
+        wide = faulty_pair(models, FAULTS["padding-not-cut"], "float32", 0, num_tokens=100, with_reference=False)
+        assert wide is not None
+        assert wide.b is not None
+        assert wide.whole is None  # one column more than one rank has
+        assert line_of(wide)["values"]["KL divergence"] == math.inf
+        narrow = faulty_pair(models, FAULTS["last-tokens-on-no-rank"], "float32", 0, num_tokens=100, with_reference=False)
+        assert narrow is not None
+        assert narrow.b is None  # no log-probability of the tokens that are gone
         unseen = FAULTS["seed-of-each-rank"]
         assert faulty_pair(models, unseen, "float32", 0, num_tokens=100, with_reference=False) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from engine import LLM, SamplingParams
 from harness.cli import app
 from harness.subjects.base import Placement
 from harness.subjects.engine import EngineSubject
-from harness.verdict.scoring import Way, logprobs_of, schedule, score
-from harness.verdict.statistics import judge, looks_like, units
+from harness.verdict.scoring import Way, logprobs_of, schedule, score, score_exactly, scored
+from harness.verdict.statistics import judge, last_digits, looks_like, units
 from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream, write_stream
 from harness.verdict.tokens import Tokens, align
 from harness.verdict.verdict import verdict_row
 from harness.verification.budgets import UNIT_ROUNDOFF
+from reference.hf import Reference
 from reports.records import read_report
 from tests.harness.conftest import MakeModel
 from tests.reference.tiny import small_config
@@ -107,6 +109,26 @@ def test_a_shift_to_one_side_is_a_bug_even_where_it_is_small() -> None:
     assert judgement.worst.name == "shift"
 
 
+@pytest.mark.parametrize(("shared", "answer"), [(True, "rounding"), (False, "bug")])
+def test_a_prefix_of_many_sequences_is_one_value_told_again(shared: bool, answer: str) -> None:
+    """Three tokens that begin every sequence are off to one side by 1.5 units: chance, unless they are others each time."""
+    draw = np.random.default_rng(0)
+    sequences = []
+    for one in drawn(1, num_sequences=12, length=33).sequences:
+        first = (7, 8, 9, 10) if shared else tuple(draw.integers(0, VOCABULARY, 4).tolist())
+        sequences.append(replace(one, token_ids=first + one.token_ids[4:], logprobs=(None, -3.0, -4.0, -5.0, *one.logprobs[4:])))
+    a = replace(drawn(1), sequences=tuple(sequences))
+    b, again = (moved(rounded(a, seed), lambda t: np.where(t.position <= 3, t.a - t.b, 0.0)) for seed in (2, 3))
+    tokens, noise = (align(a, other) for other in (b, again))
+    unit = units(tokens, "bfloat16", "dtype")
+    off = np.where(tokens.position <= 3, np.where(shared, 1.5, 1.5 + 0.3 * draw.standard_normal(len(tokens))) * unit, 0.0)
+    quiet = np.where(noise.position <= 3, 0.3 * draw.standard_normal(len(tokens)) * unit, 0.0)
+    judgement = judge(replace(tokens, b=np.where(tokens.position <= 3, tokens.a - off, tokens.b)), dtype="bfloat16",
+                      noise=replace(noise, b=np.where(noise.position <= 3, noise.a - quiet, noise.b)), vocab_size=VOCABULARY)
+    assert judgement.answer == answer
+    assert shared or "positions 1 to 3" in judgement.worst.group
+
+
 def test_what_is_large_everywhere_and_larger_at_a_few_tokens_is_no_matter_of_a_few_tokens() -> None:
     """As a server's shard with its rows at the wrong place was: 7 units everywhere, a hundred at one place."""
     a = drawn(1)
@@ -151,6 +173,34 @@ def test_a_token_that_is_almost_certain_hardly_moves() -> None:
     sure = moved(a, lambda t: -t.a - 1e-4 / 3)
     unit = units(align(sure, sure), "bfloat16", "dtype")
     assert unit.max() < 2e-3 * UNIT_ROUNDOFF["bfloat16"] + 1e-6
+
+
+class _AllButCertain:
+    """A reference whose model finds one token of four thousand all but certain, and all others as unlikely as each other."""
+
+    def logits(self, sequences: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        logits_TV = torch.randn(len(sequences[0]), 4000, generator=draw, dtype=torch.float64) * 0.1
+        logits_TV[torch.arange(len(sequences[0]) - 1), torch.tensor(sequences[0][1:])] = 17.0
+        return [logits_TV]
+
+    def copies_of_logits(self, token_ids: tuple[int, ...], copies: int) -> torch.Tensor:
+        return self.logits([token_ids])[0].expand(copies, -1, -1)
+
+
+def test_the_sum_over_the_vocabulary_rounds_in_float32_too() -> None:
+    """What is small beside the largest term gets lost in the sum: here that is more than a last digit of the log-probability."""
+    ids = tuple((37 * k) % 4000 for k in range(80))
+    exact = cast("Reference", _AllButCertain())
+    reference = Stream(info=StreamInfo(source="reference", dtype="float32", vocab_size=4000),
+                       sequences=tuple(score_exactly(exact, [ids], dtype="float32")))
+    logits_TV = exact.logits([ids])[0]
+    computed = Stream(info=StreamInfo(source="B", dtype="float32", vocab_size=4000),
+                      sequences=(scored(ids, logprobs_of(logits_TV.float(), ids, 0)),))
+    tokens = align(computed, reference)
+    assert np.abs(tokens.difference).max() > last_digits(tokens).max()
+    assert judge(tokens, dtype="float32", vocab_size=4000).answer == "rounding"
+    assert judge(replace(tokens, b=tokens.b + 4 * tokens.rounding), dtype="float32", vocab_size=4000).answer == "bug"
 
 
 def test_a_schedule_runs_chunks_first_and_then_one_token_a_step() -> None:

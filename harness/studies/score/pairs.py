@@ -68,7 +68,7 @@ class Pair:
     a, b       the two sides; None where ``b`` gave what no stream can hold
     noise      another correct run of the same model, in other batches and chunks and on another number of ranks
     reference  the exact one, with what rounding does; None where it was not made
-    whole      of ``a`` and ``b``
+    whole      of ``a`` and ``b``; None where ``b`` has none, or logits of another number of tokens
     """
 
     name: str
@@ -130,8 +130,10 @@ def stream_of(logits: Sequence[Tensor], sequences: Sequence[tuple[int, ...]], wa
     """As ``scoring.score`` gives it.
 
     Raises:
-        StreamError: for logits that no stream can hold.
+        StreamError: for logits that no stream can hold, those of too few tokens among them.
     """
+    if (width := min(one.shape[-1] for one in logits)) <= max(map(max, sequences)):
+        raise StreamError(f"logits of {width} tokens tell nothing of token id {max(map(max, sequences))}")
     return Stream(info=info, sequences=tuple(
         scored(ids, logprobs_of(one, ids, NUM_TOP), decoded_from=decode_start(len(ids), way) if way.decoded else None,
                batch_size=min(way.batch_size, len(sequences)), chunk=way.chunk).check("pair")
@@ -261,5 +263,5 @@ def faulty_pair(models: FaultModels, fault: Fault, dtype: str, seed: int, *, num
             return None
         return Pair(name=f"{fault.name}-{dtype}-{seed}", planted=fault.name, dtype=dtype, tp_size=tp_size,
                     num_layers=config["num_hidden_layers"], a=a, b=b, noise=noise,
-                    whole=None if b_logits is None else whole_of(a_logits, b_logits),
+                    whole=whole_of(a_logits, b_logits) if b_logits and b_logits[0].shape[-1] == a_logits[0].shape[-1] else None,
                     reference=reference_stream(folder, sequences, dtype, info) if with_reference else None)
