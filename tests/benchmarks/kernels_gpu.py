@@ -7,6 +7,7 @@ than the L2 cache holds. A few minutes at most; with ``--sweep`` also over tiles
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -79,11 +80,17 @@ _DECODE_CASES = [
 ]
 _PREFILL_CASES = [
     # name, queries of each sequence, keys of each sequence
-    ("16x1024", [1024] * 16, [1024] * 16),
+    ("1x256", [256], [256]),
+    ("1x1024", [1024], [1024]),
+    ("1x4096", [4096], [4096]),
     ("1x16384", [16384], [16384]),
+    ("64x256", [256] * 64, [256] * 64),
+    ("16x1024", [1024] * 16, [1024] * 16),
+    ("4x4096", [4096] * 4, [4096] * 4),
     ("4x2048-after-6144", [2048] * 4, [8192] * 4),
     ("64-ragged", [100 + 29 * i for i in range(16)], [100 + 29 * i for i in range(16)]),
 ]
+_PREFILL_HEADS = [(8, 4), (16, 8), (32, 8)]  # query heads, KV heads: 0.6B on two GPUs and one, 8B
 _DECODE_CONFIGS = [
     # tile, num_warps, num_stages, programs_per_sm
     (64, 4, 2, 4),
@@ -167,12 +174,13 @@ def decode_rows(*, sweep: bool) -> Iterator[Row]:
 
 
 def prefill_rows(*, sweep: bool) -> Iterator[Row]:
-    num_q_heads, num_kv_heads = 16, 8
-    kv_of_q = torch.arange(num_q_heads, dtype=torch.int32, device="cuda") // (num_q_heads // num_kv_heads)
-    for case, queries, contexts in _PREFILL_CASES:
+    for (num_q_heads, num_kv_heads), (name, queries, contexts) in itertools.product(_PREFILL_HEADS, _PREFILL_CASES):
+        case = f"{name}-{num_q_heads}/{num_kv_heads}"
+        kv_of_q = torch.arange(num_q_heads, dtype=torch.int32, device="cuda") // (num_q_heads // num_kv_heads)
         starts = torch.tensor([0, *queries]).cumsum(0).int().cuda()
         lengths = torch.tensor(contexts, dtype=torch.int32, device="cuda")
-        q = normal(sum(queries), num_q_heads, HEAD_DIM)
+        # A view into rows of queries, keys and values, as in the engine.
+        q = normal(sum(queries), num_q_heads + 2 * num_kv_heads, HEAD_DIM)[:, :num_q_heads]
         caches = paged(contexts, num_kv_heads)
         pairs = sum(n * (length - n) + n * (n + 1) / 2 for n, length in zip(queries, contexts, strict=True))
         flop = 4.0 * pairs * num_q_heads * HEAD_DIM
