@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from harness.commands.options import Seed, prepare_out, write_report
+from harness.commands.options import Seed, check_device, prepare_out, write_report
 from harness.commands.progress import errors
 from harness.errors import COULD_NOT_RUN, usage
 from harness.studies.calibrate import DEFAULT_MODELS
@@ -25,6 +25,8 @@ def calibrate_command(
     models: Annotated[int, typer.Option(help="Float32 models to judge under each setting; all else is drawn in proportion.")
                       ] = DEFAULT_MODELS,
     seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda: bfloat16 and float16 on GPUs.")] = "cpu",
+    fabric: Annotated[str, typer.Option(help="threads: any number of ranks on one device; nccl: a GPU each.")] = "threads",
     out: Annotated[Path, typer.Option(help="Folder for report.json, .md, .html, .csv and the plots.")] = Path(
         "reports/out/calibrate"),
 ) -> None:
@@ -37,8 +39,9 @@ def calibrate_command(
     from harness.studies.calibrate.run import CalibratePlan, calibrate
 
     with usage():
-        plan = CalibratePlan(models=models, seed=seed)
+        plan = CalibratePlan(models=models, seed=seed, device=device, fabric=fabric)
     prepare_out(out)
+    check_device(device)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         tasks = {}

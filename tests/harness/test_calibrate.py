@@ -24,7 +24,7 @@ from harness.studies.calibrate.draws import ORDERS as SAMPLED_ORDERS
 from harness.studies.calibrate.draws import TP_SIZES as FITTED_TP_SIZES
 from harness.studies.calibrate.fit import MARGIN, Point, Sample, fit, front, measured, needs, over_budget, worst
 from harness.studies.calibrate.jobs import ORDERS, Spoiled, SpoilingGroup, arrange, load_model, ring_sum
-from harness.studies.calibrate.judge import DRAWN, SETTINGS, TP_SIZES, context_of, judge_models, judged, loaded
+from harness.studies.calibrate.judge import AS_IT_IS, DRAWN, SETTINGS, TP_SIZES, context_of, judge_models, judged, loaded
 from harness.studies.calibrate.power import (
     Threshold,
     ladder,
@@ -167,6 +167,38 @@ def test_half_of_the_samples_are_in_drawn_orders_and_every_setting_is_judged() -
     assert len(SETTINGS) >= 7, "six instruction sets and drawn orders"
 
 
+def test_on_gpus_16_bits_are_judged_as_they_are_and_threads_are_dealt_to_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    plans = {fabric: CalibratePlan(models=6, device="cuda", fabric=fabric) for fabric in ("threads", "nccl")}
+    for plan in plans.values():
+        judged_models = Counter[tuple[str, str]]()
+        for task in plan.tasks():
+            if task.function is judge_models:
+                setting, dtype, num_models = task.args
+                judged_models[setting, dtype] += num_models
+        assert judged_models == {(AS_IT_IS, "bfloat16"): 6, (AS_IT_IS, "float16"): 6}
+    gpus = Counter(task.environ.get("CUDA_VISIBLE_DEVICES") for task in plans["threads"].tasks())
+    assert set(gpus) == {"4", "7"}
+    assert abs(gpus["4"] - gpus["7"]) <= 1
+    assert {task.environ.get("CUDA_VISIBLE_DEVICES") for task in plans["nccl"].tasks()} == {None}, "a rank on each"
+    assert plans["nccl"].num_workers == 1, "ranks that wait for each other on their GPUs"
+    planted = {fabric: {task.args[2] for task in plan.tasks() if task.function is power_of_drawn}
+               for fabric, plan in plans.items()}
+    assert planted == {"threads": {2, 4, 8}, "nccl": {2}}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"device": "tpu"}, "device='tpu' must be cpu or cuda"),
+    ({"fabric": "nccl"}, "fabric='nccl' on device='cpu' must be one of threads"),
+    ({"device": "cuda", "fabric": "nccl"}, "needs two GPUs or more, torch sees 1")])
+def test_a_plan_that_no_machine_can_run_is_refused(options: dict[str, Any], message: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=message):
+        CalibratePlan(**options)
+
+
 # Judge
 
 
@@ -186,11 +218,20 @@ def test_the_judge_finds_nothing_in_clean_code(setting: str, pools: Pools, monke
     assert rows["layers"].model == setting
 
 
+@pytest.mark.multirank
+def test_ranks_that_are_processes_are_judged_in_the_numbers_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "JUDGED", ("collectives", "logits"))
+    with Pools("cpu", "gloo", most=2) as pools:
+        verdicts = list(judge_models(pools, random.Random(3), AS_IT_IS, "bfloat16", 1))
+    assert [(verdict.check, verdict.tp_size, verdict.fabric, verdict.alarm) for verdict in verdicts] == [
+        ("collectives", 2, "gloo", None), ("logits", 2, "gloo", None)]
+
+
 @pytest.mark.endurance
 def test_a_task_has_an_interpreter_of_its_own_with_its_environment() -> None:
     tasks = [Task(what="", name=name, function=environment, args=("ATEN_CPU_CAPABILITY",), environ=environ)
              for name, environ in (("a", {}), ("b", {"ATEN_CPU_CAPABILITY": "default"}))]
-    found = dict(in_workers(tasks))
+    found = dict(in_workers(tasks, CalibratePlan()))
     assert found[0][0] is None
     assert found[1][0] == "default"
     assert found[0][1] != found[1][1] != os.getpid()
@@ -348,7 +389,7 @@ def part(rank: int, length: int) -> torch.Tensor:
 
 
 def test_ctrl_c_leaves_a_report_of_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(tasks: Sequence[Task]) -> Iterator[tuple[int, list[Any]]]:
+    def interrupted(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int, list[Any]]]:
         number = next(number for number, task in enumerate(tasks) if task.function is sample_models)
         yield number, [sample((1.0, 1.0)), sample((2.0, 1.0))]
         raise KeyboardInterrupt
@@ -368,7 +409,7 @@ def test_ctrl_c_leaves_a_report_of_what_was_finished(tmp_path: Path, monkeypatch
 def test_samples_that_are_over_their_budget_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONSTANTS[NARROW], "row", Constants(k=0.5, c=0.01))
     samples = [sample((1.0, 1.0)), sample((1.0, 1.0), statistic="element")]
-    monkeypatch.setattr(run_module, "in_workers", lambda tasks: iter([
+    monkeypatch.setattr(run_module, "in_workers", lambda tasks, plan: iter([
         (next(number for number, task in enumerate(tasks) if task.function is sample_models), samples)]))
     report, is_interrupted = calibrate(CalibratePlan(models=1))
     assert is_interrupted, "not all parts are there"

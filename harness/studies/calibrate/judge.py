@@ -27,7 +27,7 @@ TP_SIZES = (1, 2, 3, 4, 5, 8)
 JUDGED = ("collectives", "weights", "layers", "attention", "logits")
 LAYERS_RUNS = 5
 """Of ``layers`` on one float32 model and tp_size, each with a seed of its own: it needs no model, and is quick."""
-DRAWN = "drawn orders"
+AS_IT_IS, DRAWN = "as it is", "drawn orders"
 
 
 def _isa(aten: str, onednn: str, mkl: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def _isa(aten: str, onednn: str, mkl: str) -> dict[str, str]:
 
 
 SETTINGS: Mapping[str, Mapping[str, str]] = {
-    "as it is": {},
+    AS_IT_IS: {},
     "AVX-512": _isa("avx512", "AVX512_CORE", "AVX512"),
     "AVX2": _isa("avx2", "AVX2", "AVX2"),
     "AVX": _isa("default", "AVX", "AVX"),
@@ -66,8 +66,8 @@ class Verdict:
 
 def judge_models(pools: Pools, draw: random.Random, setting: str, dtype: str, num_models: int) -> Iterator[Verdict]:
     """Every check on drawn models, on each of ``TP_SIZES``, in an interpreter that has the setting's environment."""
-    for results in drawn_models(draw, "judge", num_models, (dtype,)):
-        for tp_size in TP_SIZES:
+    for results in drawn_models(draw, "judge", num_models, (dtype,), pools.device):
+        for tp_size in pools.sizes(TP_SIZES):
             ranks = loaded(pools, draw, results, tp_size)
             for check in JUDGED:
                 for _ in range(LAYERS_RUNS if (check, dtype) == ("layers", "float32") else 1):

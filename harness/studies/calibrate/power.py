@@ -84,7 +84,7 @@ def power_of_drawn(pools: Pools, draw: random.Random, check: str, dtype: str, tp
     while any(left.values()):
         order = draw.choice(orders_of(tp_size))
         ranks = pools(tp_size, order)
-        with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge")) as results:
+        with sizes_alone(random_config(draw, tp_size), dtype, value_seed(draw, "judge"), pools.device) as results:
             sums = sums_of(check, draw, results, tp_size)
             for case in sums:
                 values = values_of(case)
@@ -123,9 +123,9 @@ def values_of(case: Case) -> str:
 
 def power_of_logits(pools: Pools, draw: random.Random, dtype: str, num_cases: int) -> Iterator[Threshold]:
     """The check of logits on drawn models, one rank's part in the sum of one module being off; so many cases a tp_size."""
-    for results in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,)):
+    for results in drawn_models(draw, "judge", -(-num_cases // PLANTED_PER_MODEL), (dtype,), pools.device):
         paths = sum_paths(results)
-        for tp_size in TP_SIZES:
+        for tp_size in pools.sizes(TP_SIZES):
             ranks = loaded(pools, draw, results, tp_size)
             for _ in range(PLANTED_PER_MODEL):
                 sees = partial(_logits_show, ranks, results, draw.choice(paths), draw.randrange(tp_size))

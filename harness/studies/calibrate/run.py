@@ -9,20 +9,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import chain, cycle, repeat
 from typing import Any
+
+import torch
 
 from harness.bench.worker import Worker
 from harness.machine import run_info
 from harness.studies.calibrate import DEFAULT_MODELS
-from harness.studies.calibrate.draws import DTYPES, ORDERS, Pools, sample_models
-from harness.studies.calibrate.judge import DRAWN, SETTINGS, judge_models
+from harness.studies.calibrate.draws import DTYPES, FABRICS, LARGEST_TP, ORDERS, Pools, sample_models
+from harness.studies.calibrate.judge import AS_IT_IS, DRAWN, SETTINGS, judge_models
 from harness.studies.calibrate.power import TP_SIZES as POWER_TP_SIZES
 from harness.studies.calibrate.power import power_of_drawn, power_of_logits
 from harness.studies.calibrate.report import make_report
 from reports.records import Report
 
 MODELS_PER_TASK = 3
+WORKERS_PER_GPU = 8
+"""They take turns on it. Ranks on several GPUs that wait for each other there must not: theirs run one after the other."""
 SAMPLING, JUDGING, PLANTING = "sampling models", "judging runs of checks", "planting errors"
 OnProgress = Callable[[str, int, int], None]
 """(what is done, tasks of it done, in all)"""
@@ -42,46 +46,89 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibratePlan:
-    """How much of everything is drawn. ``models`` float32 models are judged under every setting, a third of that in 16 bits."""
+    """How much of everything is drawn. ``models`` float32 models are judged under every setting, a third of that in 16 bits.
+
+    On GPUs the 16-bit dtypes alone, with as many models, and the arithmetic that there is: kernels there know no setting, and no
+    drawn order.
+    """
 
     models: int = DEFAULT_MODELS
     seed: int = 0
+    device: str = "cpu"
+    fabric: str = "threads"
 
     def __post_init__(self) -> None:
         if self.models < 1:
             raise ValueError(f"models={self.models} must be at least 1")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r} must be cpu or cuda")
+        if self.fabric not in FABRICS[self.device]:
+            raise ValueError(f"fabric={self.fabric!r} on device={self.device!r} must be one of {', '.join(FABRICS[self.device])}")
+        if self.fabric == "nccl" and torch.cuda.device_count() < 2:
+            raise ValueError(f"fabric='nccl' needs two GPUs or more, torch sees {torch.cuda.device_count()}")
+
+    @property
+    def on_gpus(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(dtype for dtype in DTYPES if dtype != "float32" or not self.on_gpus)
+
+    @property
+    def num_workers(self) -> int:
+        """Interpreters at a time."""
+        cores = len(os.sched_getaffinity(0))
+        if not self.on_gpus:
+            return cores
+        return 1 if self.fabric == "nccl" else min(cores, WORKERS_PER_GPU * max(1, torch.cuda.device_count()))
+
+    def environs(self) -> Iterator[dict[str, str]]:
+        """Of one task after the other: threads share a GPU, and tasks are dealt to the GPUs in turn."""
+        if not self.on_gpus or self.fabric == "nccl":
+            return repeat({})
+        own = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = own.split(",") if own else map(str, range(torch.cuda.device_count()))
+        return cycle([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}])
+
+    def pools(self) -> Pools:
+        """For one task; the interpreter's own."""
+        return Pools(self.device, self.fabric, torch.cuda.device_count() if self.fabric == "nccl" else LARGEST_TP)
 
     def tasks(self) -> list[Task]:
         """All that is to be done, what takes longest first."""
         tasks: list[Task] = []
+        settings, orders_drawn = ({AS_IT_IS: SETTINGS[AS_IT_IS]}, ORDERS[:1]) if self.on_gpus else (SETTINGS, ORDERS)
+        gpus = self.environs()
 
         def add(what: str, name: str, function: Callable[..., Iterator[Any]], *args: Any,
                 environ: Mapping[str, str] | None = None, is_slow: bool = False) -> None:
-            task = Task(what=what, name=f"{self.seed}/{what}/{name}", function=function, args=args, environ=environ or {})
+            task = Task(what=what, name=f"{self.seed}/{what}/{name}", function=function, args=args,
+                        environ=next(gpus) | dict(environ or {}))
             tasks.insert(0 if is_slow else len(tasks), task)
 
-        for dtype in DTYPES:
-            for orders in ORDERS:
-                for first, count in _chunks(2 * self.models // len(DTYPES) or 1, orders):
+        for dtype in self.dtypes:
+            for orders in orders_drawn:
+                for first, count in self._chunks(2 * self.models // len(DTYPES) or 1, orders):
                     add(SAMPLING, f"{orders} {dtype} {first}", sample_models, dtype, orders, count, is_slow=orders == ORDERS[1])
-            for setting, environ in SETTINGS.items():
-                for first, count in _chunks(self.models if dtype == "float32" else -(-self.models // 3), setting):
+            for setting, environ in settings.items():
+                for first, count in self._chunks(self.models if dtype == "float32" or self.on_gpus else -(-self.models // 3),
+                                                 setting):
                     add(JUDGING, f"{setting} {dtype} {first}", judge_models, setting, dtype, count, environ=environ,
                         is_slow=setting == DRAWN)
             planted = 7 * self.models
             for check in ("collectives", "layers"):
-                for tp_size in POWER_TP_SIZES:
+                for tp_size in self.pools().sizes(POWER_TP_SIZES):
                     add(PLANTING, f"{check} {dtype} {tp_size}", power_of_drawn, check, dtype, tp_size, planted)
             for first in range(0, planted, self.models):
                 add(PLANTING, f"logits {dtype} {first}", power_of_logits, dtype, min(self.models, planted - first))
         return tasks
 
-
-def _chunks(num_models: int, orders: str) -> Iterator[tuple[int, int]]:
-    """(first, how many) of the models of each task: of drawn orders, which are slow, one at a time."""
-    size = 1 if orders in (DRAWN, ORDERS[1]) else MODELS_PER_TASK
-    for first in range(0, num_models, size):
-        yield first, min(size, num_models - first)
+    def _chunks(self, num_models: int, orders: str) -> Iterator[tuple[int, int]]:
+        """(first, how many) of the models of each task: one at a time where it is slow, in drawn orders and on GPUs."""
+        size = 1 if self.on_gpus or orders in (DRAWN, ORDERS[1]) else MODELS_PER_TASK
+        for first in range(0, num_models, size):
+            yield first, min(size, num_models - first)
 
 
 def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, total: None) -> tuple[Report, bool]:
@@ -93,7 +140,7 @@ def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, 
     try:
         for what, total in totals.items():
             on_progress(what, 0, total)
-        for number, results in in_workers(tasks):
+        for number, results in in_workers(tasks, plan):
             found[number] = results
             what = tasks[number].what
             done[what] += 1
@@ -109,17 +156,17 @@ def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, 
     return report, bool(left)
 
 
-def in_workers(tasks: Sequence[Task]) -> Iterator[tuple[int, list[Any]]]:
-    """(number of the task, what it found), as they are done. As many interpreters at a time as there are cores."""
+def in_workers(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int, list[Any]]]:
+    """(number of the task, what it found), as they are done."""
     workers: list[Worker] = []
 
     def work(number: int, task: Task) -> tuple[int, list[Any]]:
         # One thread each: the tiny products of tiny models, and as many interpreters as cores.
         workers.append(worker := Worker(task.name, environ={"OMP_NUM_THREADS": "1", **task.environ}))
         with worker:
-            return number, worker.call(run_task, task.function, task.name, task.args)
+            return number, worker.call(run_task, plan, task.function, task.name, task.args)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(plan.num_workers) as pool:
         futures = [pool.submit(work, number, task) for number, task in enumerate(tasks)]
         try:
             for future in as_completed(futures):
@@ -130,6 +177,8 @@ def in_workers(tasks: Sequence[Task]) -> Iterator[tuple[int, list[Any]]]:
                 worker.close(grace_s=0)
 
 
-def run_task(state: dict[str, Any], function: Callable[..., Iterator[Any]], name: str, args: tuple[Any, ...]) -> list[Any]:
+def run_task(state: dict[str, Any], plan: CalibratePlan, function: Callable[..., Iterator[Any]], name: str,
+             args: tuple[Any, ...]) -> list[Any]:
     """In a worker: all that the task finds."""
-    return list(function(state.setdefault("pools", Pools()), random.Random(name), *args))
+    with plan.pools() as pools:
+        return list(function(pools, random.Random(name), *args))
