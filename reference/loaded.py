@@ -1,7 +1,7 @@
 """Holds what transformers loaded against the files: the reference is under test too.
 
 Loading renames tensors, merges and splits them. Here the loaded model is written back by transformers' own way, to the names on
-disk, and compared with the files bit for bit.
+disk, and compared with the files bit for bit. By the same way made-up checkpoints come into the format of the hub's files.
 """
 
 import re
@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.checkpoint_files import open_file, read_headers, weight_files
-from reference.building import building
+from reference.building import building, read_config
+from reference.writing import as_config
 
 # Derived values that old files have, and that models make by themselves today.
 _DERIVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
@@ -58,6 +61,46 @@ def as_in_files(model: Any, tensors: dict[str, torch.Tensor], in_files: Set[str]
 
     converted: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
     return max(converted, tensors, key=lambda named: len(in_files & named.keys()))
+
+
+def hub_names(config: Any) -> dict[str, str]:
+    """By each name that the hub's files of such a model have, the name of the tensor that the model makes of it.
+
+    Raises:
+        CheckpointError: If transformers can't build such a model, or knows no way back to the files' names.
+    """
+    model = _of_no_weights(config)
+    tensors = model.state_dict()
+    if _written(model, tensors).keys() == tensors.keys():
+        return {name: name for name in tensors}
+    return {in_files: name for name, tensor in tensors.items() for in_files in _written(model, {name: tensor})}
+
+
+def to_hub_format(folder: Path) -> None:
+    """Have a checkpoint of one file, with the model's own names in it, as the hub's files of such a model are.
+
+    Raises:
+        CheckpointError: As of ``hub_names``.
+    """
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    written = _written(_of_no_weights(read_config(folder)), tensors)
+    if written.keys() != tensors.keys():
+        save_file({name: tensor.contiguous() for name, tensor in written.items()}, path, metadata={"format": "pt"})
+
+
+def _of_no_weights(config: Any) -> Any:
+    config = as_config(config)
+    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _written(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with building(f"transformers can't write a {model.config.model_type} under the names of the hub's files"):
+        written: dict[str, torch.Tensor] = revert_weight_conversion(model, tensors)
+    return written
 
 
 def _in_files(name: str, in_files: Collection[str], prefix: str) -> str:

@@ -20,12 +20,13 @@ from engine.checkpoint.checkpoint_files import one_line
 from harness.checks.base import Check, CheckContext, NotApplicableError, Outcome, Whole
 from harness.checks.weights import narrow_config
 from harness.subjects.base import SubjectFailure
-from harness.verification.budgets import computation, digest
+from harness.verification.budgets import computation, digest, row_errors
 from harness.verification.localise import search
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.routes import follow
 from reference.checkpoints import random_checkpoint
 from reference.hf import DTYPES
+from reference.loaded import to_hub_format
 from reference.writing import edited
 
 MODEL, NEAR_EPS = "model", "near eps"
@@ -60,6 +61,7 @@ def near_eps_model(context: CheckContext) -> Iterator[CheckContext]:
     config["intermediate_size"] = 8 * context.tp_size  # experts' grouped products want rows of multiples of 16 bytes
     with tempfile.TemporaryDirectory(prefix="shardproof-") as scratch:
         folder = near_eps_checkpoint(Path(scratch), config, dtype=context.dtype, seed=context.seed)
+        to_hub_format(folder)
         results = ReferenceResults(folder, dtype=context.dtype, seed=context.seed, device=context.results.device,
                                    schedule_lengths=SMALL_SCHEDULE_LENGTHS)
         try:
@@ -129,7 +131,8 @@ def compare_computed(context: CheckContext, by_rank: Sequence[list[Tensor]]) -> 
     tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(results.baseline_logits),
                "exact": torch.cat(results.exact_logits)}
     found, baseline, exact = tensors.values()
-    comparison = computation(found, baseline, exact, context.dtype, list(torch.cat(results.simulated_logits, 1)))
+    simulated = list(torch.cat(results.simulated_logits, 1))
+    comparison = computation(found, baseline, exact, context.dtype, simulated)
     if comparison.ok:
         chosen = {"choices": followed.choices, "near_ties": followed.flips, "choices_not_shown": followed.unseen}
         return Outcome(
@@ -141,6 +144,11 @@ def compare_computed(context: CheckContext, by_rank: Sequence[list[Tensor]]) -> 
     sequence = next(number for number in range(cases) if row < sum(map(len, schedule.sequences[: number + 1])))
     token = row - sum(map(len, schedule.sequences[:sequence]))
     where = f"sequence {sequence}, token {token}" if comparison.row >= 0 else "the median token"
+    over_T = row_errors(found, baseline, exact, context.dtype, simulated) > 1
+    if followed.choices and context.subject.shown_as and not over_T.all():  # near-ties turn round for some tokens alone
+        raise NotApplicableError(
+            f"logits of {where} are {comparison.error_over_budget:.3g} of the budget after the choices that were shown, but "
+            f"{context.subject.shown_as}; the run that was judged may have chosen otherwise where two were near-equal")
     outcome = Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget, module="lm_head",
                       tensors={name: tensor[row : row + 1] for name, tensor in tensors.items()},
                       finding=f"logits of {where}: {comparison.error_over_budget:.3g} of the budget")

@@ -9,6 +9,7 @@ of a checkpoint that holds an LM head all the same.
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from harness.verification.budgets import bits
 from reference.checkpoints import as_config, index_checkpoint, shapes_and_ties, weight_shapes
 from reference.elements import ElementIndex
 from reference.hf import DTYPES
+from reference.loaded import to_hub_format
 from reference.shards import Ownership
 from reference.writing import edited
 
@@ -33,6 +35,7 @@ SHARDED = "sharded_parameters"
 """In a row's ``extra``: the share of the parameters that no rank holds whole."""
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 LONG_VOCABULARY = 1009
+_EXPERTS_WIDTH = re.compile(r"(moe_|expert_|shared_experts?_|moe_shared_expert_|shared_)(intermediate|ffn_hidden)_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,10 @@ def check_own_head(context: CheckContext) -> Outcome | None:
 
 def _loaded_beside(context: CheckContext, what: str, folder: Path, config: dict[str, Any]) -> Outcome:
     index = ElementIndex.of_checkpoint(folder)
+    if index.dtype not in context.subject.dtypes:
+        raise NotApplicableError(f"subject={context.subject.name!r} takes no {index.dtype}, and {what} has more elements than "
+                                 "float32 has numbers")
+    to_hub_format(folder)  # not everybody knows the names that a model has once it is loaded
     with context.subject.beside(folder, dtype=index.dtype, options={"num_kv_blocks": 4, "block_size": 16}):
         return compare_shards(context, what, folder, config, index.dtype, index)
 
@@ -122,6 +129,8 @@ def narrow_config(config: dict[str, Any], tp_size: int, *, uneven: bool = True, 
             "num_hidden_layers": 2, "vocab_size": 7 * tp_size + rest, "max_position_embeddings": 64}
     if "head_dim" in config:
         narrow["head_dim"] = head_dim
+    # Experts' grouped products want rows of multiples of 16 bytes.
+    narrow |= {name: 8 * tp_size for name, value in config.items() if value and _EXPERTS_WIDTH.fullmatch(name)}
     if config.get("sliding_window"):
         narrow["sliding_window"] = max(64, config["sliding_window"])
     if rope.get("rope_type") == "longrope":

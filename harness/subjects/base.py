@@ -163,6 +163,7 @@ class Subject(ABC):
     has_windows    whether sequences may be longer than a sliding window of the model
     has_uneven     whether it computes with sizes that do not split evenly over its ranks, whatever the model
     loads_uneven   whether it loads such sizes, though it may not compute with them
+    dtypes         that it loads
     head_dim       the smallest head that it computes with
     atlas_from     an atlas of it says something from so many ranks on; None: there is none
     shown_as       what to know of activations that are not of the run whose logits were judged; empty: they are
@@ -177,6 +178,7 @@ class Subject(ABC):
     has_windows: ClassVar[bool] = True
     has_uneven: ClassVar[bool] = True
     loads_uneven: ClassVar[bool] = True
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", "float64")
     head_dim: ClassVar[int] = 4
     atlas_from: ClassVar[int | None] = None
     shown_as: ClassVar[str] = ""

@@ -30,6 +30,7 @@ from harness.subjects.base import Loaded, NotShownError, Placement, Schedule, Su
 from harness.subjects.on_ranks import as_subject_failure
 from reference.checkpoints import CheckpointError, read_config
 from reference.hf import Activations
+from reference.loaded import hub_names
 from reference.shards import Ownership
 
 TESTED = {"cpu": "0.32", "cuda": "0.26"}
@@ -64,6 +65,7 @@ class VllmSubject(Subject):
     name: ClassVar[str] = "vllm"
     has_uneven: ClassVar[bool] = False  # it refuses sizes that its ranks do not divide, but for the vocabulary
     loads_uneven: ClassVar[bool] = False
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     head_dim: ClassVar[int] = HEAD_DIM
     atlas_from: ClassVar[int | None] = 1
     served: ClassVar[Path] = Path(__file__).with_name("vllm_worker.py")
@@ -169,6 +171,14 @@ class VllmSubject(Subject):
         """By the model's name of a tensor the files' own."""
         return {name: stored.name for name, stored in self._stored.items()}
 
+    def _reference_names(self) -> dict[str, str]:
+        """By the reference's name of a tensor the files' own; of several that become one, one of them."""
+        assert self.loaded is not None, "load before"
+        in_model: dict[str, str] = {}
+        with contextlib.suppress(CheckpointError):  # then by the files' names alone
+            in_model = hub_names(read_config(self.loaded.folder))
+        return {in_model.get(name, name): own for name, own in self._names.items()}
+
     def _by_rank(self) -> list[dict[str, Any]]:
         if self._held is None:
             self._held = self._ask("held", names=self._names, shapes={
@@ -209,7 +219,8 @@ class VllmSubject(Subject):
 
     def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
         batch = next(batch for batch in _batches(schedule) if sequence in batch)
-        by_rank = self._ask("activations", **_parts(schedule, batch), sequence=batch.index(sequence), names=self._names)
+        by_rank = self._ask("activations", **_parts(schedule, batch), sequence=batch.index(sequence),
+                            names=self._reference_names())
         self._own = dict(by_rank[0]["own"])
         return [Activations(inputs=taken["inputs"], outputs=taken["outputs"], choices={
             f"{block}{router}: top-k 0": chosen for block, chosen in taken["choices"].items() for router in ROUTERS})

@@ -307,6 +307,7 @@ class Served:
             own = self.own_name(names[name])
             theirs, ours = name.rpartition(".")[0], own.rpartition(".")[0]
             parent, _, last = ours.rpartition(".")
+            expert = EXPERT.fullmatch(own)
             packed = next((f"{parent}.{fused}" for fused, parts in self.packed().items() if last in parts and (
                 f"{parent}.{fused}.weight" in self.parameters)), None)
             if packed is not None:
@@ -314,6 +315,9 @@ class Served:
                 entry = (theirs, parts.index(last))
                 if entry not in found.setdefault(packed, []):
                     found[packed].append(entry)
+            elif expert is not None and ".experts" in name:  # all experts are one module, here and there
+                theirs, ours = name[: name.rindex(".experts") + len(".experts")], expert["parent"]
+                found.setdefault(ours, [(theirs, None)])
             elif any(f"{ours}.{kind}" in self.parameters for kind in ("weight", "bias")):
                 found.setdefault(ours, [(theirs, None)])
             while "." in ours and "." in theirs and ours.rpartition(".")[2] == theirs.rpartition(".")[2]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.checks.base import CheckContext, Outcome
+from harness.checks.base import CheckContext, NotApplicableError, Outcome
 from harness.checks.logits import compare_logits
 from harness.subjects.base import Schedule
 from harness.verification.reference_results import ReferenceResults
@@ -142,6 +142,25 @@ def test_near_ties_that_turn_round_too_often_are_a_finding(results: ReferenceRes
     outcome = judged(results, swapped_at(None))
     assert outcome.finding is not None
     assert "more than twice as many as rounding explains" in outcome.finding
+
+
+class ShownByAnother(Routed):
+    """What it shows is of another run, which chose as the reference does."""
+
+    shown_as = "choices are those of another run"
+
+    def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
+        return [self.reference.activations(schedule.sequences[sequence])]
+
+
+def test_choices_of_another_run_make_no_finding_of_a_few_tokens(results: ReferenceResults) -> None:
+    def outcome(tokens: int | None) -> Outcome:
+        subject: Any = ShownByAnother(results, swapped_at(tokens, near=tokens is not None))
+        return compare_logits(CheckContext(results=results, subject=subject, options={}, seed=0))
+
+    with pytest.raises(NotApplicableError, match="choices are those of another run; the run that was judged may have chosen"):
+        outcome(1)
+    assert outcome(None).finding
 
 
 def test_a_wrong_router_is_named_itself(results: ReferenceResults) -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from harness.checks.base import CheckContext
-from harness.checks.logits import compare_logits
-from harness.checks.weights import check_own
+from harness.checks.logits import check_near_eps, compare_logits
+from harness.checks.weights import check_indexed, check_own
 from harness.errors import UsageError
 from harness.subjects import vllm
 from harness.subjects.base import Placement, Schedule
@@ -310,13 +310,27 @@ def judged(subject: Planted, folder: Path) -> tuple[Any, Any]:
 
 @needs_vllm
 @pytest.mark.multirank
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe", "gpt2", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe", "mixtral", "gpt2", "phi3"])
 def test_a_right_model_is_green(two_ranks: Planted, tmp_path: Path, architecture: str) -> None:
     folder = shrink(architecture, tmp_path / "model", **VllmSubject.tiny_sizes(tiny_config(architecture)))
     logits, weights = judged(two_ranks, folder)
     assert_green(logits)
     assert_green(weights)
     assert weights.extra["sharded_parameters"] > 0.5
+
+
+@needs_vllm
+@pytest.mark.multirank
+def test_a_mixture_of_experts_of_other_names_is_seen_whole(two_ranks: Planted, tmp_path: Path) -> None:
+    """Files of Mixtral have other names than its modules; vLLM takes those of the files alone."""
+    folder = shrink("mixtral", tmp_path / "model", **VllmSubject.tiny_sizes(tiny_config("mixtral")))
+    results = ReferenceResults(folder, dtype="float32", schedule_lengths=(24, 13), beyond_windows=True)
+    two_ranks.load(folder, dtype="float32", options={})
+    shown = two_ranks.activations(results.schedule, 0)[0]
+    assert {"model.layers.0.mlp", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts"} <= shown.outputs.keys()
+    context = CheckContext(results=results, subject=two_ranks, options={}, seed=0)
+    assert_green(check_indexed(context))
+    assert_green(check_near_eps(context))
 
 
 @needs_vllm

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from engine.checkpoint.checkpoint_files import read_headers
 from harness.verification.reference_results import ReferenceResults
-from reference.checkpoints import random_checkpoint
+from reference.checkpoints import random_checkpoint, read_config
 from reference.hf import Reference
-from reference.loaded import differences
+from reference.loaded import differences, hub_names, to_hub_format
 from reference.shrink import shrink
 from reference.writing import edited
 from tests.reference.tiny import tiny_config
@@ -45,6 +46,26 @@ def test_files_under_the_models_own_names_are_compared_by_these(tmp_path, model_
     name, parameter = next((name, x) for name, x in loaded.named_parameters() if "experts" in name)
     parameter.data.view(-1)[0] += 1
     assert [line.split()[0] for line in differences(loaded, tmp_path)] == [name]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3_moe", "phi3"])
+def test_made_up_checkpoints_come_into_the_format_of_the_hubs_files(tmp_path, model_type):
+    own = shrink(model_type, tmp_path / "own", own_names=True)
+    mine = Reference.load(own, "float32").model.state_dict()
+    to_hub_format(own)
+    hub = shrink(model_type, tmp_path / "hub")
+    assert read_headers(own).keys() == read_headers(hub).keys()
+    theirs = Reference.load(own, "float32").model.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    names = hub_names(read_config(hub))
+    assert names.keys() == read_headers(hub).keys()
+    assert set(names.values()) == mine.keys()
+
+
+def test_names_of_the_hub_lead_to_the_models_own(folders):
+    names = hub_names(read_config(folders["mixtral"]))
+    assert names["model.layers.0.block_sparse_moe.gate.weight"] == "model.layers.0.mlp.gate.weight"
+    assert names["model.layers.1.block_sparse_moe.experts.3.w3.weight"] == "model.layers.1.mlp.experts.gate_up_proj"
 
 
 def test_merged_tensors_go_by_their_names_in_the_files(folders):
