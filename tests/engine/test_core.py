@@ -100,7 +100,7 @@ def expected(checkpoint: MakeCheckpoint, reference: MakeReference) -> list[list[
     return token_ids
 
 
-@settings(FEW, max_examples=12)
+@settings(FEW, max_examples=6)
 @given(
     block_size=st.sampled_from([1, 16, 48, 256]),
     enable_prefix_caching=st.booleans(),
@@ -242,7 +242,7 @@ def test_a_sequence_may_fill_the_model_to_its_last_position(checkpoint: MakeChec
     assert ids_of(outputs) == [exact.token_ids]
 
 
-@settings(FEW, max_examples=13)
+@settings(FEW, max_examples=6)
 @given(num_steps=st.integers(0, 12))
 def test_an_aborted_request_brings_nothing_more_and_disturbs_nobody(
     checkpoint: MakeCheckpoint, expected: list[list[int]], num_steps: int

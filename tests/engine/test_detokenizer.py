@@ -282,7 +282,7 @@ def real() -> dict[str, Any]:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("name", REAL_TOKENIZERS)
-@settings(MANY, max_examples=200)
+@settings(MANY, max_examples=60)
 @given(data=st.data())
 def test_the_text_is_what_the_tokenizer_makes_of_all_tokens(
     real: dict[str, Any], name: str, skip: bool, data: st.DataObject

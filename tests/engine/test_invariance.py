@@ -181,7 +181,8 @@ def test_logits_are_the_same_bits_at_any_tp_size_chunking_and_block_size(tmp_pat
     folder = random_checkpoint(tmp_path, config, dtype=dtype, seed=seed)
     sequences = [[draw.randrange(config["vocab_size"]) for _ in range(length)] for length in LENGTHS]
     expected: list[Tensor] = []
-    for tp_size, schedule, block_size in ((1, WHOLE, 16), (1, DECODES, 7), *((size, MIXED, 5) for size in (2, 3, 5, 6, 7, 8))):
+    sizes = (2, 5, 8) if seed < 2 else (2, 3, 5, 6, 7, 8)
+    for tp_size, schedule, block_size in ((1, WHOLE, 16), (1, DECODES, 7), *((size, MIXED, 5) for size in sizes)):
         by_rank = on_ranks(tp_size, lambda tp, schedule=schedule, block_size=block_size: logits_of(
             make_runner(folder, tp, dtype=dtype, block_size=block_size, tp_invariant=True), sequences, schedule))
         for logits in by_rank:
@@ -235,7 +236,7 @@ def on_one_rank(folder: Path) -> list[list[tuple[Any, ...]]]:
     pytest.param({"tp_size": 2, "num_kv_blocks": 18, "max_model_len": 60}, id="preempted"),
     pytest.param({"tp_size": 6, "max_num_batched_tokens": 8}, id="tp-6-small-chunks"),
     pytest.param({"tp_size": 2, "fabric": "gloo"}, id="gloo-2", marks=pytest.mark.multirank),
-    pytest.param({"tp_size": 3, "fabric": "gloo"}, id="gloo-3", marks=pytest.mark.multirank)])
+    pytest.param({"tp_size": 3, "fabric": "gloo"}, id="gloo-3", marks=[pytest.mark.multirank, pytest.mark.endurance])])
 def test_tokens_and_log_probabilities_are_the_same_to_the_bit(checkpoint: MakeCheckpoint, options: dict[str, Any]) -> None:
     assert served(checkpoint(), **options) == on_one_rank(checkpoint())
 

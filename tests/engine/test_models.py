@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -87,12 +89,19 @@ def test_float64_logits_are_the_exact_references_but_for_rounding(
     assert worst(run(checkpoint, family, SoloGroup()), exact) < MOST_ROUNDOFFS
 
 
-@pytest.mark.parametrize("tp_size", [2, 3, 4, 5, 6])
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.fixture(scope="module")
+def solo_logits(checkpoint: MakeCheckpoint) -> Callable[[str], list[Tensor]]:
+    """The solo rank's logits of a family by its name, computed once."""
+    return cache(lambda name: run(checkpoint, FAMILIES[name], SoloGroup()))
+
+
+@pytest.mark.parametrize("tp_size", [2, pytest.param(3, marks=pytest.mark.endurance), 4, 5,
+                                     pytest.param(6, marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_rank_has_the_solo_ranks_logits_but_for_rounding(
-    checkpoint: MakeCheckpoint, family: dict[str, Any], tp_size: int
+    checkpoint: MakeCheckpoint, solo_logits: Callable[[str], list[Tensor]], name: str, tp_size: int
 ) -> None:
-    solo = run(checkpoint, family, SoloGroup())
+    family, solo = FAMILIES[name], solo_logits(name)
     ranks = on_ranks(tp_size, lambda tp: run(checkpoint, family, tp))
     for logits in ranks:
         assert worst(logits, solo) < MOST_ROUNDOFFS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,19 @@ def test_wherever_the_weight_is_the_request_ends(spoilt: Any, tensor: str, index
         assert "holds a NaN or an infinity" in str(output.error)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("params", [
-    SAMPLED, SamplingParams(temperature=0, max_tokens=20), SamplingParams(n=3, seed=1, max_tokens=20, logprobs=2),
-    SamplingParams(seed=2, top_k=9, top_p=0.8, max_tokens=20),
-    SamplingParams(seed=2, min_tokens=20, stop_token_ids=[4], max_tokens=20),
-], ids=["sampled", "greedy", "several", "filtered", "banned"])
+PARAMS = {
+    "sampled": replace(SAMPLED, max_tokens=12), "greedy": SamplingParams(temperature=0, max_tokens=12),
+    "several": SamplingParams(n=3, seed=1, max_tokens=12, logprobs=2),
+    "filtered": SamplingParams(seed=2, top_k=9, top_p=0.8, max_tokens=12),
+    "banned": SamplingParams(seed=2, min_tokens=12, stop_token_ids=[4], max_tokens=12),
+}
+
+
+@pytest.mark.parametrize(("kind", "params"), [
+    pytest.param(kind.values[0], params, id=f"{name}-{kind.id}",
+                 # Kinds of ranks differ in how they are driven, parameters in what a rank draws: all of each, not all pairs.
+                 marks=[*kind.marks, *[pytest.mark.endurance] * (kind is not KINDS[1] and name != "several")])
+    for kind in KINDS for name, params in PARAMS.items()])
 def test_the_other_requests_go_on_as_if_they_were_alone(spoilt: Any, kind: tuple[str, int], params: SamplingParams) -> None:
     folder = spoilt("model.embed_tokens.weight", (POISON, 0), math.nan)
     with open_llm(folder, kind[1], fabric=kind[0]) as llm:
@@ -109,7 +117,7 @@ def test_the_other_requests_go_on_as_if_they_were_alone(spoilt: Any, kind: tuple
 def test_the_step_is_counted_and_what_came_before_is_kept(spoilt: Any) -> None:
     folder = spoilt("model.embed_tokens.weight", (POISON, 0), 0.0)
     with open_llm(folder, 2) as llm:
-        whole = llm.generate([[number] for number in range(40)], SamplingParams(seed=3, max_tokens=60, logprobs=1))
+        whole = llm.generate([[number] for number in range(16)], SamplingParams(seed=3, max_tokens=60, logprobs=1))
     # A request that draws the token in mid-text: from the step after it, there is nothing finite.
     number, step = next((number, output.outputs[0].token_ids.index(POISON)) for number, output in enumerate(whole)
                         if POISON in output.outputs[0].token_ids[4:50] and POISON not in output.outputs[0].token_ids[:4])

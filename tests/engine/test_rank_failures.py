@@ -114,14 +114,14 @@ def test_a_failure_can_be_sent_on() -> None:
 @pytest.mark.parametrize(
     ("how", "says", "trace"),
     [
-        (kill_self, "killed by SIGKILL", ""),
-        (functools.partial(kill_self, signal.SIGTERM), "killed by SIGTERM", ""),
-        (functools.partial(os._exit, 7), "exited with code 7", ""),
-        (functools.partial(sys.exit, 3), "exited with code 3", ""),
-        (read_null, "killed by SIGSEGV", "in read_null"),
-        (os.abort, "killed by SIGABRT", "in die_on"),
+        pytest.param(kill_self, "killed by SIGKILL", "", id="kill"),
+        pytest.param(functools.partial(kill_self, signal.SIGTERM), "killed by SIGTERM", "", id="term",
+                     marks=pytest.mark.endurance),
+        pytest.param(functools.partial(os._exit, 7), "exited with code 7", "", id="_exit", marks=pytest.mark.endurance),
+        pytest.param(functools.partial(sys.exit, 3), "exited with code 3", "", id="sys.exit"),
+        pytest.param(read_null, "killed by SIGSEGV", "in read_null", id="segfault"),
+        pytest.param(os.abort, "killed by SIGABRT", "in die_on", id="abort", marks=pytest.mark.endurance),
     ],
-    ids=["kill", "term", "_exit", "sys.exit", "segfault", "abort"],
 )
 @pytest.mark.parametrize("then_wait", [False, True])
 def test_a_rank_that_dies_is_the_cause(how: Callable[[], Any], says: str, trace: str, then_wait: bool) -> None:

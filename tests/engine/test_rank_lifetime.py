@@ -188,7 +188,7 @@ def is_empty_soon(folder: Path) -> bool:
 
 
 @multirank
-@pytest.mark.parametrize("how", ["killed", "forks", "closes"])
+@pytest.mark.parametrize("how", ["killed", "forks", pytest.param("closes", marks=pytest.mark.endurance)])
 def test_ranks_do_not_outlive_a_driver_that_is_killed(tmp_path: Path, scratch: Path, how: str) -> None:
     with start_driver(tmp_path, DRIVER, how, scratch=scratch) as driver:
         assert driver.stdout is not None

@@ -302,7 +302,9 @@ class AllTests:
 
 all_tests = AllTests()
 for selection in json.load(sys.stdin):
-    arguments = ["--collect-only", "-qq", "-W", "default", "--assert=plain", "-p", "no:cacheprovider", *selection]
+    # That plugin looks for garbage among all tests ten times a selection.
+    arguments = ["--collect-only", "-qq", "-W", "default", "--assert=plain", "-p", "no:cacheprovider",
+                 "-p", "no:unraisableexception", *selection]
     code = pytest.main(arguments, plugins=[all_tests])
     print(f"\\n@@ {int(code)}")
 """

@@ -15,6 +15,8 @@ from reference.checkpoints import random_checkpoint
 
 MakeModel = Callable[..., Path]
 HERE = Path(__file__).parent
+TRANSFORMERS = ("harness.subjects.transformers", "harness.subjects.torch_plan", "transformers.models.llama.modeling_llama")
+"""What ranks of the subjects that are not the engine import: seconds for each of them, at each start."""
 
 
 @pytest.fixture(scope="session")
@@ -38,4 +40,4 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """
     if any(item.get_closest_marker("multirank") and item.path.is_relative_to(HERE) for item in session.items) \
             and not session.config.option.collectonly:
-        Ranks(2, fabric="gloo", preload=PRELOAD).close()
+        Ranks(2, fabric="gloo", preload=(*PRELOAD, *TRANSFORMERS)).close()

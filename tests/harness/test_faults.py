@@ -233,23 +233,25 @@ def test_the_smallest_case_is_what_a_check_tells_of_it() -> None:
         assert Examination(outcomes={"generation": outcome}, crashed={}, seconds=0.0).smallest == smallest
 
 
-# One of each layer of the engine, caught by different checks.
-REPRESENTATIVE = ("same-rows-on-every-rank", "bias-left-at-zero", "row-bias-on-every-rank", "reduced-twice",
-                  "logits-of-the-step-before", "last-slot-of-a-block-missed", "seed-of-each-rank",
+# Caught by different checks: the weights', the layers', the logits' and localisation, the collectives', the generation's.
+REPRESENTATIVE = ("same-rows-on-every-rank", "row-bias-on-every-rank", "logits-of-the-step-before", "seed-of-each-rank",
                   "row-bias-through-the-weights-loader")
+MORE = ("bias-left-at-zero", "reduced-twice", "last-slot-of-a-block-missed")
 CONTROLS = ("sums-in-two-messages",)
+
+
+def run_on_the_command_line(faults: tuple[str, ...], controls: tuple[str, ...], out: Path) -> Report:
+    only = [word for name in (*faults, *controls) for word in ("--only", name)]
+    result = CliRunner().invoke(app, ["faults", *only, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"{len(faults)} of {len(faults)} faults seen" in result.output
+    assert f"{len(controls)} of {len(controls)} controls left alone" in result.output
+    return read_report(out)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Of a run on the command line."""
-    out = tmp_path_factory.mktemp("faults")
-    only = [word for name in (*REPRESENTATIVE, *CONTROLS) for word in ("--only", name)]
-    result = CliRunner().invoke(app, ["faults", *only, "--out", str(out)])
-    assert result.exit_code == 0, result.output
-    assert f"{len(REPRESENTATIVE)} of {len(REPRESENTATIVE)} faults seen" in result.output
-    assert f"{len(CONTROLS)} of {len(CONTROLS)} controls left alone" in result.output
-    return read_report(out)
+    return run_on_the_command_line(REPRESENTATIVE, CONTROLS, tmp_path_factory.mktemp("faults"))
 
 
 def row_of(report: Report, name: str) -> CheckRow:
@@ -257,14 +259,26 @@ def row_of(report: Report, name: str) -> CheckRow:
     return row
 
 
-@pytest.mark.multirank
-@pytest.mark.parametrize("name", REPRESENTATIVE)
-def test_a_planted_fault_is_seen_by_its_checks_and_placed(report: Report, name: str) -> None:
+def assert_seen_and_placed(report: Report, name: str) -> None:
     fault, row = FAULTS[name], row_of(report, name)
     assert row.verdict == "pass"
     assert set(fault.checks) <= set(row.extra["red"])
     assert (row.module, row.extra["effect"]) == (fault.module, fault.effect)
     assert row.extra["smallest"]
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_planted_fault_is_seen_by_its_checks_and_placed(report: Report, name: str) -> None:
+    assert_seen_and_placed(report, name)
+
+
+@pytest.mark.multirank
+@pytest.mark.endurance
+def test_more_faults_are_seen_by_their_checks_and_placed(tmp_path: Path) -> None:
+    report = run_on_the_command_line(MORE, (), tmp_path)
+    for name in MORE:
+        assert_seen_and_placed(report, name)
 
 
 @pytest.mark.multirank

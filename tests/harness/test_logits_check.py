@@ -23,7 +23,7 @@ from tests.reference.tiny import small_config
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 SEEDS = 10
-FEW_THEN_ALL = pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, SEEDS), marks=pytest.mark.endurance)], ids=str)
+ONE_THEN_ALL = pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, SEEDS), marks=pytest.mark.endurance)], ids=str)
 NORMS = {
     "every norm": ("",), "the final norm": ("model.norm",), "norms before attention": ("input_layernorm",),
     "norms before the MLP": ("post_attention_layernorm",), "the last layer's first norm": ("layers.1.input_layernorm",),
@@ -62,7 +62,7 @@ def test_the_tokens_on_both_sides_of_every_shard_border_are_among_the_inputs(tin
 @pytest.mark.parametrize(("dtype", "tp_size"), [
     ("float32", 1), pytest.param("bfloat16", 1, marks=pytest.mark.endurance), ("bfloat16", 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-@FEW_THEN_ALL
+@ONE_THEN_ALL
 def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: MakeModel, family: str, dtype: str, tp_size: int,
                                                                   seeds: range, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logits_check, "search", lambda *_: Search(place=None))  # it takes longer than all the rest
@@ -80,10 +80,11 @@ def test_a_wrong_eps_is_seen_in_any_norm_and_the_right_one_is_not(tiny_model: Ma
     assert not missed
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-12])
+@pytest.mark.parametrize(("eps", "tp_size"), [
+    (1e-5, 2), (1e-12, 1),
+    *(pytest.param(eps, tp_size, marks=pytest.mark.endurance) for eps, tp_size in ((1e-5, 1), (1e-6, 1), (1e-6, 2), (1e-12, 2)))])
 @pytest.mark.parametrize("family", FAMILIES)
-@FEW_THEN_ALL
+@ONE_THEN_ALL
 def test_float16_is_green_however_small_eps_is(tiny_model: MakeModel, family: str, eps: float, tp_size: int,
                                                seeds: range) -> None:
     """Its smallest numbers are larger than the square root of some models' eps."""

@@ -233,6 +233,16 @@ def _launch_all(overlap: bool) -> int:
     return 21 + _launch_peers(x, overlap)
 
 
+def _launch_few(overlap: bool) -> int:
+    """One kernel of each way to be launched: by rows, by tiles of a product, on memory that ranks share."""
+    x = torch.zeros(4, 1024, dtype=torch.bfloat16)
+    memory = shared_memory(2, half_bytes=8 * x.numel() * x.element_size())[1]
+    rms_norm.add_rms_norm(x, x, x[0], 1e-6, settled=True, overlap=overlap)
+    matmul_few_rows.matmul_few_rows(x, x, tiles=matmul_few_rows.Tiles(16, 16, 64), settled=True, overlap=overlap)
+    peer_all_reduce.peer_add_rms_norm(x, x, x[0], 1e-6, memory, settled=True, overlap=overlap)
+    return 3
+
+
 def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
     """The kernels on memory that ranks share, as one of two. Returns how many there are."""
     rows, ids = x.repeat(8, 1), torch.zeros(4).long()
@@ -314,8 +324,9 @@ def test_a_kernel_that_does_not_wait_is_seen(compiled: list[Any], fault: str, me
         _assert_waits_first("_hasty", compiled[0].asm["ptx"])
 
 
-def test_kernels_that_are_launched_in_turn_do_not_wait(compiled: list[Any]) -> None:
-    _check(compiled, _launch_all(overlap=False))
+@pytest.mark.parametrize("launch", [_launch_few, pytest.param(_launch_all, marks=pytest.mark.endurance)])
+def test_kernels_that_are_launched_in_turn_do_not_wait(compiled: list[Any], launch: Callable[[bool], int]) -> None:
+    _check(compiled, launch(False))
     for kernel in compiled:
         assert not kernel.metadata.launch_pdl
         assert "griddepcontrol" not in kernel.asm["ptx"]

@@ -9,10 +9,16 @@ import os
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 if not collect_ignore_glob:
+    # --hypothesis-profile=many draws more.
+    settings.register_profile("few", max_examples=6, deadline=None)
+    settings.register_profile("many", max_examples=40, deadline=None)
+    settings.load_profile("few")
+
     from triton._C.libtriton import interpreter
     from triton.runtime import interpreter as interpreted
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.kernels.paged_decode import paged_decode
@@ -57,7 +57,6 @@ _SHAPES = {
 }
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     problem=st.builds(
         lambda contexts, **shapes: attention_problem(context_lens=contexts, query_lens=[1] * len(contexts), **shapes),
@@ -82,7 +81,6 @@ def test_decode_is_the_dense_formula_wherever_the_sequences_are_cut() -> None:
     assert not torch.equal(out, uncut), "must have been cut"
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     problem=st.builds(
         lambda lengths, **shapes: attention_problem(

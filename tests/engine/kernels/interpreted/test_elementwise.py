@@ -5,7 +5,7 @@ bfloat16 is left to the GPU: the interpreter truncates where hardware rounds.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.kernels.decode_inputs import decode_inputs, decode_inputs_torch
@@ -18,7 +18,6 @@ from tests.engine.kernels.problems import decode_inputs_problem, over_budget, ro
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 SEEDS = st.integers(0, 2**16)
 EPS = 1e-6
-few = settings(max_examples=8, deadline=None)
 
 
 def _normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,7 +31,6 @@ def _slots(seed: int, num_tokens: int, num_slots: int) -> torch.Tensor:
     return slots
 
 
-@few
 @given(
     block_size=st.sampled_from([1, 3, 16]),
     num_heads=st.integers(1, 5),
@@ -51,7 +49,6 @@ def test_store_kv_moves_the_same_bits(block_size: int, num_heads: int, head_dim:
     assert torch.equal(ours.view(torch.int16), twins.view(torch.int16))
 
 
-@few
 @given(num_rows=st.integers(0, 4), dim=st.sampled_from([1, 40, 64, 576]), dtype=DTYPES, settled=st.booleans(), seed=SEEDS)
 def test_norms_agree(num_rows: int, dim: int, dtype: torch.dtype, settled: bool, seed: int) -> None:
     x, residual = _normal(seed, 2, num_rows, dim + 3, dtype=dtype)[..., :dim]
@@ -63,7 +60,6 @@ def test_norms_agree(num_rows: int, dim: int, dtype: torch.dtype, settled: bool,
     assert torch.equal(normed, rms_norm(new_residual, weight, EPS))
 
 
-@few
 @given(num_rows=st.integers(0, 3), intermediate=st.sampled_from([1, 35, 1024, 1100]), dtype=DTYPES, seed=SEEDS)
 def test_gates_agree(num_rows: int, intermediate: int, dtype: torch.dtype, seed: int) -> None:
     gate_up = 4 * _normal(seed, num_rows, 2 * intermediate, dtype=dtype)
@@ -80,7 +76,6 @@ def test_gates_that_overflow_the_exponential_give_what_the_twin_gives(dtype: tor
     torch.testing.assert_close(silu_mul(gate_up), silu_mul_torch(gate_up), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=24, deadline=None)
 @given(
     num_tokens=st.sampled_from([1, 3]),
     num_q_heads=st.sampled_from([1, 5, 9, 17]),
@@ -148,7 +143,6 @@ def test_tables_wider_than_half_a_head_are_refused() -> None:
         apply_rope(q, q, torch.zeros(1).long(), torch.zeros(4, 9), torch.zeros(4, 9))
 
 
-@few
 @given(num_seqs=st.sampled_from([0, 1, 5, 130]), block_size=st.sampled_from([1, 16, 48]), seed=SEEDS)
 def test_inputs_of_a_decode_step_are_the_twins(num_seqs: int, block_size: int, seed: int) -> None:
     inputs = decode_inputs_problem(num_seqs=num_seqs, block_size=block_size, seed=seed)
