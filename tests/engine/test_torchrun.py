@@ -122,9 +122,14 @@ if __name__ == "__main__":
 # --- the tests ---
 
 
+# The default selection has each number of hosts once, in one of these two tests: all of what they do with jobs is the same.
+
+
 @pytest.mark.multirank
-def test_jobs_run_on_ranks_of_several_hosts_and_all_end_with_the_drivers_exit_code() -> None:
-    for code, output, _ in torchrun(["-m", __name__, "closes"], hosts=2, ranks_a_host=1):
+@pytest.mark.parametrize(("hosts", "ranks_a_host"), [
+    pytest.param(2, 1, marks=pytest.mark.endurance), (1, 2)], ids=["on two hosts", "on one host"])
+def test_jobs_run_on_ranks_and_all_end_with_the_drivers_exit_code(hosts: int, ranks_a_host: int) -> None:
+    for code, output, _ in torchrun(["-m", __name__, "closes"], hosts=hosts, ranks_a_host=ranks_a_host):
         assert "exitcode  : 5" in output, output
         assert code == 1, "torchrun's own code for ranks that ended with another than 0"
 

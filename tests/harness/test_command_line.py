@@ -137,8 +137,8 @@ def test_a_shell_completes_commands_options_and_names() -> None:
 
 
 def test_a_long_run_says_how_far_it_is_without_a_terminal(model: Path, tmp_path: Path) -> None:
-    result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "lifecycle",
-                 "--check", "kv", "--out", tmp_path, "--check", "attention")
+    result = run("verify", model, "--tp", "1,2", "--fabric", "threads", "--check", "collectives", "--check", "weights",
+                 "--check", "kv", "--out", tmp_path, "--check", "layers")
     lines = result.stderr.splitlines()
     assert [line.partition(" ")[0] for line in lines] == [f"[{number}/8]" for number in range(1, 9)]
     assert all("left" in line for line in lines[:-1])

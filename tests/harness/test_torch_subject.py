@@ -96,7 +96,8 @@ def outcome(check: str, subject: AnyFunction, function: str, results: ReferenceR
 
 
 @pytest.mark.parametrize(("function", "config"), [
-    (function, config) for function, configs in RIGHT.items() for config in configs])
+    pytest.param(function, config, marks=[pytest.mark.endurance] * (config in ("tied", "qwen3")))
+    for function, configs in RIGHT.items() for config in configs])
 def test_a_right_module_is_green(two_ranks: AnyFunction, results_of: Load, function: str, config: str) -> None:
     results, kind = results_of(config, "float32"), None if config == "llama" else "model"
     assert_green(outcome("weights", two_ranks, function, results, kind))
