@@ -90,7 +90,7 @@ def test_a_value_that_does_not_fit_is_told_wherever_it_stands(value: Any, least:
     for path in told_at[:: max(1, len(told_at) // 3)]:
         file.write_text(json.dumps(with_value(data, path, value)))
         assert_told_in_one_line(file, folder)
-    for record in read[::6]:  # what fits can be shown, however odd it is
+    for record in read[::18]:  # what fits can be shown, however odd it is
         write_comparison(compare(record, RECORD, allow_unlike=True), folder / "shown")
         write_all(record, folder / "shown")
 
