@@ -19,7 +19,7 @@ from harness.checks.draws import DrawCase, draw_sampler, run_sampler
 from harness.checks.requests import check_requests
 from harness.checks.semantics import WrongAnswerError, answered, require
 from harness.verification.budgets import improbability, near_tie_margins, too_many_flips
-from harness.verification.reference_results import NUM_NEW_TOKENS, ReferenceResults
+from harness.verification.reference_results import ReferenceResults
 
 Draw = Callable[[Sequence[Sequence[int]], Sequence[Mapping[str, Any]]], list[list[int]]]
 """Prompts and sampling parameters of each -> the token ids after each prompt."""
@@ -79,7 +79,7 @@ def check_model(context: CheckContext) -> Outcome:
     """The model's own checkpoint."""
     results = context.results
     # All of one prompt and its answer, and half of the others'.
-    lengths = [len(prompt) + NUM_NEW_TOKENS + 1 for prompt in results.prompts]
+    lengths = [len(prompt) + results.num_new_tokens + 1 for prompt in results.prompts]
     num_kv_blocks = -(-(max(lengths) + sum(lengths) // 2) // context.options["block_size"])
 
     def draw(prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[list[int]]:
@@ -105,7 +105,8 @@ def compare(results: ReferenceResults, seed: int, draw: Draw) -> Outcome:
             params = [{"temperature": 0.0, "max_tokens": prompt.left, "ignore_eos": True} for prompt in unfinished]
             if not sampled:  # beside the greedy ones
                 inputs += map(list, results.prompts)
-                params += [{**SAMPLING, "seed": seed, "max_tokens": NUM_SAMPLED, "ignore_eos": True}] * len(prompts)
+                params += [{**SAMPLING, "seed": seed, "max_tokens": min(NUM_SAMPLED, results.num_new_tokens),
+                            "ignore_eos": True}] * len(prompts)
             drawn = draw(inputs, params)
             _require_whole(drawn, params, results.config["vocab_size"])
             sampled = sampled or drawn[len(unfinished) :]
@@ -157,7 +158,7 @@ def _baseline_flips(results: ReferenceResults) -> tuple[int, int]:
     """How often the unsharded model of the same dtype draws another token than the exact one, teacher-forced."""
     flips = sum(int((logits.argmax(-1).cpu() != exact.argmax(-1).cpu()).sum()) for logits, exact in
                 zip(results.greedy_baseline_logits, results.greedy_exact_logits, strict=True))
-    return flips, NUM_NEW_TOKENS * len(results.prompts)
+    return flips, results.num_new_tokens * len(results.prompts)
 
 
 CHECK = Check(

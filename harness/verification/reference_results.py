@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
@@ -51,7 +52,7 @@ class ReferenceResults:
         folder: A Hugging Face model folder.
         dtype: Of the candidate and the baseline.
         device: Where the reference computes.
-        prompt_lengths: Tokens of each prompt, where they are drawn.
+        prompt_lengths: Tokens of each prompt, where they are drawn; fewer where the model takes fewer.
         schedule_lengths: Tokens of each sequence of the schedule; fewer where the model takes fewer.
         beyond_windows: Whether sequences may be longer than a sliding window of the model.
     """
@@ -105,13 +106,26 @@ class ReferenceResults:
                 if tensor.is_floating_point() and tensor.dtype.itemsize > DTYPES[self.dtype].itemsize}
 
     @cached_property
+    def longest(self) -> float:
+        """Tokens of the longest sequence that the candidate must take; infinite where nothing limits them."""
+        limits = ["max_position_embeddings", "original_max_position_embeddings"]
+        if not self.beyond_windows:
+            limits.append("sliding_window")
+        return min(getattr(self._text_config, limit, None) or math.inf for limit in limits)
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that are generated for each prompt."""
+        return int(min(NUM_NEW_TOKENS, self.longest / 2))
+
+    @cached_property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
-        """Texts through the chat template if the model has a tokenizer, random ids if not."""
-        tokenizer = self.tokenizer
+        """Texts through the chat template if the model has a tokenizer, random ids if not; cut where no answer would fit."""
+        tokenizer, room = self.tokenizer, min(self.longest - self.num_new_tokens, sys.maxsize)
         if tokenizer is None:
-            return self._random_sequences(random.Random(self.seed), self.prompt_lengths)
+            return self._random_sequences(random.Random(self.seed), [int(min(length, room)) for length in self.prompt_lengths])
         try:
-            return self._tokenized(tokenizer)
+            return tuple(ids[:int(room)] for ids in self._tokenized(tokenizer))
         except Exception as error:  # of any kind: libraries raise what they like over a file that they did not write
             raise CheckpointError(f"folder={self.folder}: its tokenizer does not work: {one_line(error)}") from error
 
@@ -127,11 +141,7 @@ class ReferenceResults:
     def schedule(self) -> Schedule:
         """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
-        limits = ["max_position_embeddings", "original_max_position_embeddings"]
-        if not self.beyond_windows:
-            limits.append("sliding_window")
-        longest = min(getattr(self._text_config, limit, None) or math.inf for limit in limits)
-        lengths = tuple(int(min(length, longest)) for length in self.schedule_lengths)
+        lengths = tuple(int(min(length, self.longest)) for length in self.schedule_lengths)
         return Schedule(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
 
     def _random_sequences(self, draw: random.Random, lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -212,8 +222,8 @@ class ReferenceResults:
 
     @cached_property
     def greedy(self) -> list[TopTwo]:
-        """The exact reference's greedy continuation of each prompt, to ``NUM_NEW_TOKENS`` whatever is drawn."""
-        return self.exact.greedy(self.prompts, NUM_NEW_TOKENS)
+        """The exact reference's greedy continuation of each prompt, to ``num_new_tokens`` whatever is drawn."""
+        return self.exact.greedy(self.prompts, self.num_new_tokens)
 
     @cached_property
     def greedy_sequences(self) -> list[list[int]]:
@@ -222,7 +232,7 @@ class ReferenceResults:
 
     @cached_property
     def greedy_exact_logits(self) -> list[Tensor]:
-        """Exact logits from which each greedy token is drawn, ``[NUM_NEW_TOKENS, V]`` a prompt."""
+        """Exact logits from which each greedy token is drawn, ``[num_new_tokens, V]`` a prompt."""
         return self._drawing_rows(self.exact)
 
     @cached_property
@@ -231,7 +241,7 @@ class ReferenceResults:
 
     @cached_property
     def greedy_simulated_logits(self) -> list[Tensor]:
-        """The exact ones with simulated rounding, all draws of a prompt: ``[NUM_SIMULATED_GREEDY, NUM_NEW_TOKENS, V]``."""
+        """The exact ones with simulated rounding, all draws of a prompt: ``[NUM_SIMULATED_GREEDY, num_new_tokens, V]``."""
         return [draws[:, len(prompt) - 1 : -1].clone() for prompt, draws in
                 zip(self.prompts, self._simulated(self.greedy_sequences, NUM_SIMULATED_GREEDY), strict=True)]
 

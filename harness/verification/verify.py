@@ -23,7 +23,7 @@ from harness.names import DTYPES, FABRICS
 from harness.subjects import subject_class
 from harness.subjects.base import Placement, Subject, SubjectFailure
 from harness.verification.cases import SavedCase, compare_replay, save_case
-from harness.verification.reference_results import NUM_NEW_TOKENS, ReferenceResults
+from harness.verification.reference_results import ReferenceResults
 from reference.checkpoints import CheckpointError, checkpoint_dtype, read_config, weight_shapes
 from reports.records import CheckRow, RecordError, Report, Verdict, whole_checks
 
@@ -247,7 +247,7 @@ def _rows_not_done(plan: VerifyPlan, results: ReferenceResults, make: type[Subje
 
 def _options(results: ReferenceResults) -> dict[str, int]:
     """A cache of small blocks, just large enough for the schedule and the prompts with what is generated."""
-    longest = [*map(len, results.schedule.sequences), *(len(prompt) + NUM_NEW_TOKENS for prompt in results.prompts)]
+    longest = [*map(len, results.schedule.sequences), *(len(prompt) + results.num_new_tokens for prompt in results.prompts)]
     block_size = 16
     return {"block_size": block_size, "num_kv_blocks": sum(-(-(length + 1) // block_size) for length in longest) + 1,
             "max_num_batched_tokens": 64, "max_num_seqs": 8}

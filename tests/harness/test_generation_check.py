@@ -21,14 +21,14 @@ from engine.layers.sampler import filter_top_k_top_p, sample
 from engine.scheduling.batch import SamplingBatch
 from harness.checks.base import CheckContext, Outcome, from_json
 from harness.checks.draws import DrawCase, draw_cases, run_sampler
-from harness.checks.generation import NUM_SAMPLED, SAMPLING, compare
+from harness.checks.generation import NUM_SAMPLED, SAMPLING, check_model, compare
 from harness.checks.talker import negative_logits_checkpoint
 from harness.checks.weights import narrow_config
 from harness.faults.layouts import LAYOUTS
 from harness.subjects import engine_rank
 from harness.verification.budgets import improbability, improbable_counts, near_tie_margins
 from harness.verification.reference_results import NUM_NEW_TOKENS, ReferenceResults
-from tests.harness.checking import alone, assert_green, on_threads, outcome_of, run_kinds
+from tests.harness.checking import alone, assert_green, context_of, on_threads, outcome_of, run_kinds
 from tests.harness.conftest import MakeModel
 
 NUM_DRAWS = 60
@@ -168,7 +168,7 @@ def flipped(step: int, *, drop_last: bool = False) -> Outcome:
     ids = top_TK[:, 0].tolist()
     drawn = [*ids[:step], int(top_TK[step, 1]), *ids[step + 1 :]]
     results = SimpleNamespace(
-        dtype="bfloat16", config={"vocab_size": 40}, prompts=((1, 2),),
+        dtype="bfloat16", config={"vocab_size": 40}, prompts=((1, 2),), num_new_tokens=NUM_NEW_TOKENS,
         greedy=[SimpleNamespace(token_ids=ids, margins=margins_T.tolist())], greedy_baseline_logits=[baseline_TV],
         greedy_exact_logits=[exact_TV], greedy_simulated_logits=[simulated_TV[None]],
         exact=SimpleNamespace(logits=lambda sequences: [torch.zeros(len(sequences[0]), 40)]),
@@ -211,6 +211,15 @@ def test_what_is_judged_is_counted_kind_by_kind(tiny_model: MakeModel, name: str
     assert (model.cases, model.compared) == (8, 4 * (NUM_NEW_TOKENS + NUM_SAMPLED))
     assert requests.cases == 80
     assert requests.compared > 2500
+
+
+@pytest.mark.parametrize("limit", ["sliding_window", "max_position_embeddings"])
+def test_a_model_of_short_sequences_gets_short_prompts_and_answers(tiny_model: MakeModel, limit: str) -> None:
+    config = {key: value for key, value in LAYOUTS["llama"].config.items() if not key.endswith("_bias")}
+    with context_of(tiny_model({**config, "model_type": "mistral", limit: 9}), "float32") as context:
+        model = check_model(context)
+    assert_green(model)
+    assert (model.cases, model.compared) == (8, 4 * (4 + 4))
 
 
 def test_always_the_same_token_is_seen_where_the_real_model_runs(tiny_model: MakeModel,
