@@ -16,6 +16,19 @@ from engine.checkpoint.checkpoint_files import CheckpointError, one_line
 _TURN = threading.RLock()
 
 
+def raise_interrupt(error: BaseException) -> None:
+    """Ctrl-C may end a library where its clean-up then fails: the interrupt stands behind that error, and is no less one.
+
+    Raises:
+        KeyboardInterrupt: if one led to ``error``.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        behind = behind.__cause__ or behind.__context__
+
+
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """Wait for this thread's turn to build a model.
@@ -29,6 +42,7 @@ def building(what: str) -> Iterator[None]:
         except (CheckpointError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # there is no saying what transformers makes of values that cannot be
+            raise_interrupt(error)
             raise CheckpointError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
 
 

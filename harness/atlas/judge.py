@@ -19,6 +19,7 @@ from harness.checks.weights import SHARDED, check_own
 from harness.subjects.base import NotShownError, Schedule, Subject, SubjectFailure
 from harness.subjects.on_ranks import subject_failure
 from harness.verification.reference_results import ReferenceResults
+from reference.building import raise_interrupt
 from reference.checkpoints import CheckpointError
 from reports.records import AtlasVerdict
 
@@ -116,7 +117,12 @@ def _weights(results: ReferenceResults, subject: Subject) -> Outcome:
 
 
 def reason(error: Exception) -> str:
-    """All that it says in one line: what matters often stands below the first one."""
+    """All that it says in one line: what matters often stands below the first one.
+
+    Raises:
+        KeyboardInterrupt: if one led to it.
+    """
+    raise_interrupt(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST]
 
 

@@ -14,6 +14,7 @@ from harness.errors import one_line
 from harness.subjects.base import CAPABILITIES, Subject, SubjectFailure
 from harness.subjects.rank import Rank
 from harness.verification.reference_results import ReferenceResults
+from reference.building import raise_interrupt
 from reference.checkpoints import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,12 @@ def _judged(outcome: Outcome) -> Outcome:
 
 
 def raised(error: Exception) -> Outcome:
-    """What becomes of an exception inside a check: nothing was found, and nothing has passed."""
+    """What becomes of an exception inside a check: nothing was found, and nothing has passed.
+
+    Raises:
+        KeyboardInterrupt: if one led to it.
+    """
+    raise_interrupt(error)
     return Outcome(cases=0, compared=0, error=one_line(error), extra={TRACEBACK: "".join(traceback.format_exception(error))})
 
 

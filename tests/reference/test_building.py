@@ -3,10 +3,14 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from reference.checkpoints import random_checkpoint, weight_shapes
+from harness.atlas.judge import reason
+from harness.checks.base import raised
+from reference.building import building
+from reference.checkpoints import CheckpointError, random_checkpoint, weight_shapes
 from reference.hf import Reference
 from tests.reference.tiny import tiny_config
 
@@ -50,3 +54,24 @@ def test_a_thread_that_fails_hands_its_turn_on(tmp_path):
         failed = [pool.submit(Reference.load, tmp_path, "float32") for _ in range(2)]
         assert all(str(tmp_path) in str(one.exception(timeout=60)) for one in failed)
     assert weight_shapes(tiny_config())
+
+
+def test_ctrl_c_in_the_middle_of_a_library_is_ctrl_c_whatever_its_clean_up_runs_into():
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __exit__(self, *failure):
+            super().__exit__(*failure)
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    def interrupted(error):
+        with Mode():
+            raise error
+
+    with pytest.raises(KeyboardInterrupt), building("transformers cannot build it"):
+        interrupted(KeyboardInterrupt())
+    with pytest.raises(CheckpointError, match="cannot build it: RuntimeError"), building("transformers cannot build it"):
+        interrupted(ValueError())
+    for told in (raised, reason):
+        with pytest.raises(RuntimeError) as failure:
+            interrupted(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            told(failure.value)
