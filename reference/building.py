@@ -17,7 +17,7 @@ _TURN = threading.RLock()
 
 
 def raise_interrupt(error: BaseException) -> None:
-    """Ctrl-C may end a library where its clean-up then fails: the interrupt stands behind that error, and is no less one.
+    """Raise the interrupt that led to ``error``: where Ctrl-C stops a library, its clean-up may raise an error of its own.
 
     Raises:
         KeyboardInterrupt: if one led to ``error``.

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.checkpoint_files import open_file, read_headers, weight_files
 from reference.building import building, read_config
-from reference.writing import as_config
+from reference.writing import as_config, edited, without_weights
 
 # Derived values that old files have, and that models make by themselves today.
 _DERIVED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
@@ -69,7 +67,7 @@ def hub_names(config: Any) -> dict[str, str]:
     Raises:
         CheckpointError: If transformers can't build such a model, or knows no way back to the files' names.
     """
-    model = _of_no_weights(config)
+    model = without_weights(as_config(config))
     tensors = model.state_dict()
     if _written(model, tensors).keys() == tensors.keys():
         return {name: name for name in tensors}
@@ -82,17 +80,11 @@ def to_hub_format(folder: Path) -> None:
     Raises:
         CheckpointError: As of ``hub_names``.
     """
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    written = _written(_of_no_weights(read_config(folder)), tensors)
-    if written.keys() != tensors.keys():
-        save_file({name: tensor.contiguous() for name, tensor in written.items()}, path, metadata={"format": "pt"})
-
-
-def _of_no_weights(config: Any) -> Any:
-    config = as_config(config)
-    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+    with edited(folder) as tensors:
+        written = _written(without_weights(read_config(folder)), tensors)
+        if written.keys() != tensors.keys():
+            tensors.clear()
+            tensors.update((name, tensor.contiguous()) for name, tensor in written.items())
 
 
 def _written(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -63,16 +63,23 @@ def weight_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes_and_ties(config)[0]
 
 
+def without_weights(config: Any) -> Any:
+    """The transformers model of a config, on the meta device.
+
+    Raises:
+        CheckpointError: if transformers cannot build it.
+    """
+    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def shapes_and_ties(config: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """``weight_shapes``, and of tensors that a model of ``config`` has under two names the second, each with the first.
 
     Raises:
         CheckpointError: if transformers cannot build such a model.
     """
-    config = as_config(config)
-    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    tensors: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    tensors: dict[str, torch.Tensor] = without_weights(as_config(config)).state_dict(keep_vars=True)
     first: dict[int, str] = {}  # in the order of the modules
     tied = {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
     return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items()) if name not in tied}, tied
@@ -111,8 +118,7 @@ def write_checkpoint(
 
     config = as_config(config)
     config.dtype = DTYPES[dtype]
-    with building(f"transformers cannot build a {config.model_type} of this config"), torch.device("meta"):
-        config.architectures = [type(transformers.AutoModelForCausalLM.from_config(config)).__name__]
+    config.architectures = [type(without_weights(config)).__name__]
     config.save_pretrained(folder)
     return folder
 

@@ -7,7 +7,6 @@ simulated rounding of that dtype.
 from __future__ import annotations
 
 import copy
-import math
 import random
 import sys
 from collections.abc import Sequence
@@ -106,26 +105,26 @@ class ReferenceResults:
                 if tensor.is_floating_point() and tensor.dtype.itemsize > DTYPES[self.dtype].itemsize}
 
     @cached_property
-    def longest(self) -> float:
-        """Tokens of the longest sequence that the candidate must take; infinite where nothing limits them."""
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the candidate must take."""
         limits = ["max_position_embeddings", "original_max_position_embeddings"]
         if not self.beyond_windows:
             limits.append("sliding_window")
-        return min(getattr(self._text_config, limit, None) or math.inf for limit in limits)
+        return min(int(getattr(self._text_config, limit, None) or sys.maxsize) for limit in limits)
 
     @property
     def num_new_tokens(self) -> int:
         """Tokens that are generated for each prompt."""
-        return int(min(NUM_NEW_TOKENS, self.longest / 2))
+        return min(NUM_NEW_TOKENS, self.longest // 2)
 
     @cached_property
     def prompts(self) -> tuple[tuple[int, ...], ...]:
         """Texts through the chat template if the model has a tokenizer, random ids if not; cut where no answer would fit."""
-        tokenizer, room = self.tokenizer, min(self.longest - self.num_new_tokens, sys.maxsize)
+        tokenizer, room = self.tokenizer, self.longest - self.num_new_tokens
         if tokenizer is None:
-            return self._random_sequences(random.Random(self.seed), [int(min(length, room)) for length in self.prompt_lengths])
+            return self._random_sequences(random.Random(self.seed), [min(length, room) for length in self.prompt_lengths])
         try:
-            return tuple(ids[:int(room)] for ids in self._tokenized(tokenizer))
+            return tuple(ids[:room] for ids in self._tokenized(tokenizer))
         except Exception as error:  # of any kind: libraries raise what they like over a file that they did not write
             raise CheckpointError(f"folder={self.folder}: its tokenizer does not work: {one_line(error)}") from error
 
@@ -141,7 +140,7 @@ class ReferenceResults:
     def schedule(self) -> Schedule:
         """Sequences of random ids, borders of the vocabulary among them, in prefill chunks mixed with decode steps."""
         draw = random.Random(self.seed + 1)
-        lengths = tuple(int(min(length, self.longest)) for length in self.schedule_lengths)
+        lengths = tuple(min(length, self.longest) for length in self.schedule_lengths)
         return Schedule(sequences=self._random_sequences(draw, lengths), steps=mixed_steps(lengths, draw))
 
     def _random_sequences(self, draw: random.Random, lengths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
