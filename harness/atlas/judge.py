@@ -1,13 +1,14 @@
 """One row of an atlas: what a subject makes of a tiny checkpoint, by the checks ``logits`` and ``weights``.
 
 What is not right is tried on one rank too: what is wrong or fails there alike is no matter of tensor parallelism, and is *not
-compared*.
+compared*. Of what fails there alike, as much as one rank does compute is compared on several: prefills without cached decoding,
+or experts one at a time.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,12 @@ LONGEST = 500
 LIBRARIES = ("transformers", "huggingface_hub", "vllm")
 """Whose ``raise`` is a refusal on purpose; the second one checks the first one's configs."""
 
+GROUPED_PRODUCTS = "integrations/moe.py"
+"""Of transformers: all experts in one product of torch's, which takes no row that is not a multiple of 16 bytes."""
+LOADED_AS: Mapping[str, Any] = {"quiet": True}
+ONE_EXPERT_AT_A_TIME: Mapping[str, Any] = {**LOADED_AS, "experts_implementation": "eager"}
+ONE_BY_ONE = "experts one at a time, for all in one product fail on one rank too."
+
 OneRank = Callable[[], AbstractContextManager[Subject]]
 
 
@@ -46,22 +53,28 @@ class Judged:
     said: list[str] = field(default_factory=list)
 
 
-def judge(results: ReferenceResults, subject: Subject, one_rank: OneRank) -> Judged:
+class Ended(Judged):
+    """A crash in which a rank died or hung by itself. One rank is this process: it must not do what ended others."""
+
+
+def judge(results: ReferenceResults, subject: Subject, one_rank: OneRank, options: Mapping[str, Any] = LOADED_AS) -> Judged:
     """Load the checkpoint of ``results`` into the subject's ranks and hold its logits against the reference's.
 
     Args:
         results: of the row's checkpoint.
         subject: on the row's ranks.
         one_rank: gives one of this kind on one rank, for the length of a block.
+        options: with which the checkpoint is loaded.
 
     Where cached decoding is off on one rank too and a prefill is not, prefills alone are compared; ``results`` keeps to them.
+    Where torch takes experts of this width in no product of all of them, they are computed one at a time.
     """
-    refused = _loaded(results, subject)
-    if refused is not None and (refused.verdict == "crashed" or subject.tp_size == 1):
-        return refused  # one rank is this process: it must not do what ended others
+    refused = _loaded(results, subject, options)
+    if refused is not None and (isinstance(refused, Ended) or subject.tp_size == 1):
+        return refused
     if refused is not None:
         with one_rank() as one:
-            alone = _loaded(results, one)
+            alone = _loaded(results, one, options)
         return refused if alone is None else _not_compared(refused, alone)
     try:
         results.simulated_logits, results.baseline_logits  # noqa: B018 - computed once, for all rows of this checkpoint
@@ -69,21 +82,26 @@ def judge(results: ReferenceResults, subject: Subject, one_rank: OneRank) -> Jud
         return Judged(verdict="not compared", message=f"the reference can't compute it: {reason(error)}")
     judged = _compared(results, subject)
     if subject.tp_size == 1:  # there is nothing else to hold it against
-        return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject, one_rank)
-    if judged.verdict not in ("right", "crashed"):
+        return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject, one_rank, options)
+    if judged.verdict != "right" and not isinstance(judged, Ended):
         with one_rank() as one:
-            alone = _loaded(results, one) or _compared(results, one)
+            alone = _loaded(results, one, options) or _compared(results, one)
         if alone.verdict == "wrong" and not _is_prefill(results.schedule):
             results.schedule = prefills(results.schedule)
-            return judge(results, subject, one_rank)
+            return judge(results, subject, one_rank, options)
+        if GROUPED_PRODUCTS in alone.message and options is not ONE_EXPERT_AT_A_TIME:
+            return judge(results, subject, one_rank, ONE_EXPERT_AT_A_TIME)
         if alone.verdict != "right":
             return _not_compared(judged, alone)
+    if options is ONE_EXPERT_AT_A_TIME:
+        judged = replace(judged, message=f"{ONE_BY_ONE} {judged.message}".strip())
     if _is_prefill(results.schedule):
         judged = replace(judged, message=f"prefills alone, for cached decoding is off on one rank too. {judged.message}".strip())
-    return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject, one_rank)
+    return judged if judged.verdict not in ("right", "wrong") else _with_weights(judged, results, subject, one_rank, options)
 
 
-def _with_weights(judged: Judged, results: ReferenceResults, subject: Subject, one_rank: OneRank) -> Judged:
+def _with_weights(judged: Judged, results: ReferenceResults, subject: Subject, one_rank: OneRank,
+                  options: Mapping[str, Any]) -> Judged:
     """The same, and wrong where a rank's weights are not the file's, though one rank alone has them right.
 
     Wrong weights are what is wrong first. And logits may be right for all that: of a tensor that is not where it says to be, what
@@ -100,7 +118,7 @@ def _with_weights(judged: Judged, results: ReferenceResults, subject: Subject, o
         return replace(judged, verdict="wrong", rank=0, module=own.module,
                        message=f"{own.finding}{'; ' if judged.message else ''}{judged.message}")
     with one_rank() as one:
-        alone = _weights(results, one) if _loaded(results, one) is None else own
+        alone = _weights(results, one) if _loaded(results, one, options) is None else own
     if alone.finding is not None:
         return replace(judged, message=f"{judged.message} Weights differ from the file on one rank too: {alone.finding}".strip())
     return replace(judged, verdict="wrong", rank=own.rank, module=own.module,
@@ -141,17 +159,18 @@ def _not_compared(judged: Judged, alone: Judged) -> Judged:
                    message=f"it {happens} on one rank too: {alone.message}")
 
 
-def _loaded(results: ReferenceResults, subject: Subject, *, attempts: int = 2) -> Judged | None:
+def _loaded(results: ReferenceResults, subject: Subject, options: Mapping[str, Any], *, attempts: int = 2) -> Judged | None:
     """None; or what came of it instead."""
     try:
-        subject.load(results.folder, dtype=results.dtype, options={"quiet": True})
+        subject.load(results.folder, dtype=results.dtype, options=options)
     except CheckpointError as error:  # what all ranks say alike
         if isinstance(error.__cause__, RankFailure):
             return _failed(subject_failure(error.__cause__), subject)
         return Judged(verdict="not compared", message=str(error))
     except SubjectFailure as failure:
         if attempts > 1 and any(error.kind == "stuck" and error.consequence for error in failure.failures.values()):
-            return _loaded(results, subject, attempts=attempts - 1)  # it may have been slower to refuse, on a busy machine
+            # It may have been slower to refuse, on a busy machine.
+            return _loaded(results, subject, options, attempts=attempts - 1)
         return _failed(failure, subject)
     return None
 
@@ -173,11 +192,12 @@ def _failed(failure: SubjectFailure, subject: Subject) -> Judged:
     """What a failure on the ranks is: a refusal if all of them raise alike, or else a crash."""
     causes = {rank: error for rank, error in failure.failures.items() if not error.consequence} or failure.failures
     if not causes:
-        return Judged(verdict="crashed", message=str(failure).splitlines()[0])
+        return Ended(verdict="crashed", message=str(failure).splitlines()[0])
     rank, first = next(iter(causes.items()))
     said = f"{first.summary}{_place(first.traceback)}"
     if any(error.kind != "raised" for error in failure.failures.values()):
-        return Judged(verdict="crashed", rank=rank, message=f"rank {rank} {first.kind} in phase {first.phase!r}: {said}")
+        crash = Judged if all(error.kind == "raised" for error in causes.values()) else Ended
+        return crash(verdict="crashed", rank=rank, message=f"rank {rank} {first.kind} in phase {first.phase!r}: {said}")
     if len(causes) < subject.tp_size:
         return Judged(verdict="crashed", rank=rank, message=f"of {subject.tp_size} ranks only {sorted(causes)} raise: {said}")
     return Judged(verdict="refused clearly" if _is_on_purpose(first) else "refused unclearly", message=said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -222,6 +223,8 @@ class _Atlas(ExitStack):
     def _reference(self, entry: Entry) -> ReferenceResults | str:
         """Of the row's checkpoint; or why there is none."""
         if entry.checkpoint != self._checkpoint:
+            if self._checkpoint:
+                shutil.rmtree(self._folder, ignore_errors=True)  # some have parts of their published size
             self._checkpoint = entry.checkpoint
             folder = self._folder = Path(tempfile.mkdtemp(dir=self._scratch))
             try:

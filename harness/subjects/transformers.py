@@ -55,6 +55,11 @@ class TransformersRank(DTensorRank):
     def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
         """Load and shard by the model's ``tp_plan``.
 
+        Args:
+            folder: of the checkpoint.
+            dtype: of the parameters.
+            options: ``quiet``: warnings are noted alone; ``experts_implementation``: as transformers takes it.
+
         Raises:
             ValueError: as transformers refuses the model or the number of ranks.
         """
@@ -65,7 +70,8 @@ class TransformersRank(DTensorRank):
         with own_groups(self), self._heard(quiet=bool(options.get("quiet"))):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                distributed_config=DistributedConfig(tp_size=self.tp_size, ep_size=self.tp_size if self.expert_parallel else 1))
+                distributed_config=DistributedConfig(tp_size=self.tp_size, ep_size=self.tp_size if self.expert_parallel else 1),
+                **{name: options[name] for name in ("experts_implementation",) if name in options})
         self.model.to(self.device).eval().requires_grad_(False)
         self._in_files = read_headers(folder).keys()
         # Renamed by transformers 5.24.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harness.atlas import run as atlas_run
-from harness.atlas.judge import Judged, _failed
+from harness.atlas.judge import ONE_BY_ONE, Ended, Judged, _failed
 from harness.atlas.layouts import BASE, layouts_of
 from harness.atlas.run import AtlasPlan, Entry, run_atlas
 from harness.commands.progress import RowsShown
@@ -45,8 +45,8 @@ RuntimeError: shape '[1, 5, -1, 8]' is invalid for input of size 100
 '''
 
 
-def error(summary: str, traceback: str = "", kind: str = "raised") -> Any:
-    return SimpleNamespace(kind=kind, summary=summary, phase="load", traceback=traceback, consequence=False)
+def error(summary: str, traceback: str = "", kind: str = "raised", *, consequence: bool = False) -> Any:
+    return SimpleNamespace(kind=kind, summary=summary, phase="load", traceback=traceback, consequence=consequence)
 
 
 def failed(**by_rank: Any) -> Judged:
@@ -79,6 +79,13 @@ def test_a_shape_that_does_not_fit_is_an_unclear_one() -> None:
 def test_ranks_that_do_not_fail_alike_crashed(by_rank: dict[str, Any], message: str) -> None:
     judged = failed(**by_rank)
     assert (judged.verdict, judged.message[: len(message)]) == ("crashed", message)
+
+
+def test_a_rank_that_waits_for_one_that_raised_did_not_end_by_itself() -> None:
+    waited = failed(r0=error("RuntimeError: strides", BY_CHANCE), r1=error("in all_reduce", kind="stuck", consequence=True))
+    assert (waited.verdict, type(waited)) == ("crashed", Judged)
+    died = failed(r0=error("killed by SIGSEGV", kind="died"), r1=error("in all_reduce", kind="stuck", consequence=True))
+    assert (died.verdict, type(died)) == ("crashed", Ended)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -231,6 +238,14 @@ def test_what_is_right_wrong_and_refused_is_called_so(tmp_path: Path) -> None:
                                    tp_sizes=(2,))).atlas
     assert (wrong.verdict, wrong.module, wrong.rank) == ("wrong", "model.layers.0.mlp.up_proj", 1), wrong.message
     assert "first well over budget: model.layers.0.mlp.up_proj on rank 1" in wrong.message
+
+
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_experts_of_a_width_that_no_product_of_all_of_them_takes_are_compared_one_at_a_time() -> None:
+    """Of 9 columns rank 0 has five, which torch refuses, and rank 1 four: it goes on, and waits. One rank refuses all nine."""
+    (row,) = run_atlas(AtlasPlan(architectures=("qwen3_moe",), layouts=("moe_intermediate_size=9",), tp_sizes=(2,))).atlas
+    assert (row.verdict, row.message) == ("right", ONE_BY_ONE)
 
 
 def test_the_base_comes_first_and_a_layout_changes_what_the_config_has() -> None:
