@@ -237,6 +237,22 @@ def test_a_task_has_an_interpreter_of_its_own_with_its_environment() -> None:
     assert found[0][1] != found[1][1] != os.getpid()
 
 
+@pytest.mark.endurance
+def test_on_gpus_a_task_goes_on_in_the_interpreter_and_on_the_ranks_of_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CalibratePlan, "num_workers", 1)
+    tasks = [Task(what="", name=str(number), function=interpreter_and_pools, args=(), environ={"CUDA_VISIBLE_DEVICES": gpu})
+             for number, gpu in enumerate("010")]
+    found = dict(in_workers(tasks, CalibratePlan(device="cuda")))
+    assert found[0] == found[2]
+    assert found[0][0] != found[1][0]
+
+
+def interpreter_and_pools(pools: Pools, draw: random.Random) -> Iterator[Any]:
+    """A task: its process, and which pools it has there."""
+    yield os.getpid()
+    yield id(pools)
+
+
 def environment(pools: Pools, draw: random.Random, name: str) -> Iterator[Any]:
     """A task: the value of a variable, and its process."""
     yield os.environ.get(name)

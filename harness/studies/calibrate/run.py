@@ -1,4 +1,4 @@
-"""``shardproof calibrate``: sample, fit, judge and measure power, each part in an interpreter of its own."""
+"""``shardproof calibrate``: sample, fit, judge and measure power, in parts that run in other interpreters."""
 
 from __future__ import annotations
 
@@ -159,18 +159,33 @@ def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, 
 def in_workers(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int, list[Any]]]:
     """(number of the task, what it found), as they are done."""
     workers: list[Worker] = []
+    idle: dict[tuple[tuple[str, str], ...], list[Worker]] = {}
 
     def work(number: int, task: Task) -> tuple[int, list[Any]]:
         # One thread each: the tiny products of tiny models, and as many interpreters as cores.
-        workers.append(worker := Worker(task.name, environ={"OMP_NUM_THREADS": "1", **task.environ}))
-        with worker:
-            return number, worker.call(run_task, plan, task.function, task.name, task.args)
+        environ = {"OMP_NUM_THREADS": "1", **task.environ}
+        alike = idle.setdefault(tuple(sorted(environ.items())), [])
+        try:
+            worker = alike.pop()
+            worker.name = task.name
+        except IndexError:
+            workers.append(worker := Worker(task.name, environ=environ))
+        found = worker.call(run_task, plan, task.function, task.name, task.args)
+        if plan.on_gpus:  # to start one, and ranks on GPUs, takes longer than most tasks
+            alike.append(worker)
+        else:
+            worker.close()
+        return number, found
 
     with ThreadPoolExecutor(plan.num_workers) as pool:
         futures = [pool.submit(work, number, task) for number, task in enumerate(tasks)]
         try:
             for future in as_completed(futures):
                 yield future.result()
+            for worker in workers:
+                worker.hang_up()  # so that they go all at the same time
+            for worker in workers:
+                worker.close()
         finally:  # after Ctrl-C some are at work: a worker that is gone ends its call
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
@@ -179,6 +194,7 @@ def in_workers(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int
 
 def run_task(state: dict[str, Any], plan: CalibratePlan, function: Callable[..., Iterator[Any]], name: str,
              args: tuple[Any, ...]) -> list[Any]:
-    """In a worker: all that the task finds."""
-    with plan.pools() as pools:
-        return list(function(pools, random.Random(name), *args))
+    """In a worker: all that the task finds. Ranks stay for the worker's next task, and end with it."""
+    if "pools" not in state:
+        state["pools"] = plan.pools()
+    return list(function(state["pools"], random.Random(name), *args))
