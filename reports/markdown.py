@@ -23,6 +23,7 @@ from reports.summary import (
 )
 from reports.tables import (
     BOUND_NOTE,
+    atlas_alike,
     atlas_changes_table,
     atlas_counts,
     atlas_pivot,
@@ -69,8 +70,9 @@ def report_markdown(report: Report, *, peers: Sequence[str] = ()) -> str:
         parts += [_folded(f"Traceback: {row.reason}", row.traceback) for row in report.not_measured if row.traceback]
     if report.atlas:
         parts += ["## Atlas\n", to_markdown(atlas_counts(report.atlas))]
-        parts += [_told(row, f"tp_size {row.tp_size} · {row.dtype} · {row.subject}") for row in report.atlas
-                  if row.verdict == "wrong"]
+        wrong = atlas_alike([row for row in report.atlas if row.verdict == "wrong"])
+        parts += [_told(first, f"tp_size {first.tp_size} · {first.dtype} · {first.subject}"
+                        + (f" · and {len(others)} more in the same module" if others else "")) for first, *others in wrong]
         parts.append(f"<details><summary>Every row</summary>\n\n{_compact(atlas_pivot(report.atlas))}\n</details>\n")
     if report.verdict is not None:
         parts.append(_facts(verdict_facts(report.verdict)))

@@ -30,9 +30,12 @@ from reports.summary import (
     without_constants,
 )
 from reports.tables import (
+    atlas_alike,
+    atlas_architectures,
     atlas_changes_table,
     atlas_counts,
     atlas_pivot,
+    atlas_reasons,
     atlas_table,
     bench_tables,
     bound_mark,
@@ -57,6 +60,7 @@ _HEADINGS = {
 _FRACTION = re.compile(r"(\.\d+)?( s)?$")
 _SENTENCES = ("reason", "message")
 _LONGEST_LINE = 36  # characters; longer cells may wrap
+_MANY = 300  # rows of an atlas that are shown one by one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +111,7 @@ def report_html(report: Report, *, peers: Sequence[str] = ()) -> str:
         not_measured=joined(not_measured_table(report.not_measured)),
         broken=[row for row in report.not_measured if row.traceback],
         plots=bench_plots(report.benches),
-        atlas={"wrong": [row for row in report.atlas if row.verdict == "wrong"],
-               "counts": atlas_counts(report.atlas),
-               "pivot": atlas_pivot(report.atlas, cell=lambda row: row),
-               "others": _other_than_right(report.atlas),
-               "rows": atlas_table(report.atlas).drop(columns=["message", "changes", "said", "replay"])},
+        atlas=_atlas(report.atlas),
         verdict={"row": report.verdict, "facts": verdict_facts(report.verdict) if report.verdict else {},
                  "tests": verdict_tests_table(report.verdict), "plots": verdict_plots(report.verdict)},
         scores={"rules": scores_table(report.scores), "faults": faults_table(report.scores)},
@@ -140,14 +140,20 @@ def comparison_html(comparison: Comparison) -> str:
     )
 
 
-def _other_than_right(rows: Sequence[AtlasRow]) -> dict[str, pd.DataFrame]:
-    """By verdict: architectures and layouts that have it, and why; what is wrong is told by itself."""
-    tables = {}
-    for verdict in ("crashed", "refused unclearly", "refused clearly", "not compared"):
-        table = atlas_table([row for row in rows if row.verdict == verdict])
-        if len(table):
-            tables[verdict] = joined(table[["architecture", "layout", "subject", "dtype", "tp_size", "message"]])
-    return tables
+def _atlas(rows: Sequence[AtlasRow]) -> dict[str, object]:
+    """What is wrong, by architecture and module; every verdict, by architecture where rows are many; why others are not right."""
+    by_verdict = {verdict: [row for row in rows if row.verdict == verdict]
+                  for verdict in ("wrong", "crashed", "refused unclearly", "refused clearly", "not compared")}
+    wrong = by_verdict.pop("wrong")
+    is_long = len(rows) > _MANY
+    return {
+        "counts": atlas_counts(rows), "num_wrong": len(wrong),
+        "wrong": [(first, atlas_table(others)[["layout", "subject", "dtype", "tp_size", "error_over_budget", "rank"]])
+                  for first, *others in atlas_alike(wrong)],
+        "architectures": atlas_architectures(rows) if is_long else None,
+        "pivot": atlas_pivot(rows, cell=lambda row: row),
+        "others": {verdict: (len(own), atlas_reasons(own)) for verdict, own in by_verdict.items() if own},
+        "rows": None if is_long else atlas_table(rows).drop(columns=["message", "changes", "said", "replay"])}
 
 
 def bar_percent(error: float) -> float:

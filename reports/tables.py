@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -152,8 +153,10 @@ def atlas_table(rows: Sequence[AtlasRow]) -> pd.DataFrame:
 
 
 def atlas_pivot(rows: Sequence[AtlasRow], cell: Callable[[AtlasRow], object] | None = None) -> pd.DataFrame:
-    """Architectures and layouts down, tp_size across; subject and dtype are columns where they differ."""
-    varying = [name for name in ("subject", "dtype") if len({getattr(row, name) for row in rows}) > 1]
+    """Architectures and layouts down, tp_size across; dtype is a column where it differs, subject where rows need it."""
+    varying = ["dtype"] if len({row.dtype for row in rows}) > 1 else []
+    if len({(row.architecture, row.layout, row.dtype, row.tp_size) for row in rows}) < len(rows):
+        varying.insert(0, "subject")
     lines: dict[tuple[str, ...], dict[str, object]] = {}
     for row in rows:
         keys = {"architecture": row.architecture, "layout": row.layout} | {name: getattr(row, name) for name in varying}
@@ -166,14 +169,47 @@ def atlas_pivot(rows: Sequence[AtlasRow], cell: Callable[[AtlasRow], object] | N
 
 
 def atlas_counts(rows: Sequence[AtlasRow]) -> pd.DataFrame:
-    """How many rows of each verdict, by subject, dtype and tp_size."""
-    groups = dict.fromkeys((row.subject, row.dtype, row.tp_size) for row in rows)
+    """How many rows of each verdict, by subject, dtype and tp_size; base rows apart from those of options and sizes."""
+    names, verdicts = ("subject", "layout", "dtype", "tp_size"), get_args(AtlasVerdict)[::-1]
+    counts = Counter((row.subject, "base" if row.layout == "base" else "options and sizes", row.dtype, row.tp_size, row.verdict)
+                     for row in rows)
+    groups = sorted({key[:-1] for key in counts}, key=lambda key: (*key[:2], key[2] != "float32", *key[2:]))
+    return _frame([dict(zip(names, group, strict=True)) | {verdict: counts[*group, verdict] for verdict in verdicts}
+                   for group in groups], (*names, *verdicts))
+
+
+def atlas_architectures(rows: Sequence[AtlasRow]) -> pd.DataFrame:
+    """One row an architecture: how many of each verdict; of the right ones the first one's share, and the largest error."""
     verdicts = get_args(AtlasVerdict)[::-1]
+    lines = []
+    for architecture, own in _grouped(rows, lambda row: row.architecture).items():
+        counts = Counter(row.verdict for row in own)
+        lines.append({
+            "architecture": architecture, "rows": len(own), **{verdict: counts[verdict] or None for verdict in verdicts},
+            "percent_sharded": next((_percent(row.sharded) for row in own if row.verdict == "right"), None),
+            "error_over_budget": max((row.error_over_budget or 0.0 for row in own if row.verdict == "right"), default=None)})
+    return _frame(lines, ("architecture", "rows", *verdicts, "percent_sharded", "error_over_budget"))
+
+
+def atlas_reasons(rows: Sequence[AtlasRow]) -> pd.DataFrame:
+    """One row an architecture and what was said of it, with all layouts of which it was said."""
     return _frame([
-        dict(zip(("subject", "dtype", "tp_size"), group, strict=True)) | {
-            verdict: sum((row.subject, row.dtype, row.tp_size) == group and row.verdict == verdict for row in rows)
-            for verdict in verdicts}
-        for group in groups], ("subject", "dtype", "tp_size", *verdicts))
+        {"architecture": architecture, "rows": len(own), "message": message} | {
+            name: ", ".join(dict.fromkeys(str(getattr(row, name)) for row in own)) for name in ("layout", "dtype", "tp_size")}
+        for (architecture, message), own in _grouped(rows, lambda row: (row.architecture, row.message)).items()],
+        ("architecture", "layout", "dtype", "tp_size", "rows", "message"))
+
+
+def _grouped(rows: Sequence[AtlasRow], key: Callable[[AtlasRow], Any]) -> dict[Any, list[AtlasRow]]:
+    groups: dict[Any, list[AtlasRow]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def atlas_alike(rows: Sequence[AtlasRow]) -> list[list[AtlasRow]]:
+    """Those of one architecture in which the same module is told, together: they have one cause, as a rule."""
+    return list(_grouped(rows, lambda row: (row.architecture, row.module)).values())
 
 
 def _percent(share: float | None) -> float | None:

@@ -81,6 +81,22 @@ def test_pages_say_what_is_wrong_and_why_the_rest_is_not_right(tmp_path: Path) -
     assert csv.count("\natlas,") == len(ROWS)
 
 
+def test_a_page_of_many_rows_counts_by_architecture_and_tells_a_cause_once() -> None:
+    many = [row("llama", layout=f"size={size}", tp_size=tp_size, sharded=0.97) for size in range(100) for tp_size in (2, 3, 4)]
+    wrong = [row("phi", "wrong", module="m.q", layout=layout) for layout in ("base", "bias=True", "tied=True")]
+    refused = [row("bloom", "refused unclearly", layout=f"size={number}") for number in range(9)]
+    page = report_html(Report(run=a_run(command="atlas"), atlas=[*many, *wrong, *refused]))
+    assert page.count("phi is wrong") == 1
+    assert "2 more of this architecture, first in the same module" in page
+    assert "<summary>By architecture, with what was said</summary>" in page
+    assert page.count("bloom is refused unclearly") == 1
+    assert page.index("<td class=\"number\">300</td>") < page.index("<summary>Every layout</summary>") < page.index("size=99")
+    assert "report.csv" in page
+    assert "report.csv" not in report_html(ATLAS)
+    counts = atlas_counts(many)[["layout", "tp_size", "right"]]
+    assert counts.values.tolist() == [["options and sizes", tp_size, 100] for tp_size in (2, 3, 4)]
+
+
 def test_two_atlases_show_what_broke_and_what_was_mended() -> None:
     now = [row("llama", "wrong"), row("phi"), row("gpt2", "refused unclearly"), row("bloom", "refused unclearly"), row("new")]
     comparison = compare(ATLAS, Report(run=a_run(), atlas=now))
