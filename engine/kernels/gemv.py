@@ -117,6 +117,7 @@ def gemv(
     parts: int | None = None,
     num_warps: int = 4,
     overlap: bool | None = None,
+    out_TO: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` for one row, summed in float32 and rounded once.
 
@@ -129,11 +130,12 @@ def gemv(
     parts             stretches of 256 * num_warps input features that are in flight together
     num_warps, overlap   Triton's launch parameter, and whether to start before the kernel ahead is done
                       (default: where the device can)
+    out_TO            where to write, contiguous; allocated if None
 
     Returns ``[1, O]``, gated ``[1, O / 2]``, contiguous. Raises ``ValueError`` for dtypes other than bfloat16, float16, float32
     and for other numbers of rows.
     """
-    return _launch(x, weight_OI, bias_O, settled, rows, parts, num_warps, overlap, gated=gated)[0]
+    return _launch(x, weight_OI, bias_O, settled, rows, parts, num_warps, overlap, gated=gated, out=out_TO)[0]
 
 
 def gemv_add_norm(
@@ -172,6 +174,7 @@ def _launch(
     gated: bool = False,
     residual_TO: torch.Tensor | None = None,
     norm_weight_O: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns what the kernel calls out, normed and squares."""
     x_TI = x.values_TI if isinstance(x, HalfNormed) else x
@@ -191,7 +194,8 @@ def _launch(
     if gated:
         rows = max(2, rows)  # a gate and its up
     num_programs = cdiv(num_outputs, rows)
-    out = torch.empty((num_tokens, num_outputs // 2 if gated else num_outputs), dtype=x_TI.dtype, device=x_TI.device)
+    if out is None:
+        out = torch.empty((num_tokens, num_outputs // 2 if gated else num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     # An argument that a variant never reads still needs a tensor in its place.
     residual = out if residual_TO is None else residual_TO.contiguous()
     norm_weight = out if norm_weight_O is None else norm_weight_O

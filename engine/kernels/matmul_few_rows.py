@@ -138,6 +138,7 @@ def matmul_few_rows(
     gated: bool = False,
     settled: bool = False,
     overlap: bool | None = None,
+    out_TO: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, summed in float32 and rounded once.
 
@@ -148,6 +149,7 @@ def matmul_few_rows(
                       :func:`engine.kernels.silu_mul.silu_mul` on the product
     settled           the kernel launched just before this one does not write the weight, so it may be read early
     overlap           whether to start before the kernel ahead is done (default: where the device can)
+    out_TO            where to write, contiguous; allocated if None
 
     Returns ``[T, O]``, gated ``[T, O / 2]``, contiguous. Raises ``ValueError`` for other dtypes and for shapes that do not fit.
     """
@@ -159,7 +161,8 @@ def matmul_few_rows(
             f"x {tuple(x_TI.shape)} {x_TI.dtype} by weight {tuple(weight_OI.shape)} {weight_OI.dtype}: one 16-bit dtype and "
             "one number of input features is asked for; use torch's linear for others"
         )
-    out_TO = torch.empty((num_rows, num_outputs // 2 if gated else num_outputs), dtype=x_TI.dtype, device=x_TI.device)
+    if out_TO is None:
+        out_TO = torch.empty((num_rows, num_outputs // 2 if gated else num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     if out_TO.numel() == 0:
         return out_TO
     overlap = may_overlap(x_TI, overlap)

@@ -15,6 +15,12 @@ No meeting ends a call. Calls take the two halves of the memory in turn instead:
 others in the call between, so they have left the call before it. The call's number is counted on the device: one that the host
 counts would be the same in every replay of a graph.
 
+A product that is to be summed may be where the ranks read it already, so that nothing is copied: in a *room*, a part of the
+memory behind the halves. There are two in turn, for the same reason. That calls of both kinds come in any order harms nothing:
+between two uses of one room this rank has left another call, in which it met the others. Replays of one graph, or of two in a
+row, may begin with the room that the last one ended with, so a step that uses rooms must have a call of another kind too: every
+step begins with the sum of the embedding.
+
 No meeting is missed. A flag has one writer, whose numbers grow: who looks late finds its number or a larger one. So each
 program arrives once its peers' programs have. Those run at once on every GPU (``MAX_PROGRAMS``), and a kernel that is launched
 early takes the place of none: it starts when all programs of the one ahead have. A flag that could *fall* would break this:
@@ -30,7 +36,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +58,8 @@ _BYTES_PER_THREAD = 16
 class PeerMemory:
     """One rank's view of the memory that the ranks share.
 
-    parts  every rank's memory, uint8 ``[FLAG_BYTES + 2 * half_bytes]``: flags, then two halves in turn; zeros at first
+    parts  every rank's memory, uint8 ``[FLAG_BYTES + 2 * half_bytes + 2 * room_bytes]``: flags, two halves in turn, two rooms in
+           turn; zeros at first
     calls  int64 ``[MAX_PROGRAMS]``, on the device: how many calls there were, for each program to read; this rank's alone
     """
 
@@ -61,6 +68,7 @@ class PeerMemory:
     half_bytes: int
     parts: tuple[torch.Tensor, ...]
     calls: torch.Tensor
+    room_bytes: int = 0
 
     @property
     def addresses(self) -> tuple[int, ...]:
@@ -75,6 +83,13 @@ class PeerMemory:
         """What ``rank`` gives to a call, of the type and size of ``like``, flat."""
         start = FLAG_BYTES + call % 2 * self.half_bytes
         return self.parts[rank][start : start + like.numel() * like.element_size()].view(like.dtype)
+
+    def room(self, rank: int, number: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Room 0 or 1 of ``rank``'s memory, as far as ``shape`` goes."""
+        start = FLAG_BYTES + 2 * self.half_bytes + number * self.room_bytes
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        assert num_bytes <= self.room_bytes, f"{num_bytes} bytes are more than a room's {self.room_bytes}"
+        return self.parts[rank][start : start + num_bytes].view(dtype).view(shape)
 
 
 @triton.jit
@@ -227,12 +242,15 @@ def _two_shot_kernel(
 # Steps have any number of rows: a variant for those that 16 divides would stall the first step that has another one.
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm_kernel(
-    x, residual, weight, out, new_residual, bases, calls, num_rows, half_bytes, eps,
-    D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SETTLED: tl.constexpr,
+    x, residual, weight, out, new_residual, bases, parts, calls, num_rows, half_bytes, eps,
+    COPIES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, SETTLED: tl.constexpr,
     RANK: tl.constexpr, SIZE: tl.constexpr, FLAGS: tl.constexpr, MAX: tl.constexpr, LANES: tl.constexpr,
     OVERLAP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One-shot: program after program takes ROWS rows; what follows is what ``rms_norm.py`` does with the rounded sum."""
+    """One-shot: program after program takes ROWS rows; what follows is what ``rms_norm.py`` does with the rounded sum.
+
+    Without COPIES, ``parts`` are where the ranks' x are, and FLAGS and half_bytes are 0.
+    """
     first, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     dims = tl.arange(0, D_PAD)[None, :]
     if not SETTLED:
@@ -241,11 +259,12 @@ def _add_rms_norm_kernel(
     if SETTLED:
         wait_for_inputs(OVERLAP)
     call = _enter(calls)
-    own = _data(bases[RANK], call, half_bytes, FLAGS, x)
-    for start in range(first, num_rows, step):
-        rows = (start + tl.arange(0, ROWS))[:, None]
-        keep = (rows < num_rows) & (dims < D)
-        tl.store(own + rows * D + dims, tl.load(x + rows * D + dims, mask=keep), mask=keep)
+    if COPIES:
+        own = _data(bases[RANK], call, half_bytes, FLAGS, x)
+        for start in range(first, num_rows, step):
+            rows = (start + tl.arange(0, ROWS))[:, None]
+            keep = (rows < num_rows) & (dims < D)
+            tl.store(own + rows * D + dims, tl.load(x + rows * D + dims, mask=keep), mask=keep)
     rows = (first + tl.arange(0, ROWS))[:, None]
     # A tile's residual comes in while the ranks meet, or while the tile before is summed.
     added = tl.load(residual + rows * D + dims, mask=(rows < num_rows) & (dims < D), other=0.0)
@@ -254,7 +273,7 @@ def _add_rms_norm_kernel(
         rows = (start + tl.arange(0, ROWS))[:, None]
         keep = (rows < num_rows) & (dims < D)
         at = rows * D + dims
-        total = _sum_of_ranks(bases, call, half_bytes, at, keep, x, SIZE, FLAGS).to(x.dtype.element_ty)
+        total = _sum_of_ranks(parts, call, half_bytes, at, keep, x, SIZE, FLAGS).to(x.dtype.element_ty)
         rounded = (total.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
         added = tl.load(residual + at + step * D, mask=(rows + step < num_rows) & (dims < D), other=0.0)
         tl.store(new_residual + at, rounded, mask=keep)
@@ -324,10 +343,10 @@ def _wants_two_shots(num_bytes: int, size: int) -> bool:
     return num_bytes * (size - 1) * (size - 2) / size > _MEETING_BYTES
 
 
-def fuses_norm(x: torch.Tensor, memory: PeerMemory) -> bool:
-    """Whether :func:`peer_add_rms_norm` is faster than a sum and a norm on ``x`` ``[T, D]``. The same on every rank."""
-    num_bytes = x.numel() * x.element_size()
-    return (x.dtype in DTYPES and x.is_floating_point() and 0 < num_bytes <= _LARGEST_FUSED_BYTES
+def fuses_norm(shape: tuple[int, int], dtype: torch.dtype, memory: PeerMemory) -> bool:
+    """Whether :func:`peer_add_rms_norm` is faster than a sum and a norm on an ``x`` ``[T, D]``. The same on every rank."""
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    return (dtype in DTYPES and dtype.is_floating_point and 0 < num_bytes <= _LARGEST_FUSED_BYTES
             and not _wants_two_shots(num_bytes, memory.size))
 
 
@@ -379,16 +398,31 @@ def peer_add_rms_norm(
     """
     _check_dtype(x)
     out, new_residual = torch.empty_like(x), torch.empty_like(x)
+    for piece in row_pieces(len(x), memory.half_bytes // (x.shape[1] * x.element_size())):
+        peer_add_rms_norm_into(out[piece], new_residual[piece], x[piece], residual[piece], weight, eps, memory, settled=settled,
+                               num_programs=num_programs, overlap=overlap)
+    return out, new_residual
+
+
+def peer_add_rms_norm_into(
+    out: torch.Tensor, new_residual: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+    memory: PeerMemory, *, settled: bool = False, num_programs: int = MAX_PROGRAMS, overlap: bool | None = None,
+    parts: Sequence[torch.Tensor] = (),
+) -> None:
+    """:func:`peer_add_rms_norm` in one launch, into tensors that are there.
+
+    parts  where this rank can read each rank's ``x`` once they have met; empty: ``x`` is copied into a half, and must fit
+    """
     num_rows, dim = x.shape
     overlap, dim_padded = may_overlap(x, overlap), next_power_of_2(dim)
-    for piece in _row_pieces(num_rows, memory.half_bytes // (dim * x.element_size())):
-        rows = rows_of_tile(len(x[piece]), dim, num_programs)
-        _add_rms_norm_kernel[(min(cdiv(len(x[piece]), rows), num_programs),)](
-            x[piece], residual[piece], weight, out[piece], new_residual[piece], memory.addresses, memory.calls, len(x[piece]),
-            memory.half_bytes, eps, dim, dim_padded, rows, settled, num_warps=min(16, max(4, rows * dim_padded // 512)),
-            **_constants(memory, overlap),
-        )  # fmt: skip
-    return out, new_residual
+    rows = rows_of_tile(num_rows, dim, num_programs)
+    addresses = tuple(part.data_ptr() for part in parts) or memory.addresses
+    constants = _constants(memory, overlap) | ({"FLAGS": 0} if parts else {})
+    _add_rms_norm_kernel[(min(cdiv(num_rows, rows), num_programs),)](
+        x, residual, weight, out, new_residual, memory.addresses, addresses, memory.calls, num_rows,
+        0 if parts else memory.half_bytes, eps, not parts, dim, dim_padded, rows, settled,
+        num_warps=min(16, max(4, rows * dim_padded // 512)), **constants,
+    )  # fmt: skip
 
 
 def rows_of_tile(num_rows: int, dim: int, num_programs: int = MAX_PROGRAMS) -> int:
@@ -406,7 +440,7 @@ def _pieces(x: torch.Tensor, memory: PeerMemory) -> Iterator[torch.Tensor]:
     return (piece for piece in x.view(-1).split(memory.half_bytes // x.element_size()) if piece.numel())
 
 
-def _row_pieces(num_rows: int, most: int) -> list[slice]:
+def row_pieces(num_rows: int, most: int) -> list[slice]:
     """Rows in pieces of at most ``most``, all about as large."""
     size = cdiv(num_rows, max(1, cdiv(num_rows, most)))
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size or 1)]

@@ -18,11 +18,12 @@ from engine.kernels.overlap import may_overlap
 _FEW_ROWS = 8  # on a CPU
 
 
-def linear(x: Tensor | HalfNormed, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | HalfNormed, weight_OI: Tensor, bias_O: Tensor | None = None, *, out_TO: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, ``[T, I]`` by ``[O, I]`` to ``[T, O]``, in the operands' dtype.
 
     A parameter may be read before the kernels ahead of this one are done: who writes into one must not launch this next.
-    A row whose norm is half done is for layers that :func:`fuses_norm` names.
+    A row whose norm is half done is for layers that :func:`fuses_norm` names. ``out_TO``, contiguous, is where to write; there is
+    no bias then.
     """
     settled = isinstance(weight_OI, nn.Parameter)
     if isinstance(x, HalfNormed):
@@ -30,11 +31,13 @@ def linear(x: Tensor | HalfNormed, weight_OI: Tensor, bias_O: Tensor | None = No
     x_TI = x
     if is_ours(x_TI, weight_OI):
         if x_TI.shape[0] == 1:
-            return gemv(x_TI, weight_OI, bias_O, settled=settled)
+            return gemv(x_TI, weight_OI, bias_O, settled=settled, out_TO=out_TO)
         # Launched in turn, as on older GPUs, it is no faster than cuBLAS.
         tiles = tiles_for(x_TI.shape[0], *weight_OI.shape) if may_overlap(x_TI) else None
         if tiles is not None:
-            return matmul_few_rows(x_TI, weight_OI, bias_O, tiles=tiles, settled=settled)
+            return matmul_few_rows(x_TI, weight_OI, bias_O, tiles=tiles, settled=settled, out_TO=out_TO)
+    if out_TO is not None:
+        return torch.mm(x_TI, weight_OI.t(), out=out_TO)
     if (x_TI.device.type == "cpu" and x_TI.dtype is torch.float32 and 1 <= x_TI.shape[0] <= _FEW_ROWS
             and prefers_weight_first()):
         return _linear_of_few_rows(x_TI, weight_OI, bias_O)

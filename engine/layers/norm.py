@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
             x = x.whole()
         if isinstance(x, PartialSum):
             assert residual is not None, "a row-parallel layer stands behind a residual"
-            return x.tp.all_reduce_add_norm(x.x_TE, residual, self.weight, self.eps)
+            return x.add_norm(residual, self.weight, self.eps)
         if residual is None:
             return pick(x, rms_norm, rms_norm_torch)(x, self.weight, self.eps, settled=True), x
         return pick(x, add_rms_norm, add_rms_norm_torch)(x, residual, self.weight, self.eps, settled=True)

@@ -17,9 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.kernels.peer_all_reduce import PeerMemory, fuses_norm, peer_add_rms_norm, peer_all_reduce, peer_argmax, way_of
+from engine.kernels.peer_all_reduce import (
+    PeerMemory,
+    fuses_norm,
+    peer_add_rms_norm,
+    peer_add_rms_norm_into,
+    peer_all_reduce,
+    peer_argmax,
+    way_of,
+)
 from engine.parallel.collective_log import OWN_FILES, Collective, CollectiveLog, name_ranks
 from engine.parallel.peer_memory import share_memory
+from engine.parallel.rooms import PlacedRows, ProductOfRows, Rooms
 
 OWN_FILES.add(__file__)
 
@@ -69,17 +78,22 @@ class TPGroup:
         self.log.finish()
         return x
 
-    def fuses_norm(self, x_TE: Tensor) -> bool:
-        """Whether :meth:`all_reduce_add_norm` takes ``x``, and is faster than one after the other. The same on every rank."""
+    def fuses_norm(self, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+        """Whether :meth:`all_reduce_add_norm` takes such an ``x`` and is faster than one after the other, on every rank."""
         return False
 
-    def all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def partial_sum(self, shape: tuple[int, int], dtype: torch.dtype, product: ProductOfRows) -> PartialSum:
+        """What ``product`` gives for all rows, where all ranks can read it if they can. Only where :meth:`fuses_norm` says so."""
+        return PartialSum(product(slice(None), None), self)
+
+    def all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float,
+                            placed: Sequence[PlacedRows] = ()) -> tuple[Tensor, Tensor]:
         """``add_rms_norm(all_reduce(x), residual, weight, eps)`` in one launch: the same new residual, bit by bit.
 
-        Only where :meth:`fuses_norm` says so. ``x`` may be overwritten.
+        Only where :meth:`fuses_norm` says so. ``x`` may be overwritten. ``placed``: all its rows, or none (:meth:`partial_sum`).
         """
         self.log.enter("all_reduce", x_TE.shape, x_TE.dtype)
-        results = self._all_reduce_add_norm(x_TE, residual_TE, weight_E, eps)
+        results = self._all_reduce_add_norm(x_TE, residual_TE, weight_E, eps, placed)
         self.log.finish()
         return results
 
@@ -127,7 +141,8 @@ class TPGroup:
         """``x`` is contiguous and may be overwritten."""
         raise NotImplementedError
 
-    def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float,
+                             placed: Sequence[PlacedRows]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
     def _all_reduce_max(self, x: Tensor) -> Tensor:
@@ -156,6 +171,11 @@ class PartialSum(NamedTuple):
 
     x_TE: Tensor
     tp: TPGroup
+    placed: tuple[PlacedRows, ...] = ()
+
+    def add_norm(self, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The norm of the sum and ``residual``, and that sum."""
+        return self.tp.all_reduce_add_norm(self.x_TE, residual_TE, weight_E, eps, self.placed)
 
 
 class SoloGroup(TPGroup):
@@ -357,6 +377,7 @@ class ProcessTPGroup(TPGroup):
     each part is summed once and then copied, so all ranks get the same bits.
 
     peers  memory that the ranks' GPUs read of each other, for messages that our own kernels are faster with; None: there is none
+    rooms  where of it products are written that are to be summed
     """
 
     def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
@@ -364,10 +385,12 @@ class ProcessTPGroup(TPGroup):
         self.process_group = process_group
         self.device = device
         self.peers: PeerMemory | None = None
+        self.rooms: Rooms | None = None
 
     def connect_peers(self) -> None:
         """Share memory between the ranks' GPUs, where all of them can. Every rank must call it."""
         self.peers = share_memory(self.process_group, self.device, agree=self._all_reduce_min)
+        self.rooms = None if self.peers is None else Rooms(self.peers, self.device)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         if self.peers is not None and (way := way_of(x, self.peers)) is not None:
@@ -375,12 +398,29 @@ class ProcessTPGroup(TPGroup):
         dist.all_reduce(x, group=self.process_group)
         return x
 
-    def fuses_norm(self, x_TE: Tensor) -> bool:
-        return self.peers is not None and fuses_norm(x_TE, self.peers)
+    def fuses_norm(self, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+        return self.peers is not None and fuses_norm(shape, dtype, self.peers)
 
-    def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def partial_sum(self, shape: tuple[int, int], dtype: torch.dtype, product: ProductOfRows) -> PartialSum:
+        if self.rooms is None or not self.rooms.hold(shape, dtype):
+            return super().partial_sum(shape, dtype, product)
+        x_TE, placed = self.rooms.place(shape, dtype, product)
+        return PartialSum(x_TE, self, placed)
+
+    def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float,
+                             placed: Sequence[PlacedRows]) -> tuple[Tensor, Tensor]:
         assert self.peers is not None, "fuses_norm says whether there is shared memory"
-        return peer_add_rms_norm(x_TE.contiguous(), residual_TE.contiguous(), weight_E, eps, self.peers, settled=True)
+        x_TE, residual_TE = x_TE.contiguous(), residual_TE.contiguous()
+        if not placed:
+            return peer_add_rms_norm(x_TE, residual_TE, weight_E, eps, self.peers, settled=True)
+        out_TE, sum_TE = torch.empty_like(x_TE), torch.empty_like(x_TE)
+        for rows, parts, sent in placed:
+            if sent is not None:
+                sent.wait(torch.cuda.current_stream(self.device))
+            # Not launched early: what it waits for is no kernel of this stream.
+            peer_add_rms_norm_into(out_TE[rows], sum_TE[rows], x_TE[rows], residual_TE[rows], weight_E, eps, self.peers,
+                                   settled=True, parts=parts, overlap=None if sent is None else False)
+        return out_TE, sum_TE
 
     def _all_reduce_max(self, x: Tensor) -> Tensor:
         if self.peers is not None and (way := way_of(x, self.peers)) is not None:

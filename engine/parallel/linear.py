@@ -191,9 +191,9 @@ class RowParallelLinear(nn.Module):
         norm_may_finish = self.norm_follows and not self._forward_hooks
         if norm_may_finish and self.tp.size == 1 and fuses_norm(x_TI, self.weight):
             return Product(x_TI, self.weight)
-        y_TO = linear(x_TI, self.weight)
-        if norm_may_finish and self.tp.fuses_norm(y_TO):
-            return PartialSum(y_TO, self.tp)
-        y_TO = self.tp.all_reduce(y_TO)
+        shape = (x_TI.shape[0], self.weight.shape[0])
+        if norm_may_finish and self.tp.fuses_norm(shape, x_TI.dtype):
+            return self.tp.partial_sum(shape, x_TI.dtype, lambda rows, out_TO: linear(x_TI[rows], self.weight, out_TO=out_TO))
+        y_TO = self.tp.all_reduce(linear(x_TI, self.weight))
         # Added before the all-reduce, the bias would be summed once per rank.
         return y_TO if self.bias is None else y_TO + self.bias

@@ -21,7 +21,9 @@ from engine.kernels.peer_all_reduce import FLAG_BYTES, MAX_PROGRAMS, MAX_RANKS, 
 logger = logging.getLogger(__name__)
 
 HALF_BYTES = 32 * 2**20
-"""The largest message that goes in one call."""
+"""The largest message that is copied in one call."""
+ROOM_BYTES = 128 * 2**20
+"""The largest product that is written where the ranks read it: 16,384 rows of 4,096 features in 16 bits."""
 
 
 def share_memory(process_group: dist.ProcessGroup, device: torch.device, *,
@@ -52,7 +54,7 @@ def _share(process_group: dist.ProcessGroup, device: torch.device) -> PeerMemory
 
     # Read when memory is shared. A program that uses multicast can put a machine's GPUs out of service where it does not work.
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-    num_bytes = FLAG_BYTES + 2 * HALF_BYTES
+    num_bytes = FLAG_BYTES + 2 * HALF_BYTES + 2 * ROOM_BYTES
     own = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
     own.zero_()
     torch.cuda.synchronize(device)  # before a rank that is done here sets a flag
@@ -60,7 +62,8 @@ def _share(process_group: dist.ProcessGroup, device: torch.device) -> PeerMemory
     parts = tuple(own if peer == process_group.rank() else shared.get_buffer(peer, (num_bytes,), torch.uint8)
                   for peer in range(process_group.size()))
     calls = torch.zeros(MAX_PROGRAMS, dtype=torch.int64, device=device)
-    return PeerMemory(rank=process_group.rank(), size=process_group.size(), half_bytes=HALF_BYTES, parts=parts, calls=calls)
+    return PeerMemory(rank=process_group.rank(), size=process_group.size(), half_bytes=HALF_BYTES, parts=parts, calls=calls,
+                      room_bytes=ROOM_BYTES)
 
 
 def _reaches_all(rank: int, size: int, device: torch.device) -> bool:

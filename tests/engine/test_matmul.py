@@ -27,6 +27,10 @@ def test_any_number_of_rows(monkeypatch: pytest.MonkeyPatch, num_rows: int, dtyp
     assert y.dtype == dtype
     assert y.is_contiguous()
     assert y.double().equal(x.double() @ weight.double().T + (shift.double() if bias else 0))
+    if not bias:
+        into = torch.full_like(y, -77)
+        assert linear(x, weight, out_TO=into) is into
+        assert into.equal(y)
 
 
 @pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs", "is_ours"), [

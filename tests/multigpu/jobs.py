@@ -7,13 +7,17 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engine.kernels.peer_all_reduce import DTYPES, Way, peer_all_reduce
 from engine.kernels.rms_norm import add_rms_norm
+from engine.layers.norm import RMSNorm
+from engine.parallel import rooms
 from engine.parallel.group import ProcessTPGroup
+from engine.parallel.linear import RowParallelLinear
 from engine.ranks.ranks import RankContext
 from engine.scheduling.batch import StepBatch
 from tests.engine.kernels.peers import integers
@@ -119,6 +123,66 @@ def norms_of_sums(rank: RankContext, num_rows: int, dim: int) -> tuple[bool, flo
     normed, sum_ = rank.tp.all_reduce_add_norm(parts[rank.tp.rank].to(rank.device), residual, weight, 1e-6)
     right, right_sum = add_rms_norm(parts.float().sum(0).bfloat16().to(rank.device), residual, weight, 1e-6)
     return torch.equal(sum_, right_sum), over_budget(normed, right.double(), rounding_budget(right, right, torch.bfloat16))
+
+
+def sums_in_rooms(rank: RankContext, num_rows: int, dim: int, sent_bytes: int) -> tuple[list[bool], set[str]]:
+    """Layer after layer, each a product, its sum and norm: with products where all ranks read them, and with those copied there.
+
+    Gives whether all bits are equal, kernel by kernel and for each of four replays of a graph with other inputs, whose ranks
+    are late in turn; and in which ways the sums were taken.
+    """
+    assert isinstance(rank.tp, ProcessTPGroup), "every rank has a GPU"
+    own_rooms, before = rank.tp.rooms, rooms.SENT_BYTES
+    generator = torch.Generator(rank.device).manual_seed(rank.tp.rank)
+    x_TI, inner = torch.empty(num_rows, 256, device=rank.device).bfloat16(), 256 * rank.tp.size
+    layers, ways = [], set()
+    for _ in range(5):
+        layer = RowParallelLinear(inner, dim, tp=rank.tp, dtype=torch.bfloat16, device=rank.device, norm_follows=True)
+        layer.weight.data.copy_(torch.randn(dim, 256, device=rank.device, generator=generator) / 16)
+        layers.append(layer)
+    norm = RMSNorm(dim, 1e-6, dtype=torch.bfloat16, device=rank.device)
+    norm.weight.data.fill_(1.5)
+
+    def run() -> list[Tensor]:
+        outputs, residual = [], torch.zeros(num_rows, dim, device=rank.device).bfloat16()
+        rank.tp.all_reduce(torch.zeros(8, device=rank.device))  # as each step begins
+        for number, layer in enumerate(layers):
+            if number % rank.tp.size == rank.tp.rank:
+                torch.cuda._sleep(300_000)
+            product = layer(x_TI)
+            ways.add("copied" if not product.placed else "written" if product.placed[0].sent is None else "sent")
+            normed, residual = norm(product, residual)
+            outputs += [normed, residual]
+        return outputs
+
+    def outcomes(call: Callable[[], list[Tensor]]) -> list[list[Tensor]]:
+        found = []
+        for seed in range(4):
+            x_TI.copy_(torch.randn(x_TI.shape, device=rank.device, generator=generator.manual_seed(10 * seed + rank.tp.rank)))
+            found.append([each.clone() for each in call()])
+        return found
+
+    try:
+        with torch.inference_mode():
+            rank.tp.rooms = None
+            wanted = outcomes(run)
+            rank.tp.rooms, rooms.SENT_BYTES = own_rooms, sent_bytes
+            found = [outcomes(run)]
+            if sent_bytes > num_rows * dim * 2:
+                torch.cuda.synchronize(rank.device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    captured = run()
+
+                def replay() -> list[Tensor]:
+                    graph.replay()
+                    return captured
+
+                found.append(outcomes(replay))
+    finally:
+        rank.tp.rooms, rooms.SENT_BYTES = own_rooms, before
+    return [torch.equal(*pair) for each in found for outputs, right in zip(each, wanted, strict=True)
+            for pair in zip(outputs, right, strict=True)], ways
 
 
 def die_in_a_replay(rank: RankContext, victim: int) -> None:

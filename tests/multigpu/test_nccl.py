@@ -36,6 +36,7 @@ from tests.multigpu.jobs import (
     hang_after_replays,
     norms_of_sums,
     sum_of_ranks,
+    sums_in_rooms,
     wrong_back_to_back,
     wrong_integers,
     wrong_sums,
@@ -148,6 +149,18 @@ def test_a_sum_with_its_norm_is_the_norm_of_the_sum(two_ranks: Ranks, num_rows: 
     for same_residual, error in two_ranks.run(norms_of_sums, num_rows, dim, timeout_s=60.0):
         assert same_residual
         assert error <= 2, "two orders of summation, each rounded once"
+
+
+@pytest.mark.parametrize(("num_rows", "dim", "sent_bytes", "way"), [
+    (1, 4096, 2**27, "written"), (37, 1024, 2**27, "written"), (256, 4096, 2**27, "written"), (8_191, 1024, 2**23, "sent"),
+    (16_384, 4096, 2**23, "sent"), (16_384, 1024, 2**30, "written")])
+def test_a_product_that_is_where_all_ranks_read_it_has_the_sum_of_one_that_is_copied(
+    two_ranks: Ranks, num_rows: int, dim: int, sent_bytes: int, way: str
+) -> None:
+    for are_equal, ways in two_ranks.run(sums_in_rooms, num_rows, dim, sent_bytes, timeout_s=60.0):
+        assert all(are_equal)
+        assert len(are_equal) == (80 if way == "written" else 40)
+        assert ways == {"copied", way}
 
 
 def test_a_rank_that_dies_in_a_replay_ends_the_call() -> None:

@@ -13,10 +13,11 @@ import torch
 from engine.kernels.peer_all_reduce import FLAG_BYTES, MAX_PROGRAMS, PeerMemory
 
 
-def shared_memory(size: int, half_bytes: int = 1024) -> list[PeerMemory]:
+def shared_memory(size: int, half_bytes: int = 1024, room_bytes: int = 0) -> list[PeerMemory]:
     """Each rank's view of one memory."""
-    parts = tuple(torch.zeros(FLAG_BYTES + 2 * half_bytes, dtype=torch.uint8) for _ in range(size))
-    return [PeerMemory(rank, size, half_bytes, parts, torch.zeros(MAX_PROGRAMS, dtype=torch.int64)) for rank in range(size)]
+    parts = tuple(torch.zeros(FLAG_BYTES + 2 * half_bytes + 2 * room_bytes, dtype=torch.uint8) for _ in range(size))
+    return [PeerMemory(rank, size, half_bytes, parts, torch.zeros(MAX_PROGRAMS, dtype=torch.int64), room_bytes)
+            for rank in range(size)]
 
 
 def on_ranks(memories: list[PeerMemory], job: Callable[[PeerMemory], Any], *, timeout_s: float = 60.0) -> list[Any]:

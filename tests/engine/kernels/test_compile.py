@@ -253,10 +253,12 @@ def _launch_peers(x: torch.Tensor, overlap: bool) -> int:
         peer_all_reduce.peer_add_rms_norm(x, x, x[0], 1e-6, memory, settled=settled, overlap=overlap)
     # One program for all of it takes tile after tile.
     peer_all_reduce.peer_add_rms_norm(rows, rows, x[0], 1e-6, memory, num_programs=1, settled=True, overlap=overlap)
+    # What is where the others read it already is not copied.
+    peer_all_reduce.peer_add_rms_norm_into(x, x, x, x, x[0], 1e-6, memory, settled=True, overlap=overlap, parts=(x, x))
     peer_all_reduce.peer_argmax(ids.float(), ids, memory, overlap=overlap)
     for largest in (False, True):
         peer_all_reduce.peer_all_reduce(x.int(), memory, peer_all_reduce.Way(two_shot=False), largest=largest, overlap=overlap)
-    return 8
+    return 9
 
 
 @pytest.mark.parametrize("dtype", [

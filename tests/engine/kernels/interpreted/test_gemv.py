@@ -47,7 +47,9 @@ def test_gemv_is_the_product(
     x = _normal(seed, 1, num_inputs + 8, dtype=dtype)[:, :num_inputs]
     weight = _normal(seed + 1, num_outputs, num_inputs + 8, dtype=dtype)[:, 8:]
     bias = _normal(seed + 2, num_outputs, dtype=dtype) if with_bias else None
-    y = gemv(x, weight, bias, settled=settled, **launch)
+    into = torch.full((1, num_outputs), torch.nan, dtype=dtype) if settled else None
+    y = gemv(x, weight, bias, settled=settled, out_TO=into, **launch)
+    assert into is None or y is into
     assert y.shape == (1, num_outputs)
     assert _share_of_budget(y, x, weight, bias) <= 1
 

@@ -28,7 +28,9 @@ def test_it_is_the_product_at_the_borders_of_tiles(num_rows: int, num_outputs: i
     x, weight = _normal(1, num_rows, num_inputs + 8)[:, :num_inputs], _normal(2, num_outputs, num_inputs + 8)[:, 8:]
     tiles = Tiles(16, 16, 32, weight_first=weight_first)
     for bias in (None, _normal(3, num_outputs)):
-        y = matmul_few_rows(x, weight, bias, tiles=tiles, settled=True)
+        into = None if bias is None else torch.full((num_rows, num_outputs), torch.nan).half()
+        y = matmul_few_rows(x, weight, bias, tiles=tiles, settled=True, out_TO=into)
+        assert into is None or y is into
         assert y.shape == (num_rows, num_outputs)
         assert _share_of_budget(y, x, weight, bias) <= 1
 

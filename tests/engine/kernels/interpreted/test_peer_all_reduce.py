@@ -13,6 +13,7 @@ from engine.kernels.peer_all_reduce import (
     PeerMemory,
     Way,
     peer_add_rms_norm,
+    peer_add_rms_norm_into,
     peer_all_reduce,
     peer_all_reduce_torch,
     peer_argmax,
@@ -124,6 +125,39 @@ def test_a_sum_with_norm_that_is_larger_than_the_memory_goes_in_pieces_of_rows()
         assert torch.equal(sum_, new_residual)
         assert over_budget(found, wanted, rounding_budget(wanted, wanted, torch.float16)) <= 1
         assert (memories[rank].calls == 2).all()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_is_in_a_room_is_summed_where_it_is(number: int) -> None:
+    """Nothing is copied: neither the halves nor the other room change."""
+    num_rows, dim = 5, 40
+    parts = torch.randn(SIZE, num_rows, dim, generator=torch.Generator().manual_seed(number)).half()
+    residual, weight = torch.randn(num_rows, dim).half(), torch.randn(dim).half()
+    wanted, new_residual = add_rms_norm_torch(parts.float().sum(0).half(), residual, weight, 1e-6)
+    for rank in range(SIZE):
+        memories = shared_memory(SIZE, half_bytes=1024, room_bytes=1024)
+        memories[rank].flags(rank)[:, :, :] = 1
+        rooms = [memories[rank].room(peer, number, (num_rows, dim), torch.float16) for peer in range(SIZE)]
+        for room, part in zip(rooms, parts, strict=True):
+            room.copy_(part)
+        before = [part[FLAG_BYTES:].clone() for part in memories[rank].parts]
+        found, sum_ = torch.empty_like(residual), torch.empty_like(residual)
+        peer_add_rms_norm_into(found, sum_, rooms[rank], residual, weight, 1e-6, memories[rank], num_programs=2, parts=rooms)
+        assert torch.equal(sum_, new_residual)
+        assert over_budget(found, wanted, rounding_budget(wanted, wanted, torch.float16)) <= 1
+        assert all(torch.equal(part[FLAG_BYTES:], was) for part, was in zip(memories[rank].parts, before, strict=True))
+        for peer in set(range(SIZE)) - {rank}:
+            assert (memories[rank].flags(peer)[0, :2, rank] == 1).all(), "its peers are told"
+
+
+def test_two_rooms_and_two_halves_are_four_places() -> None:
+    memory = shared_memory(2, half_bytes=1024, room_bytes=2048)[0]
+    rooms = [memory.room(1, number, (16, 32), torch.float32) for number in range(2)]
+    halves = [memory.data(1, call, torch.empty(256)) for call in range(2)]
+    for value, place in enumerate([*rooms, *halves], start=1):
+        place.fill_(value)
+    assert [place.unique().tolist() for place in [*rooms, *halves]] == [[1.0], [2.0], [3.0], [4.0]]
+    assert not memory.flags(1).any()
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 300])
