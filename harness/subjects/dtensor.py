@@ -76,9 +76,9 @@ class DTensorRank(LiveRank):
         found = {}
         for name, number in self.by_checkpoint_name(numbers).items():
             part = _held(name, place[number] >= 0)
-            if part.dim is not None:
-                number = number.index_select(part.dim, torch.from_numpy(part.indices))
             dtype = dtypes[bisect(starts, int(number.min())) - 1] if number.numel() else values.dtype
+            if part.dim is not None:  # it may hold none of them, such as another rank's expert
+                number = number.index_select(part.dim, torch.from_numpy(part.indices))
             found[name] = part, values[place[number]].to(dtype)
         return found
 

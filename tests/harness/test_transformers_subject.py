@@ -258,6 +258,13 @@ def test_what_the_model_keeps_in_float32_may_be_so_and_nothing_else(two_ranks: F
     assert "first model.norm.weight: the shard is (96,) torch.float32, it should be (96,) torch.bfloat16" in found
 
 
+def test_a_rank_without_an_expert_has_nothing_of_it_in_the_dtype_that_others_have(two_ranks: Faulty, tmp_path: Path) -> None:
+    """Beside a router's bias in float32, nothing was taken for nothing in float32."""
+    folder = shrink("glm4_moe", tmp_path, dtype="bfloat16")
+    with ExpertParallelSubject(Placement(tp_size=2, fabric="gloo", job_timeout_s=120, ranks=two_ranks.ranks)) as subject:
+        assert_green(outcome("weights", subject, folder, dtype="bfloat16"))
+
+
 def test_tensors_under_the_models_own_names_are_found_too(two_ranks: Faulty, tmp_path: Path) -> None:
     folder = shrink("qwen3_moe", tmp_path, own_names=True)
     assert any(name.endswith("experts.gate_up_proj") for name in read_headers(folder))
