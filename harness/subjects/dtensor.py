@@ -77,13 +77,14 @@ class DTensorRank(LiveRank):
         for name, number in self.by_checkpoint_name(numbers).items():
             part = _held(name, place[number] >= 0)
             dtype = dtypes[bisect(starts, int(number.min())) - 1] if number.numel() else values.dtype
-            if part.dim is not None:  # it may hold none of them, such as another rank's expert
+            if part.dim is not None:
                 number = number.index_select(part.dim, torch.from_numpy(part.indices))
             found[name] = part, values[place[number]].to(dtype)
         return found
 
     def shards(self) -> dict[str, Tensor]:
-        return {name: shard for name, (_, shard) in self._shards.items()}
+        # Of what others hold alone this rank has nothing, in no shape: along which dimension can't be told.
+        return {name: shard for name, (held, shard) in self._shards.items() if held.dim is None or shard.numel()}
 
     def held(self) -> dict[str, Held]:
         """By checkpoint name: which part of the tensor this rank holds, as its DTensors' placements say."""
@@ -116,7 +117,8 @@ class DTensorSubject(OnRanks):
         held = [of_rank[name] for of_rank in self._layout if name in of_rank]
         if not held:
             raise CheckpointError(f"tensor={name}: the loaded model has no parameter that it went to")
-        dims = {part.dim for part in held if part.dim is not None}
+        dims = ({part.dim for part in held if part.dim is not None and len(part.indices)}
+                or {part.dim for part in held if part.dim is not None})  # whole on some ranks, not there on others
         dim = dims.pop() if len(dims) == 1 else None
         whole = Held(shape=shape, dim=None, indices=np.arange(0))  # asked of a rank that has nothing from there
         every = np.arange(shape[dim] if dim is not None else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -256,6 +257,15 @@ def test_what_the_model_keeps_in_float32_may_be_so_and_nothing_else(two_ranks: F
     found = check_own(CheckContext(results=results, subject=two_ranks, options=OPTIONS, seed=0)).finding
     assert found is not None
     assert "first model.norm.weight: the shard is (96,) torch.float32, it should be (96,) torch.bfloat16" in found
+
+
+def test_of_nine_columns_over_four_ranks_the_last_one_has_none(tmp_path: Path) -> None:
+    """Parts are as long as the first one, of three: 3, 3, 3 and nothing."""
+    folder = shrink("llama", tmp_path, intermediate_size=9, num_key_value_heads=4, num_attention_heads=4)
+    with Faulty(Placement(tp_size=4, fabric="gloo", job_timeout_s=120)) as subject:
+        assert_green(outcome("weights", subject, folder))
+        owned = subject.layout(json.loads((folder / "config.json").read_text()), "model.layers.0.mlp.down_proj.weight", (96, 9))
+        assert (owned.dim, [len(indices) for indices in owned.indices]) == (1, [3, 3, 3, 0])
 
 
 def test_a_rank_without_an_expert_has_nothing_of_it_in_the_dtype_that_others_have(two_ranks: Faulty, tmp_path: Path) -> None:
