@@ -133,6 +133,21 @@ def test_decode_gives_the_same_bits_whoever_finishes_last() -> None:
     assert not torch.equal(_decode(problem, num_programs=5), first), "must be able to fail"
 
 
+def test_prefill_gives_the_same_bits_in_any_tile_of_queries_and_others_in_other_tiles_of_keys() -> None:
+    problem = attention_problem(
+        query_lens=[1, 63, 200, 300],
+        context_lens=[5, 63, 1000, 300],
+        q_counts=(2,) * 4,
+        head_dim=128,
+        block_size=256,
+        dtype=torch.bfloat16,
+        device="cuda",
+    )
+    by_default = _prefill(problem)
+    assert torch.equal(_prefill(problem, tile_q=128, tile=64, num_warps=8), by_default)
+    assert not torch.equal(_prefill(problem, tile_q=128, tile=128, num_warps=8, num_stages=2), by_default), "must be able to fail"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("q_counts", "head_dim", "block_size"),
