@@ -404,7 +404,8 @@ class ProcessTPGroup(TPGroup):
     def partial_sum(self, shape: tuple[int, int], dtype: torch.dtype, product: ProductOfRows) -> PartialSum:
         if self.rooms is None or not self.rooms.hold(shape, dtype):
             return super().partial_sum(shape, dtype, product)
-        x_TE, placed = self.rooms.place(shape, dtype, product)
+        # By how many collectives there were: what ranks agree on, also after a job that failed on all of them.
+        x_TE, placed = self.rooms.place(self.log.entered % 2, shape, dtype, product)
         return PartialSum(x_TE, self, placed)
 
     def _all_reduce_add_norm(self, x_TE: Tensor, residual_TE: Tensor, weight_E: Tensor, eps: float,

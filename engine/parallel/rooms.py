@@ -34,22 +34,22 @@ class PlacedRows(NamedTuple):
 
 
 class Rooms:
-    """The two rooms of every rank, in turn. All ranks place the same products in one order."""
+    """The two rooms of every rank, 0 and 1. All ranks place one product in rooms of one number, and the next in the others."""
 
     def __init__(self, memory: PeerMemory, device: torch.device) -> None:
         self._memory = memory
         self._device = device
-        self._number = 0
         self._sends: torch.cuda.Stream | None = None
 
     def hold(self, shape: tuple[int, int], dtype: torch.dtype) -> bool:
         """Whether a product ``[T, E]`` fits."""
         return shape[0] * shape[1] * dtype.itemsize <= self._memory.room_bytes
 
-    def place(self, shape: tuple[int, int], dtype: torch.dtype, product: ProductOfRows) -> tuple[Tensor, tuple[PlacedRows, ...]]:
+    def place(self, number: int, shape: tuple[int, int], dtype: torch.dtype,
+              product: ProductOfRows) -> tuple[Tensor, tuple[PlacedRows, ...]]:
         """The product, and where its rows are. One that :meth:`hold` refuses is an AssertionError."""
-        memory, self._number = self._memory, 1 - self._number
-        rooms = tuple(memory.room(rank, self._number, shape, dtype) for rank in range(memory.size))
+        memory = self._memory
+        rooms = tuple(memory.room(rank, number, shape, dtype) for rank in range(memory.size))
         row_bytes = shape[1] * dtype.itemsize
         # The kernels read 16 bytes at a time, from the first row of a piece on.
         if memory.size != 2 or shape[0] * row_bytes < SENT_BYTES or row_bytes % 16:
