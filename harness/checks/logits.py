@@ -126,7 +126,7 @@ def compare_computed(context: CheckContext, by_rank: Sequence[list[Tensor]]) -> 
             f"ranks {differing} have other logits than rank 0: the ranks of one run must agree to the bit"))
         return _located(outcome, context, range(cases))
     followed = follow(context.subject, results)
-    results, context = followed.results, replace(context, results=followed.results)
+    results = followed.results
     # All sequences together: rounding errors go together within a sequence, so that one alone has a lucky baseline at times.
     tensors = {"found": torch.cat(by_rank[0]), "baseline": torch.cat(results.baseline_logits),
                "exact": torch.cat(results.exact_logits)}
@@ -145,14 +145,19 @@ def compare_computed(context: CheckContext, by_rank: Sequence[list[Tensor]]) -> 
     token = row - sum(map(len, schedule.sequences[:sequence]))
     where = f"sequence {sequence}, token {token}" if comparison.row >= 0 else "the median token"
     over_T = row_errors(found, baseline, exact, context.dtype, simulated) > 1
-    if followed.choices and context.subject.shown_as and not over_T.all():  # near-ties turn round for some tokens alone
+    if followed.unseen and context.subject.shown_as and not over_T.all():  # near-ties turn round for some tokens alone
         raise NotApplicableError(
-            f"logits of {where} are {comparison.error_over_budget:.3g} of the budget after the choices that were shown, but "
-            f"{context.subject.shown_as}; the run that was judged may have chosen otherwise where two were near-equal")
-    outcome = Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget, module="lm_head",
-                      tensors={name: tensor[row : row + 1] for name, tensor in tensors.items()},
-                      finding=f"logits of {where}: {comparison.error_over_budget:.3g} of the budget")
-    return _located(outcome, context, sorted(range(cases), key=lambda number: number != sequence))
+            f"logits of {where} are {comparison.error_over_budget:.3g} of the budget, but of the run that was judged "
+            f"choices_not_shown={followed.unseen}: it may have chosen otherwise where two were near-equal, and "
+            f"{context.subject.shown_as}")
+    finding, module = f"logits of {where}: {comparison.error_over_budget:.3g} of the budget", "lm_head"
+    if context.subject.shown_as:  # the run whose modules are shown may choose rightly, and has choices of its own
+        finding = "; ".join(filter(None, (finding, followed.finding)))
+        module = followed.unlikely.module if followed.unlikely else module
+        results = follow(context.subject, context.results, shown_run=True).results
+    outcome = Outcome(cases=cases, compared=comparison.compared, error_over_budget=comparison.error_over_budget, module=module,
+                      tensors={name: tensor[row : row + 1] for name, tensor in tensors.items()}, finding=finding)
+    return _located(outcome, replace(context, results=results), sorted(range(cases), key=lambda number: number != sequence))
 
 
 def _raised(failure: SubjectFailure, context: CheckContext, cases: int) -> Outcome:

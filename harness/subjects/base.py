@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, Self
 from torch import Tensor
 
 from reference.checkpoints import CheckpointError
+from reference.choices import Routes
 from reference.hf import Activations
 from reference.shards import Ownership
 
@@ -250,6 +251,10 @@ class Subject(ABC):
         """
 
     # What follows has defaults.
+
+    def choices(self, schedule: Schedule, sequence: int) -> Routes:
+        """What the run that ``logits`` gives chose for one sequence, by the reference's names; without what can't be seen."""
+        return self.activations(schedule, sequence)[0].choices
 
     @classmethod
     def versions(cls, placement: Placement) -> dict[str, str]:

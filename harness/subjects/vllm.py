@@ -29,6 +29,7 @@ from harness.errors import UsageError
 from harness.subjects.base import Loaded, NotShownError, Placement, Schedule, Subject, SubjectFailure
 from harness.subjects.on_ranks import as_subject_failure
 from reference.checkpoints import CheckpointError, read_config
+from reference.choices import Routes
 from reference.hf import Activations
 from reference.loaded import hub_names
 from reference.shards import Ownership
@@ -81,6 +82,8 @@ class VllmSubject(Subject):
         self._restarts = placement.auto_restart
         self._held: list[dict[str, Any]] | None = None
         self._own: dict[str, str] = {}
+        self._chosen: tuple[Schedule, dict[int, dict[str, Tensor]]] | None = None
+        self._blocks: dict[str, str] | None = None
         self._is_loaded_eagerly = self.is_eager
         self._ranks = self._started()
 
@@ -135,6 +138,7 @@ class VllmSubject(Subject):
 
     def load(self, folder: Path, *, dtype: str, options: Mapping[str, Any]) -> None:
         self.loaded = Loaded(folder=folder, dtype=dtype, options=options)
+        self._chosen = self._blocks = None
         self._load()
 
     def _load(self, *, is_eager: bool | None = None) -> None:
@@ -212,9 +216,13 @@ class VllmSubject(Subject):
 
     def logits(self, schedule: Schedule) -> list[list[Tensor]]:
         by_rank: list[list[Tensor]] = [[] for _ in range(self.tp_size)]
+        chosen: dict[int, dict[str, Tensor]] = {}
         for batch in _batches(schedule):
-            for rank, rows in enumerate(self._ask("logits", **_parts(schedule, batch))):
-                by_rank[rank] += rows
+            answers = self._ask("logits", **_parts(schedule, batch))
+            for rank, answer in enumerate(answers):
+                by_rank[rank] += answer["logits"]
+            chosen |= dict(zip(batch, answers[0]["choices"], strict=True))
+        self._chosen = schedule, chosen
         return by_rank
 
     def activations(self, schedule: Schedule, sequence: int) -> list[Activations]:
@@ -222,9 +230,8 @@ class VllmSubject(Subject):
         by_rank = self._ask("activations", **_parts(schedule, batch), sequence=batch.index(sequence),
                             names=self._reference_names())
         self._own = dict(by_rank[0]["own"])
-        return [Activations(inputs=taken["inputs"], outputs=taken["outputs"], choices={
-            f"{block}{router}: top-k 0": chosen for block, chosen in taken["choices"].items() for router in ROUTERS})
-            for taken in by_rank]
+        return [Activations(inputs=taken["inputs"], outputs=taken["outputs"], choices=_as_choices(taken["choices"]))
+                for taken in by_rank]
 
     def own_name(self, module: str) -> str:
         return self._own.get(module, module)
@@ -262,6 +269,16 @@ class VllmGraphsSubject(VllmSubject):
     def logits(self, schedule: Schedule) -> list[list[Tensor]]:
         self._in_graphs()
         return super().logits(schedule)
+
+    def choices(self, schedule: Schedule, sequence: int) -> Routes:
+        """Of the run in graphs that ``logits`` gave last, or of a new one if that was of another schedule."""
+        if self._chosen is None or self._chosen[0] != schedule:
+            self.logits(schedule)
+        assert self._chosen is not None, "logits keep them"
+        chosen = self._chosen[1][sequence]
+        if chosen and self._blocks is None:
+            self._blocks = self._ask("blocks", names=self._reference_names())[0]
+        return _as_choices({block: chosen[path] for path, block in (self._blocks or {}).items() if path in chosen})
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]],
                  options: Mapping[str, Any] | None = None) -> list[list[int]]:
@@ -311,6 +328,11 @@ def _batches(schedule: Schedule) -> list[list[int]]:
     """Numbers of the sequences that run together."""
     numbers = list(range(len(schedule.sequences)))
     return [numbers[:-1], numbers[-1:]] if len(numbers) > 2 else [numbers]
+
+
+def _as_choices(by_block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the reference's names, of which a block has one."""
+    return {f"{block}{router}: top-k 0": chosen for block, chosen in by_block.items() for router in ROUTERS}
 
 
 def _parts(schedule: Schedule, batch: Sequence[int]) -> dict[str, list[list[int]]]:

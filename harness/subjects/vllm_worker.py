@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ CACHE_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 ARIA_TEXT = "AriaTextForCausalLM"
 ROUTERS = ("FusedTopKRouter", "FusedTopKBiasRouter")
 """Classes of routers that take the best of all experts, as one choice of the reference's: not those of groups, nor of CPUs."""
+UNREAD = -1
+"""In place of an expert, where no router has written one."""
 UNSEEN = ("rotary_emb", "attn", "routed_experts", "quant_method", "act_fn", "logits_processor", "lm_head")
 """Last names of modules that the reference has no counterpart of, or that are called past their hooks."""
 
@@ -85,6 +88,8 @@ class Served:
             shared.make_group_name = staticmethod(lambda own: f"{named(own)}-{os.environ['MASTER_PORT']}")
         self.llm: Any = None
         self.parameters: dict[str, Tensor] = {}
+        self.chosen: dict[str, Tensor] = {}
+        self._rows_to_read = 0
         self._is_flipped = False
         # What was imported is never garbage. vLLM freezes and thaws all there is around each model, and looks through it nine
         # times: three quarters of the time that a tiny one takes.
@@ -96,6 +101,8 @@ class Served:
         """Called with the model when its weights are loaded and not yet packed."""
         self.parameters = {name: parameter.detach().clone() for name, parameter in (
             *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+        if self._rows_to_read:
+            self.chosen = _read_choices(model, self._rows_to_read)
 
     def load(self, folder: str, dtype: str, port: int, max_model_len: int, max_num_batched_tokens: int, is_eager: bool) -> None:
         """Load a checkpoint.
@@ -110,6 +117,7 @@ class Served:
         """
         self.unload()
         os.environ["MASTER_PORT"] = str(port)
+        self._rows_to_read = 0 if is_eager else max_num_batched_tokens
         import vllm
 
         architectures = _architectures(folder)
@@ -134,7 +142,7 @@ class Served:
 
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
-        self.llm, self.parameters = None, {}
+        self.llm, self.parameters, self.chosen = None, {}, {}
         parallel_state.cleanup_dist_env_and_memory()
         # Compiled models have the names of groups in them, and vLLM keeps them on disk: the next groups get the same names again.
         parallel_state._group_name_counter.clear()
@@ -253,11 +261,66 @@ class Served:
 
     # What it computes.
 
-    def logits(self, prompts: list[list[int]], forced: list[list[int]]) -> list[Tensor]:
-        """Logits ``[T, V]`` after every token of each sequence: its prompt, and behind it the tokens that are forced upon it."""
+    def logits(self, prompts: list[list[int]], forced: list[list[int]]) -> dict[str, list[Any]]:
+        """Of each sequence, its prompt and behind it the tokens that are forced upon it: what this one run of all of them gave.
+
+        Returns:
+            ``logits``: ``[T, V]`` after every token. ``choices``: of a model in graphs the chosen experts ``[T, k]`` by the path
+            of what chose them (see ``blocks``), without those that could not be read.
+        """
         vocabulary = int(self.llm.model_config.get_vocab_size())
-        return [_logits(output, prompt, own, vocabulary)
-                for output, prompt, own in zip(self._run(prompts, forced), prompts, forced, strict=True)]
+        with self._choosing() as taken:
+            outputs = self._run(prompts, forced)
+        parts = list(zip(outputs, prompts, forced, strict=True))
+        return {"logits": [_logits(output, prompt, own, vocabulary) for output, prompt, own in parts],
+                "choices": [_whole(taken.get(sequence, {}), len(prompt) + len(own))
+                            for sequence, (_, prompt, own) in enumerate(parts)]}
+
+    @contextmanager
+    def _choosing(self) -> Iterator[dict[int, dict[str, list[Tensor]]]]:
+        """By sequence what is chosen in each step of the runner until the end of the block, by the path of what chooses.
+
+        A graph runs no Python, but it writes the rows of its step into ``chosen``, and they are read behind it.
+        """
+        taken: dict[int, dict[str, list[Tensor]]] = {}
+        if not self.chosen:
+            yield taken
+            return
+        runner = self.runner
+        run_step = runner.execute_model
+
+        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            for rows in self.chosen.values():
+                rows.fill_(UNREAD)
+            output = run_step(scheduled, *args, **kwargs)
+            if scheduled.total_num_scheduled_tokens:
+                for path, rows in self.chosen.items():
+                    read = rows.cpu().long()
+                    for sequence, place in self._places().items():
+                        taken.setdefault(sequence, {}).setdefault(path, []).append(read[place])
+            return output
+
+        runner.execute_model = execute_model
+        try:
+            yield taken
+        finally:
+            del runner.execute_model  # and the class's is there again
+
+    def blocks(self, names: Mapping[str, str]) -> dict[str, str]:
+        """By the path of what chooses experts in one go the reference's name of the block around them.
+
+        Args:
+            names: the checkpoint's tensors, by which modules are found (see ``held``).
+        """
+        return self._blocks(self._modules_of(names))
+
+    def _blocks(self, modules: Mapping[str, list[tuple[str, int | None]]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for path in _plain_routers(self.model):
+            name, part = (modules.get(path.rpartition(".")[0]) or modules.get(path) or [("", 0)])[0]
+            if part is None:
+                found[path] = name
+        return found
 
     def _run(self, prompts: list[list[int]], forced: list[list[int]], logits: bool = True) -> list[Any]:
         from vllm import SamplingParams
@@ -361,7 +424,8 @@ class Served:
                     sizes = _sizes(module)
                     note("outputs", name, value.split(sizes, -1)[part])
 
-        routers = self._routers(modules)
+        plain = _plain_routers(self.model)
+        routers = {block: plain[path] for path, block in self._blocks(modules).items()}
         for block, router in routers.items():
             router.set_capture_fn(lambda chosen, block=block: note("choices", block, chosen.long()))
         for path in modules:
@@ -377,26 +441,17 @@ class Served:
             for router in routers.values():
                 router.set_capture_fn(None)
 
-    def _routers(self, modules: Mapping[str, list[tuple[str, int | None]]]) -> dict[str, Any]:
-        """What chooses experts in one go, by the reference's name of the block around them."""
-        found: dict[str, Any] = {}
-        for path, module in self.model.named_modules():
-            router: Any = getattr(module, "router", None)
-            if type(module).__name__ == "MoERunner" and type(router).__name__ in ROUTERS:
-                entries = modules.get(path.rpartition(".")[0]) or modules.get(path) or []
-                found |= {name: router for name, part in entries[:1] if part is None}
-        return found
-
     def _rows(self, sequence: int, num_rows: int) -> slice | None:
         """The rows of one sequence in the step that runs; None if it has none there, or these are no rows of tokens."""
+        places = self._places()
+        return places.get(sequence) if num_rows == max(place.stop for place in places.values()) else None
+
+    def _places(self) -> dict[int, slice]:
+        """By sequence its rows in the step that runs or ran last."""
         batch = self.runner.input_batch
         starts = self.runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
-        if num_rows != starts[-1]:
-            return None
-        for number, request in enumerate(batch.req_ids):
-            if self.runner.requests[request].sampling_params.extra_args["sequence"] == sequence:
-                return slice(starts[number], starts[number + 1])
-        return None
+        return {self.runner.requests[request].sampling_params.extra_args["sequence"]: slice(starts[number], starts[number + 1])
+                for number, request in enumerate(batch.req_ids)}
 
     def close(self) -> None:
         """Let go of everything."""
@@ -455,6 +510,35 @@ def _seen_in_this_process(architectures: Sequence[str]) -> None:
         known = ModelRegistry.models.get(architecture)
         if known is not None and hasattr(known, "module_name"):
             ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
+def _plain_routers(model: nn.Module) -> dict[str, Any]:
+    """What chooses experts in one go, by the path of the module that has it."""
+    return {path: router for path, module in model.named_modules() if type(module).__name__ == "MoERunner"
+            and type(router := getattr(module, "router", None)).__name__ in ROUTERS}
+
+
+def _read_choices(model: nn.Module, num_rows: int) -> dict[str, Tensor]:
+    """Have plain routers write what they choose into buffers ``[num_rows, k]`` of their own, also in graphs.
+
+    A graph that is captured after this has the copies in it, and writes to the same addresses whenever it runs.
+    """
+    chosen: dict[str, Tensor] = {}
+    for path, router in _plain_routers(model).items():
+        chosen[path] = torch.full((num_rows, router.top_k), UNREAD, dtype=torch.int32, device=next(model.parameters()).device)
+        router.set_capture_fn(partial(_write, chosen[path]))
+    return chosen
+
+
+def _write(rows: Tensor, chosen: Tensor) -> None:
+    """What was chosen for the rows of a step; a graph has rows of padding behind them."""
+    rows[: len(chosen)].copy_(chosen[: len(rows)])
+
+
+def _whole(parts: Mapping[str, Sequence[Tensor]], length: int) -> dict[str, Tensor]:
+    """What was read of one sequence step by step, where it was read for each of its tokens."""
+    read = {path: torch.cat(list(of_steps))[:length] for path, of_steps in parts.items()}
+    return {path: rows for path, rows in read.items() if len(rows) == length and bool((rows != UNREAD).all())}
 
 
 def _forced_class() -> type:

@@ -80,14 +80,22 @@ class Followed:
         return None
 
 
-def follow(subject: Subject, results: ReferenceResults) -> Followed:
-    """Force what the subject chose upon the reference, and judge it. A model that chooses nothing is left as it is."""
+def follow(subject: Subject, results: ReferenceResults, *, shown_run: bool = False) -> Followed:
+    """Force what the subject chose upon the reference, and judge it. A model that chooses nothing is left as it is.
+
+    Args:
+        subject: Its choices are those of the run that its logits are of.
+        results: The reference on its own choices.
+        shown_run: Take those of the run that its activations are of, where that is another one (``Subject.shown_as``).
+    """
     sequences = range(len(results.schedule.sequences))
     if not results.exact_activations(0).choices:
         return Followed(results=results)
     shown: list[dict[str, Tensor]] = []
     for sequence in sequences:
-        own, found = results.exact_activations(sequence).choices, subject.activations(results.schedule, sequence)[0].choices
+        own = results.exact_activations(sequence).choices
+        found = (subject.activations(results.schedule, sequence)[0].choices if shown_run
+                 else subject.choices(results.schedule, sequence))
         shown.append({name: _filled(route, own[name]) for name, route in found.items()
                       if name in own and route.shape == own[name].shape})
     routes = [results.exact_activations(sequence).choices | shown[sequence] for sequence in sequences]

@@ -26,7 +26,7 @@ from harness.errors import UsageError
 from harness.subjects import vllm
 from harness.subjects.base import Placement, Schedule
 from harness.subjects.vllm import VllmGraphsSubject, VllmSubject, check_installed
-from harness.subjects.vllm_worker import _cut, _logits, _sizes
+from harness.subjects.vllm_worker import Served, _cut, _logits, _sizes, _whole
 from harness.verification.reference_results import ReferenceResults
 from harness.verification.verify import VerifyPlan, verify
 from reference.shrink import shrink, tiny_config
@@ -98,6 +98,94 @@ def test_logits_are_put_in_the_order_of_tokens() -> None:
     output = SimpleNamespace(prompt_logprobs=flat({}, {1: 0.5, 0: 0.25}), outputs=[
         SimpleNamespace(logprobs=flat({0: 1.0, 1: 2.0}, {1: 4.0, 0: 3.0}))])
     assert _logits(output, [7, 1], [1], 2).tolist() == [[0.25, 0.5], [1.0, 2.0], [3.0, 4.0]]
+
+
+class FusedTopKRouter:
+    top_k = 2
+    capture_fn: Any = None
+
+    def set_capture_fn(self, capture_fn: Any) -> None:
+        self.capture_fn = capture_fn
+
+
+class GroupedTopKRouter(FusedTopKRouter):
+    pass
+
+
+class MoERunner(nn.Module):
+    def __init__(self, router: FusedTopKRouter) -> None:
+        super().__init__()
+        self.router = router
+
+
+class Steps:
+    """A runner whose router chooses experts (row, row + 1) in each step, rows of padding behind those of the sequences."""
+
+    def __init__(self, router: FusedTopKRouter) -> None:
+        self.router = router
+        self.requests = {str(number): SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"sequence": number}))
+                         for number in range(3)}
+
+    def execute_model(self, scheduled: Any) -> str:
+        ends = [sum(scheduled.rows[: number + 1]) for number in range(len(scheduled.rows))]
+        self.input_batch = SimpleNamespace(num_reqs=len(ends), req_ids=scheduled.requests)
+        self.query_start_loc = SimpleNamespace(np=torch.tensor([0, *ends, *[ends[-1]] * 3]) if ends else None)
+        for _ in ends[:1]:
+            rows = torch.arange(scheduled.padded)
+            self.router.capture_fn(torch.stack([rows, rows + 1], -1))
+        return "output"
+
+
+class Unstarted(Served):
+    """The worker's own part, without vLLM."""
+
+    def __init__(self, runner: Any, num_rows: int) -> None:
+        self._runner, self._rows_to_read, self.chosen = runner, num_rows, {}
+
+    @property
+    def runner(self) -> Any:
+        return self._runner
+
+
+def scheduled(requests: list[str], rows: list[int], padded: int) -> Any:
+    return SimpleNamespace(requests=requests, rows=rows, padded=padded, total_num_scheduled_tokens=sum(rows))
+
+
+def test_choices_are_read_out_of_buffers_behind_each_step() -> None:
+    written, never = FusedTopKRouter(), FusedTopKRouter()  # a kernel that routes by itself calls none
+    grouped = GroupedTopKRouter()
+    runner = Steps(written)
+    served = Unstarted(runner, 8)
+    served.loaded(nn.ModuleDict({"written": MoERunner(written), "never": MoERunner(never), "grouped": MoERunner(grouped),
+                                 "head": nn.Linear(2, 2)}))
+    assert {path: tuple(rows.shape) for path, rows in served.chosen.items()} == {"written": (8, 2), "never": (8, 2)}
+    assert grouped.capture_fn is None
+    before = {path: rows.data_ptr() for path, rows in served.chosen.items()}
+    with served._choosing() as taken:
+        assert runner.execute_model(scheduled(["1", "0"], [3, 2], 9)) == "output"
+        runner.execute_model(scheduled(["0"], [1], 1))
+        runner.execute_model(scheduled(["2"], [1], 0))  # its router wrote nothing, and what it wrote before is not for this step
+        runner.execute_model(scheduled([], [], 0))  # finished requests alone
+    assert "execute_model" not in vars(runner)
+    assert before == {path: rows.data_ptr() for path, rows in served.chosen.items()}  # a graph knows them by these
+    assert {path: rows.tolist() for path, rows in _whole(taken[1], 3).items()} == {"written": [[0, 1], [1, 2], [2, 3]]}
+    assert {path: rows.tolist() for path, rows in _whole(taken[0], 3).items()} == {"written": [[3, 4], [4, 5], [0, 1]]}
+    assert _whole(taken[0], 4) == _whole(taken[2], 1) == {}  # of a token nothing was read
+    runner.execute_model(scheduled(["0"], [1], 1))
+    assert sorted(taken) == [0, 1, 2]
+    assert len(taken[0]["written"]) == 2
+
+
+def test_nothing_is_read_of_dense_and_of_eager_models() -> None:
+    router = FusedTopKRouter()
+    for num_rows, model in ((8, nn.ModuleDict({"head": nn.Linear(2, 2)})), (0, nn.ModuleDict({"moe": MoERunner(router)}))):
+        served = Unstarted(Steps(router), num_rows)
+        served.loaded(model)
+        assert served.chosen == {}
+        with served._choosing() as taken:
+            assert "execute_model" not in vars(served.runner)
+        assert taken == {}
+    assert router.capture_fn is None
 
 
 def test_two_thirds_of_a_sequence_are_its_prompt_and_the_last_of_three_runs_alone() -> None:
@@ -191,7 +279,16 @@ class Served:
         if self.fault == "dies":
             print("terminate called after throwing an instance of 'std::bad_alloc'", file=sys.stderr, flush=True)
             os.abort()
-        time.sleep(60)
+        if self.fault == "hangs":
+            time.sleep(60)
+        import torch
+
+        whole = [torch.tensor([*prompt, *own]) for prompt, own in zip(prompts, forced)]
+        return {"logits": [torch.zeros(len(ids), 101) for ids in whole],
+                "choices": [{"model.layers.0.mlp.experts": ids[:, None] + 100 * self.loads} for ids in whole]}
+
+    def blocks(self, names):
+        return {"model.layers.0.mlp.experts": "model.layers.0.mlp", "model.layers.1.mlp.experts": "model.layers.1.mlp"}
 
     def close(self):
         pass
@@ -245,6 +342,9 @@ def test_a_vllm_that_fails_is_told_in_its_row_and_what_was_done_is_kept(
 class FakeGraphs(Fake, VllmGraphsSubject):
     """The same with graphs."""
 
+    def logits(self, schedule: Schedule) -> Any:
+        return VllmGraphsSubject.logits(self, schedule)  # without a short timeout
+
 
 def test_a_model_in_graphs_shows_the_modules_of_the_eager_one(
         tmp_path: Path, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +362,32 @@ def test_a_model_in_graphs_shows_the_modules_of_the_eager_one(
             subject.activations(schedule, sequence)
         assert subject._ask("generate", prompts=[], params=[]) == [[[1, 4]]]  # the second answer took no load
         assert subject.shown_as
+
+
+def test_choices_of_a_model_in_graphs_are_those_of_the_run_that_gave_the_logits(
+        tmp_path: Path, tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(Fake, "served", tmp_path / "fake.py")
+    schedule = Schedule(sequences=((1, 2, 3), (4, 5), (6, 7)), steps=(((0, 3), (1, 2), (2, 2)),))  # the last one runs alone
+    folder = tiny_model(LLAMA, "float32")
+
+    def chosen(subject: VllmSubject, schedule: Schedule, sequence: int) -> list[int]:
+        choices = subject.choices(schedule, sequence)
+        assert set(choices) == {f"model.layers.0.mlp{router}: top-k 0" for router in ("", ".gate", ".router")}
+        return choices["model.layers.0.mlp.gate: top-k 0"].flatten().tolist()
+
+    with FakeGraphs(Placement(tp_size=1, device="cuda", python=Path(sys.executable))) as subject:
+        subject.load(folder, dtype="float32", options={})
+        assert [len(rows) for rows in subject.logits(schedule)[0]] == [3, 2, 2]
+        own = [[101, 102, 103], [104, 105], [106, 107]]
+        assert [chosen(subject, schedule, sequence) for sequence in range(3)] == own
+        (shown,) = subject.activations(schedule, 0)  # loads it eagerly, which chooses otherwise
+        assert shown.choices["model.layers.0.mlp.gate: top-k 0"].flatten().tolist() == [0, 1, 2]
+        assert chosen(subject, schedule, 2) == own[2]
+        other = Schedule(sequences=((8,),), steps=(((0, 1),),))
+        assert chosen(subject, other, 0) == [308]  # by a run of its own, in graphs again
+        subject.load(folder, dtype="float32", options={})
+        assert chosen(subject, other, 0) == [408]  # of the model that is loaded
 
 
 def test_what_it_does_not_declare_is_not_applicable(
@@ -331,6 +457,24 @@ def test_a_mixture_of_experts_of_other_names_is_seen_whole(two_ranks: Planted, t
     context = CheckContext(results=results, subject=two_ranks, options={}, seed=0)
     assert_green(check_indexed(context))
     assert_green(check_near_eps(context))
+
+
+@needs_vllm
+@pytest.mark.multirank
+def test_choices_out_of_buffers_are_those_that_hooks_see(two_ranks: Planted, tmp_path: Path) -> None:
+    """In an eager run and with routers of the CPU build, of which those of this model are plain: nothing else differs."""
+    folder = shrink("qwen3_moe", tmp_path / "model", **VllmSubject.tiny_sizes(tiny_config("qwen3_moe")))
+    (folder / "fault.txt").write_text("choices read")
+    results = ReferenceResults(folder, dtype="float32", schedule_lengths=(24, 13), beyond_windows=True)
+    two_ranks.load(folder, dtype="float32", options={})
+    two_ranks.logits(results.schedule)
+    own = [VllmGraphsSubject.choices(two_ranks, results.schedule, sequence)  # type: ignore[arg-type]
+           for sequence in range(len(results.schedule.sequences))]
+    for sequence, choices in enumerate(own):
+        shown = two_ranks.activations(results.schedule, sequence)[0].choices
+        assert {name: route.tolist() for name, route in choices.items()} == {name: x.tolist() for name, x in shown.items()}
+        assert len(choices) == 6  # of two layers, each under three names
+        assert {len(route) for route in choices.values()} == {len(results.schedule.sequences[sequence])}
 
 
 @needs_vllm
