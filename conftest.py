@@ -23,12 +23,6 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
 
 
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which may be missing
-def pytest_xdist_auto_num_workers() -> int | None:
-    """Half as many again as there are cores: tests that wait for ranks and interpreters leave a quarter of the time unused."""
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else ((os.cpu_count() or 1) * 3 + 1) // 2
-
-
 @pytest.fixture(scope="session", autouse=True)
 def interpreters_of_tests_are_no_workers() -> None:
     """A pytest that a test starts is not one of the workers that share this run, though it inherits their environment."""
