@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from reference.modes import DispatchMode
 
 Routes = Mapping[str, Tensor]
 """[T, ..., k] int64 each: the chosen indices by the choice's name."""
@@ -61,7 +62,7 @@ class _Compared:
         return Choice(self.name, torch.stack([left, right], -1), self.indices)
 
 
-class Choosing(TorchDispatchMode):
+class Choosing(DispatchMode):
     """Within it, in this thread, every choice is noted, and those of ``routes`` are forced."""
 
     def __init__(self, routes: Routes) -> None:

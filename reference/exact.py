@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
+
+from reference.modes import DispatchMode
 
 WIDER = {
     torch.bfloat16: torch.float64,
@@ -55,7 +56,7 @@ def makes_position_tables(module: nn.Module) -> bool:
     return any(name.endswith("inv_freq") for name in buffers) and not any(True for _ in module.parameters())
 
 
-class _Float64(TorchDispatchMode):
+class _Float64(DispatchMode):
     """Within it, in this thread, nothing narrower than float64 is made, but for what is computed while it is ``paused``."""
 
     def __init__(self) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.verification.budgets import UNIT_ROUNDOFF, sum_variance
+from reference.modes import DispatchMode
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default)
@@ -24,7 +24,7 @@ _ELEMENTWISE = (_aten.add.Tensor, _aten.mul.Tensor, _aten.silu.default)
 _MADE_OF_PRODUCTS = (_aten.linear.default, _aten.matmul.default)
 
 
-class EveryProduct(TorchDispatchMode):
+class EveryProduct(DispatchMode):
     """Within it, in this thread, each matrix product of one of ``dtypes`` is ``product``'s."""
 
     dtypes: tuple[torch.dtype, ...]
