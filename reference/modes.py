@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class DispatchMode(TorchDispatchMode):
     """One whose ``__torch_dispatch__`` is called as it is.
 
-    By default torch has Dynamo off around each call, which changes how the whole interpreter runs its frames: two threads that do
-    so at the same time crash it now and then (a segmentation fault under torch 2.13), and every operation takes three times as
-    long. Nothing is compiled within a mode of ours.
+    By default torch disables Dynamo around each call, and that changes how the whole interpreter evaluates its frames: two
+    threads that do so at once crash it now and then (a segmentation fault, seen with torch 2.13), and a small operation takes
+    about three times as long. Nothing is compiled within a mode of ours.
     """
 
     @classmethod

@@ -15,8 +15,8 @@ No meeting ends a call. Calls take the two halves of the memory in turn instead:
 others in the call between, so they have left the call before it. The call's number is counted on the device: one that the host
 counts would be the same in every replay of a graph.
 
-A product that is to be summed may be where the ranks read it already, so that nothing is copied: in a *room*, a part of the
-memory behind the halves. There are two in turn, for the same reason. That calls of both kinds come in any order harms nothing:
+A product that is to be summed may be where the ranks read it already, so that nothing is copied: in a *room*, a buffer
+behind the halves. There are two in turn, for the same reason. That calls of both kinds come in any order harms nothing:
 between two uses of one room this rank has left another call, in which it met the others. Replays of one graph, or of two in a
 row, may begin with the room that the last one ended with, so a step that uses rooms must have a call of another kind too: every
 step begins with the sum of the embedding.

@@ -37,6 +37,7 @@ def linear(x: Tensor | HalfNormed, weight_OI: Tensor, bias_O: Tensor | None = No
         if tiles is not None:
             return matmul_few_rows(x_TI, weight_OI, bias_O, tiles=tiles, settled=settled, out_TO=out_TO)
     if out_TO is not None:
+        assert bias_O is None, "a product that is written elsewhere is a part of a sum over the ranks"
         return torch.mm(x_TI, weight_OI.t(), out=out_TO)
     if (x_TI.device.type == "cpu" and x_TI.dtype is torch.float32 and 1 <= x_TI.shape[0] <= _FEW_ROWS
             and prefers_weight_first()):

@@ -1,8 +1,8 @@
 """Where a product is written that the ranks are to sum: where they read it, so that it is not copied first.
 
 Few rows are written into this rank's *room* (:mod:`engine.kernels.peer_all_reduce`), of which all ranks read them. A prefill's
-product goes in pieces of rows instead: each is sent to the other rank's room, by an engine of the GPU that copies and needs no
-multiprocessor, while the next one is worked out. The sum then reads memory of its own GPU alone.
+product goes in pieces of rows instead: a copy engine of the GPU sends each to the other rank's room while the next one is
+multiplied. The sum then reads memory of its own GPU alone.
 """
 
 from __future__ import annotations

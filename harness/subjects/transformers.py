@@ -67,11 +67,13 @@ class TransformersRank(DTensorRank):
         if self.device.type == "cuda":  # by it transformers finds its device
             os.environ["LOCAL_RANK"] = str(self.device.index or 0)
         gc.collect()  # what was loaded before is full of cycles, and its groups have threads and sockets
+        name = "experts_implementation"  # None would be a choice
+        experts = {name: options[name]} if name in options else {}
         with own_groups(self), self._heard(quiet=bool(options.get("quiet"))):
             self.model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False,
                 distributed_config=DistributedConfig(tp_size=self.tp_size, ep_size=self.tp_size if self.expert_parallel else 1),
-                **{name: options[name] for name in ("experts_implementation",) if name in options})
+                **experts)
         self.model.to(self.device).eval().requires_grad_(False)
         self._in_files = read_headers(folder).keys()
         # Renamed by transformers 5.24.

@@ -1,4 +1,4 @@
-"""Modes that see each operation run in threads: nothing that is the whole interpreter's may be switched around a call."""
+"""Modes that see each operation run in several threads: none may change what all threads of the interpreter share."""
 
 from __future__ import annotations
 
