@@ -11,6 +11,7 @@ from reports.records import Report, read_report
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "reports/baselines/cpu-32core-intel-xeon-avx512/calibrate.json"
+ON_GPUS = ROOT / "reports/baselines/nvidia-h200/calibrate-threads.json"
 PAGE, SHORT = (ROOT / "docs/budgets.md").read_text(), (ROOT / "docs/verify.md").read_text()
 PLANTED = {("collectives", "reals", "in 99 %"): "one all-reduce of reals", ("layers", "reals", "in 99 %"): "one layer of reals",
            ("layers", "reals", "in 99 % of runs"): "all eight such layers of a run",
@@ -26,11 +27,11 @@ BEFORE = {  # by the constants that were fitted to one CPU's order of summation;
 }
 
 
-def power(report: Report) -> dict[str, tuple[tuple[float, ...], ...]]:
+def power(report: Report, dtypes: tuple[str, ...] = DTYPES) -> dict[str, tuple[tuple[float, ...], ...]]:
     """What was planted -> for each dtype the smallest share seen at each tp_size."""
     assert report.calibration is not None
     table = power_table(report.calibration).set_index(["check", "values", "dtype", "tp"])
-    return {label: tuple(tuple(float(table.loc[(check, values, dtype, tp), column]) for tp in TP_SIZES) for dtype in DTYPES)
+    return {label: tuple(tuple(float(table.loc[(check, values, dtype, tp), column]) for tp in TP_SIZES) for dtype in dtypes)
             for (check, values, column), label in PLANTED.items()}
 
 
@@ -67,6 +68,22 @@ def test_a_table_of_the_page_holds_what_the_record_says(table: str) -> None:
 def test_a_figure_that_is_not_the_records_would_be_noticed() -> None:
     line = lines_of(read_report(RECORD))["alarms"][0]
     assert line.replace("| 0 |", "| 1 |") not in PAGE.splitlines()
+
+
+def test_the_figures_of_gpus_are_those_of_their_record() -> None:
+    report, dtypes, page = read_report(ON_GPUS), ("bfloat16", "float16"), " ".join(PAGE.split())
+    for label, now in power(report, dtypes).items():
+        assert "| ".join([f"| {label} ", *(" / ".join(map(share, each)) + " " for each in now)]) + "|" in PAGE.splitlines()
+    rows = alarms_table(report.checks).to_dict("records")
+    assert {(row["runs"], row["red runs"]) for row in rows} == {(18, 0)}
+    rate = f"a rate of at most {100 * rows[0]['rate at most']:.0f} % each"
+    assert f"in {rows[0]['runs']} runs of each of five checks in each dtype ({rate})" in page
+    worst = {(row["check"], row["dtype"]): row["worst error / budget"] for row in rows}
+    for check in ("attention", "layers", "logits"):
+        assert f"`{check}` " + " and ".join(f"{worst[check, dtype]:.2f}" for dtype in dtypes) + " (" in page
+    largest = max(worst[check, dtype] for check in ("attention", "layers", "logits") for dtype in dtypes)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"(none of {sum(row['runs'] for row in rows)} runs red, at most {largest:.2f} of a budget)" in readme
 
 
 def test_the_page_on_verdicts_has_the_runs_of_float32() -> None:

@@ -69,6 +69,7 @@ def test_a_table_holds_what_its_record_says(record: str) -> None:
 
 BASELINES = ROOT / "reports/baselines"
 SMALL = BASELINES / "nvidia-h200/qwen3-0.6b-w1-decode-prefill-layers-load.json"
+SMALL_W1 = BASELINES / "nvidia-h200/qwen3-0.6b-w1.json"
 SMALL_OVER_TWO = BASELINES / "nvidia-h200-x2/qwen3-0.6b-w1-decode-prefill.json"
 LARGE = BASELINES / "nvidia-h200/qwen3-8b-invariant-decode-prefill.json"
 LARGE_W1 = BASELINES / "nvidia-h200/qwen3-8b-invariant-w1.json"
@@ -76,7 +77,7 @@ LARGE_OVER_TWO = BASELINES / "nvidia-h200-x2/qwen3-8b-invariant-w1.json"
 
 
 @pytest.mark.parametrize(("line", "record", "workload", "case", "metric"), [
-    ("W1 on Qwen3-0.6B, output", SMALL, "w1", "256 requests of 100 to 1024 in, 100 to 1024 out", "output_tokens_per_s"),
+    ("W1 on Qwen3-0.6B, output", SMALL_W1, "w1", "256 requests of 100 to 1024 in, 100 to 1024 out", "output_tokens_per_s"),
     ("W1 on Qwen3-8B, output", LARGE_W1, "w1", "256 requests of 100 to 1024 in, 100 to 1024 out", "output_tokens_per_s"),
     ("batch 1 at context 1,024, Qwen3-0.6B", SMALL, "decode", "batch 1, context 1024", "ms_per_token"),
     ("the same, Qwen3-8B |", LARGE, "decode", "batch 1, context 1024", "ms_per_token"),
