@@ -234,7 +234,7 @@ def on_one_rank(folder: Path) -> list[list[tuple[Any, ...]]]:
     pytest.param({"tp_size": 3}, id="tp-3"), pytest.param({"tp_size": 1, "together": False}, id="alone"),
     pytest.param({"tp_size": 1, "enable_prefix_caching": False, "block_size": 16}, id="no-prefix-hits"),
     pytest.param({"tp_size": 2, "num_kv_blocks": 18, "max_model_len": 60}, id="preempted"),
-    pytest.param({"tp_size": 6, "max_num_batched_tokens": 8}, id="tp-6-small-chunks"),
+    pytest.param({"tp_size": 6, "max_num_batched_tokens": 8}, id="tp-6-small-chunks", marks=pytest.mark.endurance),
     pytest.param({"tp_size": 2, "fabric": "gloo"}, id="gloo-2", marks=pytest.mark.multirank),
     pytest.param({"tp_size": 3, "fabric": "gloo"}, id="gloo-3", marks=[pytest.mark.multirank, pytest.mark.endurance])])
 def test_tokens_and_log_probabilities_are_the_same_to_the_bit(checkpoint: MakeCheckpoint, options: dict[str, Any]) -> None:

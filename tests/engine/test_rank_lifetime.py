@@ -244,7 +244,8 @@ if __name__ == "__main__":
 
 @multirank
 @pytest.mark.parametrize(("length", "in_there"), [
-    pytest.param(40, 1, marks=pytest.mark.endurance), (72, 1), (100, 0), pytest.param(200, 0, marks=pytest.mark.endurance)])
+    pytest.param(40, 1, marks=pytest.mark.endurance), pytest.param(72, 1, marks=pytest.mark.endurance), (100, 0),
+    pytest.param(200, 0, marks=pytest.mark.endurance)])
 def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(
     tmp_path: Path, scratch: Path, length: int, in_there: int
 ) -> None:

@@ -12,7 +12,6 @@ import ast
 import contextlib
 import importlib
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -24,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import typer.main
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
@@ -276,46 +276,46 @@ PROGRAMS: dict[str, Callable[[list[str], bool, Selections], str | None]] = {
 }
 
 
-COLLECT = """
-import json, sys
-import pytest
+class CollectedBefore:
+    """A plugin that has pytest, where it is asked for all tests, take those that were collected before."""
 
-class AllTests:
-    items = None  # of all test files: collected once, whatever the selections make of them
+    def __init__(self, tests: list[pytest.Item] | None) -> None:
+        self.tests = tests
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection(self, session):
-        if not self.asked_for(session.config) or self.items is None:
+    def pytest_collection(self, session: pytest.Session) -> bool | None:
+        if self.tests is None or not self._is_asked_for_all(session.config):
             return None
-        session.items = list(self.items)
+        session.items = list(self.tests)
         session.config.hook.pytest_collection_modifyitems(session=session, config=session.config, items=session.items)
         session.testscollected = len(session.items)
         return True
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, config, items):
-        if self.asked_for(config) and self.items is None:
-            self.items = list(items)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        if self.tests is None and self._is_asked_for_all(config):
+            self.tests = list(items)
 
-    def asked_for(self, config):
+    def _is_asked_for_all(self, config: pytest.Config) -> bool:
         return config.args_source is config.ArgsSource.TESTPATHS
 
-all_tests = AllTests()
-for selection in json.load(sys.stdin):
-    # That plugin looks for garbage among all tests ten times a selection.
-    arguments = ["--collect-only", "-qq", "-W", "default", "--assert=plain", "-p", "no:cacheprovider",
-                 "-p", "no:unraisableexception", *selection]
-    code = pytest.main(arguments, plugins=[all_tests])
-    print(f"\\n@@ {int(code)}")
-"""
 
+def collect(selections: Selections, tests: list[pytest.Item] | None) -> list[str]:
+    """Those selections that pytest does not take, or that collect nothing.
 
-def collect(selections: Selections) -> list[str]:
-    """Those selections that pytest does not take, or that collect nothing."""
-    asked = json.dumps(selections)
-    result = subprocess.run([sys.executable, "-c", COLLECT], input=asked, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    outputs = re.split(r"^@@ (\d+)\n", result.stdout, flags=re.MULTILINE)
-    codes = outputs[1::2]
-    assert len(codes) == len(selections), result.stdout + result.stderr
-    return [f"pytest {shlex.join(selection)}: exit code {code}: {output[-300:]}"
-            for selection, output, code in zip(selections, outputs[::2], codes, strict=False) if code != "0"]
+    Args:
+        selections: arguments of pytest.
+        tests: all of the project's, where they are collected already: that takes a while.
+    """
+    before = CollectedBefore(tests)
+    # The first of these plugins looks for garbage among all tests ten times a selection, the other is for a whole process.
+    options = ["--collect-only", "-qq", "-s", "-W", "default", "--assert=plain", "-p", "no:cacheprovider",
+               "-p", "no:unraisableexception", "-p", "no:faulthandler"]
+    wrong = []
+    for selection in selections:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.chdir(ROOT):
+            code = pytest.main([*options, *selection], plugins=[before])
+        if code != pytest.ExitCode.OK:
+            wrong.append(f"pytest {shlex.join(selection)}: exit code {int(code)}: {said.getvalue()[-300:]}")
+    return wrong

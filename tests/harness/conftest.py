@@ -15,6 +15,7 @@ from reference.checkpoints import random_checkpoint
 
 MakeModel = Callable[..., Path]
 HERE = Path(__file__).parent
+ALL_TESTS = pytest.StashKey[list[pytest.Item]]()
 TRANSFORMERS = ("harness.subjects.transformers", "harness.subjects.torch_plan", "transformers.models.llama.modeling_llama")
 """What ranks of the subjects that are not the engine import: seconds for each of them, at each start."""
 
@@ -31,6 +32,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         return written[key]
 
     return make
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep all tests, before any is deselected, for the one that tries selections of them."""
+    if config.args == config.getini("testpaths"):
+        config.stash[ALL_TESTS] = list(items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

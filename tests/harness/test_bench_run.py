@@ -133,6 +133,7 @@ def test_loading_tells_what_a_rank_reads_and_holds(result: BenchResult) -> None:
 
 
 @pytest.mark.multirank
+@pytest.mark.endurance
 def test_starting_is_measured_from_a_fresh_process_to_the_first_token(tiny_workloads: None, tiny_model: MakeModel) -> None:
     plan = BenchPlan(model="tiny", folder=tiny_model(tiny_config()), workloads=("tiny-start",), tp_sizes=(1, 2), device="cpu",
                      peers=("transformers", "vllm"))

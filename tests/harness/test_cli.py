@@ -269,7 +269,7 @@ def test_a_killed_rank_ends_the_command_within_10_s_named_with_nothing_left(mode
 
 
 @pytest.mark.multirank
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_command_that_is_told_to_end_takes_its_folders_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()

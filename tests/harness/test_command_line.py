@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -211,21 +212,29 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), [
     pytest.param(signal.SIGTERM, 143, marks=pytest.mark.endurance), (signal.SIGINT, 3)])
-def test_a_signal_in_verify_leaves_the_report_of_what_was_finished(number: signal.Signals, code: int, model: Path,
-                                                                   tmp_path: Path) -> None:
-    process = start("verify", model, "--tp", "2", "--check", "collectives", "--check", "lifecycle", "--out", tmp_path)
+def test_a_signal_in_verify_leaves_the_report_of_what_was_finished_and_nothing_else(
+    number: signal.Signals, code: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    process = start("verify", model, "--tp", "2", "--check", "collectives", "--check", "lifecycle", "--out", tmp_path / "out")
     try:
         assert process.stderr is not None
         line = process.stderr.readline()
         assert "[1/2] tp 2  collectives  pass" in line, line + process.stderr.read()
         time.sleep(1)
+        family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == code, stderr
-    assert [row.verdict for row in read_report(tmp_path).checks] == ["pass", "error"]
+    assert [row.verdict for row in read_report(tmp_path / "out").checks] == ["pass", "error"]
     assert "interrupted: the report holds what was finished" in stderr
+    assert family
+    assert psutil.wait_procs(family, timeout=5)[1] == []
+    assert list(scratch.iterdir()) == []
 
 
 # Someone else's packages

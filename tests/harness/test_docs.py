@@ -14,6 +14,7 @@ import yaml
 from reports.records import read_report
 from tests.harness import test_your_own_layer, test_your_own_tp
 from tests.harness.commands import PAGES, Printed, collect, in_page, in_text, look_at, printed
+from tests.harness.conftest import ALL_TESTS
 from tests.harness.installed import ROOT, environment, install, pytest_command
 
 CI = ROOT / "docs" / "ci.md"
@@ -32,14 +33,15 @@ def test_every_command_that_is_printed_is_taken_by_its_command_line() -> None:
 
 
 @pytest.mark.slow
-def test_every_selection_of_tests_that_is_printed_collects_some(tmp_path: Path) -> None:
+def test_every_selection_of_tests_that_is_printed_collects_some(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     _, selections = look_at(printed())
     assert ("-m", "multirank", "-k", "row_parallel") in selections
     users = [selection for selection in selections if USERS_FILES.keys() & set(selection)]
     file = "tests/engine/test_linear.py"
     planted = [("-m", "multirank", "-k", "row_paralel"), (file, "-m", "multi_gpu"), (file, "--no-such-option"),
                ("tests/no_such_file.py",)]
-    wrong = collect([*(selection for selection in selections if selection not in users), *planted])
+    ours = [selection for selection in selections if selection not in users]
+    wrong = collect([*ours, *planted], request.config.stash.get(ALL_TESTS, None))
     assert [line.partition(": ")[0] for line in wrong] == [f"pytest {' '.join(selection)}" for selection in planted]
     site = install(tmp_path / "site")
     for name, source in USERS_FILES.items():

@@ -35,13 +35,6 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def shardproof(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """The command in that checkout."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([sys.executable, "-m", "harness", *map(str, words), "--out", str(folder / "out")], cwd=folder, env=env,
-                          capture_output=True, text=True, timeout=300)
-
-
 def add_line(path: Path, before: str, line: str) -> None:
     text = path.read_text()
     assert text.count(before) == 1

@@ -255,7 +255,7 @@ def second_best(results: ReferenceResults, what: str, *, near: bool) -> Reroute:
     return reroute
 
 
-@pytest.mark.parametrize("what", ["maximum 0", "threshold 0"])
+@pytest.mark.parametrize("what", ["maximum 0", pytest.param("threshold 0", marks=pytest.mark.endurance)])
 def test_what_is_chosen_by_a_maximum_or_a_threshold_is_judged_alike(by_maximum: ReferenceResults, what: str) -> None:
     near, far = (second_best(by_maximum, what, near=near) for near in (True, False))
     subject: Any = Routed(by_maximum, near)

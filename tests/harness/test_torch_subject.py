@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,9 +13,11 @@ from typing import Any
 import pytest
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel
+from typer.testing import CliRunner
 
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, Outcome, together
+from harness.cli import app
 from harness.errors import UsageError
 from harness.subjects import subject_class
 from harness.subjects.base import Placement
@@ -28,7 +29,6 @@ from reports.records import read_report
 from tests.harness.checking import OPTIONS, assert_green
 from tests.harness.conftest import MakeModel
 from tests.harness.installed import ROOT
-from tests.harness.test_how_to import shardproof
 
 EXAMPLES = ROOT / "docs" / "examples" / "torch_tp"
 sys.path.append(str(EXAMPLES))  # ranks import from there too
@@ -161,19 +161,17 @@ def test_what_is_right_on_one_rank_is_a_matter_of_tensor_parallelism(results_of:
     assert "not_tp" not in rows[1].extra
 
 
+@pytest.mark.endurance
 def test_its_tokens_are_the_references(two_ranks: AnyFunction, results_of: Load) -> None:
     assert_green(outcome("generation", two_ranks, "decoder:decoder", results_of("qwen3", "float32")))
 
 
 def test_the_command_tells_what_is_sharded(results_of: Load, tmp_path: Path) -> None:
-    for name in ("engine", "harness", "reference", "reports"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for file in EXAMPLES.glob("*.py"):
-        shutil.copy(file, tmp_path)
     folder = results_of("llama", "float32").folder
-    done = shardproof(tmp_path, "verify", folder, "--tp", "2", "--subject", "torch:decoder:decoder", "--check", "weights")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (share,) = [row.extra["sharded_parameters"] for row in read_report(tmp_path / "out").checks if row.kind == "model"]
+    done = CliRunner().invoke(app, ["verify", str(folder), "--tp", "2", "--subject", "torch:decoder:decoder", "--check",
+                                    "weights", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (share,) = [row.extra["sharded_parameters"] for row in read_report(tmp_path).checks if row.kind == "model"]
     sizes = {name: math.prod(shape) for name, shape in checkpoint_shapes(folder).items()}
     whole = re.compile(r"norm\.|[kv]_proj\.|(o|down)_proj\.bias")
     assert share == round(1 - sum(size for name, size in sizes.items() if whole.search(name)) / sum(sizes.values()), 4)

@@ -171,7 +171,8 @@ def test_llama_is_right_on_ranks_that_get_unequal_parts(tiny_model: MakeModel) -
 
 
 @pytest.mark.parametrize(("config", "fault"), [
-    *((LLAMA, fault) for fault in FAULTS if fault != "one rank's experts scaled"), (MOE, "one rank's experts scaled")])
+    (LLAMA, "one rank's projection scaled"), (LLAMA, "never reduced"), (MOE, "one rank's experts scaled"),
+    *(pytest.param(LLAMA, fault, marks=pytest.mark.endurance) for fault in ("shards swapped", "bias counted twice"))])
 def test_a_bug_in_it_is_red_at_its_module(two_ranks: Faulty, tiny_model: MakeModel, config: dict[str, Any], fault: str) -> None:
     found = outcome("logits", two_ranks, tiny_model(config), fault=fault)
     assert found.finding is not None

@@ -15,7 +15,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 if not collect_ignore_glob:
     # --hypothesis-profile=many draws more.
-    settings.register_profile("few", max_examples=6, deadline=None)
+    settings.register_profile("few", max_examples=4, deadline=None)
     settings.register_profile("many", max_examples=20, deadline=None)
     settings.load_profile("few")
 
