@@ -29,6 +29,7 @@ from engine.kernels.peer_all_reduce import (
 from engine.parallel.collective_log import OWN_FILES, Collective, CollectiveLog, name_ranks
 from engine.parallel.peer_memory import share_memory
 from engine.parallel.rooms import PlacedRows, ProductOfRows, Rooms
+from engine.parallel.turns import Turns
 
 OWN_FILES.add(__file__)
 
@@ -297,17 +298,24 @@ class ThreadGroup(TPGroup):
     all launch on the same default stream, and meeting on the host orders the launches.
     """
 
-    def __init__(self, rank: int, meeting: _Meeting) -> None:
+    def __init__(self, rank: int, meeting: _Meeting, turns: Turns | None) -> None:
         super().__init__(rank, meeting.size, "threads")
         self._meeting = meeting
+        self._turns = turns
 
     @classmethod
-    def create(cls, size: int, *, timeout_s: float | None = None) -> list[ThreadGroup]:
-        """One group object a rank. A collective waits ``timeout_s`` for the last rank; None: for ever."""
+    def create(cls, size: int, *, timeout_s: float | None = None, turns: Turns | None = None) -> list[ThreadGroup]:
+        """One group object a rank.
+
+        Args:
+            size: ranks in the group.
+            timeout_s: a collective waits that long for the last rank; None: for ever.
+            turns: the ranks compute in turns; None: side by side.
+        """
         if size < 1:
             raise ValueError(f"size={size} must be at least 1")
         meeting = _Meeting(size, timeout_s)
-        return [cls(rank, meeting) for rank in range(size)]
+        return [cls(rank, meeting, turns) for rank in range(size)]
 
     def abort(self, reason: str = "the group was aborted") -> None:
         """Make every collective of the group, waiting or to come, raise CollectiveAborted. For good."""
@@ -317,6 +325,16 @@ class ThreadGroup(TPGroup):
         """This rank failed: collectives that it has not entered abort at once on the others."""
         self._meeting.leave(self.rank, reason)
 
+    def take_turn(self) -> None:
+        """This rank begins to compute."""
+        if self._turns is not None:
+            self._turns.take(self.rank)
+
+    def give_turn(self) -> None:
+        """It waits for others."""
+        if self._turns is not None:
+            self._turns.give(self.rank)
+
     def rejoin(self) -> None:
         """All ranks that left are back. Only for when every rank has entered the same collectives."""
         self._meeting.rejoin()
@@ -324,7 +342,11 @@ class ThreadGroup(TPGroup):
     def _meet(self, deposit: Any, work: Callable[[list[Any]], Any]) -> Any:
         record = self.log.last
         assert record is not None, "a collective is logged before the ranks meet"
-        return self._meeting.meet(self.rank, record, deposit, work)
+        self.give_turn()
+        try:
+            return self._meeting.meet(self.rank, record, deposit, work)
+        finally:
+            self.take_turn()
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         self._meet(x, _sum_in_place)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.parallel.group import SoloGroup, ThreadGroup
+from engine.parallel.turns import Turns
 from engine.ranks.failures import RankReport
 from engine.ranks.jobs import Job, Kind, RankContext, loads, pack_job, report, run_job
 from engine.ranks.pool import Deliver, Pool
@@ -50,7 +51,8 @@ class ThreadPool(Pool):
 
     def __init__(self, tp_size: int, device: torch.device, collective_timeout_s: float) -> None:
         self._device = device
-        self._groups = ThreadGroup.create(tp_size, timeout_s=collective_timeout_s)
+        turns = Turns() if device.type == "cpu" else None  # on a GPU it is the device that computes
+        self._groups = ThreadGroup.create(tp_size, timeout_s=collective_timeout_s, turns=turns)
         self._contexts = [RankContext(tp=group, device=device) for group in self._groups]
         self._inboxes: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in self._groups]
         self._outbox: queue.SimpleQueue[tuple[int, Kind, int, Any] | None] = queue.SimpleQueue()
@@ -68,15 +70,17 @@ class ThreadPool(Pool):
         torch.set_num_threads(1)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        context = self._contexts[rank]
+        context, group = self._contexts[rank], self._groups[rank]
         self._outbox.put((rank, "done", 0, (context.tp.log.snapshot(0), None)))
         while (message := self._inboxes[rank].get()) is not None:
             number, job, packed = message
             context.send_event = functools.partial(self._emit, rank, number)
+            group.take_turn()
             answer, raised = run_job(context, functools.partial(_unpack, job, packed))
+            group.give_turn()
             if raised is not None:
                 # The others need not wait for this rank in collectives that it will never enter.
-                self._groups[rank].leave(answer.summary)
+                group.leave(answer.summary)
             self._outbox.put((rank, *_as_delivered(number, answer, raised)))
             context.enter_phase("idle")
 
