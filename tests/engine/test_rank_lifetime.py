@@ -188,7 +188,8 @@ def is_empty_soon(folder: Path) -> bool:
 
 
 @multirank
-@pytest.mark.parametrize("how", ["killed", "forks", pytest.param("closes", marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("how", [
+    "killed", *(pytest.param(how, marks=pytest.mark.endurance) for how in ("forks", "closes"))])
 def test_ranks_do_not_outlive_a_driver_that_is_killed(tmp_path: Path, scratch: Path, how: str) -> None:
     with start_driver(tmp_path, DRIVER, how, scratch=scratch) as driver:
         assert driver.stdout is not None
@@ -243,9 +244,8 @@ if __name__ == "__main__":
 
 
 @multirank
-@pytest.mark.parametrize(("length", "in_there"), [
-    pytest.param(40, 1, marks=pytest.mark.endurance), pytest.param(72, 1, marks=pytest.mark.endurance), (100, 0),
-    pytest.param(200, 0, marks=pytest.mark.endurance)])
+@pytest.mark.endurance
+@pytest.mark.parametrize(("length", "in_there"), [(40, 1), (72, 1), (100, 0), (200, 0)])
 def test_a_long_name_of_the_folder_for_temporary_files_is_no_obstacle(
     tmp_path: Path, scratch: Path, length: int, in_there: int
 ) -> None:

@@ -122,12 +122,12 @@ if __name__ == "__main__":
 # --- the tests ---
 
 
-# The default selection has each number of hosts once, in one of these two tests: all of what they do with jobs is the same.
+# Of these two tests, which do the same with jobs, the default selection has one.
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("hosts", "ranks_a_host"), [
-    pytest.param(2, 1, marks=pytest.mark.endurance), (1, 2)], ids=["on two hosts", "on one host"])
+@pytest.mark.endurance
+@pytest.mark.parametrize(("hosts", "ranks_a_host"), [(2, 1), (1, 2)], ids=["on two hosts", "on one host"])
 def test_jobs_run_on_ranks_and_all_end_with_the_drivers_exit_code(hosts: int, ranks_a_host: int) -> None:
     for code, output, _ in torchrun(["-m", __name__, "closes"], hosts=hosts, ranks_a_host=ranks_a_host):
         assert "exitcode  : 5" in output, output
