@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_in_a_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/benchmarks", *map(str, arguments)]
+    # Old libraries warn of each other, which this process may be told to bear, and that one is not.
+    command = [sys.executable, "-m", "pytest", "-W", "default", "-p", "no:cacheprovider", "-q", "tests/benchmarks",
+               *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
