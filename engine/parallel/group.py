@@ -326,12 +326,12 @@ class ThreadGroup(TPGroup):
         self._meeting.leave(self.rank, reason)
 
     def take_turn(self) -> None:
-        """This rank begins to compute."""
+        """Called when this rank begins to compute."""
         if self._turns is not None:
             self._turns.take(self.rank)
 
     def give_turn(self) -> None:
-        """It waits for others."""
+        """Called when it waits for others, or is done."""
         if self._turns is not None:
             self._turns.give(self.rank)
 

@@ -241,7 +241,7 @@ LEFT_ALONE = "sums-in-two-messages"
 
 
 def run_on_the_command_line(faults: tuple[str, ...], out: Path, *, control: str | None = None) -> Report:
-    only = [word for name in (*faults, *([control] if control else [])) for word in ("--only", name)]
+    only = [word for name in (*faults, control) if name is not None for word in ("--only", name)]
     result = CliRunner().invoke(app, ["faults", *only, "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert f"{len(faults)} of {len(faults)} faults seen" in result.output
