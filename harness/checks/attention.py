@@ -20,7 +20,7 @@ from torch import Tensor
 from harness.checks.base import Answer, Cases, Check, CheckContext
 from harness.checks.rotary import RotaryCase, draw_rotary, run_rotary
 from harness.subjects.rank import AttentionStep, Rank
-from harness.verification.budgets import rounding, sum_variance
+from harness.verification.budgets import rounding, sum_variance, underflow_variance
 from reference.hf import DTYPES
 
 NUM_CASES = 12
@@ -183,7 +183,8 @@ class _Problem:
 
         A relative error e of key l's weight, ``exp(score - largest score)``, moves the result by ``p (v - result) e``. Scores are
         computed in float32 at least: a sum of H products, then the roundings of scaling, of the subtraction and of exp. The sums
-        of weights times values and of weights have L addends; the first may take its weights rounded to the dtype.
+        of weights times values and of weights have L addends; the first may take its weights rounded to the dtype, in which the
+        small ones are subnormal.
         """
         dtype, factor = self.case.dtype, self.case.head_dim**-0.5
         wide = "float64" if dtype == "float64" else "float32"
@@ -200,6 +201,8 @@ class _Problem:
                       + exact_QIH.square() * moved_QIL.sum(-1, keepdim=True)).clamp(min=0)
         num_keys, shares_QI1 = k_QLH.shape[1], p_QIL.square().sum(-1, keepdim=True)
         values_QIH = sum_variance(p_QIL.square() @ v_QLH.square(), exact_QIH, dtype, addends=num_keys)
+        subnormal_QIL = (p_QIL > 0) & (p_QIL < torch.finfo(DTYPES[dtype]).smallest_normal)
+        values_QIH = values_QIH + underflow_variance(dtype) * (subnormal_QIL.double() @ v_QLH.square())
         divisor_QI1 = sum_variance(shares_QI1, torch.ones_like(shares_QI1), wide, addends=num_keys)
         return exact_QIH, scores_QIH + values_QIH + divisor_QI1 * exact_QIH.square()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harness.checks.base import Answer, CheckContext
 from harness.subjects.rank import Rank
-from harness.verification.budgets import rounding, same_bits, sum_variance
+from harness.verification.budgets import rounding, same_bits, sum_variance, underflow_variance
 from reference.checkpoints import as_config, weight_shapes
 from reference.hf import DTYPES
 
@@ -161,14 +161,16 @@ def _rotate(x_TNH: Tensor, tables: Sequence[Tensor], norm_H: Tensor | None, eps:
 
     Each of the two products may take a table and a normed value that were rounded to the dtype, as in Hugging Face: three
     roundings (of the norm, of its weight, of the table) beside those of a sum of two addends. The elements of a head share the
-    error of their root mean square, half the relative one of a sum of H squares.
+    error of their root mean square, half the relative one of a sum of H squares. Whatever is rounded may be subnormal in the
+    dtype: a normed value before and after its weight, both tables, the second product beside the first one.
     """
-    x, error = x_TNH.double(), torch.zeros((), dtype=torch.float64)
+    x, error, of_norm = x_TNH.double(), torch.zeros((), dtype=torch.float64), 0.0
     if norm_H is not None:
         total, fourth_powers = x.square().sum(-1, keepdim=True), x.square().square().sum(-1, keepdim=True)
         wide = "float64" if dtype == "float64" else "float32"
         error = sum_variance(fourth_powers, total, wide, addends=x.shape[-1]) / (2 * total).square()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_H.double()
+        of_norm = 1 + norm_H.double().square().max().item()
     rest = x.shape[-1] - 2 * tables[0].shape[-1]  # elements behind those that are turned
     cos, sin = (torch.nn.functional.pad(torch.cat((table, table), -1)[:, None].double(), (0, rest), value=behind)
                 for table, behind in zip(tables, (1.0, 0.0), strict=True))
@@ -176,4 +178,6 @@ def _rotate(x_TNH: Tensor, tables: Sequence[Tensor], norm_H: Tensor | None, eps:
     turned = torch.nn.functional.pad(torch.cat((-second, first), -1), (0, rest))
     exact, squares = x * cos + turned * sin, (x * cos).square() + (turned * sin).square()
     taken = sum_variance(3 * squares, torch.zeros_like(exact), dtype, addends=0, parts=0)
-    return exact, taken + sum_variance(squares, exact, dtype, addends=2) + error * exact.square()
+    subnormal = of_norm * (cos.square() + sin.square()) + x.square() + turned.square() + 1
+    return exact, (taken + sum_variance(squares, exact, dtype, addends=2) + error * exact.square()
+                   + underflow_variance(dtype) * subnormal)

@@ -21,6 +21,10 @@ from torch import Tensor
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
 """Half the distance from 1 to the next number, the most that one rounding can be off, relatively."""
 
+LARGEST_UNDERFLOW = {"bfloat16": 2.0**-134, "float16": 2.0**-25, "float32": 2.0**-150, "float64": 0.0}
+"""Half the distance between subnormal numbers, the most that one rounding can be off below the normal ones, whatever the value.
+That of float64 is itself below the smallest float64."""
+
 EXACT_INTEGER_LIMIT = {"bfloat16": 2**8, "float16": 2**11, "float32": 2**24, "float64": 2**53}
 """Integers up to this in magnitude are exact in the dtype, so sums that stay within it are exact in any order."""
 
@@ -155,7 +159,8 @@ def sum_variance(squares: Tensor, total: Tensor, dtype: str, *, addends: int, pa
 
         variance = u**2 / 3 * (1 + n / 3) * (squares + total**2)
 
-    16-bit dtypes accumulate in float32, with n = ``addends``, and round n = ``parts`` partial sums to the dtype.
+    16-bit dtypes accumulate in float32, with n = ``addends``, and round n = ``parts`` partial sums to the dtype. Each may
+    be subnormal, which ``underflow_variance`` allows for; where subnormal numbers are added up, nothing rounds.
 
     Args:
         squares: sum of the squares of the addends, ``x**2 @ (W**2).T + b**2`` for a layer; float64, as what follows.
@@ -169,7 +174,17 @@ def sum_variance(squares: Tensor, total: Tensor, dtype: str, *, addends: int, pa
     variance = UNIT_ROUNDOFF[wide] ** 2 * (1 + addends / 3) * size
     if dtype == "float64":
         return 2 * variance  # the exact result is itself a sum in float64
-    return variance if dtype == wide else variance + UNIT_ROUNDOFF[dtype] ** 2 * (1 + parts / 3) * size
+    if dtype == wide:
+        return variance
+    return variance + UNIT_ROUNDOFF[dtype] ** 2 * (1 + parts / 3) * size + parts * underflow_variance(dtype)
+
+
+def underflow_variance(dtype: str) -> float:
+    """Variance of rounding one value to ``dtype`` where the result is subnormal, as float16 is below 6.1e-5.
+
+    There it is off by up to ``LARGEST_UNDERFLOW``, however small it is, and not by a share of it.
+    """
+    return LARGEST_UNDERFLOW[dtype] ** 2 / 3
 
 
 def rounding(candidate: Tensor, exact: Tensor, variance: Tensor, *, shared: bool = False) -> Comparison:

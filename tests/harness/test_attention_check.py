@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ import engine.layers.rotary as rotary
 from engine.layers.attention_backends import TorchBackend
 from engine.layers.attention_layout import AttentionLayout, LayerCache
 from engine.scheduling.batch import StepBatch
-from harness.checks.attention import NUM_CASES
+from harness.checks.attention import NUM_CASES, AttentionCase, run_case
 from harness.checks.base import Outcome, together
+from harness.checks.rotary import _rotate
 from harness.faults.layouts import LAYOUTS
-from tests.harness.checking import again, assert_green, run_check, run_kinds
+from harness.subjects.rank import AttentionStep, Rank
+from harness.verification.budgets import rounding
+from tests.harness.checking import again, alone, assert_green, run_check, run_kinds
 from tests.harness.conftest import MakeModel
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -209,3 +213,72 @@ def test_a_fault_in_rotation_or_writing_is_seen(tiny_model: MakeModel, plant: Pl
     assert outcome.module == "rotary"
     assert outcome.finding is not None
     assert says in outcome.finding
+
+
+TINY = AttentionCase(num_q_heads=8, num_kv_heads=2, head_dim=16, block_size=16, dtype="float16", shared=16, sharpness=8.0,
+                     chunks=((0, 48), (0, 12), (17, 1)), seed=507882004)
+"""Drawn as the check draws: one key has all the weight but a trace, and an element of its value is all but 0 in float16."""
+
+
+def test_a_result_may_be_subnormal_but_not_flushed_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    (answer,) = run_case(alone(), TINY)
+    assert answer.problem is None
+    call, smallest = TorchBackend.__call__, torch.finfo(torch.float16).smallest_normal
+
+    def flushed(self: TorchBackend, q: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        found = call(self, q, cache, batch)
+        return found.where(found.abs() >= smallest, 0)
+
+    monkeypatch.setattr(TorchBackend, "__call__", flushed)
+    (answer,) = run_case(alone(), TINY)
+    assert "of the budget" in (answer.problem or "")
+
+
+class DividesBeforeItRounds:
+    """Attention over keys in a row, as in transformers: float32 shares of one are rounded to the dtype, then they meet values."""
+
+    def __init__(self, too_large: float = 0.0) -> None:
+        self.too_large = too_large
+
+    def heads(self, num_q_heads: int, num_kv_heads: int) -> tuple[range, range]:
+        return range(num_q_heads), range(num_kv_heads)
+
+    def attend(self, step: AttentionStep) -> dict[str, list[Tensor]]:
+        (q_IQH,), (k_LNH,), (v_LNH,) = step.queries, step.keys, step.values
+        score_QIL = torch.einsum("iqh,lqh->qil", q_IQH.float(), k_LNH.float()) * step.head_dim**-0.5
+        later_IL = torch.ones(score_QIL.shape[1:], dtype=torch.bool).triu(1 + len(k_LNH) - len(q_IQH))
+        share_QIL = score_QIL.masked_fill(later_IL, -torch.inf).softmax(-1).to(step.dtype)
+        return {"own": [torch.einsum("qil,lqh->iqh", share_QIL.float() * (1 + self.too_large), v_LNH.float()).to(step.dtype)]}
+
+
+def test_softmax_weights_of_a_long_context_may_be_subnormal() -> None:
+    """Each key has a share of 7.6e-6: float16 holds that to 7 bits."""
+    case = AttentionCase(num_q_heads=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float16", chunks=((131_068, 4),),
+                         shared=0, sharpness=0.125, seed=0)
+
+    def problem(too_large: float) -> str | None:
+        (answer,) = run_case(cast(Rank, SimpleNamespace(tp_rank=0, attention=DividesBeforeItRounds(too_large))), case)
+        return answer.problem
+
+    assert problem(0.0) is None
+    assert "of the budget" in (problem(0.02) or "")
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_a_rotation_may_round_tables_and_products_that_are_subnormal(has_norm: bool) -> None:
+    """As in transformers everything is rounded to float16; queries are small there, or so are the weights of their norm."""
+    generator, num_tokens, dim = torch.Generator().manual_seed(0), 64, 16
+    x_TNH = torch.randn((num_tokens, 4, dim), generator=generator).mul(1 if has_norm else 2e-5).half()
+    norm_H = torch.randn(dim, generator=generator).mul(2e-5).half() if has_norm else None
+    angle_TR = torch.arange(num_tokens)[:, None] * 1e4 ** -(torch.arange(dim // 2) / (dim // 2))
+    tables = angle_TR.cos(), angle_TR.sin()
+    exact, variance = (value.flatten(0, 1) for value in _rotate(x_TNH, tables, norm_H, 1e-6, "float16"))
+    cos, sin = (torch.cat((table, table), -1)[:, None].half() for table in tables)
+    y = x_TNH
+    if norm_H is not None:
+        y = norm_H * (x_TNH.float() * torch.rsqrt(x_TNH.float().square().mean(-1, keepdim=True) + 1e-6)).half()
+    first, second = y.chunk(2, -1)
+    found = (y * cos + torch.cat((-second, first), -1) * sin).flatten(0, 1)
+    assert rounding(found, exact, variance, shared=has_norm).ok
+    smallest = torch.finfo(torch.float16).smallest_normal
+    assert not rounding(found.where(found.abs() >= smallest, 0), exact, variance, shared=has_norm).ok

@@ -112,6 +112,19 @@ def test_a_part_that_is_a_little_too_large_is_seen(dtype: str) -> None:
     assert shares == {0.25: True, 32.0: False}
 
 
+@pytest.mark.parametrize("parts", [1, 8])
+def test_float16_sums_may_be_subnormal_but_not_flushed_to_zero(parts: int) -> None:
+    """Below 6.1e-5 float16 keeps a step of 6e-8 and no longer 11 bits; each rank's part rounds to it, their sum does not."""
+    generator = torch.Generator().manual_seed(0)
+    products = torch.randn((parts, 20, 30), generator=generator).mul(1e-6).double()
+    exact = products.sum(0)
+    variance = sum_variance(products.square().sum(0), exact, "float16", addends=parts, parts=parts)
+    found = products.half().sum(0)
+    assert not torch.equal(found.double(), exact)
+    assert rounding(found, exact, variance).ok
+    assert not rounding(torch.zeros_like(found), exact, variance).ok
+
+
 def test_one_wrong_element_one_wrong_row_and_a_little_everywhere_are_told_apart() -> None:
     exact, variance = torch.randn(30, 40, dtype=torch.float64), torch.full((30, 40), 1e-12, dtype=torch.float64)
     found = exact.clone()
