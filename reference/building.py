@@ -1,5 +1,6 @@
 """Transformers models are built in turn, and what fails then is said to be the checkpoint's."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,12 @@ def read_config(folder: str | Path) -> Any:
     """
     with building(f"transformers cannot read the config.json in folder={folder}"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def longest_sequence(text_config: Any, *, beyond_windows: bool = False) -> int:
+    """Tokens of the longest sequence that every implementation of a model takes, by its text config.
+
+    Longrope's own length ends it, and a sliding window unless ``beyond_windows``: some engines have no windows.
+    """
+    limits = ["max_position_embeddings", "original_max_position_embeddings", *([] if beyond_windows else ["sliding_window"])]
+    return min(int(getattr(text_config, limit, None) or sys.maxsize) for limit in limits)

@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoint.checkpoint_files import CONFIG_FILE, weight_files
 from engine.checkpoint.hub import SMOLLM2, find_model
-from reference.building import read_config
+from reference.building import longest_sequence, read_config
 from reference.elements import CheckpointError, DownloadError, Element, ElementIndex, checkpoint_shapes
 from reference.smollm2 import fetch_smollm2
 from reference.writing import DTYPES, as_config, generator_of, shapes_and_ties, weight_shapes, write_checkpoint
@@ -27,6 +27,7 @@ __all__ = [
     "checkpoint_shapes",
     "fetch_smollm2",
     "index_checkpoint",
+    "longest_sequence",
     "random_checkpoint",
     "read_config",
     "resolve",

@@ -23,7 +23,7 @@ from harness.strategies import pick_config
 from harness.subjects.base import Schedule, Subject
 from harness.verification.budgets import bits
 from harness.verification.reference_results import mixed_steps
-from reference.checkpoints import random_checkpoint, read_config
+from reference.checkpoints import longest_sequence, random_checkpoint, read_config
 from reference.hf import Activations
 
 NUM_MODELS = 2
@@ -72,8 +72,9 @@ def drawn_model(context: CheckContext, number: int) -> Iterator[tuple[Path, str]
 
 
 def check_model(context: CheckContext) -> Outcome:
-    """The model at hand, in its own dtype."""
-    return compare_logits(context, context.results.folder, context.dtype, MODEL_LENGTHS, seed=context.seed)
+    """The model at hand, in its own dtype; shorter sequences where it takes no longer ones."""
+    lengths = tuple(min(length, context.results.longest) for length in MODEL_LENGTHS)
+    return compare_logits(context, context.results.folder, context.dtype, lengths, seed=context.seed)
 
 
 def compare_logits(context: CheckContext, folder: Path, dtype: str, lengths: tuple[int, ...], *, seed: int) -> Outcome:
@@ -170,11 +171,13 @@ def check_rollout(context: CheckContext) -> Outcome:
     num_requests, num_tokens = LARGE_ROLLOUT if is_large else ROLLOUT
     with nullcontext((context.results.folder, context.dtype)) if is_large else drawn_model(context, 0) as (folder, dtype):
         config, draw = read_config(folder).get_text_config(decoder=True), random.Random(context.seed)
-        num_tokens = min(num_tokens, config.max_position_embeddings - max(PROMPT_TOKENS) - 1)
-        length = num_tokens + max(PROMPT_TOKENS) + 1
+        longest = longest_sequence(config)
+        fewest, most = (min(number, longest // 2) for number in PROMPT_TOKENS)
+        num_tokens = min(num_tokens, longest - most - 1)
+        length = most + num_tokens + 1  # one more is drawn where the sequence is scored
         options = {"block_size": 16, "num_kv_blocks": num_requests * (-(-length // 16) + 1), "max_num_seqs": num_requests,
                    "max_model_len": length, "dtype": dtype, "tp_invariant": True}
-        prompts = [[draw.randrange(config.vocab_size) for _ in range(draw.randint(*PROMPT_TOKENS))] for _ in range(num_requests)]
+        prompts = [[draw.randrange(config.vocab_size) for _ in range(draw.randint(fewest, most))] for _ in range(num_requests)]
         params: dict[str, Any] = {"temperature": 1.0, "ignore_eos": True, "max_tokens": num_tokens, "logprobs": 0}
         with context.subject.requests(folder, options) as door:
             drawn = _answers(door, prompts, [{**params, "seed": draw.randrange(2**31)} for _ in prompts])

@@ -185,11 +185,10 @@ def limits_of(text: str, options: SideOptions) -> Limits:
     Raises:
         CheckpointError: if there is no such model.
     """
-    from reference.checkpoints import read_config
+    from reference.checkpoints import longest_sequence, read_config
 
     config = read_config(model_folder(text.removeprefix(REFERENCE), dtype=options.dtype)).get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None) or LONGEST + 1
-    return Limits(vocab_size=int(config.vocab_size), longest=min(LONGEST, int(positions) - 1))
+    return Limits(vocab_size=int(config.vocab_size), longest=min(LONGEST, longest_sequence(config) - 1))
 
 
 def open_side(text: str, options: SideOptions) -> Side:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
@@ -24,7 +23,7 @@ from harness.errors import one_line
 from harness.subjects.base import Schedule
 from harness.verification.budgets import digest
 from harness.verification.simulated import SimulatedRounding
-from reference.checkpoints import CheckpointError, read_config
+from reference.checkpoints import CheckpointError, longest_sequence, read_config
 from reference.choices import Routes
 from reference.hf import DTYPES, Activations, Reference, TopTwo
 from reference.loaded import as_in_files, differences
@@ -107,10 +106,7 @@ class ReferenceResults:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence that the candidate must take."""
-        limits = ["max_position_embeddings", "original_max_position_embeddings"]
-        if not self.beyond_windows:
-            limits.append("sliding_window")
-        return min(int(getattr(self._text_config, limit, None) or sys.maxsize) for limit in limits)
+        return longest_sequence(self._text_config, beyond_windows=self.beyond_windows)
 
     @property
     def num_new_tokens(self) -> int:

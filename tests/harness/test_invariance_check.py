@@ -18,10 +18,11 @@ from engine.kernels.attention_torch import paged_attention_torch
 from engine.kernels.invariant_matmul import leaf_sums_torch
 from engine.layers.invariant import INVARIANT
 from engine.models.parts import ORDINARY
-from harness.checks.base import Outcome
+from harness.checks import invariance as invariance_check
+from harness.checks.base import Outcome, together
 from harness.faults.layouts import LAYOUTS
 from harness.verification.verify import VerifyPlan, verify
-from tests.harness.checking import assert_green, run_kinds
+from tests.harness.checking import assert_green, context_of, run_kinds
 from tests.harness.conftest import MakeModel
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -108,6 +109,20 @@ def test_what_makes_it_invariant_is_missed_where_it_is_taken_away(folder: Path, 
 def test_the_ordinary_engine_s_rollout_is_not_what_one_rank_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything(monkeypatch)
     assert "was drawn with another log-probability than" in (red_kinds(folder, kind="rollout")["rollout"].finding or "")
+
+
+@pytest.mark.parametrize("kind", ["model", "rollout"])
+@pytest.mark.parametrize("limit", ["sliding_window", "max_position_embeddings"])
+def test_a_model_of_short_sequences_gets_short_ones(tiny_model: MakeModel, limit: str, kind: str,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the long rollout too, which GPUs run: the engine has no windows, and refuses what is longer."""
+    monkeypatch.setattr(invariance_check, "LARGE_ROLLOUT", (4, 400))
+    config = {key: value for key, value in LAYOUTS["llama"].config.items() if not key.endswith("_bias")}
+    with context_of(tiny_model({**config, "model_type": "mistral", limit: 9}), "float32", tp_size=1, kind=kind) as context:
+        context.results.device = "cuda" if kind == "rollout" else "cpu"  # nothing is computed there
+        outcome = together(list(invariance_check.CHECK.run(context)))
+    assert_green(outcome)
+    assert outcome.compared == {"model": 2 * (9 + 5) * config["vocab_size"], "rollout": 4 * 4}[kind]
 
 
 @pytest.mark.endurance

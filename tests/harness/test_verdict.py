@@ -18,6 +18,7 @@ from harness.cli import app
 from harness.subjects.base import Placement
 from harness.subjects.engine import EngineSubject
 from harness.verdict.scoring import Way, logprobs_of, schedule, score, score_exactly, scored
+from harness.verdict.sides import SideOptions, limits_of
 from harness.verdict.statistics import judge, last_digits, looks_like, units
 from harness.verdict.streams import Scored, Stream, StreamError, StreamInfo, StreamWriter, read_stream, write_stream
 from harness.verdict.tokens import Tokens, align
@@ -274,6 +275,13 @@ def test_ranks_against_one_rank_and_against_the_reference_are_rounding(model: Pa
     assert (tmp_path / "report.html").is_file()
     result = run(model, model, "--tp", "1,3", "--fabric", "threads", "--out", tmp_path)
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("limit", ["sliding_window", "max_position_embeddings"])
+def test_a_model_of_short_sequences_is_asked_for_short_ones(tiny_model: MakeModel, limit: str) -> None:
+    """Longer ones the engine refuses: it has no windows."""
+    model = tiny_model(small_config("mistral", vocab_size=VOCABULARY, max_position_embeddings=64) | {limit: 40})
+    assert limits_of(str(model), SideOptions()) == limits_of(f"reference:{model}", SideOptions()) == (VOCABULARY, 39)
 
 
 def test_other_weights_are_a_bug_and_a_file_is_scored_by_the_other_side(tiny_model: MakeModel, tmp_path: Path) -> None:
