@@ -11,7 +11,7 @@ from reports.records import Report, read_report
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "reports/baselines/cpu-32core-intel-xeon-avx512/calibrate.json"
-ON_GPUS = ROOT / "reports/baselines/nvidia-h200/calibrate-threads.json"
+ON_GPUS, OVER_NCCL = (ROOT / f"reports/baselines/nvidia-h200-x2/calibrate-{ranks}.json" for ranks in ("threads", "nccl"))
 PAGE, SHORT = (ROOT / "docs/budgets.md").read_text(), (ROOT / "docs/verify.md").read_text()
 PLANTED = {("collectives", "reals", "in 99 %"): "one all-reduce of reals", ("layers", "reals", "in 99 %"): "one layer of reals",
            ("layers", "reals", "in 99 % of runs"): "all eight such layers of a run",
@@ -27,11 +27,12 @@ BEFORE = {  # by the constants that were fitted to one CPU's order of summation;
 }
 
 
-def power(report: Report, dtypes: tuple[str, ...] = DTYPES) -> dict[str, tuple[tuple[float, ...], ...]]:
+def power(report: Report, dtypes: tuple[str, ...] = DTYPES,
+          tp_sizes: tuple[int, ...] = TP_SIZES) -> dict[str, tuple[tuple[float, ...], ...]]:
     """What was planted -> for each dtype the smallest share seen at each tp_size."""
     assert report.calibration is not None
     table = power_table(report.calibration).set_index(["check", "values", "dtype", "tp"])
-    return {label: tuple(tuple(float(table.loc[(check, values, dtype, tp), column]) for tp in TP_SIZES) for dtype in dtypes)
+    return {label: tuple(tuple(float(table.loc[(check, values, dtype, tp), column]) for tp in tp_sizes) for dtype in dtypes)
             for (check, values, column), label in PLANTED.items()}
 
 
@@ -78,6 +79,12 @@ def test_the_figures_of_gpus_are_those_of_their_record() -> None:
     assert {(row["runs"], row["red runs"]) for row in rows} == {(18, 0)}
     rate = f"a rate of at most {100 * rows[0]['rate at most']:.0f} % each"
     assert f"in {rows[0]['runs']} runs of each of five checks in each dtype ({rate})" in page
+    over_nccl = read_report(OVER_NCCL)
+    # The page says so of each entry.
+    assert power(over_nccl, dtypes, (2,)) == power(report, dtypes, (2,))
+    assert {(row["runs"], row["red runs"]) for row in alarms_table(over_nccl.checks).to_dict("records")} == {(3, 0)}
+    assert not report.not_measured
+    assert not over_nccl.not_measured
     worst = {(row["check"], row["dtype"]): row["worst error / budget"] for row in rows}
     for check in ("attention", "layers", "logits"):
         assert f"`{check}` " + " and ".join(f"{worst[check, dtype]:.2f}" for dtype in dtypes) + " (" in page

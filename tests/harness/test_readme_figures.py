@@ -70,7 +70,7 @@ def test_a_table_holds_what_its_record_says(record: str) -> None:
 BASELINES = ROOT / "reports/baselines"
 SMALL = BASELINES / "nvidia-h200/qwen3-0.6b-w1-decode-prefill-layers-load.json"
 SMALL_W1 = BASELINES / "nvidia-h200/qwen3-0.6b-w1.json"
-SMALL_OVER_TWO = BASELINES / "nvidia-h200-x2/qwen3-0.6b-w1-decode-prefill.json"
+SMALL_OVER_TWO = BASELINES / "nvidia-h200-x2/qwen3-0.6b-invariant-w1.json"
 LARGE = BASELINES / "nvidia-h200/qwen3-8b-invariant-decode-prefill.json"
 LARGE_W1 = BASELINES / "nvidia-h200/qwen3-8b-invariant-w1.json"
 LARGE_OVER_TWO = BASELINES / "nvidia-h200-x2/qwen3-8b-invariant-w1.json"
