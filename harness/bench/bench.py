@@ -311,7 +311,9 @@ class BenchRun:
                                                   and not other.is_fresh and other.limits == work.limits]
             largest = max(([len(prompt) + count for prompt, count in each.draw()] for each in alike), key=sum)
             num_engines = len(self.plan.tp_sizes) * len(self.sides) + max(len(self.plan.peers_of(each)) for each in alike)
-            task = replace(task, requests=requests, sequence_lens=tuple(largest),
+            # Cut to the model's here, so that a worker need not read its config before it starts the engine.
+            work = replace(work, limits=work.limits.within(self.config.max_position_embeddings))
+            task = replace(task, work=work, requests=requests, sequence_lens=tuple(largest),
                            memory_share=0.9 if work.is_fresh else 0.9 / num_engines)
         elif isinstance(work, LayersWork) and side == CANDIDATE:
             task = replace(task, slower=self.plan.slower)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,7 +45,6 @@ class ServingMeasurement(Measurement):
     lasts = True
 
     def __init__(self, task: Task) -> None:
-        self._config = ModelConfig.from_folder(task.folder)
         self._spec = self._spec_of(task)
         self._is_whole = True  # what an engine left undone would come back in the next case
         self._runs = itertools.count()
@@ -63,9 +63,14 @@ class ServingMeasurement(Measurement):
         self.ready = Ready(fabric=self._engine.fabric, bounds={task.work.case: self._bounds()})
         return True
 
+    @cached_property
+    def _config(self) -> ModelConfig:
+        """Read when it is first asked for: after the engine has started, whose time must not hold what no user waits for."""
+        return ModelConfig.from_folder(self.task.folder)
+
     def _spec_of(self, task: Task) -> EngineSpec:
         return EngineSpec(folder=task.folder, tp_size=task.tp_size, fabric=task.fabric, device=task.device, dtype=task.dtype,
-                          limits=task.work.limits.within(self._config.max_position_embeddings),
+                          limits=task.work.limits,
                           sequence_lens=task.sequence_lens, memory_share=task.memory_share)
 
     def measure(self) -> Measured:

@@ -83,6 +83,21 @@ def figures_of(state: dict[str, Any]) -> figures.Figures:
     return measuring.measure(state)["a case", "scripted"]
 
 
+def test_an_engine_has_started_before_its_worker_reads_the_config(
+    scripted: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a start would take the seconds that reading it takes twice: no user of the engine reads it first."""
+    read = serving.ModelConfig.from_folder
+
+    def noted(folder: Path) -> Any:
+        ScriptedEngine.log.append("config")
+        return read(folder)
+
+    monkeypatch.setattr(serving.ModelConfig, "from_folder", noted)
+    figures_of(scripted("ttft"))
+    assert ScriptedEngine.log == ["start", "config"]
+
+
 def test_a_hiccup_in_the_short_run_has_both_runs_made_again(scripted: Callable[..., dict[str, Any]]) -> None:
     assert figures_of(scripted("decode", short_s=(9.0, 1.0))) == {"ms_per_token": 500.0}
 
