@@ -27,4 +27,7 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    from engine.collector import without_collector
+
+    with without_collector():
+        return getattr(import_module(_HOME[name]), name)

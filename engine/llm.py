@@ -17,6 +17,7 @@ from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.checkpoint.hub import find_model
 from engine.checkpoint.preflight import check_checkpoint
 from engine.checkpoint.tokenizer import load_tokenizer
+from engine.collector import without_collector
 from engine.config import ROPE_KEYS, EngineConfig, EngineOptions, ModelConfig
 from engine.execution.core import start_core
 from engine.execution.driver import Driver
@@ -67,12 +68,13 @@ class LLM(AbstractContextManager["LLM"]):
         folder = find_model(model, revision)
         if ranks is None:
             make_ready(config.tensor_parallel_size, config.fabric, config.resolved_device)  # beside what follows
-        self.model_config = ModelConfig.from_folder(folder, hf_overrides)
-        self.config = config.resolve(self.model_config)
-        tp_size, device = self.config.tensor_parallel_size, self.config.device
         self.tokenizer: Any = None
-        if not skip_tokenizer_init:
-            self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
+        with without_collector():  # both import much of transformers
+            self.model_config = ModelConfig.from_folder(folder, hf_overrides)
+            self.config = config.resolve(self.model_config)
+            if not skip_tokenizer_init:
+                self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser())
+        tp_size, device = self.config.tensor_parallel_size, self.config.device
         if tokenizer is not None and (self.tokenizer is None or not str(tokenizer)):
             raise CheckpointError(f"tokenizer={str(tokenizer)!r} is no folder that holds a tokenizer")
         check_checkpoint(folder, self.model_config)

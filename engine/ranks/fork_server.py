@@ -7,6 +7,7 @@ all ranks, whatever ended them.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 
@@ -19,5 +20,12 @@ def _remove(folder: str, owner_pid: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _collect_garbage() -> None:
+    gc.freeze()  # what the fork server loaded is never garbage: not worth looking through
+    gc.enable()
+
+
 if FOLDER in os.environ:
     atexit.register(_remove, os.environ.pop(FOLDER), os.getpid())
+    gc.disable()  # it loads what ranks need, and nothing else: sooner so
+    os.register_at_fork(after_in_child=_collect_garbage)

@@ -22,9 +22,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from engine.ranks.failures import RankError, RankFailure
+from engine.ranks.forking import start_fork_server
 from engine.ranks.jobs import Job, Kind, OnEvent, PendingJob, RankContext, job_name
 from engine.ranks.pool import Pool
-from engine.ranks.process_ranks import ProcessPool, start_fork_server
+from engine.ranks.process_ranks import ProcessPool
 from engine.ranks.thread_ranks import SoloPool, ThreadPool
 from engine.ranks.torchrun import Launch, TorchrunPool, check_launch
 

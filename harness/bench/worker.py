@@ -123,15 +123,20 @@ def serve(connection: Connection) -> None:
     import importlib
     import traceback
 
+    from engine.collector import without_collector
+
     state: dict[str, Any] = {}
     while True:
         try:
-            target, args = connection.recv()
+            with without_collector():  # arguments, and the function, bring the engine: as `from engine import LLM` does
+                target, args = connection.recv()
         except EOFError:
             break
         try:
             module, _, name = target.partition(":")
-            answer: tuple[str, Any] = ("done", getattr(importlib.import_module(module), name)(state, *args))
+            with without_collector():
+                function = getattr(importlib.import_module(module), name)
+            answer: tuple[str, Any] = ("done", function(state, *args))
             pickle.dumps(answer)
         except Exception as failure:
             # Some messages go on with advice: their first line says what happened.

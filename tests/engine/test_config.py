@@ -10,14 +10,18 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
 from transformers import AutoConfig
 
 from engine.checkpoint.checkpoint_files import CheckpointError
 from engine.config import DTYPES, EngineConfig, EngineOptions, ModelConfig, UnsupportedModelError
 from engine.layers.rotary import rope_tables
+from reference.checkpoints import random_checkpoint
 from tests.engine.support import FEW, tiny_config
+from tests.reference.tiny import small_config
 
 
 def write(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
@@ -299,3 +303,30 @@ def test_what_ranks_import_and_are_sent_brings_no_transformers(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", code, str(sent)], check=True, timeout=120)
     for config, found in zip(configs, pickle.loads(sent.read_bytes()), strict=True):
         assert all(map(torch.equal, rope_tables(config.hf_config, 8, 40), found))
+
+
+STARTED = """
+import gc, sys
+looks = []
+gc.callbacks.append(lambda phase, info: looks.append(phase))
+from engine import LLM, SamplingParams
+assert "transformers" not in sys.modules
+at_first = len(looks)
+with LLM(sys.argv[1], skip_tokenizer_init=True) as llm:
+    llm.generate([{"prompt_token_ids": [1, 2]}], SamplingParams(max_tokens=1), use_tqdm=False)
+    assert gc.isenabled() and not gc.get_freeze_count()
+    print(at_first, len(looks), *sys.modules)
+"""
+NOT_NEEDED = {"hypothesis", "pandas", "rich", "sympy", "tokenizers", "torch._dynamo", "torch._inductor",
+              "torch.distributed.tensor", "safetensors.torch", "transformers.modeling_utils"}
+
+
+def test_a_start_imports_what_it_needs_and_collects_no_garbage_meanwhile(tmp_path: Path) -> None:
+    """Transformers before 5.24 may import all its models, and torch._dynamo with them, to describe the class of a config."""
+    folder = random_checkpoint(tmp_path / "model", small_config("qwen3"))
+    done = subprocess.run([sys.executable, "-c", STARTED, str(folder)], check=True, timeout=120, capture_output=True, text=True)
+    at_first, looks, *modules = done.stdout.split()
+    assert int(at_first) < 20
+    assert int(looks) < 60, "1,000 if the collector is not kept out"
+    if Version(transformers.__version__) >= Version("5.24"):
+        assert NOT_NEEDED & set(modules) == set()

@@ -18,7 +18,7 @@ import psutil  # type: ignore[import-untyped,unused-ignore]  # some machines hav
 import pytest
 import torch
 
-from engine.ranks import process_ranks
+from engine.ranks.forking import start_fork_server
 from engine.ranks.process_ranks import ProcessHandle, ProcessPool
 from engine.ranks.ranks import RankContext, Ranks, choose_fabric
 from tests.engine.rank_jobs import (
@@ -262,7 +262,7 @@ def test_a_folder_that_is_too_long_for_a_socket_and_cannot_be_helped_is_named(
 ) -> None:
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/x" * 60)
     with pytest.raises(RuntimeError, match=r"too long for a socket of at most 10\d bytes: set TMPDIR to a shorter folder"):
-        process_ranks.start_fork_server(2)
+        start_fork_server(2)
 
 
 ON_STANDARD_INPUT = """
@@ -282,6 +282,17 @@ def test_a_script_may_come_from_standard_input(dash: bool) -> None:
     done = subprocess.run([sys.executable, *["-"] * dash], input=ON_STANDARD_INPUT, cwd=ROOT, capture_output=True, text=True,
                           timeout=100, check=False)
     assert (done.returncode, done.stdout.splitlines()[-2:]) == (0, ["started 2", "<stdin>"]), done.stderr
+
+
+def collector(context: RankContext) -> tuple[bool, bool]:
+    return gc.isenabled(), gc.get_freeze_count() > 100_000
+
+
+@multirank
+def test_ranks_collect_garbage_but_not_what_their_server_loaded() -> None:
+    """The server itself collects none, to load sooner."""
+    with Ranks(2, fabric="gloo") as ranks:
+        assert ranks.run(collector) == [(True, True)] * 2
 
 
 def in_a_daemon(context: RankContext) -> str:
