@@ -1,6 +1,7 @@
 """What all kernels share: Triton where it exists, a clear refusal where not, the twins' arithmetic."""
 
 import functools
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +13,19 @@ try:
     import triton.language as tl
 
     HAVE_TRITON = True
+    # The interpreter keeps which program runs, and what it puts in place of Triton's functions, for the whole process.
+    _interpreting = threading.Lock() if os.environ.get("TRITON_INTERPRET") == "1" else None
 
     def _jit(fn: Any = None, **options: Any) -> Any:
         """``triton.jit``, but threads that come to a kernel together launch it one after the other.
 
         Ranks may be threads. Each would compile a new kernel for itself, and eight compilations take eight times as long as one.
+        The interpreter runs one kernel at a time, whichever it is.
         """
         if fn is None:
             return functools.partial(_jit, **options)
         kernel = _triton.jit(fn, **options)
-        launch, lock = kernel.run, threading.Lock()
+        launch, lock = kernel.run, _interpreting or threading.Lock()
 
         @functools.wraps(launch)
         def run(*args: Any, **arguments: Any) -> Any:

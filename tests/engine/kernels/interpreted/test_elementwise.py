@@ -3,6 +3,10 @@
 bfloat16 is left to the GPU: the interpreter truncates where hardware rounds.
 """
 
+import threading
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -149,3 +153,26 @@ def test_inputs_of_a_decode_step_are_the_twins(num_seqs: int, block_size: int, s
     for ours, twins in zip(decode_inputs(*inputs), decode_inputs_torch(*inputs), strict=True):
         assert ours.dtype == twins.dtype == torch.int64
         assert torch.equal(ours, twins)
+
+
+def test_kernels_of_several_threads_are_right() -> None:
+    """Ranks may be threads: kernels of different grids, started together, time after time."""
+    x, weight = _normal(0, 5, 64), _normal(1, 64)
+    wrong: list[str] = []
+
+    def run(kernel: Callable[[torch.Tensor], torch.Tensor], twin: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for num_rows in (1, 5, 2, 4, 3) * 3:
+            try:
+                if not torch.allclose(kernel(x[:num_rows]), twin(x[:num_rows]), rtol=1e-5, atol=1e-5):
+                    wrong.append(f"{num_rows} rows: other values")
+            except Exception as problem:
+                wrong.append(repr(problem))
+
+    norm, norm_twin = partial(rms_norm, weight=weight, eps=EPS), partial(rms_norm_torch, weight=weight, eps=EPS)
+    pairs = [(silu_mul, silu_mul_torch), (norm, norm_twin)]
+    threads = [threading.Thread(target=run, args=pair) for pair in pairs * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
