@@ -147,7 +147,24 @@ def test_the_same_model_is_off_by_other_numbers_in_drawn_orders(pools: Pools, mo
     assert usual.points["row"] != drawn.points["row"]
 
 
-def test_half_of_the_samples_are_in_drawn_orders_and_every_setting_is_judged() -> None:
+@pytest.mark.parametrize(("capability", "lacking"), [
+    ("AVX512", set()), ("AVX2", {"AVX-512"}), ("DEFAULT", {"AVX-512", "AVX2", "mixed"}),
+    ("SVE256", {"AVX-512", "AVX2", "mixed"})])
+def test_a_cpu_is_held_to_no_instructions_that_it_lacks(monkeypatch: pytest.MonkeyPatch, capability: str,
+                                                        lacking: set[str]) -> None:
+    """torch would take them, and die of SIGILL."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    judged = {task.args[0] for task in CalibratePlan(models=1).tasks() if task.function is judge_models}
+    assert judged == SETTINGS.keys() - lacking
+    monkeypatch.setattr(run_module, "in_workers", lambda tasks, plan: ((n, []) for n in range(len(tasks))))
+    report, is_interrupted = run_module.calibrate(CalibratePlan(models=1))
+    assert not is_interrupted
+    assert {item.case for item in report.not_measured} == {f"judging runs of checks: {name}" for name in lacking}
+    assert all(f"with {capability}" in item.reason for item in report.not_measured)
+
+
+def test_half_of_the_samples_are_in_drawn_orders_and_every_setting_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     tasks = CalibratePlan(models=6).tasks()
     assert len({task.name for task in tasks}) == len(tasks), "each has draws of its own"
     sampled = Counter[tuple[str, str]]()
@@ -411,6 +428,7 @@ def test_ctrl_c_leaves_a_report_of_what_was_finished(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "in_workers", interrupted)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     result = CliRunner().invoke(app, ["calibrate", "--models", "1", "--out", str(tmp_path)])
     assert result.exit_code == 3
     report = read_report(tmp_path)

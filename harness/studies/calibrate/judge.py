@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from engine.ranks.ranks import Ranks
 from harness.checks import all_checks
 from harness.checks.base import CheckContext, together
@@ -43,8 +45,16 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "mixed": _isa("avx2", "AVX512_CORE_BF16", "SSE4_2"),
     DRAWN: {},
 }
-"""Instruction sets that torch, oneDNN and MKL are held to, by environment: several machines in one. What the CPU lacks changes
-nothing. In the last one each product of ranks is summed in an order of its own."""
+"""Instruction sets that torch, oneDNN and MKL are held to, by environment: several machines in one. In the last one each product
+of ranks is summed in an order of its own."""
+_ATEN = ("default", "avx2", "avx512")
+"""What torch may be held to, the least first."""
+
+
+def runs_here(environ: Mapping[str, str]) -> bool:
+    """Whether this CPU has the instructions: oneDNN and MKL take no others, but torch takes what it is told, and dies of it."""
+    asked, found = environ.get("ATEN_CPU_CAPABILITY", _ATEN[0]), torch.backends.cpu.get_cpu_capability().lower()
+    return _ATEN.index(asked) <= (_ATEN.index(found) if found in _ATEN else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,12 +26,11 @@ SIGNIFICANT = 4
 
 def make_report(samples: Sequence[Sample], verdicts: Sequence[Verdict], thresholds: Sequence[Threshold], *,
                 left: Mapping[str, str], run: Callable[[], RunInfo]) -> Report:
-    """The report on as much as there is; ``left`` says of what how much. ``run`` makes its head, now that all is done."""
+    """The report on as much as there is; ``left`` says what is missing, and why. ``run`` makes its head, now that all is done."""
     by_precision = {name: [sample for sample in samples if precision(sample.dtype) == name] for name in CONSTANTS}
     tolerances = [tolerance(group, statistic) for group in by_precision.values() for statistic in STATISTICS
                   if points_of(group, statistic)]
-    missing = [NotMeasured(workload="calibrate", engine="", case=what, reason=f"interrupted: {how_much}")
-               for what, how_much in left.items()]
+    missing = [NotMeasured(workload="calibrate", engine="", case=what, reason=why) for what, why in left.items()]
     checks = [_fit_row(row) for row in tolerances] + judged_rows(verdicts)
     calibration = Calibration(tolerances=tolerances, errors=error_rows(samples), powers=power_rows(thresholds))
     return Report(run=run(), checks=checks, not_measured=missing, calibration=calibration)

@@ -18,7 +18,7 @@ from harness.bench.worker import Worker
 from harness.machine import run_info
 from harness.studies.calibrate import DEFAULT_MODELS
 from harness.studies.calibrate.draws import DTYPES, FABRICS, LARGEST_TP, ORDERS, Pools, sample_models
-from harness.studies.calibrate.judge import AS_IT_IS, DRAWN, SETTINGS, judge_models
+from harness.studies.calibrate.judge import AS_IT_IS, DRAWN, SETTINGS, judge_models, runs_here
 from harness.studies.calibrate.power import TP_SIZES as POWER_TP_SIZES
 from harness.studies.calibrate.power import power_of_drawn, power_of_logits
 from harness.studies.calibrate.report import make_report
@@ -95,10 +95,14 @@ class CalibratePlan:
         """For one task; the interpreter's own."""
         return Pools(self.device, self.fabric, torch.cuda.device_count() if self.fabric == "nccl" else LARGEST_TP)
 
+    def settings(self) -> dict[str, Mapping[str, str]]:
+        """What is judged under: on a CPU all that it can be held to."""
+        return {name: environ for name, environ in SETTINGS.items() if (name == AS_IT_IS if self.on_gpus else runs_here(environ))}
+
     def tasks(self) -> list[Task]:
         """All that is to be done, what takes longest first."""
         tasks: list[Task] = []
-        settings, orders_drawn = ({AS_IT_IS: SETTINGS[AS_IT_IS]}, ORDERS[:1]) if self.on_gpus else (SETTINGS, ORDERS)
+        settings, orders_drawn = self.settings(), ORDERS[:1] if self.on_gpus else ORDERS
         gpus = self.environs()
 
         def add(what: str, name: str, function: Callable[..., Iterator[Any]], *args: Any,
@@ -150,8 +154,11 @@ def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, 
     samples, verdicts, thresholds = (
         list(chain.from_iterable(found[number] for number in sorted(found) if tasks[number].what == what))
         for what in (SAMPLING, JUDGING, PLANTING))
-    left = {what: f"{done[what]} of {total} parts done" for what, total in totals.items() if done[what] < total}
-    report = make_report(samples, verdicts, thresholds, left=left,
+    left = {what: f"interrupted: {done[what]} of {total} parts done" for what, total in totals.items() if done[what] < total}
+    lacking = {} if plan.on_gpus else {
+        f"{JUDGING}: {name}": f"this CPU lacks the instructions: torch computes with {torch.backends.cpu.get_cpu_capability()}"
+        for name in SETTINGS.keys() - plan.settings().keys()}
+    report = make_report(samples, verdicts, thresholds, left=left | lacking,
                          run=lambda: run_info("calibrate", started_at=started_at, seed=plan.seed))
     return report, bool(left)
 
