@@ -68,6 +68,8 @@ def _finish(report: Report, out: Path, *, is_interrupted: bool) -> int:
     for row in report.checks:
         if row.verdict == "finding":
             sys.stdout.write(f"FINDING in {row.check} at tp_size={row.tp_size}, {row.dtype}, {row.model}: {row.message}\n")
+    for item in report.not_measured:
+        sys.stdout.write(f"not measured: {item.case}: {item.reason}\n")
     page = write_report(report, out)
     write_calibration_plots(report.calibration, out)
     sys.stdout.write(f"{report.run.seconds:.0f} s; report: {page}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from engine.ranks.ranks import RankContext, Ranks
+from harness.bench.worker import WorkerError
 from harness.cli import app
 from harness.strategies import random_config
 from harness.studies.calibrate import judge as judge_module
@@ -249,9 +251,20 @@ def test_a_task_has_an_interpreter_of_its_own_with_its_environment() -> None:
     tasks = [Task(what="", name=name, function=environment, args=("ATEN_CPU_CAPABILITY",), environ=environ)
              for name, environ in (("a", {}), ("b", {"ATEN_CPU_CAPABILITY": "default"}))]
     found = dict(in_workers(tasks, CalibratePlan()))
-    assert found[0][0] is None
-    assert found[1][0] == "default"
-    assert found[0][1] != found[1][1] != os.getpid()
+    (usual, mine), (held, other) = found[0], found[1]
+    assert (usual, held) == (None, "default")
+    assert mine != other != os.getpid()
+
+
+@pytest.mark.endurance
+def test_an_interpreter_that_dies_leaves_the_other_parts_be() -> None:
+    tasks = [Task(what="", name=name, function=function, args=args)
+             for name, function, args in (("a", dies, ()), ("b", environment, ("ATEN_CPU_CAPABILITY",)))]
+    found = dict(in_workers(tasks, CalibratePlan()))
+    assert isinstance(found[0], WorkerError)
+    assert found[0].summary == "a died with exit code -4"
+    assert not isinstance(found[1], WorkerError)
+    assert found[1][0] is None
 
 
 @pytest.mark.endurance
@@ -268,6 +281,12 @@ def interpreter_and_pools(pools: Pools, draw: random.Random) -> Iterator[Any]:
     """A task: its process, and which pools it has there."""
     yield os.getpid()
     yield id(pools)
+
+
+def dies(pools: Pools, draw: random.Random) -> Iterator[Any]:
+    """A task: an instruction that its CPU lacks."""
+    os.kill(os.getpid(), signal.SIGILL)
+    yield None
 
 
 def environment(pools: Pools, draw: random.Random, name: str) -> Iterator[Any]:
@@ -438,6 +457,24 @@ def test_ctrl_c_leaves_a_report_of_what_was_finished(tmp_path: Path, monkeypatch
     assert set(missing) == {"sampling models", "judging runs of checks", "planting errors"}
     assert missing["sampling models"] == "interrupted: 1 of 6 parts done"
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html", "report.csv", "errors.svg"}
+
+
+def test_a_part_that_dies_ends_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_dies(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int, list[Any] | WorkerError]]:
+        for number, task in enumerate(tasks):
+            died = WorkerError("its story", summary=f"{task.name} died with exit code -4")
+            yield number, died if number == 1 else [sample((1.0, 1.0))] if task.function is sample_models else []
+
+    monkeypatch.setattr(run_module, "in_workers", one_dies)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    result = CliRunner().invoke(app, ["calibrate", "--models", "1", "--out", str(tmp_path)])
+    assert result.exit_code == 3, "not all could run"
+    report, name = read_report(tmp_path), CalibratePlan(models=1).tasks()[1].name
+    assert report.calibration is not None
+    assert report.calibration.errors
+    assert [(item.case, item.reason, item.verdict) for item in report.not_measured] == [
+        (name, f"{name} died with exit code -4", "error")]
+    assert f"not measured: {name}: {name} died with exit code -4" in result.stdout
 
 
 def test_samples_that_are_over_their_budget_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 import numpy as np
@@ -25,15 +25,14 @@ SIGNIFICANT = 4
 
 
 def make_report(samples: Sequence[Sample], verdicts: Sequence[Verdict], thresholds: Sequence[Threshold], *,
-                left: Mapping[str, str], run: Callable[[], RunInfo]) -> Report:
-    """The report on as much as there is; ``left`` says what is missing, and why. ``run`` makes its head, now that all is done."""
+                missing: Sequence[NotMeasured], run: Callable[[], RunInfo]) -> Report:
+    """The report on as much as there is; ``missing`` says what is not. ``run`` makes its head, now that all is done."""
     by_precision = {name: [sample for sample in samples if precision(sample.dtype) == name] for name in CONSTANTS}
     tolerances = [tolerance(group, statistic) for group in by_precision.values() for statistic in STATISTICS
                   if points_of(group, statistic)]
-    missing = [NotMeasured(workload="calibrate", engine="", case=what, reason=why) for what, why in left.items()]
     checks = [_fit_row(row) for row in tolerances] + judged_rows(verdicts)
     calibration = Calibration(tolerances=tolerances, errors=error_rows(samples), powers=power_rows(thresholds))
-    return Report(run=run(), checks=checks, not_measured=missing, calibration=calibration)
+    return Report(run=run(), checks=checks, not_measured=list(missing), calibration=calibration)
 
 
 def tolerance(samples: Sequence[Sample], statistic: Statistic) -> Tolerance:

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain, cycle, repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from harness.bench.worker import Worker
+from harness.bench.worker import Worker, WorkerError
 from harness.machine import run_info
 from harness.studies.calibrate import DEFAULT_MODELS
 from harness.studies.calibrate.draws import DTYPES, FABRICS, LARGEST_TP, ORDERS, Pools, sample_models
@@ -23,6 +23,7 @@ from harness.studies.calibrate.power import TP_SIZES as POWER_TP_SIZES
 from harness.studies.calibrate.power import power_of_drawn, power_of_logits
 from harness.studies.calibrate.report import make_report
 from reports.records import Report
+from reports.rows import NotMeasured
 
 MODELS_PER_TASK = 3
 WORKERS_PER_GPU = 8
@@ -136,17 +137,24 @@ class CalibratePlan:
 
 
 def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, total: None) -> tuple[Report, bool]:
-    """The report, and whether it was interrupted: then it holds what was finished, and names what was not."""
+    """The report, and whether it was interrupted: then it holds what was finished, and names what was not.
+
+    A part whose interpreter dies, or that raises, ends itself alone.
+    """
     started_at = datetime.now(UTC)
     tasks = plan.tasks()
     totals, done = Counter(task.what for task in tasks), Counter[str]()
     found: dict[int, list[Any]] = {}
+    missing: list[NotMeasured] = []
     try:
         for what, total in totals.items():
             on_progress(what, 0, total)
         for number, results in in_workers(tasks, plan):
-            found[number] = results
             what = tasks[number].what
+            if isinstance(results, WorkerError):
+                missing.append(_not_measured(tasks[number].name, results.summary, "error"))
+            else:
+                found[number] = results
             done[what] += 1
             on_progress(what, done[what], totals[what])
     except KeyboardInterrupt:
@@ -154,21 +162,26 @@ def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, 
     samples, verdicts, thresholds = (
         list(chain.from_iterable(found[number] for number in sorted(found) if tasks[number].what == what))
         for what in (SAMPLING, JUDGING, PLANTING))
-    left = {what: f"interrupted: {done[what]} of {total} parts done" for what, total in totals.items() if done[what] < total}
-    lacking = {} if plan.on_gpus else {
-        f"{JUDGING}: {name}": f"this CPU lacks the instructions: torch computes with {torch.backends.cpu.get_cpu_capability()}"
-        for name in SETTINGS.keys() - plan.settings().keys()}
-    report = make_report(samples, verdicts, thresholds, left=left | lacking,
+    left = [_not_measured(what, f"interrupted: {done[what]} of {total} parts done")
+            for what, total in totals.items() if done[what] < total]
+    lacking = [] if plan.on_gpus else [_not_measured(
+        f"{JUDGING}: {name}", f"this CPU lacks the instructions: torch computes with {torch.backends.cpu.get_cpu_capability()}")
+        for name in SETTINGS.keys() - plan.settings().keys()]
+    report = make_report(samples, verdicts, thresholds, missing=[*missing, *left, *lacking],
                          run=lambda: run_info("calibrate", started_at=started_at, seed=plan.seed))
     return report, bool(left)
 
 
-def in_workers(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int, list[Any]]]:
-    """(number of the task, what it found), as they are done."""
+def _not_measured(case: str, reason: str, verdict: Literal["skipped", "error"] = "skipped") -> NotMeasured:
+    return NotMeasured(workload="calibrate", engine="", case=case, reason=reason, verdict=verdict)
+
+
+def in_workers(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int, list[Any] | WorkerError]]:
+    """(number of the task, what it found or why it ended), as they are done."""
     workers: list[Worker] = []
     idle: dict[tuple[tuple[str, str], ...], list[Worker]] = {}
 
-    def work(number: int, task: Task) -> tuple[int, list[Any]]:
+    def work(number: int, task: Task) -> tuple[int, list[Any] | WorkerError]:
         # One thread each: the tiny products of tiny models, and as many interpreters as cores.
         environ = {"OMP_NUM_THREADS": "1", **task.environ}
         alike = idle.setdefault(tuple(sorted(environ.items())), [])
@@ -177,7 +190,11 @@ def in_workers(tasks: Sequence[Task], plan: CalibratePlan) -> Iterator[tuple[int
             worker.name = task.name
         except IndexError:
             workers.append(worker := Worker(task.name, environ=environ))
-        found = worker.call(run_task, plan, task.function, task.name, task.args)
+        try:
+            found = worker.call(run_task, plan, task.function, task.name, task.args)
+        except WorkerError as failure:
+            worker.close(grace_s=0)
+            return number, failure
         if plan.on_gpus:  # to start one, and ranks on GPUs, takes longer than most tasks
             alike.append(worker)
         else:
