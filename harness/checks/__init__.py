@@ -15,6 +15,10 @@ CHECK_NAMES = ("collectives", "weights", "layers", "attention", "kv", "logits", 
 ON_REQUEST = ("invariance",)
 """Those that run only where they are asked for by name: of a mode that is not the one that the others verify."""
 
+PRELOAD = ("harness.subjects.engine", *(f"harness.checks.{name}" for name in CHECK_NAMES),
+           "transformers.models.llama.configuration_llama")
+"""For ``Ranks``: what every rank needs, and what takes seconds to import; Llama's config brings what all configs need."""
+
 
 @cache
 def all_checks() -> dict[str, Check]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.bench.shapes import model_folder
-from harness.commands.options import DEFAULT_MODEL, Fabric, Model, check_device
+from harness.commands.options import DEFAULT_MODEL, Fabric, Model, begin_ranks, check_device
 from harness.errors import CouldNotRunError, UsageError, usage
 from harness.names import DTYPES
 
@@ -38,6 +38,7 @@ def generate_command(
     """Generate text. Standard output holds the text alone, as it comes."""
     if prompt == "-":
         prompt = _from_standard_input()
+    begin_ranks((tp,), fabric, preload=("engine.execution.core",))
     check_device(device)
     from engine import LLM, SamplingParams
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -50,6 +51,18 @@ def check_device(device: str) -> None:
 
         if not torch.cuda.is_available():
             raise CouldNotRunError(f"device={device!r}, but torch sees no GPU")
+
+
+def begin_ranks(tp_sizes: Sequence[int], fabric: str, *, preload: Sequence[str]) -> None:
+    """Begin to load what ranks will be forked from, beside the imports of this process: call it before these.
+
+    Under torchrun it does nothing. Where ranks turn out to be threads it is in vain, and the server ends with this process.
+    """
+    if max(tp_sizes) > 1 and fabric in ("auto", "gloo", "nccl") and "LOCAL_WORLD_SIZE" not in os.environ:
+        from engine.ranks.forking import start_fork_server
+
+        with suppress(RuntimeError):  # ranks will say so
+            start_fork_server(max(tp_sizes), preload)
 
 
 def prepare_out(out: Path, *, set_aside: bool = True) -> None:

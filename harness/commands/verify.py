@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from harness.bench.shapes import model_folder
-from harness.checks import CHECK_NAMES, ON_REQUEST
+from harness.checks import CHECK_NAMES, ON_REQUEST, PRELOAD
 from harness.commands.options import (
     DEFAULT_MODEL,
     AsJson,
@@ -23,6 +23,7 @@ from harness.commands.options import (
     Python,
     Quiet,
     Seed,
+    begin_ranks,
     check_device,
     end_of_run,
     numbers,
@@ -71,6 +72,9 @@ def verify_command(
     Exits 0 if all is well, 1 on a finding, 2 on wrong usage, 3 if something could not run, raised or was interrupted: then the
     report holds what was finished.
     """
+    asked = DEFAULT_TP_SIZES if tp is None else numbers("tp", tp)
+    if subject == "engine" and case is None:
+        begin_ranks(asked, fabric, preload=PRELOAD)
     from engine.ranks.torchrun import launched
     from harness.verification.verify import VerifyPlan
 
@@ -78,7 +82,7 @@ def verify_command(
         if launched() is not None:
             raise UsageError("a saved finding runs again on ranks of its own: start --case without torchrun")
         _replay(case, out, subject, python, as_json=as_json)
-    plan = VerifyPlan(model=model, folder=Path(), tp_sizes=DEFAULT_TP_SIZES if tp is None else numbers("tp", tp), fabric=fabric,
+    plan = VerifyPlan(model=model, folder=Path(), tp_sizes=asked, fabric=fabric,
                       device=device, dtype=dtype, checks=tuple(check or CHECK_NAMES), subject=subject, python=python, seed=seed,
                       cases_folder=out / "cases")
     with _torchrun_ranks(fabric, device) as ranks:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.ranks.ranks import RankContext, RankFailure, Ranks, choose_fabric
-from harness.checks import CHECK_NAMES
+from harness.checks import PRELOAD
 from harness.errors import refusal_of
 from harness.subjects.base import Loaded, Placement, Schedule, Subject, SubjectFailure
 from harness.subjects.rank import Rank
@@ -23,8 +23,6 @@ from reference.shards import Ownership
 
 BATCH_BYTES = 2**28
 """Shards travel in batches of about so many bytes."""
-PRELOAD = ("harness.subjects.engine", *(f"harness.checks.{name}" for name in CHECK_NAMES))
-"""For ``Ranks``: what every rank needs, and what takes seconds to import."""
 
 
 class LiveRank(Rank):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.ranks.ranks import Ranks
-from harness.subjects.on_ranks import PRELOAD
+from harness.checks import PRELOAD
 from reference.checkpoints import random_checkpoint
 
 MakeModel = Callable[..., Path]

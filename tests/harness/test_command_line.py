@@ -17,9 +17,11 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from engine.ranks import forking
 from harness.checks import all_checks
 from harness.checks.base import Outcome
 from harness.cli import app
+from harness.commands.options import begin_ranks
 from harness.faults import FAULTS
 from harness.machine import run_info
 from harness.subjects.engine import EngineSubject
@@ -78,6 +80,43 @@ def test_a_mistake_in_the_numbers_is_told_before_torch_is_loaded() -> None:
               "result = CliRunner().invoke(app, ['faults', '--no-such'])\nprint(result.exit_code, 'torch' in sys.modules)")
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout == "2 False\n", result.stderr
+
+
+BEGUN = """
+import sys
+import engine.ranks.forking as forking
+
+def start(tp_size, preload=()):
+    print(tp_size, "torch" in sys.modules)
+    raise SystemExit
+
+forking.start_fork_server = start
+from harness.cli import main
+sys.argv = ["shardproof", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("words", [["verify", "no-such-model", "--tp", "1,2"], ["generate", "no-such", "text", "--tp", "2"]],
+                         ids=lambda words: words[0])
+def test_what_ranks_are_forked_from_begins_to_load_before_the_command_loads_torch(words: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-c", BEGUN, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "2 False\n"), result.stderr
+
+
+@pytest.mark.parametrize(("tp_sizes", "fabric", "launched", "begun"), [
+    ((1, 2), "auto", False, [2]), ((3,), "gloo", False, [3]), ((2,), "nccl", False, [2]),
+    ((1,), "auto", False, []), ((2,), "threads", False, []), ((2,), "auto", True, []),
+])
+def test_it_begins_where_ranks_may_be_processes_of_ours_alone(
+    tp_sizes: tuple[int, ...], fabric: str, launched: bool, begun: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(forking, "start_fork_server", lambda tp_size, preload: asked.append(tp_size))
+    if launched:  # by torchrun
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    begin_ranks(tp_sizes, fabric, preload=())
+    assert asked == begun
 
 
 # Expected
