@@ -11,6 +11,7 @@ from reports.records import Report, read_report
 
 ROOT = Path(__file__).parents[2]
 RECORD = ROOT / "reports/baselines/cpu-32core-intel-xeon-avx512/calibrate.json"
+ON_AMD = ROOT / "reports/baselines/cpu-2core-amd-epyc-avx2/calibrate.json"
 ON_GPUS, OVER_NCCL = (ROOT / f"reports/baselines/nvidia-h200-x2/calibrate-{ranks}.json" for ranks in ("threads", "nccl"))
 PAGE, SHORT = (ROOT / "docs/budgets.md").read_text(), (ROOT / "docs/verify.md").read_text()
 PLANTED = {("collectives", "reals", "in 99 %"): "one all-reduce of reals", ("layers", "reals", "in 99 %"): "one layer of reals",
@@ -91,6 +92,14 @@ def test_the_figures_of_gpus_are_those_of_their_record() -> None:
     largest = max(worst[check, dtype] for check in ("attention", "layers", "logits") for dtype in dtypes)
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"(none of {sum(row['runs'] for row in rows)} runs red, at most {largest:.2f} of a budget)" in readme
+
+
+def test_the_small_study_on_an_amd_cpu_is_as_the_page_says() -> None:
+    rows = alarms_table(read_report(ON_AMD).checks).to_dict("records")
+    assert sum(row["red runs"] for row in rows) == 0
+    worst = max(row["worst error / budget"] or 0 for row in rows if row["check"] != "collectives")
+    shown = f"none of its {sum(row['runs'] for row in rows)} runs is red, at most {worst:.2f} of a budget"
+    assert shown in " ".join(PAGE.split())
 
 
 def test_the_page_on_verdicts_has_the_runs_of_float32() -> None:
