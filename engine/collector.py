@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Import in here what is large. Afterwards garbage is collected again, if it was before.
+    """Automatic garbage collection is off inside, and on again afterwards if it was before.
 
-    To import torch and transformers makes hundreds of thousands of objects, and nearly all of them stay: to look through them
-    again and again on the way is a tenth of the whole start.
+    Importing torch and transformers makes hundreds of thousands of objects, nearly all of which stay. Collections on the way,
+    which scan them again and again, are a tenth of the whole start.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -20,7 +20,7 @@ def without_collector() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():  # nothing is frozen that would thaw
+            if not gc.get_freeze_count():  # unfreeze() would take back what others froze
                 gc.freeze()
-                gc.unfreeze()  # all is among the oldest objects now, as if it had been looked through
+                gc.unfreeze()  # puts all objects into the oldest generation, as collections would have
             gc.enable()

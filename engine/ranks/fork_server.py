@@ -21,11 +21,11 @@ def _remove(folder: str, owner_pid: int) -> None:
 
 
 def _collect_garbage() -> None:
-    gc.freeze()  # what the fork server loaded is never garbage: not worth looking through
+    gc.freeze()  # what the fork server imported is never garbage
     gc.enable()
 
 
 if FOLDER in os.environ:
     atexit.register(_remove, os.environ.pop(FOLDER), os.getpid())
-    gc.disable()  # it loads what ranks need, and nothing else: sooner so
+    gc.disable()  # this process imports what ranks need, and does nothing else
     os.register_at_fork(after_in_child=_collect_garbage)

@@ -54,9 +54,9 @@ def check_device(device: str) -> None:
 
 
 def begin_ranks(tp_sizes: Sequence[int], fabric: str, *, preload: Sequence[str]) -> None:
-    """Begin to load what ranks will be forked from, beside the imports of this process: call it before these.
+    """Start the fork server of the ranks, so that its imports run beside those of this process: call it before them.
 
-    Under torchrun it does nothing. Where ranks turn out to be threads it is in vain, and the server ends with this process.
+    Does nothing under torchrun. If ranks turn out to be threads, nobody uses the server, and it ends with this process.
     """
     if max(tp_sizes) > 1 and fabric in ("auto", "gloo", "nccl") and "LOCAL_WORLD_SIZE" not in os.environ:
         from engine.ranks.forking import start_fork_server

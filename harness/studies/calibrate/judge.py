@@ -52,7 +52,7 @@ _ATEN = ("default", "avx2", "avx512")
 
 
 def runs_here(environ: Mapping[str, str]) -> bool:
-    """Whether this CPU has the instructions: oneDNN and MKL take no others, but torch takes what it is told, and dies of it."""
+    """Whether this CPU has the instructions. oneDNN and MKL use no others; torch uses what it is told, and dies of SIGILL."""
     asked, found = environ.get("ATEN_CPU_CAPABILITY", _ATEN[0]), torch.backends.cpu.get_cpu_capability().lower()
     return _ATEN.index(asked) <= (_ATEN.index(found) if found in _ATEN else 0)
 

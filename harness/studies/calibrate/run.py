@@ -164,9 +164,9 @@ def calibrate(plan: CalibratePlan, on_progress: OnProgress = lambda what, done, 
         for what in (SAMPLING, JUDGING, PLANTING))
     left = [_not_measured(what, f"interrupted: {done[what]} of {total} parts done")
             for what, total in totals.items() if done[what] < total]
-    lacking = [] if plan.on_gpus else [_not_measured(
-        f"{JUDGING}: {name}", f"this CPU lacks the instructions: torch computes with {torch.backends.cpu.get_cpu_capability()}")
-        for name in SETTINGS.keys() - plan.settings().keys()]
+    judged, capability = plan.settings(), torch.backends.cpu.get_cpu_capability()
+    lacking = [_not_measured(f"{JUDGING}: {name}", f"this CPU lacks the instructions: torch computes with {capability}")
+               for name in SETTINGS if name not in judged and not plan.on_gpus]
     report = make_report(samples, verdicts, thresholds, missing=[*missing, *left, *lacking],
                          run=lambda: run_info("calibrate", started_at=started_at, seed=plan.seed))
     return report, bool(left)
